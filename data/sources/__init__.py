@@ -1,0 +1,1 @@
+"""One small module a corpus: each turns raw records into `Dialogue` records."""

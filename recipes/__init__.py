@@ -1,0 +1,1 @@
+"""Recipes: strict YAML into typed, frozen sections; run directories; the pipeline of a folder of recipes."""

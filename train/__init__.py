@@ -1,0 +1,1 @@
+"""Training stages (pretrain, sft, engagement, dpo) on one loop under DeepSpeed."""
