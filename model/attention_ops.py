@@ -98,7 +98,7 @@ def reference_attention(
 
 
 def sdpa_attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: Documents, window: int | None) -> Tensor:
-    """PyTorch's own kernel: a batch entry is a row of packed documents, or a padded document where there are no rows."""
+    """PyTorch's own kernel; a batch entry is a row of packed documents, or a padded document without rows."""
     row = documents.row_length or documents.max_length
     window = window if window is not None and window < row else None
     if documents.row_length is None:

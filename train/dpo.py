@@ -15,7 +15,6 @@ from data.dialogue import encode_prompt, encode_reply
 from data.preferences import PreferencePair, read_hh_rlhf, read_pairs
 from data.tokenizer import DialogueTokenizer
 from pydantic import Field, PositiveFloat, PositiveInt
-from recipes.loader import Section, parse_command_line
 from rich.console import Console
 from rich.progress import track
 from safetensors.numpy import load_file, save_file
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from model.attention_ops import Documents
 from model.transformer import Transformer
+from recipes.loader import Section, parse_command_line
 from train.engine import World
 from train.loop import LoopError, Loss, Outcome, Stage, no_grad_sum
 from train.losses import dpo_loss, sequence_logprobs, token_logprobs
@@ -166,7 +166,9 @@ def preference_loss(module: LossModule, batch: PairBatch, beta: float, label_smo
 
 
 @torch.no_grad()
-def add_reference(rows: PairRows, trunk: Transformer, model_key: str, folder: Path, world: World, console: Console) -> None:
+def add_reference(
+    rows: PairRows, trunk: Transformer, model_key: str, folder: Path, world: World, console: Console
+) -> None:
     """Fill in the reference's log-probabilities: computed once per (pairs, model), kept in `folder`."""
     key = hashlib.sha256(f"{rows.fingerprint}:{model_key}".encode()).hexdigest()[:24]
     path = folder / f"reference_{key}.safetensors"
@@ -248,14 +250,14 @@ def _finish(outcome: Outcome, rows: PairRows, heldout: PairRows) -> tuple[str, d
         for pair in heldout.pairs
     ]
     accuracy, by_length = outcome.last_evaluation["heldout_accuracy"], float(np.mean(longer))
+    by_length = max(by_length, 1 - by_length)
     figures = {
         **outcome.last_evaluation,
-        "heldout_length_only_accuracy": max(by_length, 1 - by_length),
+        "heldout_length_only_accuracy": by_length,
         "training_pairs": rows.n_rows,
         "heldout_pairs": heldout.n_rows,
     }
-    figure = f"held-out pair accuracy {accuracy:.3f} of {heldout.n_rows} (length alone {max(by_length, 1 - by_length):.3f})"
-    return figure, figures
+    return f"held-out pair accuracy {accuracy:.3f} of {heldout.n_rows} (length alone {by_length:.3f})", figures
 
 
 def main() -> int:
@@ -265,7 +267,8 @@ def main() -> int:
     inputs = {"init_from": recipe.init_from, "data": recipe.data}
     for number, source in enumerate(recipe.pairs):
         inputs[f"pairs.{number}"] = source.scorer if isinstance(source, OnPolicyPairs) else source.path
-    return run_stage(command, inputs, lambda world, console: prepare(recipe, world, console), summarize(recipe, recipe.data))
+    summary = summarize(recipe, recipe.data)
+    return run_stage(command, inputs, lambda world, console: prepare(recipe, world, console), summary)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from data.batch import PackedBatch
 from pydantic import PositiveInt
-from recipes.loader import parse_command_line
 from rich.console import Console
 from scipy.stats import mannwhitneyu
 
 from model.scalar_head import ScalarHead
+from recipes.loader import parse_command_line
 from train.engine import Engine, World
 from train.loop import Loss, Outcome
 from train.losses import continuation_loss

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from recipes.loader import Section
 from torch import Tensor, nn
 
+from recipes.loader import Section
 from train.optim import AdamW, build_optimizer
 
 OPTIMIZER_DIRECTORY = "optimizer"

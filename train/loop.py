@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from data.sampler import DataPosition, RowOrder
 from pydantic import NonNegativeInt, PositiveInt
-from recipes.loader import Section
 from torch import Tensor
 
+from recipes.loader import Section
 from train.checkpoint import Checkpoints, CheckpointState
 from train.engine import Engine, World
 from train.metrics import Metrics

@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat
-from recipes.loader import Section
 from torch import nn
+
+from recipes.loader import Section
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 

@@ -13,7 +13,6 @@ from data.dialogue import Dialogue, Message, decode_reply, encode_prompt, read_d
 from data.preferences import PreferencePair, read_pairs, write_pairs
 from data.tokenizer import DialogueTokenizer
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
-from recipes.loader import Section
 from rich.console import Console
 from rich.progress import track
 
@@ -22,6 +21,7 @@ from model.generate import Completion, Sampling, generate
 from model.scalar_head import ScalarHead
 from model.transformer import Transformer
 from model.weights import load_scorer
+from recipes.loader import Section
 from train.engine import World
 
 CONTEXTS_A_FILE = 32

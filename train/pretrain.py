@@ -9,12 +9,12 @@ from typing import Any, Literal
 from data.batch import PackedBatch
 from eval.ngram import ngram_losses
 from pydantic import PositiveInt
-from recipes.loader import parse_command_line
 from rich.console import Console
 from rich.table import Table
 
 from model.config import ModelConfig
 from model.transformer import Transformer
+from recipes.loader import parse_command_line
 from train.engine import Engine, World
 from train.loop import Loss, Outcome
 from train.losses import next_token_loss

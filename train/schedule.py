@@ -6,6 +6,7 @@ import math
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt
+
 from recipes.loader import Section
 
 Fraction = Annotated[float, Field(ge=0, le=1)]

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from data.batch import PackedBatch
 from pydantic import PositiveInt
-from recipes.loader import parse_command_line
 from rich.console import Console
 
+from recipes.loader import parse_command_line
 from train.engine import Engine, World
 from train.loop import Loss, Outcome
 from train.losses import next_token_loss

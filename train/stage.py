@@ -17,8 +17,6 @@ import torch
 from data.batch import PackedBatch, collate
 from data.shards import PackedDataset
 from pydantic import NonNegativeInt, PositiveInt
-from recipes.loader import CommandLine, Section, dump_recipe
-from recipes.run_directory import RunState, finish_run, prepare_run_directory
 from rich.console import Console
 from torch import nn
 
@@ -28,6 +26,8 @@ from model.portability import describe
 from model.scalar_head import ScalarHead
 from model.transformer import Transformer
 from model.weights import load_config, load_model, save_model
+from recipes.loader import CommandLine, Section, dump_recipe
+from recipes.run_directory import RunState, finish_run, prepare_run_directory
 from train.checkpoint import CheckpointError, Checkpoints, CheckpointState
 from train.engine import Engine, EngineConfig, World, join_world
 from train.loop import LoopConfig, LoopError, Loss, Outcome, Rows, Stage, TrainingError, no_grad_sum, train
@@ -85,7 +85,7 @@ def open_data(directory: str, config: ModelConfig) -> tuple[PackedDataset, Packe
     dataset, heldout = PackedDataset(Path(directory) / "train"), PackedDataset(Path(directory) / "heldout")
     if dataset.vocab_size != config.vocab_size:
         raise LoopError(
-            f"the model's vocab_size is {config.vocab_size}, the tokenizer of {directory} has {dataset.vocab_size} pieces"
+            f"the model has vocab_size {config.vocab_size}, the tokenizer of {directory} {dataset.vocab_size} pieces"
         )
     if dataset.row_length > config.max_length:
         raise LoopError(
@@ -163,7 +163,8 @@ def _run(
 ) -> int:
     began = time.monotonic()
     run_dir = Path(recipe.run_dir)
-    with prepare_run_directory(run_dir, recipe, inputs) if world.is_main else nullcontext(RunState.NEW) as state:
+    held = prepare_run_directory(run_dir, recipe, inputs) if world.is_main else nullcontext(RunState.NEW)
+    with held as state:
         (finished,) = world.sum([float(state is RunState.FINISHED)])
         if finished:
             console.print(f"{run_dir} is finished already, with this recipe and these inputs")
@@ -199,7 +200,8 @@ def _run(
         if world.is_main:
             plot_metrics(run_dir, figures.get("baselines"))
             seconds = time.monotonic() - began
-            finish_run(run_dir, recipe, inputs, key_figure, seconds, {**figures, "skipped_steps": outcome.skipped_steps})
+            figures["skipped_steps"] = outcome.skipped_steps
+            finish_run(run_dir, recipe, inputs, key_figure, seconds, figures)
             console.print(f"[bold]{key_figure}[/]  -> {run_dir / 'model'}", highlight=False)
         world.barrier()
     return 0
