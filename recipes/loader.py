@@ -96,7 +96,9 @@ def parse_command_line(
     try:
         recipe = load_recipe(schema, arguments.recipe, arguments.overrides)
     except RecipeError as error:
-        Console(stderr=True).print(f"[bold red]recipe error[/]\n{_markup_safe(str(error))}", highlight=False, soft_wrap=True)
+        console = Console(stderr=True)
+        console.print("[bold red]recipe error[/]")
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     return CommandLine(recipe, Path(arguments.recipe), arguments.dry_run, tuple(arguments.overrides))
 
@@ -156,7 +158,8 @@ def _check_keys(node: Any, path: Path, seen: tuple[int, ...]) -> None:
     if isinstance(node, CommentedMap):
         for key, value in node.items():
             if not isinstance(key, str):
-                raise RecipeError(f"{path}:{node.lc.key(key)[0] + 1}: key {key!r} is {type(key).__name__}, expected text")
+                line = node.lc.key(key)[0] + 1
+                raise RecipeError(f"{path}:{line}: key {key!r} is {type(key).__name__}, expected text")
             _check_keys(value, path, (*seen, id(node)))
     elif isinstance(node, CommentedSeq):
         for value in node:
@@ -224,13 +227,18 @@ def _listed(node: Any) -> Any:
 
 
 def _problem(
-    schema: type[BaseModel], tree: CommentedMap, path: Path, detail: ErrorDetails, overridden: dict[tuple[str, ...], str]
-) -> str:
+    schema: type[BaseModel], tree: CommentedMap, path: Path, detail: ErrorDetails,
+    overridden: dict[tuple[str, ...], str],
+) -> str:  # fmt: skip
     """One line for one of pydantic's errors."""
     steps = _steps_in(tree, detail["loc"])
     key = ".".join(str(step) for step in steps) or "the recipe"
     names = tuple(str(step) for step in steps)
-    touching = [text for changed, text in overridden.items() if changed[: len(names)] == names or names[: len(changed)] == changed]
+    touching = [
+        text
+        for changed, text in overridden.items()
+        if changed[: len(names)] == names or names[: len(changed)] == changed
+    ]
     place = f"command line ({touching[0]})" if touching and names else f"{path}:{_line(tree, steps)}"
     kind, message = detail["type"], detail["msg"]
     if kind == "extra_forbidden":
@@ -299,7 +307,3 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return [annotation] if issubclass(annotation, BaseModel) else []
     return [model for part in typing.get_args(annotation) for model in _models_in(part)]
-
-
-def _markup_safe(text: str) -> str:
-    return text.replace("[", r"\[")
