@@ -1,0 +1,140 @@
+"""The architecture as data: which layers see what, who owns a key/value cache, and what a token of cache costs."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+LayerKind = Literal["S", "G"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class NoSharing(_Part):
+    """Every layer owns its key/value cache."""
+
+    kind: Literal["none"] = "none"
+
+
+class TailSharing(_Part):
+    """The last `n_layers` layers read the last unshared layer of their own kind (the form stock engines run)."""
+
+    kind: Literal["tail"]
+    n_layers: PositiveInt
+
+
+class AdjacentSharing(_Part):
+    """Consecutive layers of one kind share the cache of the first of every `group` (CLA, arXiv 2405.12981)."""
+
+    kind: Literal["adjacent"]
+    group: Annotated[int, Field(ge=2)]
+
+
+KVSharing = Annotated[NoSharing | TailSharing | AdjacentSharing, Field(discriminator="kind")]
+
+
+class ModelConfig(_Part):
+    """A decoder of the portable family: sandwich norms, q/k/v norms, GeGLU, tied embeddings.
+
+    `layers` is a pattern of local (S) and global (G) layers, repeated to `n_layers`; the last layer must be global.
+    `window` counts the keys a local layer sees, the token itself included.
+    """
+
+    vocab_size: PositiveInt
+    d_model: PositiveInt
+    n_layers: PositiveInt
+    n_heads: PositiveInt
+    n_kv_heads: PositiveInt = 1
+    d_head: PositiveInt
+    d_ff: PositiveInt
+    layers: Annotated[str, Field(pattern=r"^[SG]+$")] = "SSSSSG"
+    window: PositiveInt = 1024
+    kv_sharing: KVSharing = NoSharing()
+    rope_theta_local: PositiveFloat = 10_000.0
+    rope_theta_global: PositiveFloat = 1_000_000.0
+    final_logit_softcap: PositiveFloat | None = None
+    norm_eps: PositiveFloat = 1e-6
+    max_length: PositiveInt
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
+        if self.d_head % 2:
+            raise ValueError(f"d_head={self.d_head} is odd; rotary embedding rotates pairs, so it must be even")
+        if self.layer_kinds[-1] != "G":
+            raise ValueError(
+                f'layers="{self.layers}" repeated to n_layers={self.n_layers} ends in a local layer; '
+                "the last layer must be global (G)"
+            )
+        if isinstance(self.kv_sharing, TailSharing):
+            first_shared = self.n_layers - self.kv_sharing.n_layers
+            missing = set(self.layer_kinds[first_shared:]) - set(self.layer_kinds[: max(first_shared, 0)])
+            if missing:
+                raise ValueError(
+                    f"kv_sharing.n_layers={self.kv_sharing.n_layers}: the first {max(first_shared, 0)} layers hold no "
+                    f"{' or '.join(sorted(missing))} layer for the tail to read; share fewer layers"
+                )
+        return self
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """'S' (local window) or 'G' (global) for every layer."""
+        pattern = self.layers * math.ceil(self.n_layers / len(self.layers))
+        return tuple("S" if letter == "S" else "G" for letter in pattern[: self.n_layers])
+
+    def kv_source(self, layer: int) -> int:
+        """The layer whose keys and values `layer` reads; itself when it owns a cache."""
+        kinds = self.layer_kinds
+        if isinstance(self.kv_sharing, TailSharing):
+            first_shared = self.n_layers - self.kv_sharing.n_layers
+            if layer >= first_shared:
+                return max(owner for owner in range(first_shared) if kinds[owner] == kinds[layer])
+        if isinstance(self.kv_sharing, AdjacentSharing):
+            same_kind = [other for other in range(layer + 1) if kinds[other] == kinds[layer]]
+            return same_kind[(len(same_kind) - 1) // self.kv_sharing.group * self.kv_sharing.group]
+        return layer
+
+    @property
+    def kv_layers(self) -> tuple[int, ...]:
+        """The layers that own a key/value cache."""
+        return tuple(layer for layer in range(self.n_layers) if self.kv_source(layer) == layer)
+
+    @property
+    def n_tail_layers(self) -> int:
+        """Final layers that own no cache: a prompt's inner tokens need not pass through them at prefill."""
+        return self.kv_sharing.n_layers if isinstance(self.kv_sharing, TailSharing) else 0
+
+    def kv_bytes_per_token(self, bytes_per_element: int = 2) -> int:
+        """Bytes of cache one more token costs while every layer still sees the whole context."""
+        return 2 * len(self.kv_layers) * self.n_kv_heads * self.d_head * bytes_per_element
+
+    def kv_bytes(self, length: int, bytes_per_element: int = 2) -> int:
+        """Bytes of cache a sequence of `length` tokens needs when local layers keep only their window."""
+        held = sum(min(length, self.window) if self.layer_kinds[i] == "S" else length for i in self.kv_layers)
+        return 2 * held * self.n_kv_heads * self.d_head * bytes_per_element
+
+    @property
+    def n_parameters(self) -> int:
+        """Trainable parameters, the tied embedding counted once."""
+        query, key = self.n_heads * self.d_head, self.n_kv_heads * self.d_head
+        per_layer = 2 * self.d_model * query + 3 * self.d_model * self.d_ff + 4 * self.d_model + self.d_head
+        per_owner = 2 * self.d_model * key + self.d_head
+        return (self.vocab_size + 1) * self.d_model + self.n_layers * per_layer + len(self.kv_layers) * per_owner
+
+    def flops_per_token(self, length: int) -> int:
+        """Training FLOPs per token (forward and backward) on documents of `length` tokens, causal halves only.
+
+        6 per matrix parameter plus 12 * heads * d_head per visible key; a local layer sees at most its window.
+        """
+        key_width, vectors = self.n_heads * self.d_head, self.n_layers * (4 * self.d_model + self.d_head)
+        matrices = self.n_parameters - vectors - self.d_model - len(self.kv_layers) * self.d_head
+        visible = sum(
+            length / 2 if kind == "G" or length <= self.window else self.window * (1 - self.window / (2 * length))
+            for kind in self.layer_kinds
+        )
+        return int(6 * matrices + 12 * key_width * visible)

@@ -1,0 +1,18 @@
+"""One logit a position on top of the trunk: the engagement scorer's head."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class ScalarHead(nn.Module):
+    """hidden_TD -> score_T: the logit of the scored event at each position. Starts at zero (probability one half)."""
+
+    def __init__(self, d_model: int):
+        super().__init__()
+        self.score = nn.Linear(d_model, 1)
+        nn.init.zeros_(self.score.weight)
+        nn.init.zeros_(self.score.bias)
+
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        return self.score(hidden_TD.float() if self.score.weight.dtype.itemsize == 4 else hidden_TD).squeeze(-1)

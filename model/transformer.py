@@ -1,0 +1,147 @@
+"""The decoder: sandwich-normed blocks over packed documents in training, over a paged cache in generation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.attention import Attention, KeyValue, store
+from model.attention_ops import BACKENDS, Backend, Documents, choose_backend
+from model.config import LayerKind, ModelConfig
+from model.feed_forward import FeedForward
+from model.kv_cache import CacheStep, PagedKVCache, QueryPlan, plan_queries
+from model.norm import RMSNorm
+from model.rope import rope_tables
+
+Rope = tuple[Tensor, Tensor]
+
+
+class Embedding(nn.Module):
+    """Token embeddings, tied to the output: scaled by sqrt(d_model) on the way in, used as they are on the way out."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.scale = math.sqrt(config.d_model)
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+
+    def forward(self, tokens_T: Tensor) -> Tensor:
+        # the scale is rounded to the weight's dtype first, as the stock engines do
+        scale = torch.tensor(self.scale, dtype=self.weight.dtype, device=self.weight.device)
+        return F.embedding(tokens_T, self.weight) * scale
+
+
+class Block(nn.Module):
+    """x + norm(attention(norm(x))), then the same around the feed-forward: four norms ("sandwich")."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        # two residual additions a layer: their sum keeps unit variance at any depth
+        residual_scale = 1 / math.sqrt(2 * config.n_layers)
+        self.attention_norm_in = RMSNorm(config.d_model, config.norm_eps)
+        self.attention_norm_out = RMSNorm(config.d_model, config.norm_eps, residual_scale)
+        self.ff_norm_in = RMSNorm(config.d_model, config.norm_eps)
+        self.ff_norm_out = RMSNorm(config.d_model, config.norm_eps, residual_scale)
+        self.attention = Attention(config, layer)
+        self.feed_forward = FeedForward(config)
+
+    def add(self, x_TD: Tensor, attended_TD: Tensor) -> Tensor:
+        """The block's two residual additions, given the attention's output."""
+        x_TD = x_TD + self.attention_norm_out(attended_TD)
+        return x_TD + self.ff_norm_out(self.feed_forward(self.ff_norm_in(x_TD)))
+
+
+class Transformer(nn.Module):
+    """A decoder of `config`, initialised from `seed`; parameters are float32 until cast."""
+
+    def __init__(self, config: ModelConfig, attention: Backend = "auto", seed: int = 0):
+        super().__init__()
+        self.config = config
+        self.attention_backend: Backend = attention
+        self.embed_tokens = Embedding(config)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.final_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.initialize(seed)
+
+    def initialize(self, seed: int) -> None:
+        """Fill the weights: embeddings at std 1/sqrt(d_model), matrices at std 1/sqrt(fan_in), norms at their scale."""
+        if self.embed_tokens.weight.is_meta:
+            return
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for module in self.modules():
+                if isinstance(module, RMSNorm):
+                    module.weight.fill_(module.initial_scale)
+                elif isinstance(module, nn.Linear | Embedding):
+                    module.weight.normal_(0, module.weight.shape[1] ** -0.5, generator=generator)
+
+    def forward(self, tokens_T: Tensor, documents: Documents) -> Tensor:
+        """hidden_TD after the final norm, for packed documents."""
+        attend = BACKENDS[choose_backend(self.attention_backend, tokens_T.device)]
+        ropes = self._ropes(documents.positions_T)
+        x_TD = self.embed_tokens(tokens_T)
+        stored: dict[int, KeyValue] = {}
+        for layer, block, kind in self._layers():
+            normed_TD = block.attention_norm_in(x_TD)
+            if block.attention.owns_cache:
+                stored[layer] = block.attention.key_value(normed_TD, ropes[kind])
+            key_value = stored[self.config.kv_source(layer)]
+            x_TD = block.add(x_TD, block.attention(normed_TD, ropes[kind], key_value, documents, attend))
+        return self.final_norm(x_TD)
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """logits_TV from final hidden states, softcapped where the config says so."""
+        logits_TV = F.linear(hidden_TD, self.embed_tokens.weight)
+        cap = self.config.final_logit_softcap
+        return logits_TV if cap is None else torch.tanh(logits_TV / cap) * cap
+
+    def _layers(self) -> Iterator[tuple[int, Block, LayerKind]]:
+        for layer, (block, kind) in enumerate(zip(self.blocks, self.config.layer_kinds, strict=True)):
+            yield layer, cast(Block, block), kind
+
+    @torch.no_grad()
+    def extend(self, step: CacheStep, cache: PagedKVCache) -> Tensor:
+        """Append new tokens to cached sequences; hidden_BD (after the final norm) at each sequence's last new token.
+
+        Tail layers own no cache, so inner prompt tokens never enter them: prefill skips the tail for all but the last.
+        """
+        config = self.config
+        sequence_T = torch.arange(len(step.new_lengths_B), device=step.tokens_T.device)
+        sequence_T = sequence_T.repeat_interleave(step.new_lengths_B)
+        ends_B = step.new_lengths_B.cumsum(0)
+        starts_T = (ends_B - step.new_lengths_B)[sequence_T]
+        offset_T = torch.arange(len(starts_T), device=starts_T.device) - starts_T
+        positions_T = step.context_lengths_B[sequence_T] + offset_T
+        page_T = step.page_table_BP[sequence_T, positions_T // cache.page_size]
+        slots_T = page_T * cache.page_size + positions_T % cache.page_size
+
+        x_TD = self.embed_tokens(step.tokens_T)
+        ropes = self._ropes(positions_T)
+        plans = self._plans(step, cache.page_size, last_only=False)
+        for layer, block, kind in self._layers():
+            if layer == config.n_layers - config.n_tail_layers:
+                x_TD = x_TD[ends_B - 1]
+                ropes = {name: (cos_TK[ends_B - 1], sin_TK[ends_B - 1]) for name, (cos_TK, sin_TK) in ropes.items()}
+                plans = self._plans(step, cache.page_size, last_only=True)
+            source = config.kv_source(layer)
+            pools = (cache.k_SGK[source], cache.v_SGK[source])
+            normed_TD = block.attention_norm_in(x_TD)
+            if block.attention.owns_cache:
+                store(pools, block.attention.key_value(normed_TD, ropes[kind]), slots_T)
+            x_TD = block.add(x_TD, block.attention.read_cache(normed_TD, ropes[kind], pools, plans[kind]))
+        hidden_TD = self.final_norm(x_TD)
+        return hidden_TD if config.n_tail_layers else hidden_TD[ends_B - 1]
+
+    def _plans(self, step: CacheStep, page_size: int, last_only: bool) -> dict[str, QueryPlan]:
+        windows = {"S": self.config.window, "G": None}
+        return {kind: plan_queries(step, page_size, windows[kind], last_only) for kind in set(self.config.layer_kinds)}
+
+    def _ropes(self, positions_T: Tensor) -> dict[str, Rope]:
+        thetas = {"S": self.config.rope_theta_local, "G": self.config.rope_theta_global}
+        return {
+            kind: rope_tables(positions_T, self.config.d_head, thetas[kind]) for kind in set(self.config.layer_kinds)
+        }

@@ -1,0 +1,127 @@
+"""Weights on disk: safetensors and config.json, in a directory that is replaced as a whole; DeepSpeed not needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model.attention_ops import Backend
+from model.config import ModelConfig
+from model.scalar_head import ScalarHead
+from model.transformer import Transformer
+
+WEIGHTS, CONFIG, SCALAR_HEAD = "model.safetensors", "config.json", "scalar_head.safetensors"
+
+
+class WeightsError(ValueError):
+    """A model directory is missing, incomplete or does not fit its config."""
+
+
+def save_model(
+    directory: str | Path,
+    config: ModelConfig,
+    state: Mapping[str, Tensor],
+    scalar_head: Mapping[str, Tensor] | None = None,
+    files: Mapping[str, Path] | None = None,
+) -> None:
+    """Write a model directory: it appears whole or not at all, and replaces an older one.
+
+    `state` and `scalar_head` are state dicts; `files` are copied in under their names (the tokenizer, say).
+    """
+    directory = Path(directory)
+    staging = directory.with_name(f".{directory.name}.writing")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    save_file(_plain(state), staging / WEIGHTS)
+    if scalar_head is not None:
+        save_file(_plain(scalar_head), staging / SCALAR_HEAD)
+    for name, source in (files or {}).items():
+        shutil.copyfile(source, staging / name)
+    content = {"format": "dramatis-1", "model": config.model_dump()}
+    (staging / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+    for path in staging.iterdir():
+        _sync(path)
+    _sync(staging)
+    old = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
+    staging.rename(directory)
+    _sync(directory.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_config(directory: str | Path) -> ModelConfig:
+    """The architecture of a model directory."""
+    path = Path(directory) / CONFIG
+    if not path.is_file():
+        raise WeightsError(f"{path} does not exist: {directory} is not a finished model directory")
+    try:
+        return ModelConfig.model_validate_json(json.dumps(json.loads(path.read_text())["model"]))
+    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        raise WeightsError(f"{path} is not a model config of this project: {error}") from error
+
+
+def load_model(
+    directory: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    attention: Backend = "auto",
+) -> Transformer:
+    """The transformer of a model directory, in evaluation mode."""
+    config = load_config(directory)
+    with torch.device("meta"):
+        model = Transformer(config, attention)
+    state = _read(Path(directory) / WEIGHTS, {name: tuple(p.shape) for name, p in model.state_dict().items()})
+    model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in state.items()}, assign=True)
+    return model.eval()
+
+
+def load_scorer(
+    directory: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Transformer, ScalarHead]:
+    """Trunk and scalar head of a trained scorer."""
+    model = load_model(directory, device, dtype)
+    head = ScalarHead(model.config.d_model)
+    state = _read(Path(directory) / SCALAR_HEAD, {name: tuple(p.shape) for name, p in head.state_dict().items()})
+    head.load_state_dict(state)
+    return model, head.to(device, dtype).eval()
+
+
+def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def _read(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, checked against the names and shapes the config asks for."""
+    if not path.is_file():
+        raise WeightsError(f"{path} does not exist")
+    try:
+        state: dict[str, Any] = load_file(path)
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is damaged: {error}") from error
+    missing, extra = sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys())
+    if missing or extra:
+        raise WeightsError(f"{path} does not fit its config: missing {missing[:5]}, unexpected {extra[:5]}")
+    for name, shape in shapes.items():
+        if tuple(state[name].shape) != shape:
+            raise WeightsError(f"{path}: {name} has shape {tuple(state[name].shape)}, the config says {shape}")
+    return state
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
