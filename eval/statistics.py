@@ -71,9 +71,7 @@ class Bootstrap:
             return Estimate(point, None, None, n, n_clusters, "none", self.confidence_level, method)
         return Estimate(point, low, high, n, n_clusters, method, self.confidence_level)
 
-    def _limits(
-        self, statistic: WeightedStatistic, n_clusters: int, n: int
-    ) -> tuple[float | None, float | None, str]:
+    def _limits(self, statistic: WeightedStatistic, n_clusters: int, n: int) -> tuple[float | None, float | None, str]:
         """Lower and upper limit and the method, or (None, None, why there is none)."""
         from scipy.stats import DegenerateDataWarning, bootstrap
 
@@ -102,7 +100,9 @@ class Bootstrap:
         low, high = np.quantile(usable_R, [tail, 1 - tail])
         return float(low), float(high), "percentile bootstrap over clusters"
 
-    def mean(self, values_N: Sequence[float] | FloatArray, clusters: Sequence[object] | None = None) -> Estimate:
+    def mean(
+        self, values_N: Sequence[float] | FloatArray, clusters: Sequence[object] | IntArray | None = None
+    ) -> Estimate:
         """Mean of `values_N`; `clusters` names the independent unit of each value (default: each its own)."""
         values = np.asarray(values_N, dtype=np.float64)
         return self.ratio(values, np.ones_like(values), clusters)
@@ -111,7 +111,7 @@ class Bootstrap:
         self,
         numerators_N: Sequence[float] | FloatArray,
         denominators_N: Sequence[float] | FloatArray,
-        clusters: Sequence[object] | None = None,
+        clusters: Sequence[object] | IntArray | None = None,
     ) -> Estimate:
         """sum(numerators) / sum(denominators), such as nats over tokens; `n` is the sum of the denominators."""
         top, bottom = np.asarray(numerators_N, dtype=np.float64), np.asarray(denominators_N, dtype=np.float64)
@@ -130,7 +130,11 @@ class Bootstrap:
         return self.interval(statistic, top_C.size, round(float(bottom.sum())))
 
     def auc(
-        self, scores_N: FloatArray, labels_N: IntArray, clusters: Sequence[object], minus_N: FloatArray | None = None
+        self,
+        scores_N: FloatArray,
+        labels_N: IntArray,
+        clusters: Sequence[object] | IntArray,
+        minus_N: FloatArray | None = None,
     ) -> Estimate:
         """Area under the ROC curve, ties counted half; with `minus_N` the AUC of `scores_N` less that of `minus_N`."""
         labels = np.asarray(labels_N)
@@ -218,11 +222,14 @@ def minimum_detectable_effect(
     return float(norm.ppf(1 - significance / 2) + norm.ppf(power)) * standard_error
 
 
-def cluster_index(clusters: Sequence[object] | None, n: int) -> tuple[IntArray, int]:
-    """Number the clusters 0..C-1 in order of first appearance: the index of each value's cluster, and C."""
+def cluster_index(clusters: Sequence[object] | IntArray | None, n: int) -> tuple[IntArray, int]:
+    """Number the clusters 0..C-1: the index of each value's cluster, and C."""
     if clusters is None:
         return np.arange(n), n
     assert len(clusters) == n
+    if isinstance(clusters, np.ndarray):
+        found, index_N = np.unique(clusters, return_inverse=True)
+        return index_N, found.size
     numbers: dict[object, int] = {}
     index_N = np.fromiter((numbers.setdefault(cluster, len(numbers)) for cluster in clusters), np.int64, n)
     return index_N, len(numbers)

@@ -15,7 +15,16 @@ from model.transformer import Transformer
 @pytest.fixture(scope="module")
 def model() -> Transformer:
     config = ModelConfig(
-        vocab_size=50, d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, d_head=8, d_ff=32, layers="SG", window=4
+        vocab_size=50,
+        d_model=16,
+        n_layers=2,
+        n_heads=2,
+        n_kv_heads=1,
+        d_head=8,
+        d_ff=32,
+        layers="SG",
+        window=4,
+        max_length=64,
     )
     return Transformer(config, seed=1).eval()
 
@@ -37,8 +46,10 @@ def alone(model: Transformer, prompt: list[int], reply: list[int]) -> np.ndarray
 
 def test_reply_logprobs_equal_those_of_each_sequence_alone(model: Transformer) -> None:
     rng = np.random.default_rng(0)
-    items = [(rng.integers(5, 50, rng.integers(1, 9)).tolist(), rng.integers(5, 50, rng.integers(1, 6)).tolist())
-             for _ in range(11)]
+    items = [
+        (rng.integers(5, 50, rng.integers(1, 9)).tolist(), rng.integers(5, 50, rng.integers(1, 6)).tolist())
+        for _ in range(11)
+    ]
     seen: list[tuple[int, int]] = []
     found = reply_logprobs(model, items, batch_tokens=30, on_progress=lambda done, total: seen.append((done, total)))
     for (prompt, reply), logprobs in zip(items, found, strict=True):
