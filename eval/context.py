@@ -1,4 +1,4 @@
-"""Held-out contexts to reply to, and the replies that models give: shared by ranking, preference, quality and samples."""
+"""Held-out contexts to reply to and the replies models give: shared by ranking, preference, quality and samples."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from data.dialogue import Dialogue, Message, decode_reply, encode_prompt, encode_reply
 from data.tokenizer import DialogueTokenizer
+from numpy.typing import NDArray
+
 from model.generate import Sampling, generate
 from model.transformer import Transformer
-from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 NARRATOR = "narrator"

@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from data.batch import PackedBatch, collate
 from data.shards import PackedDataset
-from model.attention_ops import Documents
-from model.scalar_head import ScalarHead
-from model.transformer import Transformer
 from numpy.typing import NDArray
 from recipes.loader import Section
 
 from eval.ngram import rows_for_tokens
 from eval.scoring import OnProgress, sigmoid, silent
 from eval.statistics import Bootstrap, proportion
+from model.attention_ops import Documents
+from model.scalar_head import ScalarHead
+from model.transformer import Transformer
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -109,7 +109,7 @@ def score_turns(
 def binned_rate(
     train_features: Sequence[IntArray], train_label_N: IntArray, features: Sequence[IntArray]
 ) -> FloatArray:
-    """Predict the training rate of the label in the feature's quantile bin (or cell of bins), smoothed to the base rate.
+    """Predict the label's training rate in the feature's quantile bin (or cell of bins), smoothed to the base rate.
 
     A baseline without a shape of its own: it can use any dependence on length or turn, rising, falling or neither.
     """

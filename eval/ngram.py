@@ -86,8 +86,8 @@ class AddOneBigram:
 class KneserNeyBigram:
     """Interpolated Kneser-Ney: max(count(a, b) - d, 0) / count(a) + d types(a, .) / count(a) * p_continuation(b).
 
-    The continuation distribution (in how many contexts b was seen) is itself discounted and interpolated with the uniform
-    one, so every token of the vocabulary has a positive probability.
+    The continuation distribution (in how many contexts b was seen) is itself discounted and interpolated with the
+    uniform one, so every token of the vocabulary has a positive probability.
     """
 
     def __init__(self, pairs: PairCounts) -> None:
@@ -124,7 +124,7 @@ def _discount(counts: NDArray[np.int64] | FloatArray) -> float:
 
 
 def counted_pairs(dataset: PackedDataset, n_rows: int | None = None) -> Iterator[tuple[IntArray, IntArray]]:
-    """(previous token, target) at the positions of the first `n_rows` rows that the transformer is trained and scored on."""
+    """(previous token, target) where the transformer is trained and scored, in the first `n_rows` rows."""
     end = dataset.n_rows if n_rows is None else min(n_rows, dataset.n_rows)
     for start in range(0, end, ROWS_PER_CHUNK):
         batch = collate(dataset, np.arange(start, min(start + ROWS_PER_CHUNK, end)))

@@ -9,19 +9,19 @@ import torch
 from data.batch import PackedBatch, collate
 from data.shards import PackedDataset
 from data.tokenizer import DialogueTokenizer
-from model.attention_ops import Documents
-from model.transformer import Transformer
 from numpy.typing import NDArray
 from recipes.loader import Section
 
 from eval.ngram import rows_for_tokens
 from eval.scoring import OnProgress, silent, target_logprobs
 from eval.statistics import Bootstrap, Estimate
+from model.attention_ops import Documents
+from model.transformer import Transformer
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-# Every target has exactly one role. `control` is what the prompt supplies: the <|message|> token and the speaker's name.
+# Every target has exactly one role. `control` is what the prompt supplies: <|message|> and the speaker's name.
 ROLES = ("character", "partner", "control")
 CHARACTER, PARTNER, CONTROL = range(3)
 TURN_BINS = ((1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 10**9))

@@ -1,21 +1,21 @@
 """The scorer's verdict on one model's replies against another's, with what would make that verdict empty beside it.
 
-The scorer is the proxy that preference training climbed. A win here shows that training did what it was told; length bias,
-drift from the reference and the share of wins are reported with it because they tell when the proxy was climbed too far.
+The scorer is the proxy that preference training climbed. A win here shows that training did what it was told; length
+bias, drift from the reference and the share of wins stand beside it: they tell when the proxy was climbed too far.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from model.scalar_head import ScalarHead
-from model.transformer import Transformer
 from numpy.typing import NDArray
 from recipes.loader import Section
 
 from eval.context import Reply, ReplyContext
 from eval.scoring import OnProgress, reply_logprobs, score_conversations, sigmoid, silent
 from eval.statistics import Bootstrap, minimum_detectable_effect, paired_tests
+from model.scalar_head import ScalarHead
+from model.transformer import Transformer
 
 FloatArray = NDArray[np.float64]
 
@@ -81,7 +81,7 @@ def drift(
 ) -> dict[str, Any]:
     """How much more probable `model` finds these replies than `against` does, in nats a reply and a token.
 
-    On replies sampled from `model` at temperature 1 with nothing cut, the mean is an unbiased estimate of KL(model || against).
+    On replies sampled from `model` at temperature 1 with nothing cut, the mean estimates KL(model || against).
     """
     items = [(context.prompt, reply.tokens) for context, reply in zip(contexts, replies, strict=True)]
     # A cut reply did not draw its <|end|>: that token is no sample of the model.

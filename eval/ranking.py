@@ -7,17 +7,17 @@ from typing import Any, Literal
 import numpy as np
 from data.dialogue import encode_prompt
 from data.tokenizer import DialogueTokenizer
-from model.transformer import Transformer
 from numpy.typing import NDArray
 from recipes.loader import Section
 
 from eval.context import ReplyContext
 from eval.scoring import OnProgress, reply_logprobs, silent
 from eval.statistics import Bootstrap
+from model.transformer import Transformer
 
 FloatArray = NDArray[np.float64]
 
-# The score of a candidate: mean or summed log-probability, or the gain in log-probability a token that the context brings.
+# The score of a candidate: mean or summed log-probability, or the gain a token that the context brings.
 SCORES = ("mean_logprob", "sum_logprob", "context_gain")
 
 

@@ -1,14 +1,15 @@
-"""Log-probabilities of replies and scores of whole conversations, batched by length so that little is spent on padding."""
+"""Log-probabilities of replies and scores of conversations, batched by length so that little is spent on padding."""
 
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
 from model.attention_ops import Documents
 from model.scalar_head import ScalarHead
 from model.transformer import Transformer
-from numpy.typing import NDArray
-from torch import Tensor
 
 FloatArray = NDArray[np.float64]
 OnProgress = Callable[[int, int], None]  # items done, items in all

@@ -1,8 +1,8 @@
 """Error bars: bootstrap over independent units, tests for paired replies and ranking statistics.
 
-Tokens of a document and turns of a dialogue depend on each other, so every interval here resamples *clusters* (documents,
-dialogues) and never the single values. A statistic is written once, as a function of how often each cluster was drawn, and
-`scipy.stats.bootstrap` does the resampling.
+Tokens of a document and turns of a dialogue depend on each other, so every interval here resamples *clusters*
+(documents, dialogues) and never the single values. A statistic is written once, as a function of how often each cluster
+was drawn, and `scipy.stats.bootstrap` does the resampling.
 """
 
 import math
@@ -59,7 +59,7 @@ class Bootstrap:
     def interval(self, statistic: WeightedStatistic, n_clusters: int, n: int) -> Estimate:
         """BCa interval of `statistic` over clusters; `n` is the number of single values (for the record).
 
-        The percentile interval takes its place, and is named in `method`, where BCa is undefined (no spread on one side).
+        Where BCa is undefined (no spread on one side) the percentile interval takes its place, named in `method`.
         """
         point = _finite(float(statistic(np.ones((1, n_clusters)))[0]))
         if point is None:
@@ -212,7 +212,7 @@ def paired_tests(differences_N: Sequence[float] | FloatArray) -> PairedTests:
 def minimum_detectable_effect(
     values_N: Sequence[float] | FloatArray, power: float = 0.8, significance: float = 0.05
 ) -> float | None:
-    """Smallest true shift of the mean of `values_N` that a two-sided z-test of this size finds with probability `power`."""
+    """Smallest true shift of the mean that a two-sided z-test on `values_N` finds with probability `power`."""
     from scipy.stats import norm
 
     values = np.asarray(values_N, dtype=np.float64)

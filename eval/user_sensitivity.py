@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from data.dialogue import encode_prompt
 from data.tokenizer import DialogueTokenizer
-from model.transformer import Transformer
 from numpy.typing import NDArray
 from recipes.loader import Section
 
 from eval.context import ReplyContext
 from eval.scoring import OnProgress, next_token_logprobs, silent
 from eval.statistics import Bootstrap
+from model.transformer import Transformer
 
 FloatArray = NDArray[np.float64]
 MAX_DISTANCE = 4
@@ -81,13 +81,14 @@ def evaluate_user_sensitivity(
         ).numpy()
         base = logprob_BV[[number for number, *_ in changes]].astype(np.float64)
         kl_N = kl_divergence(base, logprob_BV[len(contexts) :].astype(np.float64))
-        result[name] = _summarise(changes, kl_N, bootstrap)
+        result[name] = summarise_changes(changes, kl_N, bootstrap)
     return result
 
 
-def _summarise(
+def summarise_changes(
     changes: Sequence[tuple[int, int, str, tuple[int, ...]]], kl_N: FloatArray, bootstrap: Bootstrap
 ) -> dict[str, Any]:
+    """Mean KL by side and by distance; `kl_N` belongs to `changes`, one value each."""
     context_N = np.array([number for number, *_ in changes], dtype=np.int64)
     distance_N = np.array([distance for _, distance, *_ in changes], dtype=np.int64)
     user_N = np.array([side == "user" for _, _, side, _ in changes], dtype=bool)

@@ -1,12 +1,14 @@
 """Tests of eval/ngram.py: against plain Python over dictionaries, and as distributions that sum to one."""
 
+import itertools
 from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
-from eval.ngram import NGRAM_MODELS, AddOneBigram, KneserNeyBigram, PairCounts, Unigram
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from eval.ngram import NGRAM_MODELS, AddOneBigram, KneserNeyBigram, PairCounts, Unigram
 
 VOCAB = 9
 tokens = st.integers(0, VOCAB - 1)
@@ -91,7 +93,7 @@ def test_kneser_ney_beats_add_one_on_sparse_pairs() -> None:
     chain = [0]
     for _ in range(600):
         chain.append(int(follow[chain[-1], rng.integers(0, 2)]))
-    pairs = list(zip(chain[:-1], chain[1:], strict=True))
+    pairs = list(itertools.pairwise(chain))
     counted = count(pairs[:120])
     previous, target = (np.array(column) for column in zip(*pairs[120:], strict=True))
     losses = {n: -np.log(build(counted).probabilities(previous, target)).mean() for n, build in NGRAM_MODELS.items()}

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from eval.scoring import batches_by_length, next_token_logprobs, reply_logprobs, score_conversations, sigmoid
 from hypothesis import given
 from hypothesis import strategies as st
+
+from eval.scoring import batches_by_length, next_token_logprobs, reply_logprobs, score_conversations, sigmoid
 from model.attention_ops import Documents
 from model.config import ModelConfig
 from model.scalar_head import ScalarHead

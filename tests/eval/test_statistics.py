@@ -5,6 +5,9 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from eval.statistics import (
     Bootstrap,
     cluster_index,
@@ -12,8 +15,6 @@ from eval.statistics import (
     paired_tests,
     proportion,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 FAST = Bootstrap(n_resamples=300, seed=3)
 
