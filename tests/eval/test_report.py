@@ -91,8 +91,8 @@ def random_report(seed: int = 0) -> dict[str, Any]:
     samples = [
         {
             "character": "Alex",
-            "context": [{"speaker": "Sam", "text": HOSTILE if i == 0 else "Hey, what do you do on rainy days?"},
-                        {"speaker": "Alex", "text": "mostly i read"}, {"speaker": "Sam", "text": "what was the last one?"}],
+            "context": [{"speaker": "Sam", "text": HOSTILE if i == 0 else "what do you do on rainy days?"},
+                        {"speaker": "Alex", "text": "mostly i read"}, {"speaker": "Sam", "text": "which one?"}],
             "replies": [
                 {"system": name, "text": replies[i].text, "finished": replies[i].finished, "probability": 0.7}
                 for name, replies in systems.items()
