@@ -62,14 +62,20 @@ class Documents:
     def mask_B1LL(self, window: int | None) -> Tensor:
         """True where a query of a row sees a key of the same row: same document, not later, inside the window."""
         if window not in self._masks:
-            row = self.row_length or self.n_tokens
+            assert self.row_length is not None
+            row = self.row_length
             document_BL = self.document_T.view(-1, row)
-            distance_LL = torch.arange(row, device=self.lengths.device)
-            distance_LL = distance_LL[:, None] - distance_LL[None, :]
-            visible_LL = (distance_LL >= 0) if window is None else (distance_LL >= 0) & (distance_LL < window)
+            visible_LL = self.window_mask_LL(row, window or row)
             same_BLL = document_BL[:, :, None] == document_BL[:, None, :]
             self._masks[window] = (same_BLL & visible_LL)[:, None]
         return self._masks[window]
+
+
+    def window_mask_LL(self, length: int, window: int) -> Tensor:
+        """True where a query sees a key by distance alone: not later, fewer than `window` tokens back."""
+        place_L = torch.arange(length, device=self.lengths.device)
+        distance_LL = place_L[:, None] - place_L[None, :]
+        return (distance_LL >= 0) & (distance_LL < window)
 
 
 AttentionOp = Callable[[Tensor, Tensor, Tensor, Documents, "int | None"], Tensor]
@@ -92,19 +98,33 @@ def reference_attention(
 
 
 def sdpa_attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: Documents, window: int | None) -> Tensor:
-    """PyTorch's own kernel, one row of packed documents a batch entry, with an explicit mask."""
-    row = documents.row_length or documents.n_tokens
+    """PyTorch's own kernel; a batch entry is a row of packed documents, or a padded document without rows."""
+    row = documents.row_length or documents.max_length
     window = window if window is not None and window < row else None
-    q_BHLK, k_BGLK, v_BGLK = (x.unflatten(0, (-1, row)).transpose(1, 2) for x in (q_THK, k_TGK, v_TGK))
+    if documents.row_length is None:
+        place_T = documents.document_T * row + documents.positions_T
+        q_RHK, k_RGK, v_RGK = (_padded(x, place_T, len(documents.lengths) * row) for x in (q_THK, k_TGK, v_TGK))
+        # padding comes after every token of its document, so causality alone hides it
+        mask = None if window is None else documents.window_mask_LL(row, window)
+    else:
+        q_RHK, k_RGK, v_RGK, mask = q_THK, k_TGK, v_TGK, documents.mask_B1LL(window)
+    q_BHLK, k_BGLK, v_BGLK = (x.unflatten(0, (-1, row)).transpose(1, 2) for x in (q_RHK, k_RGK, v_RGK))
+    is_mqa = k_BGLK.shape[1] == 1
     out_BHLK = F.scaled_dot_product_attention(
         q_BHLK,
-        k_BGLK.expand(-1, q_BHLK.shape[1], -1, -1) if k_BGLK.shape[1] == 1 else k_BGLK,
-        v_BGLK.expand(-1, q_BHLK.shape[1], -1, -1) if v_BGLK.shape[1] == 1 else v_BGLK,
-        attn_mask=documents.mask_B1LL(window),
+        k_BGLK.expand(-1, q_BHLK.shape[1], -1, -1) if is_mqa else k_BGLK,
+        v_BGLK.expand(-1, q_BHLK.shape[1], -1, -1) if is_mqa else v_BGLK,
+        attn_mask=mask,
+        is_causal=mask is None,
         scale=1.0,
-        enable_gqa=k_BGLK.shape[1] > 1,
+        enable_gqa=not is_mqa,
     )
-    return out_BHLK.transpose(1, 2).flatten(0, 1)
+    out_RHK = out_BHLK.transpose(1, 2).flatten(0, 1)
+    return out_RHK if documents.row_length is not None else out_RHK[place_T]
+
+
+def _padded(x_THK: Tensor, place_T: Tensor, n_places: int) -> Tensor:
+    return x_THK.new_zeros(n_places, *x_THK.shape[1:]).index_copy(0, place_T, x_THK)
 
 
 def flash_attention_4(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: Documents, window: int | None) -> Tensor:

@@ -16,11 +16,14 @@ from model.attention_ops import AttentionBackendError, Documents, choose_backend
     window=st.one_of(st.none(), st.integers(1, 12)),
     n_kv_heads=st.sampled_from([1, 2]),
     seed=st.integers(0, 99),
+    in_rows=st.booleans(),
 )
-def test_sdpa_equals_reference(rows: list[list[int]], window: int | None, n_kv_heads: int, seed: int) -> None:
+def test_sdpa_equals_reference(
+    rows: list[list[int]], window: int | None, n_kv_heads: int, seed: int, in_rows: bool
+) -> None:
     row_length = max(max(sum(row) for row in rows), 1)
     lengths = [length for row in rows for length in (*row, row_length - sum(row))]
-    documents = Documents.from_lengths(lengths, row_length)
+    documents = Documents.from_lengths(lengths, row_length if in_rows else None)
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (
         torch.randn(sum(lengths), heads, 8, generator=generator, dtype=torch.float64).requires_grad_()

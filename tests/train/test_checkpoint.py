@@ -1,0 +1,97 @@
+"""Checkpoints are whole or absent, damage is found by hash, and the one before it is used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from data.sampler import DataPosition
+from train.checkpoint import CheckpointError, Checkpoints, CheckpointState, damage
+from train.engine import World
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def state(step: int) -> CheckpointState:
+    return CheckpointState(step, DataPosition(seed=1, epoch=0, tokens_consumed=step * 8, fingerprint="f"), 1)
+
+
+def write(staging: Path) -> None:
+    (staging / "optimizer").mkdir()
+    (staging / "optimizer" / "state.pt").write_bytes(bytes(range(200)))
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Checkpoints:
+    return Checkpoints(tmp_path / "checkpoints", keep=2, world=ALONE, console=Console(quiet=True))
+
+
+def test_newest_of_a_bounded_number(checkpoints: Checkpoints) -> None:
+    assert checkpoints.newest() is None
+    for step in (5, 10, 15):
+        checkpoints.save(state(step), write)
+    found = checkpoints.newest()
+    assert found is not None
+    assert found[1] == state(15)
+    names = sorted(path.name for path in checkpoints.directory.iterdir())
+    assert names == ["latest", "step_00000010", "step_00000015"]
+    assert (checkpoints.directory / "latest").read_text() == "step_00000015\n"
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "remove", "manifest"])
+def test_a_damaged_checkpoint_is_passed_over(checkpoints: Checkpoints, harm: str) -> None:
+    for step in (5, 10):
+        checkpoints.save(state(step), write)
+    newest = checkpoints.directory / "step_00000010"
+    file = newest / "optimizer" / "state.pt"
+    content = bytearray(file.read_bytes())
+    if harm == "flip":
+        content[77] ^= 1
+        file.write_bytes(content)
+    elif harm == "truncate":
+        file.write_bytes(content[:50])
+    elif harm == "remove":
+        file.unlink()
+    else:
+        (newest / "manifest.json").write_text("{")
+    assert damage(newest) is not None
+    found = checkpoints.newest()
+    assert found is not None
+    assert found[1].step == 5
+
+
+def test_all_damaged_is_an_error(checkpoints: Checkpoints) -> None:
+    checkpoints.save(state(5), write)
+    (checkpoints.directory / "step_00000005" / "optimizer" / "state.pt").unlink()
+    with pytest.raises(CheckpointError, match="every checkpoint"):
+        checkpoints.newest()
+
+
+def test_a_write_that_fails_leaves_the_old_checkpoint(checkpoints: Checkpoints) -> None:
+    checkpoints.save(state(5), write)
+
+    def full_disk(staging: Path) -> None:
+        write(staging)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        checkpoints.save(state(10), full_disk)
+    found = checkpoints.newest()
+    assert found is not None
+    assert found[1].step == 5
+    assert not list(checkpoints.directory.glob(".writing*"))
+
+
+def test_half_written_directories_are_never_read(checkpoints: Checkpoints) -> None:
+    checkpoints.save(state(5), write)
+    half = checkpoints.directory / ".writing_step_00000010"
+    write_into = half / "optimizer"
+    write_into.mkdir(parents=True)
+    found = checkpoints.newest()
+    assert found is not None
+    assert found[1].step == 5
+    checkpoints.save(state(10), write)
+    assert not half.exists()

@@ -1,0 +1,275 @@
+"""Direct preference optimisation on sampled and given pairs: `torchrun --standalone -m train.dpo RECIPE`."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from data.dialogue import encode_prompt, encode_reply
+from data.preferences import PreferencePair, read_hh_rlhf, read_pairs
+from data.tokenizer import DialogueTokenizer
+from pydantic import Field, PositiveFloat, PositiveInt
+from rich.console import Console
+from rich.progress import track
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from model.attention_ops import Documents
+from model.transformer import Transformer
+from recipes.loader import Section, parse_command_line
+from train.engine import World
+from train.loop import LoopError, Loss, Outcome, Stage, no_grad_sum
+from train.losses import dpo_loss, sequence_logprobs, token_logprobs
+from train.pairs import OnPolicyPairs, sample_pairs
+from train.stage import Job, LossModule, TrainingRecipe, load_trunk, run_stage, summarize
+
+
+class FilePairs(Section):
+    """Pairs from a file: our JSONL, or transcripts as in hh-rlhf (`Human:` / `Assistant:`), gzip allowed."""
+
+    kind: Literal["file"]
+    path: str
+    format: Literal["jsonl", "hh_rlhf"] = "jsonl"
+    max_pairs: PositiveInt | None = None
+
+
+Pairs = Annotated[OnPolicyPairs | FilePairs, Field(discriminator="kind")]
+
+
+class DPORecipe(TrainingRecipe):
+    """A preference run: the policy it starts from (also the reference), and where pairs come from."""
+
+    stage: Literal["dpo"]
+    init_from: str
+    data: str
+    pairs: Annotated[tuple[Pairs, ...], Field(min_length=1, strict=False)]
+    beta: PositiveFloat = 0.1
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    max_pair_tokens: PositiveInt
+    """Longest prompt + reply; a longer prompt loses its oldest messages, a pair that still does not fit is left out."""
+    heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """Token ids of a pair: the prompt ends where the character's text begins, each reply ends in `<|end|>`."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """Chosen and rejected sequences of B pairs, packed: the B chosen ones first, then the B rejected.
+
+    answer_T marks positions whose target belongs to a reply; sequence_T numbers the sequence of each token.
+    """
+
+    tokens_T: Tensor
+    targets_T: Tensor
+    answer_T: Tensor
+    sequence_T: Tensor
+    lengths: list[int]
+    reference_B: Tensor
+    """Reference log-probabilities of the 2B replies, in the same order."""
+
+
+@dataclass
+class PairRows:
+    """Preference pairs as numbered rows for the loop, with the reference's log-probabilities beside them."""
+
+    pairs: Sequence[EncodedPair]
+    reference_RB: np.ndarray = field(default_factory=lambda: np.zeros((2, 0), np.float32))
+    """Row 0: chosen, row 1: rejected; one column a pair."""
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.pairs)
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of the longest pair, both sides: a row is a pair here, and the loop counts rows."""
+        return max(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in self.pairs)
+
+    @property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for pair in self.pairs:
+            for part in (pair.prompt, pair.chosen, pair.rejected):
+                digest.update(np.array([len(part), *part], np.int64).tobytes())
+        return digest.hexdigest()
+
+    def collate(self, rows: np.ndarray) -> PairBatch:
+        """Pack these pairs: targets are the next tokens, and only reply tokens count."""
+        chosen = [(self.pairs[row].prompt, self.pairs[row].chosen) for row in rows]
+        rejected = [(self.pairs[row].prompt, self.pairs[row].rejected) for row in rows]
+        tokens, targets, answer, sequence, lengths = [], [], [], [], []
+        for number, (prompt, reply) in enumerate([*chosen, *rejected]):
+            whole = [*prompt, *reply]
+            tokens += whole[:-1]
+            targets += whole[1:]
+            answer += [False] * (len(prompt) - 1) + [True] * len(reply)
+            sequence += [number] * (len(whole) - 1)
+            lengths.append(len(whole) - 1)
+        reference_B = torch.from_numpy(self.reference_RB[:, rows].reshape(-1)) if self.reference_RB.size else None
+        return PairBatch(
+            torch.tensor(tokens), torch.tensor(targets), torch.tensor(answer), torch.tensor(sequence), lengths,
+            torch.zeros(2 * len(rows)) if reference_B is None else reference_B,
+        )  # fmt: skip
+
+
+def encode_pairs(pairs: Sequence[PreferencePair], tokenizer: DialogueTokenizer, max_tokens: int) -> list[EncodedPair]:
+    """Token ids of the pairs that fit `max_tokens`; a prompt is cut at message boundaries, oldest first."""
+    encoded = []
+    for pair in pairs:
+        chosen, rejected = encode_reply(tokenizer, pair.chosen), encode_reply(tokenizer, pair.rejected)
+        room = max_tokens - max(len(chosen), len(rejected))
+        for first in range(len(pair.messages) + 1):
+            prompt = encode_prompt(tokenizer, pair.messages[first:], pair.character)
+            if len(prompt) <= room:
+                encoded.append(EncodedPair(prompt, chosen, rejected))
+                break
+    return encoded
+
+
+def reply_logprobs(trunk: Transformer, batch: PairBatch) -> Tensor:
+    """Log-probabilities of the 2B replies of a batch, float32: one forward for both sides."""
+    device = trunk.embed_tokens.weight.device
+    places_T = batch.answer_T.nonzero()[:, 0].to(device)
+    hidden_TD = trunk(batch.tokens_T.to(device), Documents.from_lengths(batch.lengths, device=device))
+    logprobs_T = token_logprobs(trunk, hidden_TD[places_T], batch.targets_T.to(device)[places_T])
+    return sequence_logprobs(logprobs_T, batch.sequence_T.to(device)[places_T], len(batch.lengths))
+
+
+def preference_loss(module: LossModule, batch: PairBatch, beta: float, label_smoothing: float) -> Loss:
+    """The DPO loss of a batch and, beside it, what to watch: accuracy, margin, and both sides' drift."""
+    policy_B = reply_logprobs(module.trunk, batch)
+    reference_B = batch.reference_B.to(policy_B.device)
+    chosen_B, rejected_B = policy_B.chunk(2)
+    reference_chosen_B, reference_rejected_B = reference_B.chunk(2)
+    loss, margin_B = dpo_loss(chosen_B, rejected_B, reference_chosen_B, reference_rejected_B, beta, label_smoothing)
+    with torch.no_grad():
+        sums = {
+            "accuracy": (margin_B > 0).float().sum() + 0.5 * (margin_B == 0).float().sum(),
+            "margin": margin_B.sum(),
+            "chosen_drift": (chosen_B - reference_chosen_B).sum(),
+            "rejected_drift": (rejected_B - reference_rejected_B).sum(),
+        }
+    return Loss(loss, sums)
+
+
+@torch.no_grad()
+def add_reference(
+    rows: PairRows, trunk: Transformer, model_key: str, folder: Path, world: World, console: Console
+) -> None:
+    """Fill in the reference's log-probabilities: computed once per (pairs, model), kept in `folder`."""
+    key = hashlib.sha256(f"{rows.fingerprint}:{model_key}".encode()).hexdigest()[:24]
+    path = folder / f"reference_{key}.safetensors"
+    if not path.exists():
+        trunk.eval()
+        parts = [np.arange(at, min(at + 16, rows.n_rows)) for at in range(0, rows.n_rows, 16)][world.rank :: world.size]
+        values_RB = np.zeros((2, rows.n_rows), np.float32)
+        for part in track(parts, "reference log-probabilities", console=console, disable=not console.is_terminal):
+            values_RB[:, part] = reply_logprobs(trunk, rows.collate(part)).float().cpu().numpy().reshape(2, -1)
+        trunk.train()
+        if world.size > 1:
+            total = torch.from_numpy(values_RB).to(world.device)
+            torch.distributed.all_reduce(total)
+            values_RB = total.cpu().numpy()
+        if world.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            staging = folder / f".{path.name}"
+            save_file({"reference_RB": values_RB}, staging)
+            staging.rename(path)
+        world.barrier()
+    rows.reference_RB = load_file(path)["reference_RB"]
+
+
+def collect_pairs(
+    recipe: DPORecipe, policy: Transformer, tokenizer: DialogueTokenizer, world: World, console: Console
+) -> list[PreferencePair]:
+    """The pairs of every source of the recipe, in the recipe's order."""
+    pairs: list[PreferencePair] = []
+    for number, source in enumerate(recipe.pairs):
+        if isinstance(source, OnPolicyPairs):
+            folder = Path(recipe.run_dir) / "pairs" / str(number)
+            pairs += sample_pairs(source, policy, Path(recipe.data), tokenizer, recipe.seed, folder, world, console)
+        else:
+            read = read_hh_rlhf(source.path) if source.format == "hh_rlhf" else read_pairs(source.path)
+            pairs += read[: source.max_pairs]
+            console.print(f"{len(read[: source.max_pairs])} pairs from {source.path}", highlight=False)
+    return pairs
+
+
+def prepare(recipe: DPORecipe, world: World, console: Console) -> Job:
+    """Pairs, reference and model of a preference run."""
+    trunk = load_trunk(recipe.init_from, recipe.attention)
+    dtype = torch.bfloat16 if recipe.engine.precision == "bfloat16" else torch.float32
+    trunk.to(world.device, dtype)
+    source = Path(recipe.init_from) / "model"
+    tokenizer = DialogueTokenizer.load(source)
+    pairs = collect_pairs(recipe, trunk, tokenizer, world, console)
+    encoded = encode_pairs(pairs, tokenizer, recipe.max_pair_tokens)
+    console.print(f"{len(encoded)} of {len(pairs)} pairs fit {recipe.max_pair_tokens} tokens", highlight=False)
+    n_heldout = round(len(encoded) * recipe.heldout_fraction)
+    if min(n_heldout, len(encoded) - n_heldout) < world.size:
+        raise LoopError(f"{len(encoded)} pairs are too few to train on and hold {recipe.heldout_fraction:.0%} out")
+    shuffled = np.random.default_rng(recipe.seed).permutation(len(encoded))
+    heldout, rows = (PairRows([encoded[i] for i in part]) for part in np.split(shuffled, [n_heldout]))
+    model_key = hashlib.sha256((source / "model.safetensors").read_bytes()).hexdigest() + recipe.engine.precision
+    for part in (rows, heldout):
+        add_reference(part, trunk, model_key, Path(recipe.run_dir) / "reference", world, console)
+
+    step = recipe.loop.rows_per_micro_batch
+    parts = [np.arange(at, min(at + step, heldout.n_rows)) for at in range(0, heldout.n_rows, step)]
+    batches = [heldout.collate(part) for part in parts[world.rank :: world.size]]
+    return Job(
+        module=LossModule(trunk, lambda m, batch: preference_loss(m, batch, recipe.beta, recipe.label_smoothing)),
+        stage=Stage(
+            rows=rows,
+            collate=rows.collate,
+            count=lambda batch: len(batch.lengths) // 2,
+            evaluate=lambda engine: no_grad_sum(engine, batches, lambda batch: len(batch.lengths) // 2),
+        ),
+        tokenizer=source / "tokenizer.model",
+        finish=lambda engine, outcome, console: _finish(outcome, rows, heldout),
+    )
+
+
+def _finish(outcome: Outcome, rows: PairRows, heldout: PairRows) -> tuple[str, dict[str, Any]]:
+    """Held-out accuracy beside what reply length alone would score: the commonest thing a policy learns instead."""
+    longer = [
+        0.5 if len(pair.chosen) == len(pair.rejected) else float(len(pair.chosen) > len(pair.rejected))
+        for pair in heldout.pairs
+    ]
+    accuracy, by_length = outcome.last_evaluation["heldout_accuracy"], float(np.mean(longer))
+    by_length = max(by_length, 1 - by_length)
+    figures = {
+        **outcome.last_evaluation,
+        "heldout_length_only_accuracy": by_length,
+        "training_pairs": rows.n_rows,
+        "heldout_pairs": heldout.n_rows,
+    }
+    return f"held-out pair accuracy {accuracy:.3f} of {heldout.n_rows} (length alone {by_length:.3f})", figures
+
+
+def main() -> int:
+    """Entry point."""
+    command = parse_command_line(DPORecipe, description=__doc__)
+    recipe: DPORecipe = command.recipe
+    inputs = {"init_from": recipe.init_from, "data": recipe.data}
+    for number, source in enumerate(recipe.pairs):
+        inputs[f"pairs.{number}"] = source.scorer if isinstance(source, OnPolicyPairs) else source.path
+    summary = summarize(recipe, recipe.data)
+    return run_stage(command, inputs, lambda world, console: prepare(recipe, world, console), summary)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

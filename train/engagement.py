@@ -1,0 +1,119 @@
+"""Train the engagement scorer, P(the partner writes again): `torchrun --standalone -m train.engagement RECIPE`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from data.batch import PackedBatch
+from pydantic import PositiveInt
+from rich.console import Console
+from scipy.stats import mannwhitneyu
+
+from model.scalar_head import ScalarHead
+from recipes.loader import parse_command_line
+from train.engine import Engine, World
+from train.loop import Loss, Outcome
+from train.losses import continuation_loss
+from train.stage import (
+    Job,
+    LossModule,
+    TrainingRecipe,
+    documents_of,
+    load_trunk,
+    open_data,
+    packed_stage,
+    run_stage,
+    summarize,
+)
+
+
+class EngagementRecipe(TrainingRecipe):
+    """A scorer run: the trunk it starts from, and dialogues whose turns carry labels."""
+
+    stage: Literal["engagement"]
+    init_from: str
+    data: str
+    evaluation_rows: PositiveInt
+
+
+def scores(module: LossModule, batch: PackedBatch) -> torch.Tensor:
+    """score_T: the logit of "the partner writes again" at every position."""
+    assert module.head is not None
+    device = module.trunk.embed_tokens.weight.device
+    return module.head(module.trunk(batch.tokens_T.to(device), documents_of(batch, device)))
+
+
+def scorer_loss(module: LossModule, batch: PackedBatch) -> Loss:
+    """Binary cross-entropy at the last token of every character turn."""
+    score_T = scores(module, batch)
+    return Loss(continuation_loss(score_T, batch.label_T.to(score_T.device)))
+
+
+def n_labels(batch: PackedBatch) -> int:
+    """How many turns of a batch carry a label."""
+    return int((batch.label_T >= 0).sum())
+
+
+def roc_auc(score: np.ndarray, label: np.ndarray) -> float:
+    """Area under the ROC curve: the chance that a positive outranks a negative (Mann-Whitney U); nan with one class."""
+    positive, negative = score[label == 1], score[label == 0]
+    if not len(positive) or not len(negative):
+        return float("nan")
+    return float(mannwhitneyu(positive, negative).statistic / (len(positive) * len(negative)))
+
+
+def heldout_auc(engine: Engine, batches: list[PackedBatch]) -> float:
+    """AUC over the labelled turns of these batches, gathered from all ranks."""
+    engine.module.eval()
+    pairs = []
+    with torch.no_grad():
+        for batch in batches:
+            labelled_T = batch.label_T >= 0
+            assert isinstance(engine.module, LossModule)
+            score_T = scores(engine.module, batch).float().cpu()
+            pairs.append(torch.stack([score_T[labelled_T], batch.label_T[labelled_T].float()]))
+    engine.module.train()
+    mine = torch.cat(pairs, dim=1).numpy()
+    gathered: list[Any] = [mine] * engine.world.size
+    if engine.world.size > 1:
+        torch.distributed.all_gather_object(gathered, mine)
+    score, label = np.concatenate(gathered, axis=1)
+    return roc_auc(score, label)
+
+
+def prepare(recipe: EngagementRecipe, world: World) -> Job:
+    """Data and model of a scorer run."""
+    trunk = load_trunk(recipe.init_from, recipe.attention)
+    dataset, heldout = open_data(recipe.data, trunk.config)
+    head = ScalarHead(trunk.config.d_model)
+    stage = packed_stage(
+        dataset, heldout, recipe.evaluation_rows, recipe.loop.rows_per_micro_batch, world, n_labels,
+        extra=lambda engine, batches: {"heldout_auc": heldout_auc(engine, batches)},
+    )  # fmt: skip
+
+    def finish(engine: Engine, outcome: Outcome, console: Console) -> tuple[str, dict[str, Any]]:
+        auc, loss = (outcome.last_evaluation[name] for name in ("heldout_auc", "heldout_loss"))
+        return f"held-out AUC {auc:.3f}", {"heldout_auc": auc, "heldout_loss": loss}
+
+    return Job(
+        module=LossModule(trunk, scorer_loss, head),
+        stage=stage,
+        tokenizer=Path(recipe.init_from) / "model" / "tokenizer.model",
+        finish=finish,
+    )
+
+
+def main() -> int:
+    """Entry point."""
+    command = parse_command_line(EngagementRecipe, description=__doc__)
+    recipe: EngagementRecipe = command.recipe
+    inputs = {"init_from": recipe.init_from, "data": recipe.data}
+    return run_stage(command, inputs, lambda world, console: prepare(recipe, world), summarize(recipe, recipe.data))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

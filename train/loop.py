@@ -1,0 +1,205 @@
+"""The one training loop: evaluate? save? stop? -> micro-steps -> step -> schedule -> log."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from data.sampler import DataPosition, RowOrder
+from pydantic import NonNegativeInt, PositiveInt
+from torch import Tensor
+
+from recipes.loader import Section
+from train.checkpoint import Checkpoints, CheckpointState
+from train.engine import Engine, World
+from train.metrics import Metrics
+from train.schedule import Schedule
+
+
+class LoopConfig(Section):
+    """How long, how much at a time, and how often to look and to save. A row is `row_length` tokens (or one pair)."""
+
+    max_steps: PositiveInt
+    rows_per_step: PositiveInt
+    rows_per_micro_batch: PositiveInt
+    evaluate_every: PositiveInt
+    save_every: PositiveInt
+    keep: PositiveInt = 2
+    log_every: PositiveInt = 1
+    max_skipped_steps: NonNegativeInt = 10
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on."""
+
+
+class LoopError(ValueError):
+    """The loop's settings do not fit the number of ranks or the data."""
+
+
+class Batch(Protocol):
+    """What a stage's loss takes; the loop itself only counts its tokens."""
+
+    @property
+    def tokens_T(self) -> Tensor: ...
+
+
+class Rows(Protocol):
+    """Training data as numbered rows: a packed dataset, or pairs."""
+
+    @property
+    def n_rows(self) -> int: ...
+    @property
+    def row_length(self) -> int: ...
+    @property
+    def fingerprint(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss of one micro-batch as a sum, and other sums worth logging (divided by the same count)."""
+
+    total: Tensor
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What distinguishes one training stage from another.
+
+    collate turns row numbers into a batch; count says how many things its loss sums over (tokens, labels, pairs);
+    evaluate returns held-out figures, and is called on every rank.
+    """
+
+    rows: Rows
+    collate: Callable[[np.ndarray], Batch]
+    count: Callable[[Any], int]
+    evaluate: Callable[[Engine], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a loop ended: at its last step, or asked to stop before it."""
+
+    step: int
+    finished: bool
+    last_evaluation: dict[str, float]
+    skipped_steps: int
+
+
+def rows_of_rank(rows: np.ndarray, rows_per_micro_batch: int, world: World) -> list[np.ndarray]:
+    """This rank's micro-batches of a step's rows. The ranks' first micro-batches are the step's first rows, and so on,
+
+    so the step's rows, and their order, are the same for every number of ranks.
+    """
+    return list(rows.reshape(-1, world.size, rows_per_micro_batch)[:, world.rank])
+
+
+def train(
+    stage: Stage,
+    engine: Engine,
+    config: LoopConfig,
+    schedule: Schedule,
+    seed: int,
+    start: CheckpointState | None,
+    checkpoints: Checkpoints,
+    write_checkpoint: Callable[[Path], None],
+    metrics: Metrics | None,
+    should_stop: Callable[[], bool],
+    run_dir: Path,
+) -> Outcome:
+    """Train until `max_steps` or until any rank is asked to stop; the latter leaves a checkpoint to resume from."""
+    world, per_rank = engine.world, config.rows_per_micro_batch * engine.world.size
+    if config.rows_per_step % per_rank:
+        raise LoopError(
+            f"loop.rows_per_step={config.rows_per_step} is not a multiple of rows_per_micro_batch="
+            f"{config.rows_per_micro_batch} x {world.size} rank(s); change one of them"
+        )
+    order = RowOrder(stage.rows.n_rows, seed)
+    step, skipped, skipped_in_a_row = (start.step, start.skipped_steps, 0) if start else (0, 0, 0)
+    fresh, evaluation, clock, tokens_since_log = True, {}, time.perf_counter(), 0
+    while True:
+        is_last = step == config.max_steps
+        if (step % config.evaluate_every == 0 or is_last) and not (fresh and start):
+            evaluation = stage.evaluate(engine)
+            if metrics:
+                metrics.log(step, evaluation)
+            clock = time.perf_counter()
+        (n_stops,) = world.sum([float(should_stop())])
+        if (step % config.save_every == 0 or is_last or n_stops) and not (fresh and (start or not n_stops)):
+            position = position_after(step * config.rows_per_step, stage.rows, seed)
+            checkpoints.save(CheckpointState(step, position, world.size, skipped), write_checkpoint)
+            clock = time.perf_counter()
+        if is_last or n_stops:
+            return Outcome(step, is_last, evaluation or stage.evaluate(engine), skipped)
+
+        rows = order.rows(step * config.rows_per_step, config.rows_per_step)
+        batches = [stage.collate(part) for part in rows_of_rank(rows, config.rows_per_micro_batch, world)]
+        (count,) = world.sum([float(sum(stage.count(batch) for batch in batches))])
+        tokens_since_log += sum(len(batch.tokens_T) for batch in batches) * world.size
+        sums: dict[str, float] = {}
+        for batch in batches:
+            loss: Loss = engine.forward(batch)
+            for name, value in {"loss": loss.total, **loss.sums}.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+            # a loss that is not finite must make a gradient that is not finite: that step is then refused
+            poison = 1.0 if math.isfinite(sums["loss"]) else float("nan")
+            engine.accumulate(loss.total * (poison / max(count, 1)))
+        gradient_norm, taken = engine.step(schedule.multiplier(step, config.max_steps))
+        step, fresh = step + 1, False
+
+        skipped_in_a_row = 0 if taken else skipped_in_a_row + 1
+        skipped += not taken
+        if skipped_in_a_row > config.max_skipped_steps:
+            _give_up(run_dir, step, rows, skipped_in_a_row, world)
+        if step % config.log_every == 0 or not taken:
+            names = sorted(sums)
+            totals = world.sum([sums[name] for name in names])
+            if metrics:
+                seconds, clock = time.perf_counter() - clock, time.perf_counter()
+                values = {name: total / max(count, 1) for name, total in zip(names, totals, strict=True)}
+                values["lr"] = engine.peak_lr * schedule.multiplier(step - 1, config.max_steps)
+                values["gradient_norm"] = gradient_norm
+                values["tokens_per_second"] = tokens_since_log / seconds
+                tokens_since_log = 0
+                metrics.log(step, {**values, **({} if taken else {"skipped_steps": skipped})})
+
+
+def position_after(n_rows: int, rows: Rows, seed: int) -> DataPosition:
+    """The whole state of the data order after `n_rows` consumed rows."""
+    return DataPosition(seed, n_rows // rows.n_rows, n_rows * rows.row_length, rows.fingerprint)
+
+
+def _give_up(run_dir: Path, step: int, rows: np.ndarray, in_a_row: int, world: World) -> None:
+    path = run_dir / "bad_step.json"
+    if world.is_main:
+        path.write_text(json.dumps({"step": step, "rows": rows.tolist()}) + "\n")
+    raise TrainingError(
+        f"{in_a_row} steps in a row had a loss or gradient that is not finite, the last at step {step}; its data rows "
+        f"are in {path}. Lower optimizer.lr, or look at these rows; the weights of the last checkpoint are sound"
+    )
+
+
+def no_grad_sum(engine: Engine, batches: list[Any], count: Callable[[Any], int]) -> dict[str, float]:
+    """Mean loss (and other sums) of the module over batches, each rank taking its share of them."""
+    names: list[str] = []
+    totals: dict[str, float] = {}
+    counted = 0.0
+    engine.module.eval()
+    with torch.no_grad():
+        for batch in batches:
+            loss: Loss = engine.module(batch)
+            for name, value in {"loss": loss.total, **loss.sums}.items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+            counted += count(batch)
+    engine.module.train()
+    names = sorted(totals)
+    *sums, counted = engine.world.sum([*(totals[name] for name in names), counted])
+    return {f"heldout_{name}": total / max(counted, 1) for name, total in zip(names, sums, strict=True)}

@@ -1,0 +1,75 @@
+"""Supervised fine-tuning on one character's messages: `torchrun --standalone -m train.sft recipes/demo/sft.yaml`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from data.batch import PackedBatch
+from pydantic import PositiveInt
+from rich.console import Console
+
+from recipes.loader import parse_command_line
+from train.engine import Engine, World
+from train.loop import Loss, Outcome
+from train.losses import next_token_loss
+from train.stage import (
+    Job,
+    LossModule,
+    TrainingRecipe,
+    documents_of,
+    load_trunk,
+    open_data,
+    packed_stage,
+    run_stage,
+    summarize,
+)
+
+
+class SFTRecipe(TrainingRecipe):
+    """A fine-tuning run: where the weights come from, and the dialogues."""
+
+    stage: Literal["sft"]
+    init_from: str
+    data: str
+    evaluation_rows: PositiveInt
+
+
+def answer_loss(module: LossModule, batch: PackedBatch) -> Loss:
+    """Next-token cross-entropy over the character's text and its `<|end|>` only."""
+    device = module.trunk.embed_tokens.weight.device
+    hidden_TD = module.trunk(batch.tokens_T.to(device), documents_of(batch, device))
+    return Loss(next_token_loss(module.trunk, hidden_TD, batch.targets_T.to(device), batch.answer_T.to(device)))
+
+
+def prepare(recipe: SFTRecipe, world: World) -> Job:
+    """Data and model of a fine-tuning run."""
+    trunk = load_trunk(recipe.init_from, recipe.attention)
+    dataset, heldout = open_data(recipe.data, trunk.config)
+
+    def finish(engine: Engine, outcome: Outcome, console: Console) -> tuple[str, dict[str, Any]]:
+        loss = outcome.last_evaluation["heldout_loss"]
+        return f"held-out loss {loss:.3f} nats/token of the character", {"heldout_loss": loss}
+
+    return Job(
+        module=LossModule(trunk, answer_loss),
+        stage=packed_stage(
+            dataset, heldout, recipe.evaluation_rows, recipe.loop.rows_per_micro_batch, world,
+            count=lambda batch: int(batch.answer_T.sum()),
+        ),
+        tokenizer=Path(recipe.init_from) / "model" / "tokenizer.model",
+        finish=finish,
+    )  # fmt: skip
+
+
+def main() -> int:
+    """Entry point."""
+    command = parse_command_line(SFTRecipe, description=__doc__)
+    recipe: SFTRecipe = command.recipe
+    inputs = {"init_from": recipe.init_from, "data": recipe.data}
+    return run_stage(command, inputs, lambda world, console: prepare(recipe, world), summarize(recipe, recipe.data))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

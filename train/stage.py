@@ -1,0 +1,282 @@
+"""What all stages share around the loop: recipe sections, start-up, resume, signals, the final model directory."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from data.batch import PackedBatch, collate
+from data.shards import PackedDataset
+from pydantic import NonNegativeInt, PositiveInt
+from rich.console import Console
+from torch import nn
+
+from model.attention_ops import Backend, Documents, choose_backend
+from model.config import ModelConfig
+from model.portability import describe
+from model.scalar_head import ScalarHead
+from model.transformer import Transformer
+from model.weights import load_config, load_model, save_model
+from recipes.loader import CommandLine, Section, dump_recipe
+from recipes.run_directory import RunState, finish_run, prepare_run_directory
+from train.checkpoint import CheckpointError, Checkpoints, CheckpointState
+from train.engine import Engine, EngineConfig, World, join_world
+from train.loop import LoopConfig, LoopError, Loss, Outcome, Rows, Stage, TrainingError, no_grad_sum, train
+from train.metrics import Metrics, WandbConfig, plot_metrics
+from train.optim import AdamW
+from train.schedule import Schedule
+
+
+class TrainingRecipe(Section):
+    """Sections every training stage has."""
+
+    run_dir: str
+    seed: NonNegativeInt = 0
+    attention: Backend = "auto"
+    loop: LoopConfig
+    optimizer: AdamW
+    schedule: Schedule
+    engine: EngineConfig
+    wandb: WandbConfig = WandbConfig()
+    threads: PositiveInt | None = None
+    """CPU threads a rank; left out, what torchrun or the system gives. The same number gives the same bits."""
+
+
+class LossModule(nn.Module):
+    """A trunk (and a head, where the stage has one) whose forward is the stage's loss.
+
+    The loss is inside the module so that DeepSpeed's hooks see every use of every parameter.
+    """
+
+    def __init__(self, trunk: Transformer, loss: Callable[[LossModule, Any], Loss], head: ScalarHead | None = None):
+        super().__init__()
+        self.trunk, self.head, self._loss = trunk, head, loss
+
+    def forward(self, batch: Any) -> Loss:
+        return self._loss(self, batch)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stage ready to be trained. `finish` runs after the last step and returns the key figure and figures to keep."""
+
+    module: LossModule
+    stage: Stage
+    tokenizer: Path
+    finish: Callable[[Engine, Outcome, Console], tuple[str, dict[str, Any]]]
+
+
+def documents_of(batch: PackedBatch, device: torch.device) -> Documents:
+    """The boundaries of a packed batch, as attention takes them."""
+    return Documents.from_lengths(batch.document_lengths, batch.row_length, device)
+
+
+def open_data(directory: str, config: ModelConfig) -> tuple[PackedDataset, PackedDataset]:
+    """Training and held-out shards of a data directory, checked to fit the model."""
+    dataset, heldout = PackedDataset(Path(directory) / "train"), PackedDataset(Path(directory) / "heldout")
+    if dataset.vocab_size != config.vocab_size:
+        raise LoopError(
+            f"the model has vocab_size {config.vocab_size}, the tokenizer of {directory} {dataset.vocab_size} pieces"
+        )
+    if dataset.row_length > config.max_length:
+        raise LoopError(
+            f"rows of {directory} have {dataset.row_length} tokens, the model's max_length is {config.max_length}"
+        )
+    return dataset, heldout
+
+
+def load_trunk(run_dir: str, attention: Backend) -> Transformer:
+    """The finished model of an earlier stage, to be trained on."""
+    return load_model(Path(run_dir) / "model", attention=attention).train()
+
+
+def packed_stage(
+    dataset: PackedDataset,
+    heldout: PackedDataset,
+    evaluation_rows: int,
+    rows_per_micro_batch: int,
+    world: World,
+    count: Callable[[PackedBatch], int],
+    extra: Callable[[Engine, list[PackedBatch]], dict[str, float]] = lambda engine, batches: {},
+) -> Stage:
+    """A stage over packed shards, evaluated on the first `evaluation_rows` held-out rows (and by `extra` on these)."""
+    numbers = np.arange(min(evaluation_rows, heldout.n_rows))
+    parts = [numbers[at : at + rows_per_micro_batch] for at in range(0, len(numbers), rows_per_micro_batch)]
+    if len(parts) < world.size:
+        raise LoopError(f"{len(numbers)} held-out rows are too few for {world.size} ranks; raise evaluation_rows")
+    mine = [collate(heldout, part) for part in parts[world.rank :: world.size]]
+    return Stage(
+        rows=dataset,
+        collate=lambda rows: collate(dataset, rows),
+        count=count,
+        evaluate=lambda engine: {**no_grad_sum(engine, mine, count), **extra(engine, mine)},
+    )
+
+
+def run_stage(
+    command: CommandLine, inputs: Mapping[str, str], prepare: Callable[[World, Console], Job], summary: list[str]
+) -> int:
+    """Run one training stage of a recipe to its end; the exit code.
+
+    SIGTERM saves and exits 0; Ctrl-C saves and exits 130; user errors print one message and exit 2.
+    """
+    recipe: TrainingRecipe = command.recipe
+    console = Console()
+    if command.dry_run:
+        console.print(dump_recipe(recipe), highlight=False, markup=False)
+        for line in summary:
+            console.print(line, highlight=False)
+        return 0
+    _die_with_parent()
+    stop = _StopRequest()
+    world = join_world(recipe.engine.timeout_minutes)
+    if not world.is_main:
+        console = Console(quiet=True)
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    try:
+        return _run(recipe, dict(inputs), prepare, summary, world, console, stop)
+    except (ValueError, TrainingError, CheckpointError, FileNotFoundError) as error:
+        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False, soft_wrap=True)
+        return 2 if isinstance(error, ValueError | FileNotFoundError) else 1
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _run(
+    recipe: TrainingRecipe,
+    inputs: dict[str, str],
+    prepare: Callable[[World, Console], Job],
+    summary: list[str],
+    world: World,
+    console: Console,
+    stop: _StopRequest,
+) -> int:
+    began = time.monotonic()
+    run_dir = Path(recipe.run_dir)
+    held = prepare_run_directory(run_dir, recipe, inputs) if world.is_main else nullcontext(RunState.NEW)
+    with held as state:
+        (finished,) = world.sum([float(state is RunState.FINISHED)])
+        if finished:
+            console.print(f"{run_dir} is finished already, with this recipe and these inputs")
+            return 0
+        for line in summary:
+            console.print(line, highlight=False)
+        job = prepare(world, console)
+        backend = choose_backend(recipe.attention, world.device)
+        console.print(f"attention {backend}, {world.size} rank(s), {torch.get_num_threads()} thread(s) each, "
+                      f"{recipe.engine.precision}, ZeRO-{recipe.engine.zero_stage}", highlight=False)  # fmt: skip
+        engine = Engine(job.module, recipe.engine, recipe.optimizer, world)
+        checkpoints = Checkpoints(run_dir / "checkpoints", recipe.loop.keep, world, console)
+        start = _resume(checkpoints, engine, job.stage.rows, recipe.seed, console)
+        metrics = None
+        if world.is_main:
+            first = start.step if start else -1
+            metrics = Metrics(run_dir, console, recipe.wandb, recipe.model_dump(), first, recipe.loop.max_steps)
+
+        def write_checkpoint(staging: Path) -> None:
+            engine.save(staging)
+            _save_weights(engine, job, staging / "model")
+
+        with metrics or nullcontext():
+            outcome = train(
+                job.stage, engine, recipe.loop, recipe.schedule, recipe.seed, start,
+                checkpoints, write_checkpoint, metrics, stop.requested, run_dir,
+            )  # fmt: skip
+        if not outcome.finished:
+            console.print(f"stopped at step {outcome.step} with a checkpoint; the same command continues from it")
+            return 130 if stop.by_keyboard else 0
+        _save_weights(engine, job, run_dir / "model")
+        key_figure, figures = job.finish(engine, outcome, console)
+        if world.is_main:
+            plot_metrics(run_dir, figures.get("baselines"))
+            seconds = time.monotonic() - began
+            figures["skipped_steps"] = outcome.skipped_steps
+            finish_run(run_dir, recipe, inputs, key_figure, seconds, figures)
+            console.print(f"[bold]{key_figure}[/]  -> {run_dir / 'model'}", highlight=False)
+        world.barrier()
+    return 0
+
+
+def _resume(
+    checkpoints: Checkpoints, engine: Engine, rows: Rows, seed: int, console: Console
+) -> CheckpointState | None:
+    found = checkpoints.newest()
+    if found is None:
+        return None
+    path, state = found
+    if state.position.fingerprint != rows.fingerprint:
+        raise CheckpointError(
+            f"{path} was trained on data with fingerprint {state.position.fingerprint[:16]}, the data now has "
+            f"{rows.fingerprint[:16]}: the corpus has changed. Restore it, or train in another run_dir"
+        )
+    engine.load(path, state.world_size)
+    console.print(f"resuming from {path}: {state.position.tokens_consumed:,} tokens consumed", highlight=False)
+    return state
+
+
+def _save_weights(engine: Engine, job: Job, directory: Path) -> None:
+    weights = engine.weights()
+    if engine.world.is_main:
+        parts: dict[str, dict[str, torch.Tensor]] = {"trunk": {}, "head": {}}
+        for name, tensor in weights.items():
+            part, rest = name.split(".", 1)
+            parts[part][rest] = tensor
+        config = job.module.trunk.config
+        save_model(directory, config, parts["trunk"], parts["head"] or None, {"tokenizer.model": job.tokenizer})
+
+
+class _StopRequest:
+    """Set by SIGTERM or Ctrl-C; a second Ctrl-C leaves at once."""
+
+    def __init__(self) -> None:
+        self._requested = self.by_keyboard = False
+        signal.signal(signal.SIGTERM, self._handle)
+        signal.signal(signal.SIGINT, self._handle)
+
+    def requested(self) -> bool:
+        return self._requested
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self._requested and number == signal.SIGINT:
+            sys.exit(130)
+        self._requested, self.by_keyboard = True, number == signal.SIGINT
+
+
+def _die_with_parent() -> None:
+    """On Linux, end with the launcher: a killed torchrun must not leave ranks that hold the run directory."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def summarize(recipe: TrainingRecipe, data: str, config: ModelConfig | None = None) -> list[str]:
+    """The lines printed before training and by --dry-run: the model's cost, and how many tokens are ahead.
+
+    `config` is the recipe's own architecture, or None when it comes with the weights of `init_from`.
+    """
+    if config is None:
+        weights = Path(getattr(recipe, "init_from")) / "model"  # noqa: B009 (only some stages have it)
+        config = load_config(weights) if (weights / "config.json").exists() else None
+    lines = describe(config) if config else [("model", f"not there yet: {weights}")]
+    manifest = Path(data) / "train" / "manifest.json"
+    steps, rows = recipe.loop.max_steps, recipe.loop.rows_per_step
+    if manifest.exists():
+        dataset = PackedDataset(manifest.parent)
+        tokens = rows * dataset.row_length
+        lines += [
+            ("data", f"{dataset.n_rows:,} rows of {dataset.row_length} tokens in {data}"),
+            ("tokens a step", f"{tokens:,} ({rows} rows)"),
+            ("tokens in all", f"{tokens * steps:,} in {steps} steps, {rows * steps / dataset.n_rows:.2f} epochs"),
+        ]
+    else:
+        lines += [("data", f"not there yet: {data}; run python -m data.prepare first")]
+    return [f"{name:<24}{value}" for name, value in lines]
