@@ -4,15 +4,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from data.dialogue import Dialogue, Message, decode_reply, encode_prompt, encode_reply
-from data.tokenizer import DialogueTokenizer
 from numpy.typing import NDArray
 
+from data.dialogue import NARRATOR, Dialogue, Message, decode_reply, encode_prompt, encode_reply
+from data.tokenizer import DialogueTokenizer
 from model.generate import Sampling, generate
 from model.transformer import Transformer
 
 FloatArray = NDArray[np.float64]
-NARRATOR = "narrator"
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ import torch
 from data.batch import PackedBatch, collate
 from data.shards import PackedDataset
 from numpy.typing import NDArray
-from recipes.loader import Section
+from pydantic import PositiveInt
 
-from eval.ngram import rows_for_tokens
 from eval.scoring import OnProgress, sigmoid, silent
 from eval.statistics import Bootstrap, proportion
 from model.attention_ops import Documents
 from model.scalar_head import ScalarHead
 from model.transformer import Transformer
+from recipes.loader import Section
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -27,9 +27,10 @@ N_BASELINE_BINS = 12
 
 
 class EngagementSection(Section):
-    """`max_tokens`: how much of the held-out rows is scored; baselines are fitted on as much of the training rows."""
+    """The first `heldout_rows` held-out rows are scored; baselines are fitted on the first `training_rows`."""
 
-    max_tokens: int = 60_000
+    heldout_rows: PositiveInt
+    training_rows: PositiveInt
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,9 @@ def labelled_turns(batch: PackedBatch, message_id: int, first_document: int = 0)
     )
 
 
-def training_turns(dataset: PackedDataset, message_id: int, max_tokens: int | None) -> LabelledTurns:
+def training_turns(dataset: PackedDataset, message_id: int, n_rows: int) -> LabelledTurns:
     """Labelled turns of the training rows, for the baselines."""
-    batch = collate(dataset, np.arange(rows_for_tokens(dataset, max_tokens)))
+    batch = collate(dataset, np.arange(min(n_rows, dataset.n_rows)))
     return labelled_turns(batch, message_id)
 
 
@@ -82,14 +83,14 @@ def score_turns(
     scorer: tuple[Transformer, ScalarHead],
     dataset: PackedDataset,
     message_id: int,
-    max_tokens: int | None,
+    heldout_rows: int,
     batch_tokens: int,
     on_progress: OnProgress = silent,
 ) -> tuple[LabelledTurns, FloatArray]:
     """The labelled held-out turns and the scorer's logit at each."""
     model, head = scorer
     device = model.embed_tokens.weight.device
-    n_rows = rows_for_tokens(dataset, max_tokens)
+    n_rows = min(heldout_rows, dataset.n_rows)
     step = max(1, batch_tokens // dataset.row_length)
     parts: list[LabelledTurns] = []
     logits: list[FloatArray] = []

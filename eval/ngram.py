@@ -4,8 +4,9 @@ They are the bars that a trained model must clear: unigram, add-one bigram and i
 (Kneser & Ney 1995; Chen & Goodman 1998, section 2.7), all in nats a token.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from data.batch import collate
@@ -112,7 +113,17 @@ class KneserNeyBigram:
         return np.asarray(kept_T + backed_off_T * self.continuation_V[target_T])
 
 
-NGRAM_MODELS = {"unigram": Unigram, "bigram_add_one": AddOneBigram, "bigram_kneser_ney": KneserNeyBigram}
+class CountModel(Protocol):
+    """Probabilities of targets, each after one previous token."""
+
+    def probabilities(self, previous_T: IntArray, target_T: IntArray) -> FloatArray: ...
+
+
+NGRAM_MODELS: dict[str, Callable[[PairCounts], CountModel]] = {
+    "unigram": Unigram,
+    "bigram_add_one": AddOneBigram,
+    "bigram_kneser_ney": KneserNeyBigram,
+}
 
 
 def _discount(counts: NDArray[np.int64] | FloatArray) -> float:
@@ -132,28 +143,21 @@ def counted_pairs(dataset: PackedDataset, n_rows: int | None = None) -> Iterator
         yield batch.tokens_T.numpy()[counted_T], batch.targets_T.numpy()[counted_T]
 
 
-def rows_for_tokens(dataset: PackedDataset, max_tokens: int | None) -> int:
-    """Rows that hold at most `max_tokens` tokens (never fewer than one): the part of a dataset that is scored."""
-    if max_tokens is None:
-        return dataset.n_rows
-    return max(1, min(dataset.n_rows, max_tokens // dataset.row_length))
-
-
 def ngram_losses(
-    train_dataset: PackedDataset, heldout_dataset: PackedDataset, max_tokens: int | None = None
+    train_dataset: PackedDataset, heldout_dataset: PackedDataset, heldout_rows: int | None = None
 ) -> dict[str, float]:
-    """Held-out loss of each count model in nats a token, and `n_targets`.
+    """Held-out loss of each count model in nats a token.
 
-    Counts come from all of `train_dataset`; scored are the first `rows_for_tokens(heldout_dataset, max_tokens)` rows.
+    Counts come from all of `train_dataset`; the first `heldout_rows` rows of the other are scored, or all of them.
     """
     assert train_dataset.vocab_size == heldout_dataset.vocab_size
     pairs = PairCounts.from_pairs(train_dataset.vocab_size, counted_pairs(train_dataset))
     models = {name: build(pairs) for name, build in NGRAM_MODELS.items()}
     nats = dict.fromkeys(models, 0.0)
     n_targets = 0
-    for previous_T, target_T in counted_pairs(heldout_dataset, rows_for_tokens(heldout_dataset, max_tokens)):
+    for previous_T, target_T in counted_pairs(heldout_dataset, heldout_rows):
         n_targets += target_T.size
         for name, model in models.items():
             nats[name] -= float(np.log(model.probabilities(previous_T, target_T)).sum())
     assert n_targets, "the held-out rows have no target"
-    return {name: total / n_targets for name, total in nats.items()} | {"n_targets": n_targets}
+    return {name: total / n_targets for name, total in nats.items()}

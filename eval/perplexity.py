@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from data.batch import PackedBatch, collate
 from data.shards import PackedDataset
-from data.tokenizer import DialogueTokenizer
 from numpy.typing import NDArray
-from recipes.loader import Section
+from pydantic import PositiveInt
 
-from eval.ngram import rows_for_tokens
+from data.tokenizer import DialogueTokenizer
 from eval.scoring import OnProgress, silent, target_logprobs
 from eval.statistics import Bootstrap, Estimate
 from model.attention_ops import Documents
 from model.transformer import Transformer
+from recipes.loader import Section
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -28,9 +28,9 @@ TURN_BINS = ((1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 10**9))
 
 
 class PerplexitySection(Section):
-    """`max_tokens`: how much of the held-out rows is scored (from the first row on)."""
+    """The first `heldout_rows` rows of the held-out shards are scored."""
 
-    max_tokens: int = 60_000
+    heldout_rows: PositiveInt
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,12 @@ def score_dataset(
     model: Transformer,
     dataset: PackedDataset,
     tokenizer: DialogueTokenizer,
-    max_tokens: int | None,
+    heldout_rows: int,
     batch_tokens: int,
     on_progress: OnProgress = silent,
 ) -> ScoredTargets:
-    """Score the first `rows_for_tokens(dataset, max_tokens)` rows."""
-    n_rows = rows_for_tokens(dataset, max_tokens)
+    """Score the first `heldout_rows` rows."""
+    n_rows = min(heldout_rows, dataset.n_rows)
     step = max(1, batch_tokens // dataset.row_length)
     device = model.embed_tokens.weight.device
     has_colon_V = colon_table(tokenizer)

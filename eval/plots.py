@@ -64,10 +64,10 @@ def _whisker(ax: "Axes", estimate: Mapping[str, Any], y: float, colour: str) -> 
     ax.plot([estimate["value"]], [y], "o", color=colour, markersize=7, markeredgecolor=PAPER, markeredgewidth=1.2)
 
 
-def _rows(ax: "Axes", labels: Sequence[str]) -> None:
-    """Label one row a system, the first on top."""
+def _rows(ax: "Axes", labels: Sequence[str], headroom: float = 0.6) -> None:
+    """Label one row a system, the first on top; `headroom` in rows leaves place for the names of reference lines."""
     ax.set_yticks(range(len(labels)), labels, fontsize=9.5, color=INK)
-    ax.set_ylim(len(labels) - 0.4, -0.6)
+    ax.set_ylim(len(labels) - 0.4, -headroom)
     ax.grid(False, axis="y")
 
 
@@ -90,7 +90,7 @@ def draw_loss(report: Report) -> "Figure | None":
     rows = [(label, plain(part["ngrams"][name]), SOFT) for name, label in NGRAM_LABELS.items()]
     colours = series_colours(list(report["models"]))
     rows += [(name, figures["loss"], colours[name]) for name, figures in part["models"].items()]
-    figure, (ax,) = _figure(6.4, 0.5 + 0.36 * len(rows))
+    figure, (ax,) = _figure(8.6, 0.7 + 0.34 * len(rows))
     for y, (_, estimate, colour) in enumerate(rows):
         _whisker(ax, estimate, y, colour)
         ax.annotate(
@@ -99,7 +99,7 @@ def draw_loss(report: Report) -> "Figure | None":
         )  # fmt: skip
     _rows(ax, [label for label, *_ in rows])
     ax.margins(x=0.08)
-    _titles(ax, "Loss on held-out conversations", "nats a token (lower is better)")
+    _titles(ax, "", "nats a token (lower is better)")
     return figure
 
 
@@ -145,7 +145,7 @@ def draw_ranking(report: Report) -> "Figure | None":
     for ax, (score, label) in zip(axes, labels.items(), strict=True):
         for y, (name, figures) in enumerate(part["models"].items()):
             _whisker(ax, figures[score]["recall_at_1"], y, colours[name])
-        _rows(ax, list(part["models"]) if ax is axes[0] else [""] * len(part["models"]))
+        _rows(ax, list(part["models"]) if ax is axes[0] else [""] * len(part["models"]), headroom=1.0)
         _reference(ax, part["chance"]["recall_at_1"], "chance")
         _titles(ax, label, "recall@1")
     right = max(ax.get_xlim()[1] for ax in axes)
@@ -210,10 +210,10 @@ def draw_preference(report: Report) -> "Figure | None":
         (f"{against} over human", part["other_win_rate_against_human"], colours[against]),
         ("longer reply over shorter", part["longer_reply_wins"], SOFT),
     ]
-    figure, (ax,) = _figure(6.4, 2.6)
+    figure, (ax,) = _figure(8.6, 2.7)
     for y, (_, estimate, colour) in enumerate(rows):
         _whisker(ax, estimate, y, colour)
-    _rows(ax, [label for label, *_ in rows])
+    _rows(ax, [label for label, *_ in rows], headroom=1.1)
     ax.axvspan(part["over_optimisation_threshold"], 2, color=GRID, alpha=0.55, linewidth=0)
     _reference(ax, 0.5, "no difference")
     _reference(ax, part["over_optimisation_threshold"], "suspect")

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from recipes.loader import Section
 
 from eval.context import Reply, ReplyContext
 from eval.scoring import OnProgress, reply_logprobs, score_conversations, sigmoid, silent
 from eval.statistics import Bootstrap, minimum_detectable_effect, paired_tests
 from model.scalar_head import ScalarHead
 from model.transformer import Transformer
+from recipes.loader import Section
 
 FloatArray = NDArray[np.float64]
 
@@ -24,11 +24,10 @@ OVER_OPTIMISATION_WIN_RATE = 0.65
 
 
 class PreferenceSection(Section):
-    """Whose replies (`model`) are held against whose (`against`), on how many held-out contexts."""
+    """Whose replies (`model`) are held against whose (`against`)."""
 
     model: str
     against: str
-    n_contexts: int = 160
 
 
 def win_values(score_N: FloatArray, other_N: FloatArray) -> FloatArray:

@@ -5,15 +5,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
+from pydantic import PositiveInt
+
 from data.dialogue import encode_prompt
 from data.tokenizer import DialogueTokenizer
-from numpy.typing import NDArray
-from recipes.loader import Section
-
 from eval.context import ReplyContext
-from eval.scoring import OnProgress, reply_logprobs, silent
+from eval.scoring import OnProgress, reply_logprobs, share_of, silent
 from eval.statistics import Bootstrap
 from model.transformer import Transformer
+from recipes.loader import Section
 
 FloatArray = NDArray[np.float64]
 
@@ -24,10 +25,9 @@ SCORES = ("mean_logprob", "sum_logprob", "context_gain")
 class RankingSection(Section):
     """`distractors`: replies of other held-out dialogues, drawn at random or among those closest in length."""
 
-    n_contexts: int = 100
-    n_distractors: int = 9
-    distractors: Literal["length_matched", "random"] = "length_matched"
-    max_prompt_tokens: int = 128
+    n_contexts: PositiveInt
+    n_distractors: PositiveInt
+    distractors: Literal["length_matched", "random"]
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,7 @@ def evaluate_ranking(
     tasks = build_tasks(contexts, pool, prompts, section.n_distractors, section.distractors, seed)
     figures: dict[str, dict[str, Any]] = {}
     for number, (name, model) in enumerate(models.items()):
-        scores = candidate_scores(
-            model, tasks, batch_tokens, lambda done, n, k=number: on_progress(k * n + done, n * len(models))
-        )
+        scores = candidate_scores(model, tasks, batch_tokens, share_of(on_progress, number, len(models)))
         figures[name] = {kind: rank_figures(values, bootstrap) for kind, values in scores.items()}
     return {
         "n_contexts": len(tasks),

@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eval.plots import draw_all, series_colours
+from eval.plots import MODEL_COLOURS, draw_all, series_colours
 from eval.statistics import Estimate
+from recipes.run_directory import write_atomically
 
 SCHEMA_VERSION = 1
 TEMPLATE = "report.html.j2"
@@ -39,8 +39,8 @@ def write_report(run_dir: str | Path, report: Mapping[str, Any]) -> dict[str, Pa
     content = to_json({"schema_version": SCHEMA_VERSION, **report})
     svgs = draw_all(content, directory / "plots")
     paths = {"json": directory / "report.json", "html": directory / "report.html"}
-    _write_atomically(paths["json"], json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    _write_atomically(paths["html"], render_html(content, svgs))
+    write_atomically(paths["json"], json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(paths["html"], render_html(content, svgs))
     return paths
 
 
@@ -72,8 +72,6 @@ def render_html(report: Mapping[str, Any], svgs: Mapping[str, str]) -> str:
 
 
 def _colour_variable(number: int) -> str:
-    from eval.plots import MODEL_COLOURS
-
     return f"var(--series-{number % len(MODEL_COLOURS)})"
 
 
@@ -81,7 +79,10 @@ def number_text(value: float | None, digits: int = 2, percent: bool = False) -> 
     """`0.31`, `31.0%`, or an en dash for what is undefined."""
     if value is None:
         return "–"
-    return f"{100 * value:.{digits}f}%" if percent else f"{value:.{digits}f}"
+    text = f"{100 * value:.{digits}f}" if percent else f"{value:.{digits}f}"
+    is_zero = float(text) == 0
+    text = text.removeprefix("-") if is_zero else text.replace("-", "−")
+    return text + "%" if percent else text
 
 
 def signed_text(value: float | None, digits: int = 2, percent: bool = False) -> str:
@@ -97,7 +98,7 @@ def interval_text(estimate: Mapping[str, Any], digits: int = 2, percent: bool = 
     if estimate["low"] is None:
         return ""
     scale = 100 if percent else 1
-    return f"[{scale * estimate['low']:.{digits}f}, {scale * estimate['high']:.{digits}f}]"
+    return f"[{number_text(scale * estimate['low'], digits)}, {number_text(scale * estimate['high'], digits)}]"
 
 
 def p_value_text(value: float | None) -> str:
@@ -116,6 +117,7 @@ def _card(
         "interval": interval_text(estimate, digits, percent),
         "note": note,
         "verdict": verdict,
+        "tag": {"good": "clears the bar", "bad": "misses the bar", "open": "undecided"}[verdict],
     }
 
 
@@ -153,8 +155,8 @@ def _ranking_card(report: Mapping[str, Any]) -> dict[str, str] | None:
         return None
     name = list(part["models"])[-1]
     recall, chance = part["models"][name]["mean_logprob"]["recall_at_1"], part["chance"]["recall_at_1"]
-    note = f"of {part['n_candidates']} replies · chance {chance:.2f}"
-    return _card(f"Next reply, recall@1, {name}", recall, note, _above(recall, chance))
+    note = f"the real reply among {part['n_candidates']} · chance {chance:.2f}"
+    return _card(f"Recall@1, {name}", recall, note, _above(recall, chance))
 
 
 def _scorer_card(report: Mapping[str, Any]) -> dict[str, str] | None:
@@ -178,7 +180,8 @@ def _win_card(report: Mapping[str, Any]) -> dict[str, str] | None:
         "above 65%: over-optimised?" if part["over_optimisation_suspected"] else "by the scorer · 50% is no difference"
     )
     title = f"{part['model']} over {part['against']}, win rate"
-    return _card(title, part["win_rate"], note, verdict, digits=1, percent=True)
+    card = _card(title, part["win_rate"], note, verdict, digits=1, percent=True)
+    return card | {"tag": "look twice"} if part["over_optimisation_suspected"] else card
 
 
 def _last_system(report: Mapping[str, Any]) -> tuple[str, Mapping[str, Any], Mapping[str, Any]] | None:
@@ -209,12 +212,3 @@ def _echo_card(report: Mapping[str, Any]) -> dict[str, str] | None:
         return None
     verdict = _verdict(distinct["value"] >= 0.9 * bar["value"], distinct["value"] < 0.7 * bar["value"])
     return _card(f"Distinct bigrams, {name}", distinct, f"humans {bar['value']:.2f} on as many words", verdict)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    staging = path.with_name(f".{path.name}.writing")
-    with open(staging, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    staging.replace(path)

@@ -14,6 +14,12 @@ from model.transformer import Transformer
 FloatArray = NDArray[np.float64]
 OnProgress = Callable[[int, int], None]  # items done, items in all
 
+
+def share_of(on_progress: OnProgress, number: int, of: int) -> OnProgress:
+    """Progress of step `number` of `of` equal steps."""
+    return lambda done, total: on_progress(number * total + done, of * total)
+
+
 LOGIT_ROWS = 4096  # positions whose logits are held at once: 4096 x 8192 float32 is 128 MiB
 
 

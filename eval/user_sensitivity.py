@@ -9,15 +9,16 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from pydantic import PositiveInt
+
 from data.dialogue import encode_prompt
 from data.tokenizer import DialogueTokenizer
-from numpy.typing import NDArray
-from recipes.loader import Section
-
 from eval.context import ReplyContext
-from eval.scoring import OnProgress, next_token_logprobs, silent
+from eval.scoring import OnProgress, next_token_logprobs, share_of, silent
 from eval.statistics import Bootstrap
 from model.transformer import Transformer
+from recipes.loader import Section
 
 FloatArray = NDArray[np.float64]
 MAX_DISTANCE = 4
@@ -26,7 +27,7 @@ MAX_DISTANCE = 4
 class UserSensitivitySection(Section):
     """Contexts whose messages are replaced one at a time, up to four messages back."""
 
-    n_contexts: int = 60
+    n_contexts: PositiveInt
 
 
 def replaced_prompts(
@@ -76,9 +77,7 @@ def evaluate_user_sensitivity(
     prompts = [context.prompt for context in contexts] + [prompt for *_, prompt in changes]
     result: dict[str, Any] = {}
     for step, (name, model) in enumerate(models.items()):
-        logprob_BV = next_token_logprobs(
-            model, prompts, batch_tokens, lambda done, n, k=step: on_progress(k * n + done, n * len(models))
-        ).numpy()
+        logprob_BV = next_token_logprobs(model, prompts, batch_tokens, share_of(on_progress, step, len(models))).numpy()
         base = logprob_BV[[number for number, *_ in changes]].astype(np.float64)
         kl_N = kl_divergence(base, logprob_BV[len(contexts) :].astype(np.float64))
         result[name] = summarise_changes(changes, kl_N, bootstrap)

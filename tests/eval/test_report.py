@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data.dialogue import Message
 
+from data.dialogue import Message
 from eval.context import Reply, ReplyContext
 from eval.dialogue_quality import summarise_quality
 from eval.engagement import LabelledTurns, summarise_scorer
@@ -121,7 +121,7 @@ def random_report(seed: int = 0) -> dict[str, Any]:
         "perplexity": {
             "n_targets": 2400,
             "n_documents": 40,
-            "ngrams": {"unigram": 6.02, "bigram_add_one": 5.31, "bigram_kneser_ney": 4.25, "n_targets": 2400},
+            "ngrams": {"unigram": 6.02, "bigram_add_one": 5.31, "bigram_kneser_ney": 4.25},
             "models": {name: summarise(targets, BOOTSTRAP) for name, targets in scored.items()},
             "differences": [{"model": "sft", "against": "pretrain", "character": difference}],
         },
