@@ -89,13 +89,14 @@ class EncodedDialogue:
 
     `trained`: 1 on the character's text and its `<|end|>`. `label`: at the `<|end|>` that closes a turn of the
     character, 1 when the partner writes again and 0 when not; -1 everywhere else. `message_starts`: positions of
-    `<|message|>`.
+    `<|message|>`; `text_starts`: positions of the first token after each "speaker:".
     """
 
     tokens: np.ndarray
     trained: np.ndarray
     label: np.ndarray
     message_starts: np.ndarray
+    text_starts: np.ndarray
 
 
 def check_speaker(name: object) -> None:
@@ -205,24 +206,21 @@ def encode_dialogue(
     labels = continuation_labels(dialogue, continue_within_seconds)
     ids = [tokenizer.bos_id]
     starts: list[int] = []
-    spans: list[tuple[int, int]] = []
-    closes: list[int] = []
-    for i, message in enumerate(dialogue.messages):
+    text_starts: list[int] = []
+    ends: list[int] = []
+    for prefix, body in zip(encoded[::2], encoded[1::2], strict=True):
         starts.append(len(ids))
-        ids.append(tokenizer.message_id)
-        ids += encoded[2 * i]
-        first = len(ids)
-        ids += encoded[2 * i + 1]
-        ids.append(tokenizer.end_id)
-        closes.append(len(ids) - 1)
-        if message.speaker == dialogue.character:
-            spans.append((first, len(ids)))
+        ids += (tokenizer.message_id, *prefix)
+        text_starts.append(len(ids))
+        ids += (*body, tokenizer.end_id)
+        ends.append(len(ids))
     trained = np.zeros(len(ids), dtype=np.uint8)
-    for first, last in spans:
-        trained[first:last] = 1
     label = np.full(len(ids), NO_LABEL, dtype=np.int8)
-    label[closes] = labels
-    return EncodedDialogue(np.asarray(ids, dtype=np.int64), trained, label, np.asarray(starts, dtype=np.int64))
+    for message, first, end, continues in zip(dialogue.messages, text_starts, ends, labels, strict=True):
+        label[end - 1] = continues
+        if message.speaker == dialogue.character:
+            trained[first:end] = 1
+    return EncodedDialogue(np.asarray(ids, dtype=np.int64), trained, label, np.asarray(starts), np.asarray(text_starts))
 
 
 def to_json(dialogue: Dialogue) -> str:

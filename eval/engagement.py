@@ -11,7 +11,7 @@ from data.shards import PackedDataset
 from numpy.typing import NDArray
 from pydantic import PositiveInt
 
-from eval.scoring import OnProgress, sigmoid, silent
+from eval.scoring import OnProgress, sigmoid, silent, spread_rows
 from eval.statistics import Bootstrap, proportion
 from model.attention_ops import Documents
 from model.scalar_head import ScalarHead
@@ -27,7 +27,7 @@ N_BASELINE_BINS = 12
 
 
 class EngagementSection(Section):
-    """The first `heldout_rows` held-out rows are scored; baselines are fitted on the first `training_rows`."""
+    """How many held-out rows are scored, and on how many training rows the baselines are fitted; both evenly spread."""
 
     heldout_rows: PositiveInt
     training_rows: PositiveInt
@@ -74,7 +74,7 @@ def labelled_turns(batch: PackedBatch, message_id: int, first_document: int = 0)
 
 def training_turns(dataset: PackedDataset, message_id: int, n_rows: int) -> LabelledTurns:
     """Labelled turns of the training rows, for the baselines."""
-    batch = collate(dataset, np.arange(min(n_rows, dataset.n_rows)))
+    batch = collate(dataset, spread_rows(dataset.n_rows, n_rows))
     return labelled_turns(batch, message_id)
 
 
@@ -83,27 +83,26 @@ def score_turns(
     scorer: tuple[Transformer, ScalarHead],
     dataset: PackedDataset,
     message_id: int,
-    heldout_rows: int,
+    rows: IntArray,
     batch_tokens: int,
     on_progress: OnProgress = silent,
 ) -> tuple[LabelledTurns, FloatArray]:
     """The labelled held-out turns and the scorer's logit at each."""
     model, head = scorer
     device = model.embed_tokens.weight.device
-    n_rows = min(heldout_rows, dataset.n_rows)
     step = max(1, batch_tokens // dataset.row_length)
     parts: list[LabelledTurns] = []
     logits: list[FloatArray] = []
     n_documents = 0
-    for start in range(0, n_rows, step):
-        batch = collate(dataset, np.arange(start, min(start + step, n_rows)))
+    for start in range(0, len(rows), step):
+        batch = collate(dataset, rows[start : start + step])
         turns = labelled_turns(batch, message_id, n_documents)
         documents = Documents.from_lengths(batch.document_lengths, batch.row_length, device)
         hidden_TD = model(batch.tokens_T.to(device), documents)
         parts.append(turns)
         logits.append(head(hidden_TD[torch.from_numpy(turns.position_N).to(device)]).float().cpu().numpy())
         n_documents += len(batch.document_lengths)
-        on_progress(min(start + step, n_rows), n_rows)
+        on_progress(min(start + step, len(rows)), len(rows))
     return LabelledTurns.concatenate(parts), np.concatenate(logits).astype(np.float64)
 
 

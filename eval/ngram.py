@@ -134,23 +134,25 @@ def _discount(counts: NDArray[np.int64] | FloatArray) -> float:
     return min(once / (once + 2 * twice), 0.99)  # 1 would take away every single observation
 
 
-def counted_pairs(dataset: PackedDataset, n_rows: int | None = None) -> Iterator[tuple[IntArray, IntArray]]:
-    """(previous token, target) where the transformer is trained and scored, in the first `n_rows` rows."""
-    end = dataset.n_rows if n_rows is None else min(n_rows, dataset.n_rows)
-    for start in range(0, end, ROWS_PER_CHUNK):
-        batch = collate(dataset, np.arange(start, min(start + ROWS_PER_CHUNK, end)))
+def counted_pairs(dataset: PackedDataset, rows: IntArray | None = None) -> Iterator[tuple[IntArray, IntArray]]:
+    """(previous token, target) where the transformer is trained and scored, in these rows or in all."""
+    rows = np.arange(dataset.n_rows) if rows is None else rows
+    for start in range(0, len(rows), ROWS_PER_CHUNK):
+        batch = collate(dataset, rows[start : start + ROWS_PER_CHUNK])
         counted_T = batch.trained_T.numpy()
         yield batch.tokens_T.numpy()[counted_T], batch.targets_T.numpy()[counted_T]
 
 
 def ngram_losses(
-    train_dataset: PackedDataset, heldout_dataset: PackedDataset, heldout_rows: int | None = None
+    train_dataset: PackedDataset, heldout_dataset: PackedDataset, heldout_rows: int | IntArray | None = None
 ) -> dict[str, float]:
     """Held-out loss of each count model in nats a token.
 
-    Counts come from all of `train_dataset`; the first `heldout_rows` rows of the other are scored, or all of them.
+    Counts come from all of `train_dataset`; of the other the given rows are scored, or as many first rows, or all.
     """
     assert train_dataset.vocab_size == heldout_dataset.vocab_size
+    if isinstance(heldout_rows, int):
+        heldout_rows = np.arange(min(heldout_rows, heldout_dataset.n_rows))
     pairs = PairCounts.from_pairs(train_dataset.vocab_size, counted_pairs(train_dataset))
     models = {name: build(pairs) for name, build in NGRAM_MODELS.items()}
     nats = dict.fromkeys(models, 0.0)

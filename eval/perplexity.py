@@ -28,7 +28,7 @@ TURN_BINS = ((1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 10**9))
 
 
 class PerplexitySection(Section):
-    """The first `heldout_rows` rows of the held-out shards are scored."""
+    """How many rows of the held-out shards are scored, evenly spread over them."""
 
     heldout_rows: PositiveInt
 
@@ -93,18 +93,17 @@ def score_dataset(
     model: Transformer,
     dataset: PackedDataset,
     tokenizer: DialogueTokenizer,
-    heldout_rows: int,
+    rows: IntArray,
     batch_tokens: int,
     on_progress: OnProgress = silent,
 ) -> ScoredTargets:
-    """Score the first `heldout_rows` rows."""
-    n_rows = min(heldout_rows, dataset.n_rows)
+    """Score the targets of these rows."""
     step = max(1, batch_tokens // dataset.row_length)
     device = model.embed_tokens.weight.device
     has_colon_V = colon_table(tokenizer)
     parts: list[ScoredTargets] = []
-    for start in range(0, n_rows, step):
-        batch = collate(dataset, np.arange(start, min(start + step, n_rows)))
+    for start in range(0, len(rows), step):
+        batch = collate(dataset, rows[start : start + step])
         documents = Documents.from_lengths(batch.document_lengths, batch.row_length, device)
         hidden_TD = model(batch.tokens_T.to(device), documents)
         counted_T = batch.trained_T.to(device)
@@ -113,7 +112,7 @@ def score_dataset(
             model, hidden_TD[counted_T], batch.targets_T.to(device)[counted_T]
         )
         parts += targets_of_batch(batch, nats_T, tokenizer, has_colon_V)
-        on_progress(min(start + step, n_rows), n_rows)
+        on_progress(min(start + step, len(rows)), len(rows))
     assert parts, "the held-out rows have no target"
     return ScoredTargets(
         np.concatenate([p.nats_N for p in parts]),

@@ -311,6 +311,7 @@ def draw_all(report: Report, directory: Path) -> dict[str, str]:
         figure = draw(report) if report.get(part) else None
         if figure is not None:
             figure.savefig(directory / f"{name}.png", dpi=160)
+            figure.set_layout_engine("none")  # laid out already: once is enough
             svgs[name] = themed_svg(figure, name)
     return svgs
 

@@ -23,7 +23,7 @@ from eval.plots import HUMAN
 from eval.preference import drift, score_replies, summarise_preference
 from eval.ranking import evaluate_ranking
 from eval.report import interval_text, number_text, to_json, write_report
-from eval.scoring import OnProgress, share_of, sigmoid
+from eval.scoring import OnProgress, share_of, sigmoid, spread_rows
 from eval.training_curve import training_curves
 from eval.user_sensitivity import evaluate_user_sensitivity
 from eval.workspace import EvalRecipe, Workspace, check_finished, open_workspace
@@ -38,11 +38,12 @@ def perplexity_part(space: Workspace, on_progress: OnProgress) -> dict[str, Any]
     section = space.recipe.perplexity
     if section is None:
         return None
-    ngrams = ngram_losses(space.train, space.heldout, section.heldout_rows)
+    rows = spread_rows(space.heldout.n_rows, section.heldout_rows)
+    ngrams = ngram_losses(space.train, space.heldout, rows)
     scored = {}
     for number, (name, model) in enumerate(space.models.items()):
         scored[name] = score_dataset(
-            model, space.heldout, space.tokenizer, section.heldout_rows, space.recipe.batch_tokens,
+            model, space.heldout, space.tokenizer, rows, space.recipe.batch_tokens,
             share_of(on_progress, number, len(space.models)),
         )  # fmt: skip
     first, *later = scored
@@ -81,9 +82,8 @@ def engagement_part(space: Workspace, on_progress: OnProgress) -> dict[str, Any]
     assert space.scorer is not None
     message_id = space.tokenizer.message_id
     train = training_turns(space.train, message_id, section.training_rows)
-    turns, logit_N = score_turns(
-        space.scorer, space.heldout, message_id, section.heldout_rows, space.recipe.batch_tokens, on_progress
-    )
+    rows = spread_rows(space.heldout.n_rows, section.heldout_rows)
+    turns, logit_N = score_turns(space.scorer, space.heldout, message_id, rows, space.recipe.batch_tokens, on_progress)
     return summarise_scorer(turns, logit_N, train, space.bootstrap)
 
 

@@ -20,6 +20,14 @@ def share_of(on_progress: OnProgress, number: int, of: int) -> OnProgress:
     return lambda done, total: on_progress(number * total + done, of * total)
 
 
+def spread_rows(n_rows: int, wanted: int) -> NDArray[np.int64]:
+    """`wanted` row numbers evenly over a dataset, or all of them.
+
+    Packing puts long documents first, so the first rows are no fair sample; evenly spread ones are.
+    """
+    return np.unique(np.linspace(0, n_rows - 1, min(wanted, n_rows)).round().astype(np.int64))
+
+
 LOGIT_ROWS = 4096  # positions whose logits are held at once: 4096 x 8192 float32 is 128 MiB
 
 
