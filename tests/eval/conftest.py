@@ -18,6 +18,7 @@ from model.transformer import Transformer
 from model.weights import save_model
 
 ROW_LENGTH = 96
+torch.set_num_threads(1)  # models this small only wait for each other's threads
 WORDS = ["hello", "there", "how", "are", "you", "today", "fine", "thanks", "music", "walks", "yes", "no", "why", "rain"]
 
 
