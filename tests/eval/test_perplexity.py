@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import as_tensor, no_grad
 from torch.nn import functional as F
 
 from data.batch import collate
@@ -26,6 +27,7 @@ from eval.perplexity import (
     turn_label,
 )
 from eval.statistics import Bootstrap
+from model.attention_ops import Documents
 from model.transformer import Transformer
 
 BOOTSTRAP = Bootstrap(n_resamples=50)
@@ -61,10 +63,6 @@ def test_scored_loss_and_roles(
     # The sum of the losses is the plain cross-entropy of each dialogue alone.
     total = 0.0
     for dialogue in dialogues[:6]:
-        from torch import as_tensor, no_grad
-
-        from model.attention_ops import Documents
-
         tokens_T = as_tensor(encode_dialogue(tokenizer, dialogue).tokens)
         with no_grad():
             logits_TV = model.logits(model(tokens_T, Documents.from_lengths([len(tokens_T)])))

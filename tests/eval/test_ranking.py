@@ -58,7 +58,7 @@ def test_length_matched_distractors_are_the_closest(contexts: list[ReplyContext]
 
 
 def test_too_few_replies_is_an_error(contexts: list[ReplyContext], tokenizer: DialogueTokenizer) -> None:
-    with pytest.raises(ValueError, match="ranking.n_distractors"):
+    with pytest.raises(ValueError, match=r"ranking\.n_distractors"):
         build_tasks(contexts, contexts, empty_prompts(tokenizer, contexts), 1000, "random", 0)
 
 
