@@ -108,6 +108,19 @@ def check_speaker(name: object) -> None:
     _check_encodable("speaker", name)
 
 
+def check_times(messages: Sequence[Message]) -> None:
+    """Raise DialogueError where a message is older than one before it."""
+    latest = -math.inf
+    for number, message in enumerate(messages):
+        if message.time is None:
+            continue
+        if message.time < latest:
+            raise DialogueError(
+                f"message {number}: its time is {latest - message.time:g} s before an earlier message's"
+            )
+        latest = message.time
+
+
 def _check_encodable(what: str, text: str) -> None:
     try:
         text.encode("utf-8")

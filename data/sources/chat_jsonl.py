@@ -1,10 +1,10 @@
-"""Chat logs of one's own, as JSON lines: id, messages (speaker, text, time), optionally character, participants, metadata."""
+"""Chat logs of one's own: JSON lines of id, messages (speaker, text, time?), character?, participants?, metadata?."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from data.dialogue import NARRATOR, Dialogue, DialogueError, messages_from_records
+from data.dialogue import NARRATOR, Dialogue, DialogueError, check_times, messages_from_records
 from data.sources.source import DialogueSource, RecordError, Rejected, beginning, find_files, parse_object, read_lines
 from data.stable_hash import stable_hash
 
@@ -36,6 +36,7 @@ class ChatJsonlSource(DialogueSource):
         if unknown:
             raise RecordError(f"unknown key {unknown[0]!r}; expected {', '.join(sorted(_KEYS))}")
         messages = messages_from_records(record.get("messages"))
+        check_times(messages)
         identity = record.get("id")
         if not isinstance(identity, str) or not identity:
             raise RecordError(f"id is {identity!r}: expected a non-empty string")
