@@ -103,7 +103,14 @@ class Steps:
             BarColumn(30),
             TextColumn("{task.completed:>9,} {task.fields[unit]}"),
         )
-        self._progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
+        self._progress = Progress(
+            *columns,
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
 
     def __enter__(self) -> "Steps":
         self._progress.start()
