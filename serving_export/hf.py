@@ -1,4 +1,4 @@
-"""Hugging Face names for this architecture: a Gemma4 text config and weights, which the stock engines load as they are."""
+"""Hugging Face names for this architecture: a Gemma4 text config and weights that the stock engines load."""
 
 from __future__ import annotations
 
@@ -114,9 +114,7 @@ def model_config(content: Mapping[str, Any]) -> ModelConfig:
             raise NotPortableError(f"config.json: {key} is {content.get(key)!r}, this architecture needs {value!r}")
     rope, n_shared = content["rope_parameters"], content["num_kv_shared_layers"]
     if rope["full_attention"].get("partial_rotary_factor", 1.0) != 1.0:
-        raise NotPortableError(
-            "config.json: the global layers rotate a part of their width; this architecture rotates all"
-        )
+        raise NotPortableError("config.json: partial_rotary_factor of the global layers must be 1.0")
     return ModelConfig(
         vocab_size=content["vocab_size"],
         d_model=content["hidden_size"],
@@ -165,7 +163,7 @@ def state_to_hf(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, T
 
 
 def state_from_hf(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict from an exported one. Raises NotPortableError for a layer scalar other than one, or a foreign name."""
+    """Our state dict from theirs. Raises NotPortableError for a layer scalar that is not 1, or a foreign name."""
     ours: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if _LAYER_SCALAR.fullmatch(name):
