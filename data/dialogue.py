@@ -108,6 +108,19 @@ def check_speaker(name: object) -> None:
     _check_encodable("speaker", name)
 
 
+def check_times(messages: Sequence[Message]) -> None:
+    """Raise DialogueError where a message is older than one before it."""
+    latest = -math.inf
+    for number, message in enumerate(messages):
+        if message.time is None:
+            continue
+        if message.time < latest:
+            raise DialogueError(
+                f"message {number}: its time is {latest - message.time:g} s before an earlier message's"
+            )
+        latest = message.time
+
+
 def _check_encodable(what: str, text: str) -> None:
     try:
         text.encode("utf-8")
@@ -225,13 +238,10 @@ def encode_dialogue(
 
 def to_json(dialogue: Dialogue) -> str:
     """One line of JSON; `from_json` gives an equal dialogue."""
-    messages = [
-        {"speaker": m.speaker, "text": m.text} | ({} if m.time is None else {"time": m.time}) for m in dialogue.messages
-    ]
     record = {
         "id": dialogue.id,
         "character": dialogue.character,
-        "messages": messages,
+        "messages": [message_to_record(message) for message in dialogue.messages],
         "participants": list(dialogue.participants),
         "metadata": dict(dialogue.metadata),
     }
@@ -256,6 +266,12 @@ def from_json(line: str) -> Dialogue:
         participants=tuple(record.get("participants", ())),
         metadata=record.get("metadata", {}),
     )
+
+
+def message_to_record(message: Message) -> dict[str, Any]:
+    """The JSON object of a message; an unknown time is left out."""
+    record: dict[str, Any] = {"speaker": message.speaker, "text": message.text}
+    return record if message.time is None else record | {"time": message.time}
 
 
 def messages_from_records(records: object) -> tuple[Message, ...]:

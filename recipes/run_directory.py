@@ -111,6 +111,34 @@ def read_begun(run_dir: str | Path) -> dict[str, Any] | None:
     return _read_json(run_dir / "run.json") if (run_dir / "recipe.yaml").exists() else None
 
 
+def inspect_run_directory(run_dir: str | Path, written: Mapping[str, Any]) -> tuple[RunState, list[str]]:
+    """What a stage would find, without running it: the state, and in what the held run differs from what is asked.
+
+    `written` is the plain data of the recipe. The inputs are looked up where the held run had them, as they are now.
+    """
+    begun = read_begun(run_dir)
+    if begun is None:
+        return RunState.NEW, []
+    state = RunState.FINISHED if read_done(run_dir) else RunState.UNFINISHED
+    if differences := _differences(begun["written"], written):
+        return state, differences
+    try:
+        now = digest_inputs({name: held["path"] for name, held in begun["inputs"].items()})
+    except RunDirectoryError as error:
+        return state, [str(error)]
+    return state, _changed(begun["inputs"], now)
+
+
+def move_aside(run_dir: str | Path) -> Path:
+    """Rename a run directory that no process holds to `<run_dir>.replaced-<n>`, which is returned."""
+    run_dir = Path(run_dir)
+    with _lock(run_dir):
+        number = 1
+        while (target := run_dir.with_name(f"{run_dir.name}.replaced-{number}")).exists():
+            number += 1
+        return run_dir.rename(target)
+
+
 def recipe_digest(recipe: BaseModel) -> str:
     """SHA-256 of the resolved recipe."""
     return hashlib.sha256(json.dumps(recipe.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
