@@ -1,4 +1,8 @@
-"""A run directory belongs to one recipe and one set of inputs; done.json, written last, says that it is whole."""
+"""Run directories: who may write one, whether it holds this very run, and when that run is finished.
+
+recipe.yaml, run.json and environment.json are there from the start, done.json is written last: a directory without it
+is unfinished and may be continued, whatever happened to the process.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +13,31 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from enum import Enum
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
-from ruamel.yaml import YAML
 
 from recipes.loader import dump_recipe
+from recipes.yaml_text import YamlError, parse_yaml
 
-RECIPE, DONE, LOCK, INPUTS, ENVIRONMENT = "recipe.yaml", "done.json", ".lock", "inputs.json", "environment.json"
+LOCK_WAIT_SECONDS = 3.0
+_LOCK = ".lock"
+_PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "sentencepiece", "numpy", "pydantic", "wandb")
 
 
 class RunDirectoryError(ValueError):
-    """A run directory is another run's, in use, or an input of it is not there."""
+    """A run directory (or an upstream one) that cannot be used as asked."""
 
 
 class RunState(Enum):
-    """What a run directory held before this run."""
+    """What a run directory holds of the run that is asked for."""
 
     NEW = "new"
     UNFINISHED = "unfinished"
@@ -37,146 +45,256 @@ class RunState(Enum):
 
 
 @contextmanager
-def prepare_run_directory(run_dir: str | Path, recipe: BaseModel, inputs: Mapping[str, str]) -> Iterator[RunState]:
-    """Hold `run_dir` for this run (one process at a time) and say what it held before.
+def prepare_run_directory(
+    run_dir: str | Path, recipe: BaseModel, inputs: Mapping[str, str | Path]
+) -> Iterator[RunState]:
+    """Hold `run_dir` for this process while inside: `with prepare_run_directory(...) as state`.
 
-    Writes recipe.yaml, inputs.json and environment.json when it is new. Raises RunDirectoryError when it holds a run
-    of another recipe or other inputs, when another process holds it, or when an input is missing or unfinished.
+    `inputs` maps a name to an upstream run directory (which must be finished) or to a file. Only one process may hold a
+    directory; only rank 0 may call this. Raises RunDirectoryError when the directory is held, holds a run of another
+    recipe or of other inputs, or anything that is no run, and when an input is missing.
     """
     run_dir = Path(run_dir)
-    digests = {name: input_digest(name, path) for name, path in inputs.items()}
+    asked = {"written": recipe.model_dump(mode="json", exclude_unset=True), "inputs": digest_inputs(inputs)}
+    if run_dir.exists() and not run_dir.is_dir():
+        raise RunDirectoryError(f"run_dir {run_dir}: a file, expected a directory; choose another run_dir")
     run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / LOCK).open("a+") as lock:
-        _take(lock, run_dir)
-        if (run_dir / RECIPE).exists():
-            difference = differences(run_dir, recipe, digests)
-            if difference:
-                raise RunDirectoryError(
-                    f"{run_dir} holds a run of another recipe or other inputs:\n  " + "\n  ".join(difference)
-                    + f"\nuse another run_dir, or move {run_dir} away"
-                )
-            yield RunState.FINISHED if read_done(run_dir) else RunState.UNFINISHED
-        else:
-            write_atomically(run_dir / ENVIRONMENT, json.dumps(_environment(), indent=2) + "\n")
-            write_atomically(run_dir / INPUTS, json.dumps(digests, indent=2) + "\n")
-            write_atomically(run_dir / RECIPE, dump_recipe(recipe))
-            yield RunState.NEW
+    with _lock(run_dir):
+        state = _state(run_dir, recipe, asked["inputs"])
+        if state is not RunState.FINISHED:
+            starts = _read_json(run_dir / "environment.json") or {"starts": []}
+            starts["starts"].append(describe_environment())
+            write_atomically(run_dir / "environment.json", _to_json(starts))
+            write_atomically(run_dir / "run.json", _to_json(asked))
+            write_atomically(run_dir / "recipe.yaml", dump_recipe(recipe))
+        yield state
 
 
 def finish_run(
     run_dir: str | Path,
     recipe: BaseModel,
-    inputs: Mapping[str, str],
+    inputs: Mapping[str, str | Path],
     key_figure: str,
     seconds: float,
-    figures: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Mark a run as whole: the last thing a stage does."""
-    content = {
-        "recipe_sha256": hashlib.sha256(dump_recipe(recipe).encode()).hexdigest(),
-        "inputs": {name: input_digest(name, path) for name, path in inputs.items()},
+    """Declare the run whole. Call it last, after every output is on disk; `extra` are figures for machines."""
+    run_dir = Path(run_dir)
+    began = _read_json(run_dir / "run.json")
+    assert began is not None, "finish_run outside prepare_run_directory"
+    digests = digest_inputs(inputs)
+    if changed := _changed(began["inputs"], digests):
+        raise RunDirectoryError(f"{run_dir}: changed while the stage was running: {', '.join(changed)}; run it again")
+    done = {
+        "stage": getattr(recipe, "stage", None),
+        "recipe_sha256": recipe_digest(recipe),
+        "inputs": digests,
         "key_figure": key_figure,
-        "seconds": round(seconds, 2),
-        "figures": dict(figures or {}),
+        "seconds": round(seconds, 1),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "figures": dict(extra or {}),
     }
-    write_atomically(Path(run_dir) / DONE, json.dumps(content, indent=2) + "\n")
+    write_atomically(run_dir / "done.json", _to_json(done))
 
 
 def read_done(run_dir: str | Path) -> dict[str, Any] | None:
-    """What finish_run wrote, or None when the run is not finished."""
+    """What a finished run says of itself (done.json), or None where no run has finished."""
+    return _read_json(Path(run_dir) / "done.json")
+
+
+def read_begun(run_dir: str | Path) -> dict[str, Any] | None:
+    """The keys as written in the recipe, and the inputs, of the run a directory was begun for; None for no run.
+
+    `written` holds no defaults, so it is equal to the plain data of the recipe file (and overrides) it came from.
+    """
+    run_dir = Path(run_dir)
+    return _read_json(run_dir / "run.json") if (run_dir / "recipe.yaml").exists() else None
+
+
+def inspect_run_directory(run_dir: str | Path, written: Mapping[str, Any]) -> tuple[RunState, list[str]]:
+    """What a stage would find, without running it: the state, and in what the held run differs from what is asked.
+
+    `written` is the plain data of the recipe. The inputs are looked up where the held run had them, as they are now.
+    """
+    begun = read_begun(run_dir)
+    if begun is None:
+        return RunState.NEW, []
+    state = RunState.FINISHED if read_done(run_dir) else RunState.UNFINISHED
+    if differences := _differences(begun["written"], written):
+        return state, differences
     try:
-        content = json.loads((Path(run_dir) / DONE).read_text())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
+        now = digest_inputs({name: held["path"] for name, held in begun["inputs"].items()})
+    except RunDirectoryError as error:
+        return state, [str(error)]
+    return state, _changed(begun["inputs"], now)
 
 
-def differences(run_dir: Path, recipe: BaseModel, digests: Mapping[str, str]) -> list[str]:
-    """In what the run that `run_dir` holds differs from this recipe and these inputs; empty when in nothing."""
-    yaml = YAML(typ="safe")
-    held = _flat(yaml.load((run_dir / RECIPE).read_text()))
-    asked = _flat(yaml.load(dump_recipe(recipe)))
-    lines = [
-        f"{key}: {held.get(key, 'not set')!r} there, {asked.get(key, 'not set')!r} here"
-        for key in sorted(held.keys() | asked.keys())
-        if held.get(key) != asked.get(key)
-    ]
-    try:
-        held_inputs = json.loads((run_dir / INPUTS).read_text())
-    except (OSError, ValueError):
-        held_inputs = {}
-    return lines + [f"input {name} has changed" for name in digests if held_inputs.get(name) != digests[name]]
+def move_aside(run_dir: str | Path) -> Path:
+    """Rename a run directory that no process holds to `<run_dir>.replaced-<n>`, which is returned."""
+    run_dir = Path(run_dir)
+    with _lock(run_dir):
+        number = 1
+        while (target := run_dir.with_name(f"{run_dir.name}.replaced-{number}")).exists():
+            number += 1
+        return run_dir.rename(target)
 
 
-def input_digest(name: str, path: str) -> str:
-    """sha256 of a file, or of a run directory's done.json. Raises RunDirectoryError when it is not there."""
-    target = Path(path) / DONE if Path(path).is_dir() else Path(path)
-    try:
-        return hashlib.sha256(target.read_bytes()).hexdigest()
-    except FileNotFoundError:
-        what = f"{path} is not finished (it has no {DONE})" if Path(path).is_dir() else f"{path} does not exist"
-        raise RunDirectoryError(f"{name}: {what}; run its stage first") from None
+def recipe_digest(recipe: BaseModel) -> str:
+    """SHA-256 of the resolved recipe."""
+    return hashlib.sha256(json.dumps(recipe.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def digest_inputs(inputs: Mapping[str, str | Path]) -> dict[str, dict[str, str]]:
+    """{name: {path, sha256}}: of a run directory its done.json is hashed, of a file its bytes."""
+    digests = {}
+    for name, given in inputs.items():
+        path = Path(given)
+        file = path / "done.json" if path.is_dir() else path
+        if not file.is_file():
+            found = "holds no finished run (no done.json)" if path.is_dir() else "does not exist"
+            raise RunDirectoryError(f"input {name}: {path} {found}; finish the stage that writes it first")
+        with file.open("rb") as stream:
+            digests[name] = {"path": str(given), "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+    return digests
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file as a whole, durably."""
-    staging = path.with_name(f".{path.name}.writing")
-    with staging.open("w") as file:
+    """Replace `path` by a file holding `text`, durably: after a crash it is the old or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    staging.replace(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
+    temporary.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        os.fsync(directory)
     finally:
-        os.close(descriptor)
+        os.close(directory)
 
 
-def _take(lock: Any, run_dir: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.seek(0)
-        raise RunDirectoryError(f"{run_dir} is in use by process {lock.read().strip() or 'unknown'}") from None
-    lock.seek(0)
-    lock.truncate()
-    lock.write(str(os.getpid()))
-    lock.flush()
-
-
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    pairs = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
-    if pairs is None:
-        return {prefix: node}
-    return {key: value for name, part in pairs for key, value in _flat(part, f"{prefix}.{name}".lstrip(".")).items()}
-
-
-def _environment() -> dict[str, Any]:
-    """Versions and git state, for whoever wants to repeat the run."""
-
-    def git(*arguments: str) -> str | None:
+def describe_environment() -> dict[str, Any]:
+    """When, by what command, on what machine, with which versions and which code a run was started."""
+    versions = {}
+    for package in _PACKAGES:
         try:
-            done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return done.stdout.strip()
-
-    packages = ("torch", "deepspeed", "transformers", "sentencepiece", "numpy")
-    installed = {name: metadata.version(name) for name in packages if _is_installed(name)}
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
     return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": installed,
-        "git_commit": git("rev-parse", "HEAD"),
-        "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "command": sys.argv,
+        "cpus": os.cpu_count(),
+        "versions": versions,
+        "git": _git_state(),
     }
 
 
-def _is_installed(name: str) -> bool:
+def _git_state() -> dict[str, Any] | None:
+    """Commit and changed files of the checkout; None where there is no git or no checkout."""
+
+    def git(*arguments: str) -> str:
+        root = Path(__file__).parent.parent
+        return subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True).stdout
+
     try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+        return {"commit": git("rev-parse", "HEAD").strip(), "changed": git("status", "--porcelain").splitlines()}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+@contextmanager
+def _lock(run_dir: Path) -> Iterator[None]:
+    """Hold the directory. The system releases it with the process, however that ends."""
+    with (run_dir / _LOCK).open("a+") as file:
+        deadline = time.monotonic() + LOCK_WAIT_SECONDS  # a process that was just killed may still be going away
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    file.seek(0)
+                    holder = file.read().strip() or "unknown"
+                    raise RunDirectoryError(
+                        f"run_dir {run_dir} is in use by process {holder}; wait for it or choose another run_dir"
+                    ) from None
+                time.sleep(0.1)
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+
+
+def _state(run_dir: Path, recipe: BaseModel, inputs: Mapping[str, Any]) -> RunState:
+    if not (run_dir / "recipe.yaml").exists():
+        known = ("environment.json", "run.json")
+        others = sorted(path.name for path in run_dir.iterdir() if path.name[0] != "." and path.name not in known)
+        if others:
+            raise RunDirectoryError(
+                f"run_dir {run_dir} holds no run but other files ({', '.join(others[:5])}); choose another run_dir"
+            )
+        return RunState.NEW
+    stored = _read_yaml(run_dir / "recipe.yaml")
+    ours = _read_yaml_text(dump_recipe(recipe), "this recipe")
+    begun = _read_json(run_dir / "run.json") or {"inputs": {}}
+    differences = _differences(stored, ours) + _changed(begun["inputs"], inputs)
+    if differences:
+        raise RunDirectoryError(
+            f"run_dir {run_dir} holds a run of another recipe or other inputs:\n"
+            + "\n".join(f"  {difference}" for difference in differences)
+            + "\nmove it aside, or choose another run_dir"
+        )
+    return RunState.FINISHED if read_done(run_dir) else RunState.UNFINISHED
+
+
+def _differences(stored: Any, ours: Any, key: str = "") -> list[str]:
+    """Lines `key: there X, here Y` for every leaf that differs."""
+    if isinstance(stored, dict) and isinstance(ours, dict):
+        names = [*stored, *(name for name in ours if name not in stored)]
+        return [
+            line
+            for name in names
+            for line in _differences(
+                stored.get(name, "absent"), ours.get(name, "absent"), f"{key}.{name}" if key else name
+            )
+        ]
+    return [] if stored == ours else [f"{key}: there {stored!r}, here {ours!r}"]
+
+
+def _changed(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    names = [*stored, *(name for name in now if name not in stored)]
+    return [
+        f"input {name} ({(now.get(name) or stored[name])['path']}): its content is not the same"
+        for name in names
+        if (stored.get(name) or {}).get("sha256") != (now.get(name) or {}).get("sha256")
+    ]
+
+
+def _to_json(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        raise RunDirectoryError(f"{path} is damaged ({error}); move the run directory aside") from None
+    if not isinstance(data, dict):
+        raise RunDirectoryError(f"{path} is damaged: not a JSON object; move the run directory aside")
+    return data
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return _read_yaml_text(path.read_text(encoding="utf-8"), str(path))
+    except (YamlError, UnicodeDecodeError) as error:
+        raise RunDirectoryError(f"{path} is damaged ({error}); move the run directory aside") from None
+
+
+def _read_yaml_text(text: str, source: str) -> Any:
+    return parse_yaml(text, source).data

@@ -103,7 +103,7 @@ def sample_pairs(
 
     The files, and what is in them, do not depend on the number of ranks.
     """
-    dialogues = read_dialogues(data / "dialogues" / "train.jsonl")
+    dialogues = list(read_dialogues(data / "dialogues" / "train.jsonl"))
     contexts = choose_contexts(dialogues, tokenizer, settings.n_contexts, settings.max_context_tokens, seed)
     trunk, head = load_scorer(Path(settings.scorer) / "model", world.device)
     policy.eval()

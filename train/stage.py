@@ -173,8 +173,11 @@ def _run(
             console.print(line, highlight=False)
         job = prepare(world, console)
         backend = choose_backend(recipe.attention, world.device)
-        console.print(f"attention {backend}, {world.size} rank(s), {torch.get_num_threads()} thread(s) each, "
-                      f"{recipe.engine.precision}, ZeRO-{recipe.engine.zero_stage}", highlight=False)  # fmt: skip
+        console.print(
+            f"attention {backend}, {world.size} rank(s), {torch.get_num_threads()} thread(s) each, "
+            f"{recipe.engine.precision}, ZeRO-{recipe.engine.zero_stage}",
+            highlight=False,
+        )
         engine = Engine(job.module, recipe.engine, recipe.optimizer, world)
         checkpoints = Checkpoints(run_dir / "checkpoints", recipe.loop.keep, world, console)
         start = _resume(checkpoints, engine, job.stage.rows, recipe.seed, console)

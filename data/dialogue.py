@@ -1,0 +1,312 @@
+"""The dialogue format: messages and dialogues as records, as JSON lines and as tokens; one code for every stage.
+
+A dialogue is `<bos>` then, for each message, `<|message|>{speaker}: {text}<|end|>`. A generation prompt stops after
+`<|message|>{character}:`. A scene or a character definition is a message by the speaker `narrator`.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+NARRATOR = "narrator"
+CONTROL_SURFACES = ("<pad>", "<unk>", "<bos>", "<|message|>", "<|end|>")  # in the order of their ids, 0 to 4
+WORD_JOINER = "\u2060"
+NO_LABEL = -1
+
+_SURFACE = re.compile("|".join(re.escape(surface) for surface in CONTROL_SURFACES))
+_JOINERS = re.compile(f"{WORD_JOINER}({WORD_JOINER}?)")
+
+
+class DialogueError(ValueError):
+    """A record that cannot be a message or a dialogue; the message says which value and what was expected."""
+
+
+class Encoder(Protocol):
+    """What this module needs of a tokenizer (DialogueTokenizer is one)."""
+
+    bos_id: int
+    message_id: int
+    end_id: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message. `time` is in unix seconds, None when the source has no clock."""
+
+    speaker: str
+    text: str
+    time: float | None = None
+
+    def __post_init__(self) -> None:
+        check_speaker(self.speaker)
+        if not isinstance(self.text, str):
+            raise DialogueError(f"text is {type(self.text).__name__}: expected a string")
+        _check_encodable("text", self.text)
+        if self.time is not None and not (
+            isinstance(self.time, (int, float)) and not isinstance(self.time, bool) and math.isfinite(self.time)
+        ):
+            raise DialogueError(f"time is {self.time!r}: expected a finite number of unix seconds")
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue:
+    """A conversation. `character` is the speaker whose replies SFT trains; `participants` are the source's raw ids."""
+
+    id: str
+    messages: tuple[Message, ...]
+    character: str
+    participants: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.id, str) or not self.id:
+            raise DialogueError(f"id is {self.id!r}: expected a non-empty string")
+        if not self.messages:
+            raise DialogueError(f"dialogue {self.id!r} has no messages")
+        check_speaker(self.character)
+        speakers = {message.speaker for message in self.messages}
+        if self.character not in speakers:
+            raise DialogueError(
+                f"dialogue {self.id!r}: character {self.character!r} writes nothing; speakers: {sorted(speakers)}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedDialogue:
+    """A dialogue as tokens (length n, int64), with what supervises each of them.
+
+    `trained`: 1 on the character's text and its `<|end|>`. `label`: at the `<|end|>` that closes a turn of the
+    character, 1 when the partner writes again and 0 when not; -1 everywhere else. `message_starts`: positions of
+    `<|message|>`; `text_starts`: positions of the first token after each "speaker:".
+    """
+
+    tokens: np.ndarray
+    trained: np.ndarray
+    label: np.ndarray
+    message_starts: np.ndarray
+    text_starts: np.ndarray
+
+
+def check_speaker(name: object) -> None:
+    """Raise DialogueError unless `name` can stand before ':' in a message."""
+    if not isinstance(name, str) or not name.strip():
+        raise DialogueError(f"speaker is {name!r}: expected a non-empty name")
+    if ":" in name or "\n" in name or "\r" in name:
+        raise DialogueError(f"speaker {name!r} contains ':' or a line break; rename the speaker in the source")
+    _check_encodable("speaker", name)
+
+
+def check_times(messages: Sequence[Message]) -> None:
+    """Raise DialogueError where a message is older than one before it."""
+    latest = -math.inf
+    for number, message in enumerate(messages):
+        if message.time is None:
+            continue
+        if message.time < latest:
+            raise DialogueError(
+                f"message {number}: its time is {latest - message.time:g} s before an earlier message's"
+            )
+        latest = message.time
+
+
+def _check_encodable(what: str, text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DialogueError(f"{what} holds a lone surrogate at character {error.start}: not Unicode text") from None
+
+
+def escape(text: str) -> str:
+    """`text` with every control surface broken by U+2060 after its first character, and its own U+2060 doubled.
+
+    An engine that knows the control tokens as special strings can then never read one out of a user's text.
+    """
+    if WORD_JOINER in text:
+        text = text.replace(WORD_JOINER, WORD_JOINER * 2)
+    if "<" not in text:
+        return text
+    return _SURFACE.sub(lambda match: match[0][0] + WORD_JOINER + match[0][1:], text)
+
+
+def unescape(text: str) -> str:
+    """The exact inverse of `escape`: a pair of U+2060 becomes one, a single one goes."""
+    return _JOINERS.sub(r"\1", text) if WORD_JOINER in text else text
+
+
+def speaker_prefix(speaker: str) -> str:
+    """What stands between `<|message|>` and the text: the escaped name and a colon."""
+    return escape(speaker) + ":"
+
+
+def message_body(text: str) -> str:
+    """What stands between the colon and `<|end|>`: a space and the escaped text."""
+    return " " + escape(text)
+
+
+def encode_message(tokenizer: Encoder, message: Message) -> list[int]:
+    """`<|message|>speaker: text<|end|>` as token ids."""
+    prefix, body = tokenizer.encode_many([speaker_prefix(message.speaker), message_body(message.text)])
+    return [tokenizer.message_id, *prefix, *body, tokenizer.end_id]
+
+
+def encode_prompt(tokenizer: Encoder, messages: Sequence[Message], character: str) -> list[int]:
+    """The tokens to generate from: `<bos>`, the messages, `<|message|>character:`. The reply begins with its space."""
+    check_speaker(character)
+    ids = [tokenizer.bos_id]
+    for message in messages:
+        ids += encode_message(tokenizer, message)
+    return [*ids, tokenizer.message_id, *tokenizer.encode(speaker_prefix(character))]
+
+
+def encode_reply(tokenizer: Encoder, text: str) -> list[int]:
+    """A reply as it continues a generation prompt: " text" and `<|end|>`."""
+    return [*tokenizer.encode(message_body(text)), tokenizer.end_id]
+
+
+def decode_reply(tokenizer: Encoder, ids: Sequence[int]) -> str:
+    """The text of generated ids; exact inverse of `encode_reply`. Control tokens are dropped, one leading space too."""
+    return unescape(tokenizer.decode(ids).removeprefix(" "))
+
+
+def continuation_labels(dialogue: Dialogue, within_seconds: float | None = None) -> list[int]:
+    """For each message: does the partner write again after it? 1, 0, or -1 where the question is not asked.
+
+    It is asked at the last message of each turn of the character; narrator messages are nobody's turn. With
+    `within_seconds`, a partner who answers later than that counts as gone, and an unknown time leaves -1.
+    """
+    labels = [NO_LABEL] * len(dialogue.messages)
+    following: Message | None = None
+    for i in range(len(dialogue.messages) - 1, -1, -1):
+        message = dialogue.messages[i]
+        if message.speaker == NARRATOR and dialogue.character != NARRATOR:
+            continue
+        if message.speaker == dialogue.character and (following is None or following.speaker != dialogue.character):
+            labels[i] = _continues(message, following, within_seconds)
+        following = message
+    return labels
+
+
+def _continues(message: Message, following: Message | None, within_seconds: float | None) -> int:
+    if following is None:
+        return 0
+    if within_seconds is None:
+        return 1
+    if message.time is None or following.time is None:
+        return NO_LABEL
+    return int(following.time - message.time <= within_seconds)
+
+
+def encode_dialogue(
+    tokenizer: Encoder, dialogue: Dialogue, continue_within_seconds: float | None = None
+) -> EncodedDialogue:
+    """The dialogue as tokens with its character mask and continuation labels."""
+    texts: list[str] = []
+    for message in dialogue.messages:
+        texts += (speaker_prefix(message.speaker), message_body(message.text))
+    encoded = tokenizer.encode_many(texts)
+    labels = continuation_labels(dialogue, continue_within_seconds)
+    ids = [tokenizer.bos_id]
+    starts: list[int] = []
+    text_starts: list[int] = []
+    ends: list[int] = []
+    for prefix, body in zip(encoded[::2], encoded[1::2], strict=True):
+        starts.append(len(ids))
+        ids += (tokenizer.message_id, *prefix)
+        text_starts.append(len(ids))
+        ids += (*body, tokenizer.end_id)
+        ends.append(len(ids))
+    trained = np.zeros(len(ids), dtype=np.uint8)
+    label = np.full(len(ids), NO_LABEL, dtype=np.int8)
+    for message, first, end, continues in zip(dialogue.messages, text_starts, ends, labels, strict=True):
+        label[end - 1] = continues
+        if message.speaker == dialogue.character:
+            trained[first:end] = 1
+    return EncodedDialogue(np.asarray(ids, dtype=np.int64), trained, label, np.asarray(starts), np.asarray(text_starts))
+
+
+def to_json(dialogue: Dialogue) -> str:
+    """One line of JSON; `from_json` gives an equal dialogue."""
+    record = {
+        "id": dialogue.id,
+        "character": dialogue.character,
+        "messages": [message_to_record(message) for message in dialogue.messages],
+        "participants": list(dialogue.participants),
+        "metadata": dict(dialogue.metadata),
+    }
+    return json.dumps(record, ensure_ascii=False, allow_nan=False)
+
+
+def from_json(line: str) -> Dialogue:
+    """The dialogue of a line written by `to_json`. Raises DialogueError saying what is wrong with the line."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DialogueError(f"not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise DialogueError(f"expected a JSON object, found {type(record).__name__}")
+    missing = [key for key in ("id", "character", "messages") if key not in record]
+    if missing:
+        raise DialogueError(f"missing {', '.join(missing)}; found the keys {sorted(record)}")
+    return Dialogue(
+        id=record["id"],
+        messages=messages_from_records(record["messages"]),
+        character=record["character"],
+        participants=tuple(record.get("participants", ())),
+        metadata=record.get("metadata", {}),
+    )
+
+
+def message_to_record(message: Message) -> dict[str, Any]:
+    """The JSON object of a message; an unknown time is left out."""
+    record: dict[str, Any] = {"speaker": message.speaker, "text": message.text}
+    return record if message.time is None else record | {"time": message.time}
+
+
+def messages_from_records(records: object) -> tuple[Message, ...]:
+    """Messages from a JSON list of {"speaker", "text", "time"?}. Raises DialogueError naming the message's number."""
+    if not isinstance(records, list):
+        raise DialogueError(f"messages is {type(records).__name__}: expected a list of objects with speaker and text")
+    messages = []
+    for number, record in enumerate(records):
+        if not isinstance(record, dict) or "speaker" not in record or "text" not in record:
+            raise DialogueError(f"message {number}: expected an object with speaker and text, found {str(record)[:80]}")
+        unknown = sorted(set(record) - {"speaker", "text", "time"})
+        if unknown:
+            raise DialogueError(f"message {number}: unknown key {unknown[0]!r}; expected speaker, text, time")
+        try:
+            messages.append(Message(record["speaker"], record["text"], record.get("time")))
+        except DialogueError as error:
+            raise DialogueError(f"message {number}: {error}") from None
+    return tuple(messages)
+
+
+def write_dialogues(path: Path, dialogues: Iterable[Dialogue]) -> None:
+    """Write one dialogue a line."""
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        for dialogue in dialogues:
+            file.write(to_json(dialogue) + "\n")
+
+
+def read_dialogues(path: Path | str) -> Iterator[Dialogue]:
+    """Dialogues of a JSONL file in order. Raises DialogueError naming file and line."""
+    path = Path(path)
+    if not path.is_file():
+        raise DialogueError(f"{path}: no such file; expected dialogues as JSON lines")
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield from_json(line)
+            except DialogueError as error:
+                raise DialogueError(f"{path}:{number}: {error}") from None

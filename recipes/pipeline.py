@@ -1,0 +1,291 @@
+"""Run a folder of recipes, stage by stage, keeping what is finished: `python -m recipes.pipeline recipes/demo`.
+
+Values are changed by stage: `pretrain.loop.max_steps=5`; `--runs DIR` puts every run directory elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import json
+import os
+import re
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, Field, PositiveInt
+from rich.console import Console
+from rich.table import Table
+
+from recipes.child_process import Ended, StopRequests, run_child
+from recipes.loader import RecipeError, Section, load_recipe, read_document
+from recipes.run_directory import RunDirectoryError, RunState, inspect_run_directory, move_aside, read_done
+from recipes.stages import STAGES, Stage
+
+PIPELINE_FILE = "pipeline.yaml"
+DEMO_BUNDLE = "runs/demo/export"
+_PLAIN_PATH = re.compile(r"[A-Za-z_./][-\w./]*", re.ASCII)  # what YAML reads as this very text
+
+
+class StageEntry(Section):
+    """One stage: its recipe file, beside pipeline.yaml, and on how many processes a training stage runs."""
+
+    recipe: str
+    nproc_per_node: PositiveInt = 1
+
+
+class PipelineRecipe(Section):
+    """The stages in order, and the folder that their run directories have in common."""
+
+    runs: str
+    stages: tuple[StageEntry, ...] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A stage of this pipeline, with the overrides meant for it."""
+
+    name: str
+    stage: Stage
+    recipe_path: Path
+    nproc_per_node: int
+    overrides: tuple[str, ...]
+    written: dict[str, Any]
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.written["run_dir"])
+
+    def command(self) -> list[str]:
+        """The words of the child's command line."""
+        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(self.nproc_per_node), "-m"]
+        launcher = torchrun if self.stage.distributed else []
+        return [sys.executable, "-m", *launcher, self.stage.module, str(self.recipe_path), *self.overrides]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table at the end; `ended` is None for a stage that was kept."""
+
+    name: str
+    ended: Ended | None
+    key_figure: str
+
+
+def plan(folder: Path, runs: str | None, overrides: Sequence[str]) -> list[Planned]:
+    """The stages of `folder`, in order. Raises RecipeError, with the problems of every recipe file."""
+    if not folder.is_dir():
+        raise RecipeError(f"{folder}: no such folder; expected one with {PIPELINE_FILE}, such as recipes/demo")
+    pipeline = load_recipe(PipelineRecipe, folder / PIPELINE_FILE)
+    names = [Path(entry.recipe).stem for entry in pipeline.stages]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise RecipeError(f"{folder / PIPELINE_FILE}: stages: {', '.join(sorted(repeated))} given twice")
+    given = _by_stage(overrides, names)
+    planned, problems = [], []
+    for name, entry in zip(names, pipeline.stages, strict=True):
+        try:
+            planned.append(_plan_stage(name, entry, folder, pipeline.runs, runs, given[name]))
+        except RecipeError as error:
+            problems.append(str(error))
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return planned
+
+
+def _by_stage(overrides: Sequence[str], names: Sequence[str]) -> dict[str, list[str]]:
+    given: dict[str, list[str]] = {name: [] for name in names}
+    for override in overrides:
+        name, dot, rest = override.partition(".")
+        if not dot or name not in given:
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {close[0]}.{rest}?" if close else f"stages are {', '.join(names)}"
+            raise RecipeError(f"command line: {override}: expected stage.dotted.key=value; {hint}")
+        given[name].append(rest)
+    return given
+
+
+def _plan_stage(
+    name: str, entry: StageEntry, folder: Path, runs: str, other_runs: str | None, overrides: list[str]
+) -> Planned:
+    path = folder / entry.recipe
+    written = read_document(path).data
+    stage = written.get("stage")
+    if not isinstance(stage, str) or stage not in STAGES:
+        raise RecipeError(f"{path}: stage: found {stage!r}, expected one of {', '.join(STAGES)}")
+    if not STAGES[stage].distributed and entry.nproc_per_node != 1:
+        raise RecipeError(f"{folder / PIPELINE_FILE}: {name}: nproc_per_node is for training stages only")
+    moved = [] if other_runs is None else list(_moved(written, runs, other_runs))
+    document = read_document(path, [*moved, *overrides])
+    if not isinstance(document.data.get("run_dir"), str):
+        raise RecipeError(f"{path}: run_dir: found {document.data.get('run_dir')!r}, expected a string")
+    return Planned(name, STAGES[stage], path, entry.nproc_per_node, (*moved, *overrides), document.data)
+
+
+def _moved(node: Any, old: str, new: str, key: str = "") -> Iterator[str]:
+    """Overrides that put every path at or below `old` below `new`."""
+    if isinstance(node, dict | list):
+        for name, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _moved(value, old, new, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, str) and (node == old or node.startswith(f"{old}/")):
+        path = new.rstrip("/") + node.removeprefix(old)
+        yield f"{key}={path if _PLAIN_PATH.fullmatch(path) else json.dumps(path)}"
+
+
+def schema_of(stage: str) -> type[BaseModel]:
+    """The schema of a stage's recipes: the section with that `stage` in the stage's module, which is imported."""
+    module = importlib.import_module(STAGES[stage].module)
+    found = {
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, BaseModel)
+        and "stage" in value.model_fields
+        and get_args(value.model_fields["stage"].annotation) == (stage,)
+    }
+    assert len(found) == 1, (stage, found)
+    return found.pop()
+
+
+def check(stages: Sequence[Planned]) -> None:
+    """Load every recipe with its schema, so that no problem of the last stage shows after the first has run."""
+    problems = []
+    for planned in stages:
+        try:
+            load_recipe(schema_of(planned.written["stage"]), planned.recipe_path, planned.overrides)
+        except RecipeError as error:
+            problems.append(str(error))
+    if problems:
+        raise RecipeError("\n".join(problems))
+
+
+def run(stages: Sequence[Planned], console: Console, stops: StopRequests) -> int:
+    """Run what is not finished, in order; the exit code. Raises RunDirectoryError."""
+    rows = []
+    for number, planned in enumerate(stages, 1):
+        state = _make_room(planned, console)
+        ended = None
+        if state is not RunState.FINISHED:
+            how = "continues" if state is RunState.UNFINISHED else "starts"
+            console.rule(f"[bold]{number}/{len(stages)} {planned.name}[/] {how}: {planned.recipe_path}", align="left")
+            environment = stage_environment(planned.nproc_per_node)
+            ended = run_child(planned.command(), environment, stops, planned.stage.distributed)
+        done = read_done(planned.run_dir)
+        if stops.received:
+            left = "is finished" if done else "has stopped"
+            console.print(f"{planned.name} {left}; the same command continues from here", highlight=False)
+            return 130 if stops.received[0] == signal.SIGINT else 0
+        if done is None or (ended and ended.code):
+            assert ended is not None
+            return _tell_failure(planned, ended, console)
+        rows.append(Row(planned.name, ended, str(done["key_figure"])))
+    _tell_end(stages, rows, console)
+    return 0
+
+
+def _make_room(planned: Planned, console: Console) -> RunState:
+    """The state of the stage's run directory, once a run of another recipe or other inputs is out of the way."""
+    state, differences = inspect_run_directory(planned.run_dir, planned.written)
+    if not differences:
+        return state
+    moved = move_aside(planned.run_dir)
+    more = f" and {len(differences) - 1} more" if len(differences) > 1 else ""
+    console.print(
+        f"{planned.name}: {planned.run_dir} held another run ({differences[0]}{more}); moved to {moved}",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+    return RunState.NEW
+
+
+def stage_environment(nproc_per_node: int) -> dict[str, str]:
+    """This process's environment, with the CPU's cores divided among the ranks and libraries kept quiet."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    defaults = {
+        "OMP_NUM_THREADS": str(max(1, cores // nproc_per_node)),
+        "PYTHONWARNINGS": "ignore",
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "WANDB_SILENT": "true",
+    }
+    return defaults | dict(os.environ)
+
+
+def _tell_failure(planned: Planned, ended: Ended, console: Console) -> int:
+    how = f"failed with exit code {ended.code}" if ended.code else "ended before it was finished"
+    words = shlex.split(planned.stage.command(str(planned.recipe_path)))
+    console.print(f"\n[bold red]{planned.name} {how}[/] after {_minutes(ended.seconds)}", highlight=False)
+    console.print(
+        f"to run it alone: {shlex.join([*words, *planned.overrides])}\nto continue:     the same command again",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+    return ended.code if ended.code > 0 else 1
+
+
+def _tell_end(stages: Sequence[Planned], rows: Sequence[Row], console: Console) -> None:
+    table = Table("stage", "key figure", title="the pipeline's stages", title_justify="left")
+    table.add_column("time", justify="right")
+    table.add_column("peak memory", justify="right")
+    for row in rows:
+        measured = (
+            (_minutes(row.ended.seconds), f"{row.ended.peak_bytes / 2**30:.2f} GiB") if row.ended else ("kept", "")
+        )
+        table.add_row(row.name, row.key_figure, *measured)
+    ran = [row.ended for row in rows if row.ended]
+    if ran:
+        peak = max(ended.peak_bytes for ended in ran) / 2**30
+        table.add_section()
+        table.add_row("[bold]all[/]", "", _minutes(sum(ended.seconds for ended in ran)), f"{peak:.2f} GiB")
+    console.print(table)
+    run_dirs: Mapping[str, Path] = {planned.written["stage"]: planned.run_dir for planned in stages}
+    if "eval" in run_dirs:
+        console.print(f"report: {run_dirs['eval'] / 'report.html'}", highlight=False, soft_wrap=True)
+    if "export" in run_dirs:
+        bundle = run_dirs["export"].as_posix()
+        console.print(f"chat:   make chat{'' if bundle == DEMO_BUNDLE else f' BUNDLE={bundle}'}", highlight=False)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def _tell_plan(stages: Sequence[Planned], console: Console) -> None:
+    table = Table("stage", "state", "command", title="what would run", title_justify="left")
+    for planned in stages:
+        state, differences = inspect_run_directory(planned.run_dir, planned.written)
+        shown = "of another recipe or inputs" if differences else state.value
+        words = shlex.split(planned.stage.command(str(planned.recipe_path)))
+        table.add_row(planned.name, shown, shlex.join([*words, *planned.overrides]))
+    console.print(table)
+
+
+def main() -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="a folder of recipes with a pipeline.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="stage.dotted.key=value", help="replaces one value of a recipe")
+    parser.add_argument("--runs", metavar="DIR", help="where the run directories go, instead of the recipes' own place")
+    parser.add_argument("--dry-run", action="store_true", help="check every recipe, say what would run, and stop")
+    arguments = parser.parse_intermixed_args()
+    console, errors = Console(), Console(stderr=True)
+    try:
+        stages = plan(arguments.folder, arguments.runs, arguments.overrides)
+        states = [inspect_run_directory(planned.run_dir, planned.written) for planned in stages]
+        check([planned for planned, held in zip(stages, states, strict=True) if held != (RunState.FINISHED, [])])
+        if arguments.dry_run:
+            _tell_plan(stages, console)
+            return 0
+        return run(stages, console, StopRequests())
+    except (RecipeError, RunDirectoryError) as error:
+        errors.print(f"[bold red]{type(error).__name__}[/]")
+        errors.print(str(error), highlight=False, markup=False, soft_wrap=True)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

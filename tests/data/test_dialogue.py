@@ -1,0 +1,181 @@
+"""The dialogue format: escaping, tokens and masks, continuation labels, JSON lines."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from data.dialogue import (
+    CONTROL_SURFACES,
+    Dialogue,
+    DialogueError,
+    Message,
+    continuation_labels,
+    decode_reply,
+    encode_dialogue,
+    encode_message,
+    encode_prompt,
+    encode_reply,
+    escape,
+    from_json,
+    read_dialogues,
+    to_json,
+    unescape,
+    write_dialogues,
+)
+from data.tokenizer import DialogueTokenizer
+
+J = "\u2060"
+texts = st.lists(
+    st.one_of(st.text(max_size=5), st.sampled_from([*CONTROL_SURFACES, J, "<", "|end|>", "<|", " ", "\u2581"])),
+    max_size=8,
+).map("".join)
+speakers = st.text(st.characters(exclude_characters=":\n\r", exclude_categories=["Cs"]), min_size=1, max_size=8).filter(
+    lambda name: bool(name.strip())
+)
+messages = st.builds(Message, speakers, texts, st.none() | st.floats(0, 2e9) | st.integers(0, 2_000_000_000))
+
+
+@st.composite
+def dialogues(draw: st.DrawFn) -> Dialogue:
+    drawn = draw(st.lists(messages, min_size=1, max_size=4))
+    character = draw(st.sampled_from(drawn)).speaker
+    metadata = draw(st.dictionaries(st.text(max_size=4), st.integers() | st.text(max_size=4), max_size=3))
+    return Dialogue(draw(st.text(min_size=1, max_size=5)), tuple(drawn), character, ("p1", "p2"), metadata)
+
+
+@settings(max_examples=200)
+@given(text=texts)
+@example(text=f"<{J}|end|>")
+@example(text=f"{J}<|end|>{J}{J}")
+def test_unescape_inverts_escape(text: str) -> None:
+    assert unescape(escape(text)) == text
+
+
+@settings(max_examples=150)
+@given(speaker=speakers, text=texts)
+def test_an_escaped_message_shows_no_control_surface(speaker: str, text: str) -> None:
+    rendered = escape(speaker) + ": " + escape(text)
+    assert not any(surface in rendered for surface in CONTROL_SURFACES)
+
+
+def test_escape_is_what_the_chat_template_says() -> None:
+    text = f"hi <|end|> <|message|>Bob: {J} <pad><unk><bos> <b>"
+    expected = text.replace(J, J + J)
+    for surface in CONTROL_SURFACES:
+        expected = expected.replace(surface, surface[0] + J + surface[1:])
+    assert escape(text) == expected
+
+
+@given(text=texts)
+def test_decode_reply_inverts_encode_reply(tokenizer: DialogueTokenizer, text: str) -> None:
+    ids = encode_reply(tokenizer, text)
+    assert ids[-1] == tokenizer.end_id
+    assert decode_reply(tokenizer, ids) == text == decode_reply(tokenizer, ids[:-1])
+
+
+@settings(max_examples=50)
+@given(dialogue=dialogues())
+def test_training_tokens_are_prompt_and_reply(tokenizer: DialogueTokenizer, dialogue: Dialogue) -> None:
+    """At each of the character's messages: the prompt's tokens, then the reply's, and only the reply is trained."""
+    encoded = encode_dialogue(tokenizer, dialogue)
+    trained = np.zeros(len(encoded.tokens), dtype=np.uint8)
+    for i, message in enumerate(dialogue.messages):
+        if message.speaker != dialogue.character:
+            continue
+        prompt = encode_prompt(tokenizer, dialogue.messages[:i], dialogue.character)
+        reply = encode_reply(tokenizer, message.text)
+        assert encoded.tokens[: len(prompt) + len(reply)].tolist() == prompt + reply
+        trained[len(prompt) : len(prompt) + len(reply)] = 1
+    assert np.array_equal(encoded.trained, trained)
+    assert len(encoded.tokens) == len(encoded.trained) == len(encoded.label)
+
+
+@settings(max_examples=40)
+@given(dialogue=dialogues())
+def test_control_tokens_stand_only_where_the_format_puts_them(tokenizer: DialogueTokenizer, dialogue: Dialogue) -> None:
+    encoded = encode_dialogue(tokenizer, dialogue)
+    tokens = encoded.tokens
+    assert tokens[0] == tokenizer.bos_id
+    assert np.count_nonzero(tokens <= 4) == 1 + 2 * len(dialogue.messages)
+    assert np.array_equal(np.flatnonzero(tokens == tokenizer.message_id), encoded.message_starts)
+    ends = np.flatnonzero(tokens == tokenizer.end_id)
+    assert encoded.label[ends].tolist() == continuation_labels(dialogue)
+    assert np.all(np.delete(encoded.label, ends) == -1)
+
+
+def test_a_message_reads_as_documented(tokenizer: DialogueTokenizer) -> None:
+    ids = encode_message(tokenizer, Message("Ann", "hi <|end|>"))
+    assert tokenizer.decode(ids, show_control=True) == f"<|message|>Ann: hi <{J}|end|><|end|>"
+    assert ids == [3, *tokenizer.encode(f"Ann: hi <{J}|end|>"), 4]
+
+
+def talk(*lines: tuple[str, float | None]) -> Dialogue:
+    return Dialogue("d", tuple(Message(speaker, "x", time) for speaker, time in lines), character="A")
+
+
+@pytest.mark.parametrize(
+    ("dialogue", "within", "expected"),
+    [
+        (talk(("A", 0), ("B", 5), ("A", 9)), 10, [1, -1, 0]),
+        (talk(("A", 0), ("A", 1), ("B", 5)), 10, [-1, 1, -1]),
+        (talk(("A", 0), ("B", 10)), 10, [1, -1]),
+        (talk(("A", 0), ("B", 11)), 10, [0, -1]),
+        (talk(("A", 0), ("B", 11)), None, [1, -1]),
+        (talk(("A", None), ("B", 11)), 10, [-1, -1]),
+        (talk(("A", None)), 10, [0]),
+        (talk(("B", 0), ("A", 1), ("narrator", 2), ("A", 3), ("narrator", 4), ("B", 5)), 10, [-1, -1, -1, 1, -1, -1]),
+        (talk(("A", 0), ("C", 1), ("B", 2), ("A", 3)), 10, [1, -1, -1, 0]),
+    ],
+)
+def test_continuation_labels(dialogue: Dialogue, within: float | None, expected: list[int]) -> None:
+    assert continuation_labels(dialogue, within) == expected
+
+
+@settings(max_examples=50)
+@given(dialogue=dialogues())
+def test_json_round_trip(dialogue: Dialogue) -> None:
+    line = to_json(dialogue)
+    assert "\n" not in line
+    assert from_json(line) == dialogue
+
+
+def test_files_round_trip_and_errors_name_the_line(tmp_path: Path) -> None:
+    both = [
+        talk(("A", 0), ("B", 1)),
+        talk(
+            ("A", 2.5),
+        ),
+    ]
+    write_dialogues(tmp_path / "d.jsonl", both)
+    assert list(read_dialogues(tmp_path / "d.jsonl")) == both
+    with open(tmp_path / "d.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"id": "x", "character": "A", "messages": [{"speaker": "A:", "text": "y"}]}\n')
+    with pytest.raises(DialogueError, match=r"d\.jsonl:3: message 0: speaker 'A:'"):
+        list(read_dialogues(tmp_path / "d.jsonl"))
+    with pytest.raises(DialogueError, match="no such file"):
+        list(read_dialogues(tmp_path / "none.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "not JSON"),
+        ("[]", "JSON object"),
+        ('{"id": "1"}', "missing character, messages"),
+        ('{"id": "1", "character": "A", "messages": []}', "no messages"),
+        ('{"id": "1", "character": "A", "messages": {}}', "expected a list"),
+        ('{"id": "1", "character": "A", "messages": [1]}', "message 0"),
+        ('{"id": "1", "character": "A", "messages": [{"speaker": "A", "text": 3}]}', "text is int"),
+        ('{"id": "1", "character": "A", "messages": [{"speaker": "A", "text": "", "tme": 3}]}', "unknown key 'tme'"),
+        ('{"id": "1", "character": "A", "messages": [{"speaker": "A", "text": "", "time": "3"}]}', "time is '3'"),
+        ('{"id": "1", "character": "B", "messages": [{"speaker": "A", "text": ""}]}', "writes nothing"),
+        ('{"id": "1", "character": "A", "messages": [{"speaker": "A", "text": "\\ud800"}]}', "lone surrogate"),
+        ('{"id": "1", "character": "A", "messages": [{"speaker": " ", "text": ""}]}', "non-empty"),
+    ],
+)
+def test_bad_records_say_what_is_wrong(line: str, reason: str) -> None:
+    with pytest.raises(DialogueError, match=reason):
+        from_json(line)

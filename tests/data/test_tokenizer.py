@@ -1,0 +1,106 @@
+"""The tokenizer: exact round trip, no control id from text, the split the format rests on, honest errors."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from data.dialogue import CONTROL_SURFACES
+from data.tokenizer import MODEL_FILE, DialogueTokenizer, TokenizerError, train_tokenizer
+
+pieces_of_text = st.one_of(
+    st.text(max_size=8),
+    st.sampled_from([*CONTROL_SURFACES, "\u2581", "\u2060", " ", ":", "\n", "\t", "\0", "<0x0A>", "hello"]),
+)
+texts = st.lists(pieces_of_text, max_size=8).map("".join)
+
+
+@settings(max_examples=200)
+@given(text=texts)
+@example(text="\u2581 a\u2581\u2585\u2047 ")
+@example(text="  <|end|>  ")
+@example(text="")
+def test_decode_inverts_encode(tokenizer: DialogueTokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@settings(max_examples=150)
+@given(text=texts)
+@example(text="".join(CONTROL_SURFACES))
+def test_no_text_yields_a_control_id(tokenizer: DialogueTokenizer, text: str) -> None:
+    assert all(i > 4 for i in tokenizer.encode(text))
+
+
+@settings(max_examples=150)
+@given(before=texts.map(lambda t: t + ":"), after=texts.map(lambda t: " " + t))
+def test_no_piece_crosses_from_a_colon_to_a_space(tokenizer: DialogueTokenizer, before: str, after: str) -> None:
+    assert tokenizer.encode(before + after) == tokenizer.encode(before) + tokenizer.encode(after)
+
+
+@given(batch=st.lists(texts, max_size=5))
+def test_encode_many_equals_encode(tokenizer: DialogueTokenizer, batch: list[str]) -> None:
+    assert tokenizer.encode_many(batch) == [tokenizer.encode(text) for text in batch]
+
+
+def test_control_ids_are_dropped_or_shown(tokenizer: DialogueTokenizer) -> None:
+    ids = [2, 3, *tokenizer.encode("Ann:"), 4, 0]
+    assert tokenizer.decode(ids) == "Ann:"
+    assert tokenizer.decode(ids, show_control=True) == "<bos><|message|>Ann:<|end|><pad>"
+
+
+def test_pieces_list_the_vocabulary(tokenizer: DialogueTokenizer) -> None:
+    pieces = tokenizer.pieces()
+    assert len(pieces) == tokenizer.vocab_size == 400
+    assert tuple(piece.text for piece in pieces[:5]) == CONTROL_SURFACES
+    assert [piece.kind for piece in pieces[:5]] == ["control"] * 5
+    assert [piece.text for piece in pieces if piece.kind == "byte"] == [f"<0x{b:02X}>" for b in range(256)]
+    assert any(piece.text.startswith(" ") for piece in pieces)
+    assert not any("\u2581" in piece.text for piece in pieces)
+
+
+def test_save_and_load(tokenizer: DialogueTokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    for path in (tmp_path, tmp_path / MODEL_FILE):
+        assert DialogueTokenizer.load(path).model_bytes == tokenizer.model_bytes
+
+
+def test_training_is_deterministic(tmp_path: Path) -> None:
+    sentences = ["a first sentence here", " and a second one", "\n\n a third: 1 2 3"] * 20
+    first = train_tokenizer(sentences, tmp_path / "t.model", 300)
+    assert first.model_bytes == train_tokenizer(iter(sentences), None, 300).model_bytes
+    assert (tmp_path / "t.model").read_bytes() == first.model_bytes
+
+
+def test_hostile_texts_do_not_stop_training() -> None:
+    hostile = ["\0", "a\tb", "\u2581\u2581", "", "x" * 100_000]
+    assert train_tokenizer(hostile + ["some ordinary text to learn from"] * 30, None, 280).vocab_size == 280
+
+
+def test_errors_name_file_and_reason(tmp_path: Path, tokenizer: DialogueTokenizer) -> None:
+    with pytest.raises(TokenizerError, match=r"nowhere.*no such file"):
+        DialogueTokenizer.load(tmp_path / "nowhere")
+    (tmp_path / "broken.model").write_bytes(tokenizer.model_bytes[:2000])
+    with pytest.raises(TokenizerError, match=r"broken\.model"):
+        DialogueTokenizer.load(tmp_path / "broken.model")
+    with pytest.raises(TokenizerError, match="support at most"):
+        train_tokenizer(["too little text"] * 3, None, 4096)
+    with pytest.raises(TokenizerError, match="no text"):
+        train_tokenizer([], None, 4096)
+    with pytest.raises(TokenizerError, match="more than 261"):
+        train_tokenizer(["text"], None, 100)
+    with pytest.raises(TokenizerError, match="outside the vocabulary"):
+        tokenizer.decode([tokenizer.vocab_size])
+
+
+def test_a_foreign_model_is_refused(tmp_path: Path) -> None:
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a sentence to learn from, with several words"] * 30),
+        model_prefix=str(tmp_path / "foreign"),
+        vocab_size=22,
+        minloglevel=2,
+    )
+    with pytest.raises(TokenizerError, match="ids 0 to 4"):
+        DialogueTokenizer.load(tmp_path / "foreign.model")
