@@ -128,6 +128,11 @@ class Engine:
         return min(self.model.config.max_length, self.cache.allocator.n_pages * self.cache.page_size)
 
     @property
+    def is_alive(self) -> bool:
+        """Whether the loop's thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
     def n_running(self) -> int:
         return len(self._running)
 
