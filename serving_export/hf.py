@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
+from model.attention_ops import Backend
 from model.config import ModelConfig, NoSharing, TailSharing
 from model.portability import obstacles
+from model.transformer import Transformer
 
 ARCHITECTURE = "Gemma4ForCausalLM"
 
@@ -172,3 +178,36 @@ def state_from_hf(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str,
             continue
         ours[from_hf(name)] = tensor
     return ours
+
+
+def load_exported_model(
+    directory: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    attention: Backend = "auto",
+) -> Transformer:
+    """Our transformer from the config.json and model.safetensors of a bundle, in evaluation mode.
+
+    Raises NotPortableError naming the file when it is missing, damaged or of another architecture.
+    """
+    paths = [Path(directory) / name for name in ("config.json", "model.safetensors")]
+    for path in paths:
+        if not path.is_file():
+            raise NotPortableError(f"{path} does not exist: {directory} is not a bundle")
+    try:
+        config = model_config(json.loads(paths[0].read_text(encoding="utf-8")))
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise NotPortableError(f"{paths[0]} is no config of a {ARCHITECTURE}: {error!r}") from None
+    try:
+        state = state_from_hf(config, load_file(paths[1]))
+    except SafetensorError as error:
+        raise NotPortableError(f"{paths[1]} is damaged: {error}") from None
+    with torch.device("meta"):
+        model = Transformer(config, attention)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if shapes != found:
+        wrong = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
+        raise NotPortableError(f"{paths[1]} does not fit its config.json: {', '.join(wrong[:5])}")
+    model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in state.items()}, assign=True)
+    return model.eval()

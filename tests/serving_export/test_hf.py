@@ -13,7 +13,16 @@ from safetensors.torch import save_file
 from model.attention_ops import Documents
 from model.config import AdjacentSharing, ModelConfig, NoSharing, TailSharing
 from model.transformer import Transformer
-from serving_export.hf import NotPortableError, from_hf, hf_config, model_config, state_from_hf, state_to_hf, to_hf
+from serving_export.hf import (
+    NotPortableError,
+    from_hf,
+    hf_config,
+    load_exported_model,
+    model_config,
+    state_from_hf,
+    state_to_hf,
+    to_hf,
+)
 
 
 def small(**changes: Any) -> ModelConfig:
@@ -48,6 +57,8 @@ def test_loads_from_disk_with_equal_logits(config: ModelConfig, tmp_path: Path) 
     tokens_T = torch.randint(1, config.vocab_size, (40,), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours_TV = model.logits(model(tokens_T, Documents.from_lengths([40])))
+        reloaded = load_exported_model(tmp_path, attention="reference")
+        assert torch.equal(reloaded.logits(reloaded(tokens_T, Documents.from_lengths([40]))), ours_TV)
         torch.testing.assert_close(peer.eval()(tokens_T[None]).logits[0], ours_TV, atol=1e-5, rtol=0)
 
 
@@ -79,3 +90,20 @@ def test_what_gemma4_cannot_express_is_refused() -> None:
     state["model.layers.2.layer_scalar"] = torch.tensor([0.5])
     with pytest.raises(NotPortableError, match=r"layers\.2\.layer_scalar"):
         state_from_hf(small(), state)
+
+
+@pytest.mark.parametrize("damage", ["config.json", "model.safetensors", "shape", "gone"])
+def test_a_damaged_bundle_is_named(damage: str, tmp_path: Path) -> None:
+    config = small()
+    (tmp_path / "config.json").write_text(json.dumps(exported(config)))
+    save_file(state_to_hf(config, Transformer(config).state_dict()), tmp_path / "model.safetensors")
+    name = damage if "." in damage else "model.safetensors"
+    if damage == "gone":
+        (tmp_path / name).unlink()
+    elif damage == "shape":
+        other = small(d_ff=32)
+        save_file(state_to_hf(other, Transformer(other).state_dict()), tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-9])
+    with pytest.raises(NotPortableError, match=name):
+        load_exported_model(tmp_path)
