@@ -9,6 +9,9 @@ from data.tokenizer import DialogueTokenizer, train_tokenizer
 from model.config import ModelConfig, TailSharing
 from model.transformer import Transformer
 
+# tiny models run many times faster on one thread than on a crowd of them
+torch.set_num_threads(1)
+
 SENTENCES = [
     "Hello there, how are you doing today?",
     "I am fine, thank you. It rains  a lot in November!",
