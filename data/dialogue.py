@@ -89,13 +89,14 @@ class EncodedDialogue:
 
     `trained`: 1 on the character's text and its `<|end|>`. `label`: at the `<|end|>` that closes a turn of the
     character, 1 when the partner writes again and 0 when not; -1 everywhere else. `message_starts`: positions of
-    `<|message|>`.
+    `<|message|>`; `text_starts`: positions of the first token after each "speaker:".
     """
 
     tokens: np.ndarray
     trained: np.ndarray
     label: np.ndarray
     message_starts: np.ndarray
+    text_starts: np.ndarray
 
 
 def check_speaker(name: object) -> None:
@@ -105,6 +106,19 @@ def check_speaker(name: object) -> None:
     if ":" in name or "\n" in name or "\r" in name:
         raise DialogueError(f"speaker {name!r} contains ':' or a line break; rename the speaker in the source")
     _check_encodable("speaker", name)
+
+
+def check_times(messages: Sequence[Message]) -> None:
+    """Raise DialogueError where a message is older than one before it."""
+    latest = -math.inf
+    for number, message in enumerate(messages):
+        if message.time is None:
+            continue
+        if message.time < latest:
+            raise DialogueError(
+                f"message {number}: its time is {latest - message.time:g} s before an earlier message's"
+            )
+        latest = message.time
 
 
 def _check_encodable(what: str, text: str) -> None:
@@ -205,35 +219,29 @@ def encode_dialogue(
     labels = continuation_labels(dialogue, continue_within_seconds)
     ids = [tokenizer.bos_id]
     starts: list[int] = []
-    spans: list[tuple[int, int]] = []
-    closes: list[int] = []
-    for i, message in enumerate(dialogue.messages):
+    text_starts: list[int] = []
+    ends: list[int] = []
+    for prefix, body in zip(encoded[::2], encoded[1::2], strict=True):
         starts.append(len(ids))
-        ids.append(tokenizer.message_id)
-        ids += encoded[2 * i]
-        first = len(ids)
-        ids += encoded[2 * i + 1]
-        ids.append(tokenizer.end_id)
-        closes.append(len(ids) - 1)
-        if message.speaker == dialogue.character:
-            spans.append((first, len(ids)))
+        ids += (tokenizer.message_id, *prefix)
+        text_starts.append(len(ids))
+        ids += (*body, tokenizer.end_id)
+        ends.append(len(ids))
     trained = np.zeros(len(ids), dtype=np.uint8)
-    for first, last in spans:
-        trained[first:last] = 1
     label = np.full(len(ids), NO_LABEL, dtype=np.int8)
-    label[closes] = labels
-    return EncodedDialogue(np.asarray(ids, dtype=np.int64), trained, label, np.asarray(starts, dtype=np.int64))
+    for message, first, end, continues in zip(dialogue.messages, text_starts, ends, labels, strict=True):
+        label[end - 1] = continues
+        if message.speaker == dialogue.character:
+            trained[first:end] = 1
+    return EncodedDialogue(np.asarray(ids, dtype=np.int64), trained, label, np.asarray(starts), np.asarray(text_starts))
 
 
 def to_json(dialogue: Dialogue) -> str:
     """One line of JSON; `from_json` gives an equal dialogue."""
-    messages = [
-        {"speaker": m.speaker, "text": m.text} | ({} if m.time is None else {"time": m.time}) for m in dialogue.messages
-    ]
     record = {
         "id": dialogue.id,
         "character": dialogue.character,
-        "messages": messages,
+        "messages": [message_to_record(message) for message in dialogue.messages],
         "participants": list(dialogue.participants),
         "metadata": dict(dialogue.metadata),
     }
@@ -258,6 +266,12 @@ def from_json(line: str) -> Dialogue:
         participants=tuple(record.get("participants", ())),
         metadata=record.get("metadata", {}),
     )
+
+
+def message_to_record(message: Message) -> dict[str, Any]:
+    """The JSON object of a message; an unknown time is left out."""
+    record: dict[str, Any] = {"speaker": message.speaker, "text": message.text}
+    return record if message.time is None else record | {"time": message.time}
 
 
 def messages_from_records(records: object) -> tuple[Message, ...]:

@@ -135,7 +135,7 @@ def _apply(document: Document, override: str) -> None:
     container: Any = document.data
     path: tuple[str | int, ...] = ()
     for number, step in enumerate(steps):
-        name = _index(container, step, path, source) if isinstance(container, list) else step
+        name: Any = _index(container, step, path, source) if isinstance(container, list) else step
         if not isinstance(container, dict | list):
             _refuse_step(source, path, container, step)
         path = (*path, name)

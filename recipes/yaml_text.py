@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -109,14 +110,17 @@ class _Reader:
             return None
         if kind in ("bool", "int", "float"):
             try:
-                return getattr(self._yaml.constructor, f"construct_yaml_{kind}")(node)
-            except ValueError:
-                self._refuse(node, f"{key}: {node.value!r} is not a {kind}")
+                value = getattr(self._yaml.constructor, f"construct_yaml_{kind}")(node)
+            except (ValueError, KeyError):
+                self._refuse(node, f"{key}: {node.value!r} is not of type {kind}")
+            if isinstance(value, float) and not math.isfinite(value):
+                self._refuse(node, f"{key}: found {node.value}, expected a finite number")
+            return value
         if any("\ud800" <= character <= "\udfff" for character in node.value):
             self._refuse(node, f"{key}: half of a surrogate pair, which no text can hold")
         return node.value
 
-    def _refuse(self, node: Node, message: str) -> None:
+    def _refuse(self, node: Node, message: str) -> NoReturn:
         raise YamlError(f"{self._place(node.start_mark.line)}: {message}")
 
 
@@ -134,7 +138,7 @@ def to_yaml(data: Mapping[str, Any]) -> str:
 def _quoted(value: Any) -> Any:
     """Strings that hold more than printable ASCII on one line are double-quoted, so that every character survives."""
     if isinstance(value, Mapping):
-        return {key: _quoted(item) for key, item in value.items()}
+        return {_quoted(key): _quoted(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_quoted(item) for item in value]
     if isinstance(value, str) and not (value.isascii() and value.isprintable()):

@@ -1,0 +1,58 @@
+"""A batch of packed rows as flat tensors: next-token targets that never cross a document, and their masks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+from data.shards import PackedDataset
+from data.tokenizer import DialogueTokenizer
+
+_PAD_ID = DialogueTokenizer.pad_id
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """R rows laid one after the other, T = R * row_length positions.
+
+    `tokens_T`, `targets_T` int64 (the pad id where there is no target); `trained_T` bool: the target exists, i.e. lies
+    in the same document and is no padding; `answer_T` bool: and belongs to the character's reply (SFT, DPO);
+    `label_T` int8: continuation at the token itself, -1 for none; `document_lengths` int32, sum T, each row's padding
+    included as a document.
+    """
+
+    tokens_T: torch.Tensor
+    targets_T: torch.Tensor
+    trained_T: torch.Tensor
+    answer_T: torch.Tensor
+    label_T: torch.Tensor
+    document_lengths: torch.Tensor
+    row_length: int
+
+    def to(self, device: torch.device | str) -> "PackedBatch":
+        """The same batch on a device (`document_lengths` too)."""
+        tensors = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.name != "row_length"
+        }
+        return PackedBatch(**tensors, row_length=self.row_length)
+
+
+def collate(dataset: PackedDataset, row_indices: Sequence[int] | np.ndarray) -> PackedBatch:
+    """The rows of `dataset` with these numbers, in this order."""
+    tokens_RL, in_answer_RL, label_RL, document_lengths = dataset.gather(row_indices)
+    tokens_T = tokens_RL.reshape(-1)
+    in_answer_T = in_answer_RL.reshape(-1)
+    targets_T = np.append(tokens_T[1:], _PAD_ID)
+    targets_T[np.cumsum(document_lengths) - 1] = _PAD_ID  # the last token of a document predicts nothing
+    trained_T = targets_T != _PAD_ID
+    answer_T = trained_T & np.append(in_answer_T[1:] != 0, False)
+    return PackedBatch(
+        tokens_T=torch.from_numpy(tokens_T),
+        targets_T=torch.from_numpy(targets_T),
+        trained_T=torch.from_numpy(trained_T),
+        answer_T=torch.from_numpy(answer_T),
+        label_T=torch.from_numpy(label_RL.reshape(-1)),
+        document_lengths=torch.from_numpy(document_lengths),
+        row_length=dataset.row_length,
+    )

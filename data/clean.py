@@ -1,0 +1,135 @@
+"""From records to the dialogues that are kept: bad ones go to quarantine with a reason, and every record is counted."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from data.atomic_file import atomic_file
+from data.dialogue import NARRATOR, Dialogue
+from data.sources.source import Rejected
+from recipes.loader import Section
+
+_N_EXAMPLES = 5  # bad records shown in an error
+
+
+class CleanError(ValueError):
+    """More bad records than the recipe allows, or none left; the message says which and where they are."""
+
+
+class Filters(Section):
+    """Dialogues that do not pass are left out and counted. The narrator counts neither as a speaker nor as a writer."""
+
+    min_messages: int = Field(default=2, ge=1)
+    min_speakers: int = Field(default=2, ge=1)
+    # Dialogues with a longer message, in characters; null keeps them (they are cut into rows).
+    max_message_characters: int | None = Field(default=None, ge=1)
+
+
+@dataclass
+class Ledger:
+    """Where every record went: `read` = quarantined + filtered + duplicates + kept."""
+
+    read: int = 0
+    quarantined: int = 0
+    filtered: dict[str, int] = field(default_factory=dict)
+    duplicates: int = 0
+    kept: int = 0
+    blank_messages: int = 0  # messages without text, removed from dialogues
+
+    def filter(self, reason: str, count: int = 1) -> None:
+        """Count dialogues that were left out for a reason."""
+        self.filtered[reason] = self.filtered.get(reason, 0) + count
+
+    def balance(self) -> None:
+        """Assert that no record is lost."""
+        gone = self.quarantined + sum(self.filtered.values()) + self.duplicates
+        assert self.read == gone + self.kept, f"records are lost: {self}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "read": self.read,
+            "quarantined": self.quarantined,
+            "filtered": dict(sorted(self.filtered.items())),
+            "duplicates": self.duplicates,
+            "kept": self.kept,
+            "blank_messages": self.blank_messages,
+        }
+
+
+def clean(records: Iterable[Dialogue | Rejected], filters: Filters, ledger: Ledger, quarantine: Path) -> list[Dialogue]:
+    """The dialogues that pass, in order, without blank messages. Bad records are written to `quarantine` (JSONL)."""
+    kept: list[Dialogue] = []
+    with atomic_file(quarantine, "w") as file:
+        for record in records:
+            ledger.read += 1
+            if isinstance(record, Rejected):
+                ledger.quarantined += 1
+                file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
+                continue
+            dialogue = _without_blanks(record, ledger)
+            reason = "nothing said" if dialogue is None else _reason_against(dialogue, filters)
+            if reason:
+                ledger.filter(reason)
+            elif dialogue:
+                kept.append(dialogue)
+    return kept
+
+
+def check_bad_fraction(ledger: Ledger, max_bad_fraction: float, quarantine: Path) -> None:
+    """Raise CleanError when too many records were quarantined, with the most frequent reasons."""
+    if ledger.quarantined <= max_bad_fraction * ledger.read:
+        return
+    examples = []
+    with open(quarantine, encoding="utf-8") as file:
+        for line, _ in zip(file, range(_N_EXAMPLES), strict=False):
+            bad = json.loads(line)
+            examples.append(f"\n  {bad['file']}:{bad['line']}: {bad['reason']}")
+    raise CleanError(
+        f"{ledger.quarantined:,} of {ledger.read:,} records are bad, more than max_bad_fraction {max_bad_fraction:g}; "
+        f"all are in {quarantine}. The first:{''.join(examples)}"
+    )
+
+
+def without_duplicates(dialogues: Iterable[Dialogue], seen: set[bytes], ledger: Ledger) -> Iterator[Dialogue]:
+    """Dialogues whose turns and texts are not in `seen` yet; ids, names and times do not make a difference."""
+    for dialogue in dialogues:
+        key = _content_key(dialogue)
+        if key in seen:
+            ledger.duplicates += 1
+        else:
+            seen.add(key)
+            yield dialogue
+
+
+def _content_key(dialogue: Dialogue) -> bytes:
+    order: dict[str, int] = {}
+    content = [(order.setdefault(m.speaker, len(order)), m.speaker == NARRATOR, m.text) for m in dialogue.messages]
+    return hashlib.sha256(json.dumps(content).encode()).digest()[:16]
+
+
+def _without_blanks(dialogue: Dialogue, ledger: Ledger) -> Dialogue | None:
+    """The dialogue without messages that hold white space only; None when its character says nothing else."""
+    messages = tuple(message for message in dialogue.messages if message.text.strip())
+    if len(messages) == len(dialogue.messages):
+        return dialogue
+    ledger.blank_messages += len(dialogue.messages) - len(messages)
+    if not any(message.speaker == dialogue.character for message in messages):
+        return None
+    return replace(dialogue, messages=messages)
+
+
+def _reason_against(dialogue: Dialogue, filters: Filters) -> str | None:
+    written = [message for message in dialogue.messages if message.speaker != NARRATOR]
+    if len({message.speaker for message in written}) < filters.min_speakers:
+        return f"fewer than {filters.min_speakers} speakers"
+    if len(written) < filters.min_messages:
+        return f"fewer than {filters.min_messages} messages"
+    longest = filters.max_message_characters
+    if longest is not None and any(len(message.text) > longest for message in dialogue.messages):
+        return f"a message over {longest} characters"
+    return None

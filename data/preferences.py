@@ -1,0 +1,127 @@
+"""Preference pairs for DPO: a context and two replies of the character, as JSON lines, and hh-rlhf files as such."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data.atomic_file import atomic_file
+from data.dialogue import DialogueError, Message, check_speaker, message_to_record, messages_from_records
+from data.sources.hh_rlhf import ASSISTANT, parse_transcript, transcript_of
+from data.sources.source import RecordError, parse_object, read_lines
+
+_REQUIRED = ("id", "messages", "character", "chosen", "rejected")
+_OPTIONAL = ("source", "metadata")
+
+
+class PreferenceError(ValueError):
+    """Preference pairs that cannot be read; the message names file and line."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """Two replies of `character` to the same context `messages`; people, or a scorer, preferred `chosen`."""
+
+    id: str
+    messages: tuple[Message, ...]
+    character: str
+    chosen: str
+    rejected: str
+    source: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_speaker(self.character)
+        for side, text in (("chosen", self.chosen), ("rejected", self.rejected)):
+            if not isinstance(text, str):
+                raise DialogueError(f"{side} is {type(text).__name__}: expected a string")
+            Message(self.character, text)
+        if self.chosen == self.rejected:
+            raise DialogueError(f"pair {self.id!r}: chosen and rejected are the same text")
+
+
+@dataclass(frozen=True, slots=True)
+class HhRlhfPairs:
+    """The usable pairs of an hh-rlhf file, and how many records are not."""
+
+    pairs: list[PreferencePair]
+    n_records: int
+    n_identical: int
+    n_context_differs: int  # the sides differ before the last reply
+    n_empty_reply: int
+
+
+def pair_to_json(pair: PreferencePair) -> str:
+    """One line of JSON."""
+    record = {
+        "id": pair.id,
+        "messages": [message_to_record(m) for m in pair.messages],
+        "character": pair.character,
+        "chosen": pair.chosen,
+        "rejected": pair.rejected,
+        "source": pair.source,
+        "metadata": dict(pair.metadata),
+    }
+    return json.dumps(record, ensure_ascii=False, allow_nan=False)
+
+
+def write_pairs(path: Path | str, pairs: Iterable[PreferencePair]) -> None:
+    """Write one pair a line; the file appears whole or not at all."""
+    with atomic_file(Path(path), "w") as file:
+        for pair in pairs:
+            file.write(pair_to_json(pair) + "\n")
+
+
+def read_pairs(path: Path | str) -> list[PreferencePair]:
+    """The pairs of a JSONL file (.gz too). Raises PreferenceError naming file and line, SourceError for the file."""
+    pairs = []
+    for number, line in read_lines(Path(path)):
+        try:
+            pairs.append(_pair(parse_object(line)))
+        except (RecordError, DialogueError) as error:
+            raise PreferenceError(f"{path}:{number}: {error}") from None
+    return pairs
+
+
+def _pair(record: dict[str, Any]) -> PreferencePair:
+    missing = [key for key in _REQUIRED if key not in record]
+    unknown = sorted(set(record) - set(_REQUIRED) - set(_OPTIONAL))
+    if missing or unknown:
+        problem = f"missing {', '.join(missing)}" if missing else f"unknown key {unknown[0]!r}"
+        raise RecordError(f"{problem}; expected {', '.join(_REQUIRED)} and optionally {', '.join(_OPTIONAL)}")
+    return PreferencePair(**{**record, "messages": messages_from_records(record["messages"])})
+
+
+def read_hh_rlhf(path: Path | str) -> list[PreferencePair]:
+    """The usable pairs of an hh-rlhf file; `load_hh_rlhf` also counts those left out."""
+    return load_hh_rlhf(path).pairs
+
+
+def load_hh_rlhf(path: Path | str) -> HhRlhfPairs:
+    """Read an hh-rlhf file, leaving out records whose sides are identical, part before the last reply, or are empty.
+
+    Raises PreferenceError naming file and line where a record is not two transcripts.
+    """
+    path = Path(path)
+    pairs: list[PreferencePair] = []
+    n_records = n_identical = n_context_differs = n_empty_reply = 0
+    for number, line in read_lines(path):
+        n_records += 1
+        try:
+            record = parse_object(line)
+            chosen, rejected = (parse_transcript(transcript_of(record, side)) for side in ("chosen", "rejected"))
+        except (RecordError, DialogueError) as error:
+            raise PreferenceError(f"{path}:{number}: {error}") from None
+        if chosen == rejected:
+            n_identical += 1
+        elif chosen[:-1] != rejected[:-1] or {chosen[-1].speaker, rejected[-1].speaker} != {ASSISTANT}:
+            n_context_differs += 1
+        elif not chosen[-1].text or not rejected[-1].text:
+            n_empty_reply += 1
+        else:
+            identity = f"{path.name}:{number}"
+            pairs.append(
+                PreferencePair(identity, chosen[:-1], ASSISTANT, chosen[-1].text, rejected[-1].text, source="hh_rlhf")
+            )
+    return HhRlhfPairs(pairs, n_records, n_identical, n_context_differs, n_empty_reply)

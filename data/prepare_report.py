@@ -1,0 +1,77 @@
+"""What data.prepare prints at its end, and its key figure."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from data.clean import Ledger
+
+Figures = Mapping[str, Mapping[str, Any]]
+
+
+def key_figure(splits: Figures) -> str:
+    """The line of the pipeline's table, e.g. "1.9M tokens, density 99.2%"."""
+    return f"{short_number(splits['train']['n_tokens'])} tokens, density {splits['train']['density']:.1%}"
+
+
+def short_number(n: int) -> str:
+    """1_930_000 -> "1.9M"."""
+    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if n >= size:
+            return f"{n / size:.1f}{letter}"
+    return str(n)
+
+
+def print_report(
+    run_dir: Path, ledger: Ledger, vocab_size: int, splits: Figures, seconds: float, console: Console
+) -> None:
+    """Where every record went, and what each side holds."""
+    console.print(_record_table(ledger))
+    if ledger.blank_messages:
+        console.print(f"{ledger.blank_messages:,} messages without text were taken out of dialogues", soft_wrap=True)
+    console.print(_side_table(splits))
+    console.print(
+        f"{run_dir}: {key_figure(splits)}, {vocab_size:,} pieces, training fingerprint "
+        f"{splits['train']['fingerprint'][:12]}, {seconds:.1f} s",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _record_table(ledger: Ledger) -> Table:
+    table = Table(
+        "records", "count", title="records in = quarantined + left out + duplicates + kept", title_justify="left"
+    )
+    table.columns[1].justify = "right"
+    table.add_row("in", f"{ledger.read:,}")
+    table.add_row("quarantined (quarantine.jsonl)", f"{ledger.quarantined:,}")
+    for reason, count in sorted(ledger.filtered.items()):
+        table.add_row(f"left out: {reason}", f"{count:,}")
+    table.add_row("exact duplicates", f"{ledger.duplicates:,}", end_section=True)
+    table.add_row("kept", f"{ledger.kept:,}", style="bold")
+    return table
+
+
+def _side_table(splits: Figures) -> Table:
+    rows = {
+        "dialogues": "n_dialogues",
+        "messages": "n_messages",
+        "characters": "n_characters",
+        "tokens": "n_tokens",
+        "of these, the character's": "n_answer_tokens",
+        "rows": "n_rows",
+        "partner continues": "n_partner_continues",
+        "partner leaves": "n_partner_leaves",
+    }
+    table = Table("", *splits)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for label, key in rows.items():
+        table.add_row(label, *(f"{side[key]:,}" for side in splits.values()))
+    table.add_row("packing density", *(f"{side['density']:.2%}" for side in splits.values()))
+    table.add_row("characters per token", *(f"{side['characters_per_token']:.2f}" for side in splits.values()))
+    table.add_row("fingerprint", *(side["fingerprint"][:12] for side in splits.values()))
+    return table

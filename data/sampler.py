@@ -1,0 +1,114 @@
+"""The order of training rows as a pure function of (seed, rows consumed), and the position that a checkpoint keeps."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from data.shards import PackedDataset
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+class DataPositionError(ValueError):
+    """A checkpoint's data position that does not belong to the data at hand."""
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser: a bijection on uint64, the same under every NumPy version (its Generator's is not)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def permutation(n_rows: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of 0..n_rows-1 (int64) that depends on (seed, epoch) alone."""
+    with np.errstate(over="ignore"):
+        key = _mix(np.array([seed], dtype=np.int64).view(np.uint64) * _GOLDEN + np.uint64(1))
+        key = _mix(key ^ _mix(np.array([epoch], dtype=np.uint64) * _GOLDEN + np.uint64(2)))
+        ranks = _mix(np.arange(n_rows, dtype=np.uint64) * _GOLDEN + key)
+    return np.argsort(ranks, kind="stable").astype(np.int64)
+
+
+class RowOrder:
+    """Rows in training order, epoch after epoch. Its only memory is a cache of the current epoch's permutation."""
+
+    def __init__(self, n_rows: int, seed: int) -> None:
+        if n_rows <= 0:
+            raise DataPositionError(
+                f"there are {n_rows} rows to train on; check the filters and the split of data.prepare"
+            )
+        self.n_rows = n_rows
+        self.seed = seed
+        self._cached: tuple[int, np.ndarray] | None = None
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        if self._cached is None or self._cached[0] != epoch:
+            self._cached = (epoch, permutation(self.n_rows, self.seed, epoch))
+        return self._cached[1]
+
+    def rows(self, start: int, count: int) -> np.ndarray:
+        """Row numbers (int64) at places [start, start + count) of the endless order."""
+        assert min(start, count) >= 0, (start, count)
+        parts = []
+        while count:
+            epoch, offset = divmod(start, self.n_rows)
+            part = self._epoch(epoch)[offset : offset + count]
+            parts.append(part)
+            start, count = start + len(part), count - len(part)
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+    def rank_rows(self, start: int, count: int, rank: int, world_size: int) -> np.ndarray:
+        """Rank's share of `rows(start, count)`: a contiguous slice, so the ranks' shares in order are the whole."""
+        assert rank in range(world_size), (rank, world_size)
+        assert count % world_size == 0, (count, world_size)
+        share = count // world_size
+        return self.rows(start + rank * share, share)
+
+
+@dataclass(frozen=True, slots=True)
+class DataPosition:
+    """All the state of the training data. `tokens_consumed` counts whole rows, padding included."""
+
+    seed: int
+    epoch: int
+    tokens_consumed: int
+    fingerprint: str
+
+    @classmethod
+    def start(cls, dataset: PackedDataset, seed: int) -> "DataPosition":
+        """The position before the first row."""
+        return cls(seed=seed, epoch=0, tokens_consumed=0, fingerprint=dataset.fingerprint)
+
+    def advanced(self, dataset: PackedDataset, n_rows: int) -> "DataPosition":
+        """The position after `n_rows` more rows (over all ranks)."""
+        consumed = self.tokens_consumed + n_rows * dataset.row_length
+        epoch = consumed // (dataset.n_rows * dataset.row_length)
+        return DataPosition(self.seed, epoch, consumed, self.fingerprint)
+
+    def rows_consumed(self, dataset: PackedDataset) -> int:
+        """Where `RowOrder.rows` goes on. Raises DataPositionError when the position is of other data."""
+        if self.fingerprint != dataset.fingerprint:
+            raise DataPositionError(
+                f"the checkpoint was trained on data {self.fingerprint[:12]}, but {dataset.directory} is "
+                f"{dataset.fingerprint[:12]}; point the recipe at the same data, or start a new run"
+            )
+        rows, rest = divmod(self.tokens_consumed, dataset.row_length)
+        if rest:
+            raise DataPositionError(
+                f"tokens_consumed is {self.tokens_consumed}, not a multiple of the row length {dataset.row_length}"
+            )
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "DataPosition":
+        """Inverse of `to_dict`."""
+        expected = {"seed": int, "epoch": int, "tokens_consumed": int, "fingerprint": str}
+        for key, kind in expected.items():
+            if not isinstance(values.get(key), kind):
+                raise DataPositionError(f"data position: {key} is {values.get(key)!r}, expected {kind.__name__}")
+        return cls(**{key: values[key] for key in expected})

@@ -1,0 +1,223 @@
+"""Packed rows on disk, memory-mapped: shards of tokens, masks and labels under a manifest that is written last.
+
+A directory holds, for each shard, `shard_00000.tokens.bin` (uint16, or uint32 above 65,536 pieces), `.trained.bin`
+(uint8), `.label.bin` (int8), each n_rows x row_length, and `.documents.bin` (int32: n_rows + 1 offsets into the
+document lengths, then the lengths; a row's padding is its last document). Little-endian throughout.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from data.atomic_file import TEMPORARY_SUFFIX, atomic_file, write_json
+from data.dialogue import NO_LABEL
+from data.packing import EncodedCorpus, token_dtype
+
+MANIFEST_FILE = "manifest.json"
+FORMAT = "dramatis-packed-1"
+STREAMS = ("tokens", "trained", "label", "documents")
+_PAD_ID = 0
+_HASH_CHUNK = 1 << 20
+
+
+class ShardError(ValueError):
+    """Packed data that is missing, half-written, truncated or altered; the message names the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRow:
+    """One row: `tokens_L`, `trained_L` uint8, `label_L` int8, and the lengths of its documents, which sum to L."""
+
+    tokens_L: np.ndarray
+    trained_L: np.ndarray
+    label_L: np.ndarray
+    document_lengths: np.ndarray
+
+
+def packed_rows(corpus: EncodedCorpus, rows: Iterable[Sequence[int]], row_length: int) -> Iterator[PackedRow]:
+    """Lay the documents of each row one after the other and pad its tail, which is a document of its own."""
+    starts = np.concatenate([[0], np.cumsum(corpus.lengths, dtype=np.int64)])
+    for numbers in rows:
+        lengths = [int(corpus.lengths[i]) for i in numbers]
+        spans = [slice(int(starts[i]), int(starts[i + 1])) for i in numbers]
+        pad = row_length - sum(lengths)
+        assert pad >= 0, "a row holds more than its length"
+        yield PackedRow(
+            np.concatenate([*(corpus.tokens[s] for s in spans), np.full(pad, _PAD_ID, corpus.tokens.dtype)]),
+            np.concatenate([*(corpus.trained[s] for s in spans), np.zeros(pad, np.uint8)]),
+            np.concatenate([*(corpus.label[s] for s in spans), np.full(pad, NO_LABEL, np.int8)]),
+            np.array(lengths + [pad] * (pad > 0), dtype=np.int32),
+        )
+
+
+def write_shards(
+    directory: Path,
+    rows: Iterable[PackedRow],
+    *,
+    row_length: int,
+    vocab_size: int,
+    rows_per_shard: int,
+    tokenizer_sha256: str,
+    statistics: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write rows as shards and return the manifest, which is on disk only once everything else is.
+
+    The fingerprint covers the tokenizer, row_length and the rows in order; it does not depend on rows_per_shard.
+    Shards and manifest that an earlier run left in the directory are removed first.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / MANIFEST_FILE).unlink(missing_ok=True)
+    for stale in [*directory.glob("shard_*.bin"), *directory.glob(f"*{TEMPORARY_SUFFIX}")]:
+        stale.unlink()
+    contents = {stream: hashlib.sha256() for stream in STREAMS}
+    shards: list[dict[str, Any]] = []
+    n_padding = 0
+    iterator = iter(rows)
+    while chunk := list(islice(iterator, rows_per_shard)):
+        files = {}
+        for stream, data in _shard_streams(chunk, vocab_size).items():
+            name = f"shard_{len(shards):05d}.{stream}.bin"
+            with atomic_file(directory / name) as file:
+                file.write(data)
+            files[stream] = {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for row in chunk:
+            n_padding += int(np.count_nonzero(row.tokens_L == _PAD_ID))
+            _hash_row(contents, row, vocab_size)
+        shards.append({"n_rows": len(chunk), "files": files})
+    n_rows = sum(shard["n_rows"] for shard in shards)
+    manifest = {
+        "format": FORMAT,
+        "fingerprint": _fingerprint(tokenizer_sha256, row_length, vocab_size, contents),
+        "tokenizer_sha256": tokenizer_sha256,
+        "vocab_size": vocab_size,
+        "row_length": row_length,
+        "n_rows": n_rows,
+        "n_tokens": n_rows * row_length - n_padding,
+        "rows_per_shard": rows_per_shard,
+        "statistics": statistics or {},
+        "shards": shards,
+    }
+    write_json(directory / MANIFEST_FILE, manifest)
+    return manifest
+
+
+def _shard_streams(chunk: Sequence[PackedRow], vocab_size: int) -> dict[str, bytes]:
+    offsets = np.cumsum([0] + [len(row.document_lengths) for row in chunk])
+    dtype = np.dtype(token_dtype(vocab_size)).newbyteorder("<")
+    return {
+        "tokens": np.concatenate([row.tokens_L for row in chunk]).astype(dtype).tobytes(),
+        "trained": np.concatenate([row.trained_L for row in chunk]).astype(np.uint8).tobytes(),
+        "label": np.concatenate([row.label_L for row in chunk]).astype(np.int8).tobytes(),
+        "documents": np.concatenate([offsets, *(row.document_lengths for row in chunk)]).astype("<i4").tobytes(),
+    }
+
+
+def _hash_row(contents: dict[str, Any], row: PackedRow, vocab_size: int) -> None:
+    contents["tokens"].update(row.tokens_L.astype(np.dtype(token_dtype(vocab_size)).newbyteorder("<")).tobytes())
+    contents["trained"].update(row.trained_L.astype(np.uint8).tobytes())
+    contents["label"].update(row.label_L.astype(np.int8).tobytes())
+    contents["documents"].update(np.append(len(row.document_lengths), row.document_lengths).astype("<i4").tobytes())
+
+
+def _fingerprint(tokenizer_sha256: str, row_length: int, vocab_size: int, contents: dict[str, Any]) -> str:
+    digests = [contents[stream].hexdigest() for stream in STREAMS]
+    return hashlib.sha256("\n".join([FORMAT, tokenizer_sha256, str(row_length), *digests]).encode()).hexdigest()
+
+
+class PackedDataset:
+    """Read access to a directory of shards. `verify="hashes"` reads every file once; `"sizes"` reads only the manifest,
+    for data too large to hash at each start."""
+
+    def __init__(self, directory: Path | str, verify: Literal["hashes", "sizes"] = "hashes") -> None:
+        self.directory = Path(directory)
+        self.manifest = read_manifest(self.directory)
+        self.n_rows: int = self.manifest["n_rows"]
+        self.n_tokens: int = self.manifest["n_tokens"]
+        self.row_length: int = self.manifest["row_length"]
+        self.vocab_size: int = self.manifest["vocab_size"]
+        self.fingerprint: str = self.manifest["fingerprint"]
+        self._rows_per_shard: int = self.manifest["rows_per_shard"]
+        for shard in self.manifest["shards"]:
+            for entry in shard["files"].values():
+                _check_file(self.directory / entry["name"], entry, verify)
+        self._shards = [self._open(shard) for shard in self.manifest["shards"]]
+
+    def _open(self, shard: dict[str, Any]) -> dict[str, np.ndarray]:
+        tokens = np.dtype(token_dtype(self.vocab_size)).newbyteorder("<")
+        dtypes = {"tokens": tokens, "trained": np.dtype(np.uint8), "label": np.dtype(np.int8)}
+        arrays: dict[str, np.ndarray] = {}
+        for stream, dtype in dtypes.items():
+            path = self.directory / shard["files"][stream]["name"]
+            arrays[stream] = np.memmap(path, dtype=dtype, mode="r", shape=(shard["n_rows"], self.row_length))
+        path = self.directory / shard["files"]["documents"]["name"]
+        documents = np.memmap(path, dtype="<i4", mode="r")
+        arrays["offsets"], arrays["lengths"] = documents[: shard["n_rows"] + 1], documents[shard["n_rows"] + 1 :]
+        if arrays["offsets"][0] != 0 or arrays["offsets"][-1] != len(arrays["lengths"]):
+            raise ShardError(f"{path}: its document offsets do not match its lengths; run data.prepare again")
+        return arrays
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+    def row(self, i: int) -> PackedRow:
+        """Row i."""
+        tokens, trained, label, lengths = self.gather([i])
+        return PackedRow(tokens[0], trained[0], label[0], lengths)
+
+    def gather(self, row_indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Rows in the order asked: tokens (R, L) int64, trained (R, L) uint8, label (R, L) int8, and the document
+        lengths of all of them one after the other, int32."""
+        indices = np.asarray(row_indices, dtype=np.int64)
+        if indices.size and not 0 <= int(indices.min()) <= int(indices.max()) < self.n_rows:
+            raise IndexError(f"row {indices.min()} or {indices.max()} is outside 0..{self.n_rows - 1}")
+        shape = (len(indices), self.row_length)
+        tokens, trained, label = np.empty(shape, np.int64), np.empty(shape, np.uint8), np.empty(shape, np.int8)
+        lengths: list[np.ndarray] = []
+        for k, (number, local) in enumerate(zip(*np.divmod(indices, self._rows_per_shard), strict=True)):
+            shard = self._shards[number]
+            tokens[k], trained[k], label[k] = shard["tokens"][local], shard["trained"][local], shard["label"][local]
+            lengths.append(shard["lengths"][shard["offsets"][local] : shard["offsets"][local + 1]])
+        return tokens, trained, label, np.concatenate(lengths).astype(np.int32) if lengths else np.zeros(0, np.int32)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a directory of shards. Raises ShardError when it is missing, i.e. the data is not whole."""
+    path = directory / MANIFEST_FILE
+    if not directory.is_dir():
+        raise ShardError(f"{directory}: no such directory; make it with: python -m data.prepare <recipe>")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ShardError(f"{path}: missing, so this data is half-written; run data.prepare again") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ShardError(f"{path}: not JSON ({error}); run data.prepare again") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise ShardError(f"{path}: format is {found!r}, expected {FORMAT!r}; run data.prepare again")
+    return manifest
+
+
+def _check_file(path: Path, entry: dict[str, Any], verify: str) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError:
+        raise ShardError(f"{path}: missing although the manifest lists it; run data.prepare again") from None
+    if size != entry["bytes"]:
+        raise ShardError(f"{path}: {size} bytes, the manifest says {entry['bytes']}; run data.prepare again")
+    if verify == "hashes" and file_sha256(path) != entry["sha256"]:
+        raise ShardError(f"{path}: its contents changed since it was written (sha256); run data.prepare again")
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_HASH_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

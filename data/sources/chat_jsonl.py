@@ -1,0 +1,55 @@
+"""Chat logs of one's own: JSON lines of id, messages (speaker, text, time?), character?, participants?, metadata?."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from data.dialogue import NARRATOR, Dialogue, DialogueError, check_times, messages_from_records
+from data.sources.source import DialogueSource, RecordError, Rejected, beginning, find_files, parse_object, read_lines
+from data.stable_hash import stable_hash
+
+_KEYS = {"id", "messages", "character", "participants", "metadata"}
+
+
+class ChatJsonlSource(DialogueSource):
+    """One dialogue a line. `participants` are ids of the people who wrote, for splits by participant; `time` is in unix
+    seconds; a scene or a character definition is a message by the speaker narrator."""
+
+    kind: Literal["chat_jsonl"]
+    path: str  # a .jsonl or .jsonl.gz file, or a directory of them
+    # The character of records that name none: this speaker; null chooses one of the speakers by a hash of the id.
+    character: str | None = None
+
+    def files(self) -> list[Path]:
+        return find_files(self.path)
+
+    def read(self) -> Iterator[Dialogue | Rejected]:
+        for path in self.files():
+            for number, line in read_lines(path):
+                try:
+                    yield self._dialogue(parse_object(line))
+                except (RecordError, DialogueError) as error:
+                    yield Rejected(str(path), number, str(error), beginning(line))
+
+    def _dialogue(self, record: dict[str, Any]) -> Dialogue:
+        unknown = sorted(set(record) - _KEYS)
+        if unknown:
+            raise RecordError(f"unknown key {unknown[0]!r}; expected {', '.join(sorted(_KEYS))}")
+        messages = messages_from_records(record.get("messages"))
+        check_times(messages)
+        identity = record.get("id")
+        if not isinstance(identity, str) or not identity:
+            raise RecordError(f"id is {identity!r}: expected a non-empty string")
+        participants = record.get("participants") or []
+        if not isinstance(participants, list) or not all(isinstance(p, str) for p in participants):
+            raise RecordError(f"participants is {participants!r}: expected a list of strings")
+        metadata = record.get("metadata") or {}
+        if not isinstance(metadata, dict):
+            raise RecordError(f"metadata is {type(metadata).__name__}: expected an object")
+        character = record.get("character") or self.character
+        if character is None:
+            speakers = sorted({m.speaker for m in messages} - {NARRATOR})
+            if not speakers:
+                raise RecordError("nobody but the narrator writes; name a character")
+            character = speakers[stable_hash("character", identity) % len(speakers)]
+        return Dialogue(identity, messages, character, tuple(participants), metadata)

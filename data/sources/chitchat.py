@@ -1,0 +1,91 @@
+"""The package chitchat-dataset: 7,168 conversations of students, with timestamps and ratings (the demo's corpus)."""
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from data.dialogue import NARRATOR, Dialogue, DialogueError, Message, check_times
+from data.sources.first_names import first_names
+from data.sources.source import DialogueSource, RecordError, Rejected, SourceError, beginning
+from data.stable_hash import stable_hash
+
+_SLIDER_DEFAULT = 5  # a rating of 5 says nothing: the slider stood there
+
+
+class ChitchatSource(DialogueSource):
+    """Sessions as they are; consecutive messages of one sender stay separate. The character is one of the senders,
+    chosen by a hash of the session's id."""
+
+    kind: Literal["chitchat"]
+    path: str | None = None  # a dataset.json; null takes the installed package's
+    # Senders are ids: first_names gives each a stable first name, ids keeps the ids.
+    names: Literal["first_names", "ids"] = "first_names"
+    topic_as_scene: bool = True  # the topic shown to the two becomes a first message by the narrator
+
+    def files(self) -> list[Path]:
+        if self.path is not None:
+            if not Path(self.path).is_file():
+                raise SourceError(f"source.path {self.path}: no such file; expected a chitchat dataset.json")
+            return [Path(self.path)]
+        found = importlib.util.find_spec("chitchat_dataset")
+        if found is None or found.origin is None:
+            raise SourceError(
+                "source.kind chitchat needs the package chitchat-dataset, which is not installed; "
+                'install it with: pip install -e ".[demo]"'
+            )
+        path = Path(found.origin).parent / "dataset.json"
+        if not path.is_file():
+            raise SourceError(
+                f"{path}: missing; install the package again: pip install --force-reinstall chitchat-dataset"
+            )
+        return [path]
+
+    def read(self) -> Iterator[Dialogue | Rejected]:
+        (path,) = self.files()
+        try:
+            sessions = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise SourceError(f"{path}: cannot be read as JSON ({error})") from None
+        if not isinstance(sessions, dict):
+            raise SourceError(f"{path}: holds a {type(sessions).__name__}, expected an object of sessions")
+        for identity, session in sessions.items():
+            try:
+                yield self._dialogue(identity, session)
+            except (DialogueError, RecordError) as error:
+                yield Rejected(str(path), identity, str(error), beginning(json.dumps(session)))
+
+    def _dialogue(self, identity: str, session: dict[str, Any]) -> Dialogue:
+        try:
+            sent = [
+                (message["sender"], message["text"], _unix_seconds(message["timestamp"]))
+                for group in session["messages"]
+                for message in group
+            ]
+        except (KeyError, TypeError) as error:
+            raise RecordError(f"not a session of messages with sender, text and timestamp: {error!r}") from None
+        if not sent:
+            raise RecordError("no messages")
+        senders = sorted({sender for sender, _, _ in sent})
+        names = first_names(senders) if self.names == "first_names" else {sender: sender for sender in senders}
+        topic = session.get("prompt") or ""
+        scene = (Message(NARRATOR, topic),) if self.topic_as_scene and topic.strip() else ()
+        ratings = {name: value for name, value in (session.get("ratings") or {}).items() if value != _SLIDER_DEFAULT}
+        messages = tuple(Message(names[sender], text, time) for sender, text, time in sent)
+        check_times(messages)
+        return Dialogue(
+            id=identity,
+            messages=scene + messages,
+            character=names[senders[stable_hash("character", identity) % len(senders)]],
+            participants=tuple(senders),
+            metadata={"topic": topic, "ratings": ratings},
+        )
+
+
+def _unix_seconds(timestamp: str) -> float:
+    try:
+        return datetime.fromisoformat(timestamp).timestamp()
+    except (TypeError, ValueError):
+        raise RecordError(f"timestamp is {timestamp!r}: expected ISO 8601") from None

@@ -1,0 +1,17 @@
+"""Choices that are the same on every machine and in every process: a hash of strings, not Python's salted one."""
+
+import hashlib
+
+
+def stable_hash(*parts: str | int) -> int:
+    """A 64-bit number that depends on the parts alone (their boundaries included)."""
+    digest = hashlib.sha256()
+    for part in parts:
+        encoded = str(part).encode("utf-8", "surrogatepass")
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    return int.from_bytes(digest.digest()[:8], "little")
+
+
+def stable_fraction(*parts: str | int) -> float:
+    """The same hash as a number in [0, 1)."""
+    return (stable_hash(*parts) >> 11) / (1 << 53)

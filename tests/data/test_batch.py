@@ -1,0 +1,52 @@
+"""Batches: targets and masks against the plain definition, token by token."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.batch import collate
+from data.shards import PackedDataset
+
+WriteRows = Callable[..., Path]
+
+
+def test_collate_is_the_definition(write_rows: WriteRows) -> None:
+    dataset = PackedDataset(write_rows(n_rows=9, row_length=16, rows_per_shard=4))
+    indices = [8, 0, 3, 3]
+    batch = collate(dataset, indices)
+    assert (batch.tokens_T.dtype, batch.targets_T.dtype) == (torch.int64, torch.int64)
+    assert (batch.trained_T.dtype, batch.answer_T.dtype) == (torch.bool, torch.bool)
+    assert (batch.label_T.dtype, batch.document_lengths.dtype) == (torch.int8, torch.int32)
+    assert batch.row_length == 16
+    assert int(batch.document_lengths.sum()) == len(batch.tokens_T) == 4 * 16
+    t = 0
+    for i in indices:
+        row, position = dataset.row(i), 0
+        for length in row.document_lengths.tolist():
+            for k in range(length):
+                is_padding = row.tokens_L[position] == 0
+                has_target = k + 1 < length and not is_padding
+                assert batch.tokens_T[t] == row.tokens_L[position]
+                assert batch.trained_T[t] == has_target
+                assert batch.targets_T[t] == (row.tokens_L[position + 1] if has_target else 0)
+                assert batch.answer_T[t] == (has_target and bool(row.trained_L[position + 1]))
+                assert batch.label_T[t] == row.label_L[position]
+                position, t = position + 1, t + 1
+    assert t == len(batch.tokens_T)
+
+
+def test_answers_are_exactly_the_trained_tokens(write_rows: WriteRows) -> None:
+    dataset = PackedDataset(write_rows(n_rows=5))
+    batch = collate(dataset, np.arange(5))
+    assert int(batch.answer_T.sum()) == sum(int(dataset.row(i).trained_L.sum()) for i in range(5))
+
+
+def test_to_moves_every_tensor(write_rows: WriteRows) -> None:
+    moved = collate(PackedDataset(write_rows()), [0, 1]).to("meta")
+    assert all(
+        getattr(moved, name).device.type == "meta"
+        for name in ("tokens_T", "targets_T", "trained_T", "answer_T", "label_T", "document_lengths")
+    )
+    assert moved.row_length == 16

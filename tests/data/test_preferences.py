@@ -1,0 +1,98 @@
+"""Preference pairs: exact files, errors with file and line, and hh-rlhf's unusable records counted."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.dialogue import DialogueError, Message
+from data.preferences import (
+    PreferenceError,
+    PreferencePair,
+    load_hh_rlhf,
+    pair_to_json,
+    read_hh_rlhf,
+    read_pairs,
+    write_pairs,
+)
+from data.sources.source import SourceError
+
+PAIR = PreferencePair(
+    "p", (Message("Ann", "hi", 3.5), Message("Bob", "you")), "Bob", "good\n", "bad", "test", {"s": 0.5}
+)
+
+
+@settings(max_examples=40)
+@given(chosen=st.text(max_size=9), rejected=st.text(max_size=9))
+def test_round_trip(tmp_path_factory: pytest.TempPathFactory, chosen: str, rejected: str) -> None:
+    if chosen == rejected:
+        with pytest.raises(DialogueError, match="same text"):
+            PreferencePair("p", (), "Bob", chosen, rejected)
+        return
+    pair = PreferencePair("p", PAIR.messages, "Bob", chosen, rejected, "s", {"x": [1]})
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    write_pairs(path, [pair, PAIR])
+    assert read_pairs(path) == [pair, PAIR]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"chosen": None}, "chosen is NoneType"),
+        ({"chosen": "bad"}, "same text"),
+        ({"character": "a:b"}, "contains ':'"),
+        ({"messages": [{"text": "x"}]}, "message 0"),
+        ({"extra": 1}, "unknown key 'extra'"),
+    ],
+)
+def test_bad_pairs_name_file_and_line(tmp_path: Path, change: dict[str, object], reason: str) -> None:
+    path = tmp_path / "pairs.jsonl"
+    bad = json.loads(pair_to_json(PAIR)) | change
+    path.write_text(pair_to_json(PAIR) + "\n\n" + json.dumps(bad) + "\n")
+    with pytest.raises(PreferenceError, match=rf"pairs\.jsonl:3: .*{reason}"):
+        read_pairs(path)
+
+
+def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"none\.jsonl"):
+        read_pairs(tmp_path / "none.jsonl")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(pair_to_json(PAIR).encode() * 50)[:-20])
+    with pytest.raises(SourceError, match=r"cut\.jsonl\.gz.*damaged"):
+        read_pairs(tmp_path / "cut.jsonl.gz")
+
+
+def transcript(*turns: str) -> str:
+    return "".join(f"\n\n{'Human' if i % 2 == 0 else 'Assistant'}: {text}" for i, text in enumerate(turns))
+
+
+def test_hh_rlhf_counts_what_it_leaves_out(tmp_path: Path) -> None:
+    records = [
+        (transcript("q", "a", "q2", "yes"), transcript("q", "a", "q2", "no")),
+        (transcript("q", "same"), transcript("q", "same ")),
+        (transcript("q", "a", "q2", "yes"), transcript("q", "b", "q2", "no")),
+        (transcript("q", "a", "q2"), transcript("q", "b", "q2")),
+        (transcript("q", ""), transcript("q", "no")),
+        (transcript("q: Human: x\nline", "one"), transcript("q: Human: x\nline", "two")),
+    ]
+    path = tmp_path / "hh.jsonl.gz"
+    path.write_bytes(
+        gzip.compress("".join(json.dumps({"chosen": c, "rejected": r}) + "\n" for c, r in records).encode())
+    )
+    loaded = load_hh_rlhf(path)
+    assert (loaded.n_records, loaded.n_identical, loaded.n_context_differs, loaded.n_empty_reply) == (6, 1, 2, 1)
+    first, last = loaded.pairs
+    assert first.messages == (Message("Human", "q"), Message("Assistant", "a"), Message("Human", "q2"))
+    assert (first.id, first.character, first.chosen, first.rejected) == ("hh.jsonl.gz:1", "Assistant", "yes", "no")
+    assert last.messages == (Message("Human", "q: Human: x\nline"),)
+    assert read_hh_rlhf(path) == loaded.pairs
+
+
+def test_hh_rlhf_errors_name_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "hh.jsonl"
+    for text, reason in [('{"chosen": "\\n\\nHuman: x"}', "rejected is NoneType"), ('{"chosen": "x"}', "begins with")]:
+        path.write_text(text + "\n")
+        with pytest.raises(PreferenceError, match=rf"hh\.jsonl:1: .*{reason}"):
+            load_hh_rlhf(path)
