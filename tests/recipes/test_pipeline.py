@@ -209,7 +209,7 @@ def waiting_stage(process: subprocess.Popen[str]) -> psutil.Process:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
-def test_a_stop_request_reaches_the_stage(folder: Path, pipeline: Pipeline, number: int, code: int) -> None:
+def test_a_stop_request_reaches_the_stage(folder: Path, number: int, code: int) -> None:
     process = start(folder, "first.do=wait")
     stage = waiting_stage(process)
     process.send_signal(number)
