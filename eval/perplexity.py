@@ -1,0 +1,172 @@
+"""Held-out loss on packed rows: overall, by who speaks and by turn, with intervals over documents."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from data.batch import PackedBatch, collate
+from data.shards import PackedDataset
+from numpy.typing import NDArray
+from pydantic import PositiveInt
+
+from data.tokenizer import DialogueTokenizer
+from eval.scoring import OnProgress, silent, target_logprobs
+from eval.statistics import Bootstrap, Estimate
+from model.attention_ops import Documents
+from model.transformer import Transformer
+from recipes.loader import Section
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+# Every target has exactly one role. `control` is what the prompt supplies: <|message|> and the speaker's name.
+ROLES = ("character", "partner", "control")
+CHARACTER, PARTNER, CONTROL = range(3)
+TURN_BINS = ((1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 10**9))
+
+
+class PerplexitySection(Section):
+    """How many rows of the held-out shards are scored, evenly spread over them."""
+
+    heldout_rows: PositiveInt
+
+
+@dataclass(frozen=True)
+class ScoredTargets:
+    """Every scored held-out target N: its loss, role, turn (1 for the first message) and document."""
+
+    nats_N: FloatArray
+    role_N: IntArray
+    turn_N: IntArray
+    document_N: IntArray
+    bytes_D: IntArray  # UTF-8 bytes of the text of each document's targets
+    characters_D: IntArray
+
+
+def message_structure(
+    tokens_L: IntArray, message_id: int, has_colon_V: NDArray[np.bool_]
+) -> tuple[IntArray, NDArray[np.bool_]]:
+    """For each token of one document: the number of its message (0 before the first), and whether it is control.
+
+    Control runs from <|message|> to the token that holds the first colon: a speaker's name holds none.
+    """
+    number_L = np.cumsum(tokens_L == message_id)
+    control_L = np.zeros(tokens_L.size, dtype=bool)
+    in_header = False
+    for i, token in enumerate(tokens_L.tolist()):
+        in_header = in_header or token == message_id
+        control_L[i] = in_header
+        if in_header and has_colon_V[token]:
+            in_header = False
+    return number_L, control_L
+
+
+def colon_table(tokenizer: DialogueTokenizer) -> NDArray[np.bool_]:
+    """True for each id of the vocabulary whose text holds a colon."""
+    return np.array([":" in tokenizer.decode([i]) for i in range(tokenizer.vocab_size)])
+
+
+def targets_of_batch(
+    batch: PackedBatch, nats_T: FloatArray, tokenizer: DialogueTokenizer, has_colon_V: NDArray[np.bool_]
+) -> list[ScoredTargets]:
+    """The targets of each document of a batch, in order; `nats_T` holds the loss at every position."""
+    tokens_T, trained_T, answer_T = (x.numpy() for x in (batch.tokens_T, batch.trained_T, batch.answer_T))
+    ends = np.cumsum(np.asarray(batch.document_lengths))
+    out = []
+    for start, end in zip(np.concatenate([[0], ends[:-1]]).tolist(), ends.tolist(), strict=True):
+        at_T = np.flatnonzero(trained_T[start:end]) + start
+        if at_T.size == 0:
+            continue
+        number_L, control_L = message_structure(tokens_T[start:end], tokenizer.message_id, has_colon_V)
+        target_L = at_T + 1 - start  # trained_T says that the next token lies in the same document
+        role_N = np.where(control_L[target_L], CONTROL, np.where(answer_T[at_T], CHARACTER, PARTNER))
+        text = tokenizer.decode(tokens_T[at_T + 1].tolist())
+        size, length = np.array([len(text.encode())]), np.array([len(text)])
+        out.append(ScoredTargets(nats_T[at_T], role_N, number_L[target_L], np.zeros(at_T.size, np.int64), size, length))
+    return out
+
+
+@torch.inference_mode()
+def score_dataset(
+    model: Transformer,
+    dataset: PackedDataset,
+    tokenizer: DialogueTokenizer,
+    rows: IntArray,
+    batch_tokens: int,
+    on_progress: OnProgress = silent,
+) -> ScoredTargets:
+    """Score the targets of these rows."""
+    step = max(1, batch_tokens // dataset.row_length)
+    device = model.embed_tokens.weight.device
+    has_colon_V = colon_table(tokenizer)
+    parts: list[ScoredTargets] = []
+    for start in range(0, len(rows), step):
+        batch = collate(dataset, rows[start : start + step])
+        documents = Documents.from_lengths(batch.document_lengths, batch.row_length, device)
+        hidden_TD = model(batch.tokens_T.to(device), documents)
+        counted_T = batch.trained_T.to(device)
+        nats_T = np.zeros(len(batch.tokens_T))
+        nats_T[batch.trained_T.numpy()] = -target_logprobs(
+            model, hidden_TD[counted_T], batch.targets_T.to(device)[counted_T]
+        )
+        parts += targets_of_batch(batch, nats_T, tokenizer, has_colon_V)
+        on_progress(min(start + step, len(rows)), len(rows))
+    assert parts, "the held-out rows have no target"
+    return ScoredTargets(
+        np.concatenate([p.nats_N for p in parts]),
+        np.concatenate([p.role_N for p in parts]),
+        np.concatenate([p.turn_N for p in parts]),
+        np.repeat(np.arange(len(parts)), [p.nats_N.size for p in parts]),
+        np.concatenate([p.bytes_D for p in parts]),
+        np.concatenate([p.characters_D for p in parts]),
+    )
+
+
+def summarise(targets: ScoredTargets, bootstrap: Bootstrap) -> dict[str, Any]:
+    """Loss in nats a token overall, by role and by turn (text of both speakers), bits a byte and a character."""
+
+    def loss(chosen_N: NDArray[np.bool_] | slice) -> Estimate:
+        nats_N = targets.nats_N[chosen_N]
+        return bootstrap.ratio(nats_N, np.ones_like(nats_N), targets.document_N[chosen_N])
+
+    nats_D = np.bincount(targets.document_N, weights=targets.nats_N, minlength=targets.bytes_D.size)
+    text_N = targets.role_N != CONTROL
+    overall = loss(slice(None))
+    assert overall.value is not None
+    return {
+        "loss": overall,
+        "perplexity": math.exp(overall.value),
+        "bits_per_byte": bootstrap.ratio(nats_D / math.log(2), targets.bytes_D.astype(np.float64)),
+        "bits_per_character": bootstrap.ratio(nats_D / math.log(2), targets.characters_D.astype(np.float64)),
+        "by_role": {role: loss(targets.role_N == number) for number, role in enumerate(ROLES)},
+        "by_turn": [
+            {
+                "turns": turn_label(low, high),
+                "first": low,
+                "character": loss(text_N & _in_bin(targets, low, high) & (targets.role_N == CHARACTER)),
+                "partner": loss(text_N & _in_bin(targets, low, high) & (targets.role_N == PARTNER)),
+            }
+            for low, high in TURN_BINS
+        ],
+    }
+
+
+def paired_difference(first: ScoredTargets, second: ScoredTargets, role: int, bootstrap: Bootstrap) -> Estimate:
+    """Loss of `first` less that of `second` on the same targets of one role, in nats a token."""
+    assert np.array_equal(first.document_N, second.document_N) and np.array_equal(first.role_N, second.role_N)
+    chosen_N = first.role_N == role
+    difference_N = first.nats_N[chosen_N] - second.nats_N[chosen_N]
+    return bootstrap.ratio(difference_N, np.ones_like(difference_N), first.document_N[chosen_N])
+
+
+def turn_label(low: int, high: int) -> str:
+    """`3-4`, `5`, `17+`."""
+    if low == high:
+        return str(low)
+    return f"{low}+" if high >= 10**9 else f"{low}-{high}"
+
+
+def _in_bin(targets: ScoredTargets, low: int, high: int) -> NDArray[np.bool_]:
+    return np.asarray((targets.turn_N >= low) & (targets.turn_N <= high))

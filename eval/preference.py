@@ -1,0 +1,133 @@
+"""The scorer's verdict on one model's replies against another's, with what would make that verdict empty beside it.
+
+The scorer is the proxy that preference training climbed. A win here shows that training did what it was told; length
+bias, drift from the reference and the share of wins stand beside it: they tell when the proxy was climbed too far.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eval.context import Reply, ReplyContext
+from eval.scoring import OnProgress, reply_logprobs, score_conversations, sigmoid, silent
+from eval.statistics import Bootstrap, minimum_detectable_effect, paired_tests
+from model.scalar_head import ScalarHead
+from model.transformer import Transformer
+from recipes.loader import Section
+
+FloatArray = NDArray[np.float64]
+
+# Meta's CharacterFlywheel (arXiv 2603.01973): reward-model wins above 65% went with losses in live tests.
+OVER_OPTIMISATION_WIN_RATE = 0.65
+
+
+class PreferenceSection(Section):
+    """Whose replies (`model`) are held against whose (`against`)."""
+
+    model: str
+    against: str
+
+
+def win_values(score_N: FloatArray, other_N: FloatArray) -> FloatArray:
+    """1 for a win, 0 for a loss, one half for a tie."""
+    return np.asarray(0.5 + 0.5 * np.sign(score_N - other_N))
+
+
+def win_rate(score_N: FloatArray, other_N: FloatArray, bootstrap: Bootstrap) -> dict[str, Any]:
+    """Win rate with interval, exact sign and Wilcoxon tests, and the smallest effect this sample would find."""
+    wins_N = win_values(score_N, other_N)
+    return {
+        "win_rate": bootstrap.mean(wins_N),
+        "tests": paired_tests(score_N - other_N).to_json(),
+        "minimum_detectable_win_rate": _above_half(minimum_detectable_effect(wins_N)),
+        "probability_gain": bootstrap.mean(sigmoid(score_N) - sigmoid(other_N)),
+    }
+
+
+def _above_half(effect: float | None) -> float | None:
+    return None if effect is None else min(1.0, 0.5 + effect)
+
+
+def length_bias(
+    score_N: FloatArray, other_N: FloatArray, length_N: FloatArray, other_length_N: FloatArray, bootstrap: Bootstrap
+) -> dict[str, Any]:
+    """Length difference in tokens, how often the scorer prefers the longer reply, win rate among pairs of like length.
+
+    Of like length: at most 2 tokens or 10% apart.
+    """
+    difference_N = length_N - other_length_N
+    matched_N = np.abs(difference_N) <= np.maximum(2, 0.1 * np.maximum(length_N, other_length_N))
+    unequal_N = difference_N != 0
+    longer_wins_N = win_values(score_N, other_N)
+    longer_wins_N = np.where(difference_N > 0, longer_wins_N, 1 - longer_wins_N)
+    return {
+        "length_difference": bootstrap.mean(difference_N),
+        "longer_reply_wins": bootstrap.mean(longer_wins_N[unequal_N]),
+        "win_rate_length_matched": bootstrap.mean(win_values(score_N, other_N)[matched_N]),
+    }
+
+
+def drift(
+    model: Transformer,
+    against: Transformer,
+    contexts: Sequence[ReplyContext],
+    replies: Sequence[Reply],
+    batch_tokens: int,
+    bootstrap: Bootstrap,
+    on_progress: OnProgress = silent,
+) -> dict[str, Any]:
+    """How much more probable `model` finds these replies than `against` does, in nats a reply and a token.
+
+    On replies sampled from `model` at temperature 1 with nothing cut, the mean estimates KL(model || against).
+    """
+    items = [(context.prompt, reply.tokens) for context, reply in zip(contexts, replies, strict=True)]
+    # A cut reply did not draw its <|end|>: that token is no sample of the model.
+    drawn = [len(reply.tokens) - (0 if reply.finished else 1) for reply in replies]
+    total = 2 * len(items)
+    own = reply_logprobs(model, items, batch_tokens, lambda done, _: on_progress(done, total))
+    other = reply_logprobs(against, items, batch_tokens, lambda done, _: on_progress(len(items) + done, total))
+    difference_N = np.array([float((a[:n] - b[:n]).sum()) for a, b, n in zip(own, other, drawn, strict=True)])
+    return {
+        "nats_per_reply": bootstrap.mean(difference_N),
+        "nats_per_token": bootstrap.ratio(difference_N, np.array(drawn, dtype=np.float64)),
+    }
+
+
+def score_replies(
+    scorer: tuple[Transformer, ScalarHead],
+    contexts: Sequence[ReplyContext],
+    replies: Sequence[Reply],
+    batch_tokens: int,
+    on_progress: OnProgress = silent,
+) -> FloatArray:
+    """The scorer's logit for each reply in its context."""
+    conversations = [[*c.prompt, *r.tokens] for c, r in zip(contexts, replies, strict=True)]
+    return score_conversations(scorer, conversations, batch_tokens, on_progress)
+
+
+def summarise_preference(
+    score_N: FloatArray,
+    other_N: FloatArray,
+    human_N: FloatArray,
+    replies: Sequence[Reply],
+    other_replies: Sequence[Reply],
+    bootstrap: Bootstrap,
+) -> dict[str, Any]:
+    """Everything that needs scores and lengths only; `drift` is added by the caller, who holds the models."""
+    length_N, other_length_N = (
+        np.array([len(r.tokens) for r in some], dtype=np.float64) for some in (replies, other_replies)
+    )
+    result = win_rate(score_N, other_N, bootstrap)
+    rate = result["win_rate"]
+    return {
+        "n_contexts": len(score_N),
+        "identical_replies": sum(a.tokens == b.tokens for a, b in zip(replies, other_replies, strict=True)),
+        **result,
+        **length_bias(score_N, other_N, length_N, other_length_N, bootstrap),
+        "win_rate_against_human": bootstrap.mean(win_values(score_N, human_N)),
+        "other_win_rate_against_human": bootstrap.mean(win_values(other_N, human_N)),
+        "over_optimisation_suspected": rate.value is not None and rate.value > OVER_OPTIMISATION_WIN_RATE,
+        "over_optimisation_threshold": OVER_OPTIMISATION_WIN_RATE,
+    }

@@ -1,0 +1,247 @@
+"""Error bars: bootstrap over independent units, tests for paired replies and ranking statistics.
+
+Tokens of a document and turns of a dialogue depend on each other, so every interval here resamples *clusters*
+(documents, dialogues) and never the single values. A statistic is written once, as a function of how often each cluster
+was drawn, and `scipy.stats.bootstrap` does the resampling.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+# Takes how often each cluster was drawn (R replicates, C clusters) and returns the statistic of each replicate (R).
+WeightedStatistic = Callable[[FloatArray], FloatArray]
+
+BATCH_ELEMENTS = 4_000_000  # of one (replicates, values) array: bounds the memory of a bootstrap to about 100 MB
+MAX_VALUES_HELD = 100_000  # statistics hold at most this many values per replicate (an AUC holds each turn)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its interval. `low` and `high` are None where no interval can be given; `note` then says why."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    n_clusters: int
+    method: str
+    confidence_level: float = 0.95
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def has_interval(self) -> bool:
+        return self.low is not None and self.high is not None
+
+    def excludes(self, value: float) -> bool:
+        """Whether the interval lies wholly on one side of `value`."""
+        return self.low is not None and self.high is not None and not self.low <= value <= self.high
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """How intervals are made: `n_resamples` draws, `confidence_level` in (0, 1), the seed of the draws."""
+
+    n_resamples: int = 2000
+    confidence_level: float = 0.95
+    seed: int = 0
+
+    def interval(self, statistic: WeightedStatistic, n_clusters: int, n: int) -> Estimate:
+        """BCa interval of `statistic` over clusters; `n` is the number of single values (for the record).
+
+        Where BCa is undefined (no spread on one side) the percentile interval takes its place, named in `method`.
+        """
+        point = _finite(float(statistic(np.ones((1, n_clusters)))[0]))
+        if point is None:
+            return Estimate(None, None, None, n, n_clusters, "none", self.confidence_level, "undefined on this sample")
+        if n_clusters < 2:
+            return Estimate(point, None, None, n, n_clusters, "none", self.confidence_level, "needs at least 2 units")
+        low, high, method = self._limits(statistic, n_clusters, n)
+        if low is None:
+            return Estimate(point, None, None, n, n_clusters, "none", self.confidence_level, method)
+        return Estimate(point, low, high, n, n_clusters, method, self.confidence_level)
+
+    def _limits(self, statistic: WeightedStatistic, n_clusters: int, n: int) -> tuple[float | None, float | None, str]:
+        """Lower and upper limit and the method, or (None, None, why there is none)."""
+        from scipy.stats import DegenerateDataWarning, bootstrap
+
+        with warnings.catch_warnings(), np.errstate(invalid="ignore", divide="ignore"):
+            warnings.simplefilter("ignore", DegenerateDataWarning)  # handled below, by name
+            result = bootstrap(
+                (np.arange(n_clusters),),
+                lambda index_RC, axis: statistic(_draw_counts(index_RC, n_clusters)).reshape(index_RC.shape[:-1]),
+                n_resamples=self.n_resamples,
+                batch=max(1, BATCH_ELEMENTS // max(n_clusters, min(n, MAX_VALUES_HELD))),
+                vectorized=True,
+                confidence_level=self.confidence_level,
+                method="BCa",
+                rng=np.random.default_rng(self.seed),
+            )
+        draws_R = np.asarray(result.bootstrap_distribution, dtype=np.float64).reshape(-1)
+        usable_R = draws_R[np.isfinite(draws_R)]
+        if usable_R.size < 0.9 * draws_R.size:
+            return None, None, "too few resamples are defined"
+        if np.ptp(usable_R) == 0:
+            return None, None, "all units are equal: the bootstrap cannot tell"
+        low, high = float(result.confidence_interval.low), float(result.confidence_interval.high)
+        if math.isfinite(low) and math.isfinite(high):
+            return low, high, "BCa bootstrap over clusters"
+        tail = (1 - self.confidence_level) / 2
+        low, high = np.quantile(usable_R, [tail, 1 - tail])
+        return float(low), float(high), "percentile bootstrap over clusters"
+
+    def mean(
+        self, values_N: Sequence[float] | FloatArray, clusters: Sequence[object] | IntArray | None = None
+    ) -> Estimate:
+        """Mean of `values_N`; `clusters` names the independent unit of each value (default: each its own)."""
+        values = np.asarray(values_N, dtype=np.float64)
+        return self.ratio(values, np.ones_like(values), clusters)
+
+    def ratio(
+        self,
+        numerators_N: Sequence[float] | FloatArray,
+        denominators_N: Sequence[float] | FloatArray,
+        clusters: Sequence[object] | IntArray | None = None,
+    ) -> Estimate:
+        """sum(numerators) / sum(denominators), such as nats over tokens; `n` is the sum of the denominators."""
+        top, bottom = np.asarray(numerators_N, dtype=np.float64), np.asarray(denominators_N, dtype=np.float64)
+        assert top.shape == bottom.shape
+        if bottom.sum() == 0:
+            return Estimate(None, None, None, 0, 0, "none", self.confidence_level, "no observations")
+        index, n_clusters = cluster_index(clusters, top.size)
+        top_C = np.bincount(index, weights=top, minlength=n_clusters)
+        bottom_C = np.bincount(index, weights=bottom, minlength=n_clusters)
+        present_C = bottom_C > 0  # a cluster without any observation of this kind is not a unit of the sample
+        top_C, bottom_C = top_C[present_C], bottom_C[present_C]
+
+        def statistic(weight_RC: FloatArray) -> FloatArray:
+            return np.asarray((weight_RC @ top_C) / (weight_RC @ bottom_C))
+
+        return self.interval(statistic, top_C.size, round(float(bottom.sum())))
+
+    def auc(
+        self,
+        scores_N: FloatArray,
+        labels_N: IntArray,
+        clusters: Sequence[object] | IntArray,
+        minus_N: FloatArray | None = None,
+    ) -> Estimate:
+        """Area under the ROC curve, ties counted half; with `minus_N` the AUC of `scores_N` less that of `minus_N`."""
+        labels = np.asarray(labels_N)
+        if len(set(labels.tolist())) < 2:
+            note = "only one class is present: AUC is undefined"
+            return Estimate(None, None, None, labels.size, len(set(clusters)), "none", self.confidence_level, note)
+        index, n_clusters = cluster_index(clusters, labels.size)
+        first = _WeightedAuc(scores_N, labels, index)
+        second = None if minus_N is None else _WeightedAuc(minus_N, labels, index)
+
+        def statistic(weight_RC: FloatArray) -> FloatArray:
+            return first(weight_RC) if second is None else first(weight_RC) - second(weight_RC)
+
+        return self.interval(statistic, n_clusters, labels.size)
+
+
+class _WeightedAuc:
+    """Mann-Whitney AUC of scores whose clusters were drawn a given number of times."""
+
+    def __init__(self, scores_N: FloatArray, labels_N: IntArray, index_N: IntArray) -> None:
+        order_N = np.argsort(scores_N, kind="stable")
+        sorted_N = np.asarray(scores_N, dtype=np.float64)[order_N]
+        # Where each group of equal scores begins.
+        self.starts_U = np.flatnonzero(np.concatenate([[True], sorted_N[1:] != sorted_N[:-1]]))
+        self.positive_N = np.asarray(labels_N)[order_N] == 1
+        self.index_N = index_N[order_N]
+
+    def __call__(self, weight_RC: FloatArray) -> FloatArray:
+        weight_RN = weight_RC[:, self.index_N]
+        positive_RU = np.add.reduceat(weight_RN * self.positive_N, self.starts_U, axis=1)
+        negative_RU = np.add.reduceat(weight_RN * ~self.positive_N, self.starts_U, axis=1)
+        below_RU = np.cumsum(negative_RU, axis=1) - 0.5 * negative_RU
+        with np.errstate(invalid="ignore", divide="ignore"):
+            pairs_R = positive_RU.sum(axis=1) * negative_RU.sum(axis=1)
+            return np.asarray((positive_RU * below_RU).sum(axis=1) / pairs_R)
+
+
+def proportion(successes: int, n: int, confidence_level: float = 0.95) -> Estimate:
+    """Share of `n` independent trials with the Wilson interval, which stays right at 0 and 1."""
+    from scipy.stats import binomtest
+
+    if n == 0:
+        return Estimate(None, None, None, 0, 0, "none", confidence_level, "no observations")
+    interval = binomtest(successes, n).proportion_ci(confidence_level, method="wilson")
+    return Estimate(successes / n, float(interval.low), float(interval.high), n, n, "Wilson", confidence_level)
+
+
+@dataclass(frozen=True)
+class PairedTests:
+    """Two-sided tests of paired differences. Ties are left out of the sign test and kept by Wilcoxon (Pratt)."""
+
+    wins: int
+    losses: int
+    ties: int
+    sign_p: float | None  # exact binomial
+    wilcoxon_p: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def paired_tests(differences_N: Sequence[float] | FloatArray) -> PairedTests:
+    """Exact sign test and Wilcoxon signed-rank test of independent paired differences against zero."""
+    from scipy.stats import binomtest, wilcoxon
+
+    differences = np.asarray(differences_N, dtype=np.float64)
+    wins, losses = int((differences > 0).sum()), int((differences < 0).sum())
+    ties = differences.size - wins - losses
+    if wins + losses == 0:
+        return PairedTests(wins, losses, ties, None, None)
+    sign_p = float(binomtest(wins, wins + losses, 0.5).pvalue)
+    return PairedTests(wins, losses, ties, sign_p, float(wilcoxon(differences, zero_method="pratt").pvalue))
+
+
+def minimum_detectable_effect(
+    values_N: Sequence[float] | FloatArray, power: float = 0.8, significance: float = 0.05
+) -> float | None:
+    """Smallest true shift of the mean that a two-sided z-test on `values_N` finds with probability `power`."""
+    from scipy.stats import norm
+
+    values = np.asarray(values_N, dtype=np.float64)
+    if values.size < 2:
+        return None
+    standard_error = float(values.std(ddof=1)) / math.sqrt(values.size)
+    return float(norm.ppf(1 - significance / 2) + norm.ppf(power)) * standard_error
+
+
+def cluster_index(clusters: Sequence[object] | IntArray | None, n: int) -> tuple[IntArray, int]:
+    """Number the clusters 0..C-1: the index of each value's cluster, and C."""
+    if clusters is None:
+        return np.arange(n), n
+    assert len(clusters) == n
+    if isinstance(clusters, np.ndarray):
+        found, index_N = np.unique(clusters, return_inverse=True)
+        return index_N, found.size
+    numbers: dict[object, int] = {}
+    index_N = np.fromiter((numbers.setdefault(cluster, len(numbers)) for cluster in clusters), np.int64, n)
+    return index_N, len(numbers)
+
+
+def _draw_counts(index_RC: IntArray, n_clusters: int) -> FloatArray:
+    """How often each cluster occurs in each row of drawn cluster numbers."""
+    rows = index_RC.reshape(-1, index_RC.shape[-1])
+    offset_R1 = np.arange(rows.shape[0])[:, None] * n_clusters
+    flat = np.bincount((rows + offset_R1).reshape(-1), minlength=rows.shape[0] * n_clusters)
+    return flat.reshape(rows.shape[0], n_clusters).astype(np.float64)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

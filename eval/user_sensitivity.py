@@ -1,0 +1,105 @@
+"""Does the model listen? How far the next-token distribution moves when one message of the history is replaced.
+
+A production system once left user messages out of its cache key for three months, and the model talked to itself: every
+contract test passed. This measures what those tests did not, on the model itself.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import PositiveInt
+
+from data.dialogue import encode_prompt
+from data.tokenizer import DialogueTokenizer
+from eval.context import ReplyContext
+from eval.scoring import OnProgress, next_token_logprobs, share_of, silent
+from eval.statistics import Bootstrap
+from model.transformer import Transformer
+from recipes.loader import Section
+
+FloatArray = NDArray[np.float64]
+MAX_DISTANCE = 4
+
+
+class UserSensitivitySection(Section):
+    """Contexts whose messages are replaced one at a time, up to four messages back."""
+
+    n_contexts: PositiveInt
+
+
+def replaced_prompts(
+    contexts: Sequence[ReplyContext], tokenizer: DialogueTokenizer, seed: int
+) -> list[tuple[int, int, str, tuple[int, ...]]]:
+    """(context, messages back from the reply, who spoke, prompt) with that one message's text replaced.
+
+    The new text is a message that the same side wrote in another context.
+    """
+    rng = np.random.default_rng(seed)
+    texts: dict[bool, list[tuple[int, str]]] = {True: [], False: []}
+    for number, context in enumerate(contexts):
+        for message in context.messages:
+            texts[message.speaker == context.character].append((number, message.text))
+    out = []
+    for number, context in enumerate(contexts):
+        for distance in range(1, min(MAX_DISTANCE, len(context.messages)) + 1):
+            place = len(context.messages) - distance
+            message = context.messages[place]
+            own = message.speaker == context.character
+            others = [text for source, text in texts[own] if source != number and text != message.text]
+            if not others:
+                continue
+            changed = replace(message, text=others[int(rng.integers(len(others)))])
+            messages = (*context.messages[:place], changed, *context.messages[place + 1 :])
+            prompt = tuple(encode_prompt(tokenizer, messages, context.character))
+            out.append((number, distance, "character" if own else "user", prompt))
+    return out
+
+
+def kl_divergence(logp_BV: FloatArray, logq_BV: FloatArray) -> FloatArray:
+    """KL(p || q) in nats, row by row."""
+    return np.asarray((np.exp(logp_BV) * (logp_BV - logq_BV)).sum(axis=-1))
+
+
+def evaluate_user_sensitivity(
+    models: Mapping[str, Transformer],
+    tokenizer: DialogueTokenizer,
+    contexts: Sequence[ReplyContext],
+    seed: int,
+    batch_tokens: int,
+    bootstrap: Bootstrap,
+    on_progress: OnProgress = silent,
+) -> dict[str, Any]:
+    """Mean KL by side and by distance, and how many replaced user messages changed nothing at all (must be 0)."""
+    changes = replaced_prompts(contexts, tokenizer, seed)
+    prompts = [context.prompt for context in contexts] + [prompt for *_, prompt in changes]
+    result: dict[str, Any] = {}
+    for step, (name, model) in enumerate(models.items()):
+        logprob_BV = next_token_logprobs(model, prompts, batch_tokens, share_of(on_progress, step, len(models))).numpy()
+        base = logprob_BV[[number for number, *_ in changes]].astype(np.float64)
+        kl_N = kl_divergence(base, logprob_BV[len(contexts) :].astype(np.float64))
+        result[name] = summarise_changes(changes, kl_N, bootstrap)
+    return result
+
+
+def summarise_changes(
+    changes: Sequence[tuple[int, int, str, tuple[int, ...]]], kl_N: FloatArray, bootstrap: Bootstrap
+) -> dict[str, Any]:
+    """Mean KL by side and by distance; `kl_N` belongs to `changes`, one value each."""
+    context_N = np.array([number for number, *_ in changes], dtype=np.int64)
+    distance_N = np.array([distance for _, distance, *_ in changes], dtype=np.int64)
+    user_N = np.array([side == "user" for _, _, side, _ in changes], dtype=bool)
+    by_side = {}
+    for side, chosen_N in (("user", user_N), ("character", ~user_N)):
+        by_side[side] = {
+            "kl": bootstrap.mean(kl_N[chosen_N], context_N[chosen_N]),
+            "by_distance": [bootstrap.mean(kl_N[chosen_N & (distance_N == d)]) for d in range(1, MAX_DISTANCE + 1)],
+        }
+    # Below float32 rounding the replaced message had no influence at all.
+    ignored = int((kl_N[user_N & (distance_N == 1)] < 1e-9).sum())
+    return by_side | {
+        "ignored_last_user_messages": ignored,
+        "n_last_user_messages": int((user_N & (distance_N == 1)).sum()),
+    }

@@ -1,0 +1,214 @@
+"""What an evaluation works on: the recipe's schema; models, data and contexts, loaded; errors that name what lacks."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from data.shards import PackedDataset
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from data.dialogue import read_dialogues
+from data.tokenizer import MODEL_FILE, DialogueTokenizer
+from eval.context import Reply, ReplyContext, select_contexts
+from eval.engagement import EngagementSection
+from eval.perplexity import PerplexitySection
+from eval.plots import HUMAN
+from eval.preference import PreferenceSection
+from eval.ranking import RankingSection
+from eval.statistics import Bootstrap
+from eval.user_sensitivity import UserSensitivitySection
+from model.config import ModelConfig
+from model.generate import Sampling
+from model.scalar_head import ScalarHead
+from model.transformer import Transformer
+from model.weights import load_config, load_model, load_scorer
+from recipes.loader import Section
+from recipes.run_directory import RunDirectoryError, read_done
+
+
+class EvalError(ValueError):
+    """Something the evaluation needs is missing or does not fit together."""
+
+
+class BootstrapSection(Section):
+    """Resamples of an interval and the share of the truth it should cover."""
+
+    n_resamples: PositiveInt = 2000
+    confidence_level: PositiveFloat = 0.95
+
+    @model_validator(mode="after")
+    def _below_one(self) -> "BootstrapSection":
+        if self.confidence_level >= 1:
+            raise ValueError(f"confidence_level: found {self.confidence_level}, expected less than 1 (0.95 is usual)")
+        return self
+
+
+class ContextSection(Section):
+    """Contexts are cut to `max_prompt_tokens` at message borders and begin at least `min_messages` messages in."""
+
+    max_prompt_tokens: PositiveInt
+    min_messages: PositiveInt = 2
+
+
+class ReplySection(Section):
+    """How many replies each model gives, how they are drawn, and how many the report shows."""
+
+    n_contexts: PositiveInt
+    max_new_tokens: PositiveInt
+    temperature: PositiveFloat = 1.0
+    top_k: NonNegativeInt = 0
+    top_p: PositiveFloat = 1.0
+    shown: NonNegativeInt = 12
+
+
+class EvalRecipe(Section):
+    """Models (name: run directory) to evaluate, the scorer, and the parts of the report; an absent part is skipped."""
+
+    stage: Literal["eval"]
+    run_dir: str
+    title: str
+    data: str
+    models: dict[str, str]
+    scorer: str | None = None
+    seed: NonNegativeInt
+    threads: PositiveInt | None = None
+    batch_tokens: PositiveInt = 8192
+    bootstrap: BootstrapSection = BootstrapSection()
+    contexts: ContextSection
+    replies: ReplySection
+    perplexity: PerplexitySection | None = None
+    ranking: RankingSection | None = None
+    engagement: EngagementSection | None = None
+    preference: PreferenceSection | None = None
+    user_sensitivity: UserSensitivitySection | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "EvalRecipe":
+        if not self.models:
+            raise ValueError("models: found none, expected at least one line `name: run directory`")
+        if HUMAN in self.models:
+            raise ValueError(f"models.{HUMAN}: this name is kept for the replies in the data; choose another")
+        for part in ("engagement", "preference"):
+            if getattr(self, part) is not None and self.scorer is None:
+                raise ValueError(f"{part}: needs a scorer; set `scorer: <run directory>` or remove this section")
+        if self.preference is not None:
+            for key, name in (("model", self.preference.model), ("against", self.preference.against)):
+                if name not in self.models:
+                    known = ", ".join(self.models)
+                    raise ValueError(f"preference.{key}: found {name!r}, expected one of the models: {known}")
+        return self
+
+    def inputs(self) -> dict[str, str]:
+        """Every run directory that is read, by name."""
+        scorer = {} if self.scorer is None else {"scorer": self.scorer}
+        return {"data": self.data, **{f"models.{name}": path for name, path in self.models.items()}, **scorer}
+
+    def parts(self) -> list[str]:
+        """The parts that will be evaluated, in order."""
+        optional = ("perplexity", "ranking", "engagement", "preference", "user_sensitivity")
+        chosen = [name for name in optional if getattr(self, name) is not None]
+        return [*chosen, "quality"]
+
+
+@dataclass
+class Workspace:
+    """Everything loaded once; `replies` and `reply_scores` are filled by the parts that draw and judge them."""
+
+    recipe: EvalRecipe
+    tokenizer: DialogueTokenizer
+    train: PackedDataset
+    heldout: PackedDataset
+    n_dialogues: int
+    models: dict[str, Transformer]
+    scorer: tuple[Transformer, ScalarHead] | None
+    contexts: list[ReplyContext]
+    bootstrap: Bootstrap
+    replies: dict[str, list[Reply]] = field(default_factory=dict)
+    reply_scores: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def reply_contexts(self) -> list[ReplyContext]:
+        """The contexts that every model replies to."""
+        return self.contexts[: self.recipe.replies.n_contexts]
+
+    @property
+    def sampling(self) -> Sampling:
+        """How replies are drawn: only text and <|end|> can come out."""
+        section, tokenizer = self.recipe.replies, self.tokenizer
+        return Sampling(
+            max_new_tokens=section.max_new_tokens,
+            stop_ids=(tokenizer.end_id,),
+            temperature=section.temperature,
+            top_k=section.top_k,
+            top_p=section.top_p,
+            seed=self.recipe.seed,
+            forbidden_ids=(tokenizer.pad_id, tokenizer.unk_id, tokenizer.bos_id, tokenizer.message_id),
+        )
+
+
+def open_workspace(recipe: EvalRecipe) -> Workspace:
+    """Load data, models and contexts. Raises EvalError, or the errors of the readers, naming what is wrong."""
+    for name, path in recipe.inputs().items():
+        check_finished(name, path)
+    data = Path(recipe.data)
+    tokenizer = DialogueTokenizer.load(data)
+    train, heldout = PackedDataset(data / "train"), PackedDataset(data / "heldout")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    models = {}
+    for name, path in recipe.models.items():
+        check_fits(f"models.{name}", path, load_config(Path(path) / "model"), tokenizer, recipe, heldout.row_length)
+        models[name] = load_model(Path(path) / "model", device)
+    scorer = None
+    if recipe.scorer is not None:
+        config = load_config(Path(recipe.scorer) / "model")
+        check_fits("scorer", recipe.scorer, config, tokenizer, recipe, heldout.row_length)
+        scorer = load_scorer(Path(recipe.scorer) / "model", device)
+    dialogues = list(read_dialogues(data / "dialogues" / "heldout.jsonl"))
+    section = recipe.contexts
+    contexts = select_contexts(
+        dialogues, tokenizer, len(dialogues), recipe.seed, section.max_prompt_tokens, section.min_messages
+    )
+    check_contexts(recipe, len(contexts))
+    bootstrap = Bootstrap(recipe.bootstrap.n_resamples, recipe.bootstrap.confidence_level, recipe.seed)
+    return Workspace(recipe, tokenizer, train, heldout, len(dialogues), models, scorer, contexts, bootstrap)
+
+
+def check_finished(name: str, path: str) -> None:
+    """Raise RunDirectoryError unless `path` is the directory of a finished run."""
+    if not Path(path).is_dir():
+        raise RunDirectoryError(f"{name}: {path} does not exist; run its stage first")
+    if read_done(path) is None:
+        raise RunDirectoryError(f"{name}: {path} is not finished (it has no done.json); run its stage to the end first")
+
+
+def check_fits(
+    name: str, path: str, config: ModelConfig, tokenizer: DialogueTokenizer, recipe: EvalRecipe, row_length: int
+) -> None:
+    """Raise EvalError where a model was trained with another tokenizer or is too short for what is asked of it."""
+    own = Path(path) / "model" / MODEL_FILE
+    if not own.is_file() or own.read_bytes() != tokenizer.model_bytes:
+        found = f"{own} does not exist" if not own.is_file() else f"{own} is another tokenizer"
+        raise EvalError(f"{name}: {found}, expected that of data: {recipe.data}; evaluate a model on its own data")
+    longest = max(row_length, recipe.contexts.max_prompt_tokens + recipe.replies.max_new_tokens)
+    if longest > config.max_length:
+        raise EvalError(
+            f"{name}: max_length of {path} is {config.max_length} tokens, and {longest} are asked for "
+            f"(rows of {row_length}; contexts.max_prompt_tokens + replies.max_new_tokens)"
+        )
+
+
+def check_contexts(recipe: EvalRecipe, n_found: int) -> None:
+    """Raise EvalError when the held-out dialogues give fewer contexts than a part asks for."""
+    wanted: Mapping[str, int] = {
+        "replies.n_contexts": recipe.replies.n_contexts,
+        "ranking.n_contexts": recipe.ranking.n_contexts if recipe.ranking else 0,
+        "user_sensitivity.n_contexts": recipe.user_sensitivity.n_contexts if recipe.user_sensitivity else 0,
+    }
+    for key, n in wanted.items():
+        if n > n_found:
+            raise EvalError(
+                f"{key}: {n} contexts asked for, {n_found} found (one a held-out dialogue whose character answers "
+                f"somebody after {recipe.contexts.min_messages} messages); lower it or hold out more dialogues"
+            )

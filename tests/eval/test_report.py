@@ -1,0 +1,208 @@
+"""Tests of eval/report.py and eval/plots.py on a whole report made from random numbers by the real summaries."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data.dialogue import Message
+from eval.context import Reply, ReplyContext
+from eval.dialogue_quality import summarise_quality
+from eval.engagement import LabelledTurns, summarise_scorer
+from eval.perplexity import ScoredTargets, paired_difference, summarise
+from eval.plots import DRAWINGS, THEME, draw_scorer
+from eval.preference import summarise_preference
+from eval.ranking import SCORES, RankingTask, chance_figures, length_only_scores, rank_figures
+from eval.report import interval_text, number_text, p_value_text, render_html, signed_text, to_json, write_report
+from eval.statistics import Bootstrap, Estimate
+from eval.user_sensitivity import summarise_changes
+
+BOOTSTRAP = Bootstrap(n_resamples=100)
+HOSTILE = "<script>alert(1)</script> & {{ 7 * 7 }} <|end|>"
+WORDS = ["hi", "how", "are", "you", "doing", "today", "i", "am", "fine", "thanks", "music", "and", "walks", "yes", "no"]
+
+
+def random_targets(rng: np.random.Generator, level: float) -> ScoredTargets:
+    documents = np.repeat(np.arange(40), 60)
+    turn_N = np.tile(np.repeat(np.arange(1, 21), 3), 40)
+    role_N = np.tile(np.array([2, 0, 1] * 20), 40)
+    nats_N = rng.gamma(2, level / 2, documents.size) * (1.2 - 0.1 * np.log(turn_N))
+    return ScoredTargets(nats_N, role_N, turn_N, documents, np.full(40, 200), np.full(40, 190))
+
+
+def random_replies(rng: np.random.Generator, n: int, length: float) -> list[Reply]:
+    replies = []
+    for _ in range(n):
+        size = 1 + rng.poisson(length)
+        replies.append(Reply(" ".join(rng.choice(WORDS, size)), tuple(range(size + 1)), bool(rng.random() < 0.95)))
+    return replies
+
+
+def random_scorer(rng: np.random.Generator, one_class: bool = False) -> dict[str, Any]:
+    n = 400
+    length_N, turn_N = rng.integers(2, 30, n), np.tile(np.arange(1, 11), 40)
+    probability_N = 1 / (1 + np.exp(-(rng.normal(1.0, 0.8, n) + 0.05 * length_N - 0.1 * turn_N)))
+    label_N = np.ones(n, np.int64) if one_class else (rng.random(n) < probability_N).astype(np.int64)
+    turns = LabelledTurns(label_N, length_N, turn_N, np.repeat(np.arange(40), 10), np.arange(n))
+    train_label_N = np.resize(label_N, n)
+    train = LabelledTurns(train_label_N, length_N, turn_N, np.repeat(np.arange(40), 10), np.arange(n))
+    return summarise_scorer(turns, np.log(probability_N / (1 - probability_N)), train, BOOTSTRAP)
+
+
+def random_ranking(rng: np.random.Generator) -> dict[str, Any]:
+    tasks = [RankingTask(str(i), (1,), (1,), tuple((1,) * k for k in rng.integers(1, 9, 10))) for i in range(80)]
+    models = {
+        name: {s: rank_figures([rng.normal(0, 1, 10) + np.eye(10)[0] * gain for _ in tasks], BOOTSTRAP) for s in SCORES}
+        for name, gain in (("pretrain", 0.4), ("sft", 0.8), ("dpo", 0.7))
+    }
+    length_only = {
+        name: rank_figures(length_only_scores(tasks, sign), BOOTSTRAP)
+        for name, sign in (("shortest_first", -1), ("longest_first", 1))
+    }
+    return {"n_contexts": 80, "n_candidates": 10, "distractors": "length_matched", "chance": chance_figures(10),
+            "length_only": length_only, "models": models}  # fmt: skip
+
+
+def random_preference(rng: np.random.Generator, systems: dict[str, list[Reply]]) -> dict[str, Any]:
+    scores = {name: rng.normal(mean, 1, 80) for name, mean in (("dpo", 0.3), ("sft", 0.0), ("human", 0.5))}
+    part = summarise_preference(
+        scores["dpo"], scores["sft"], scores["human"], systems["dpo"], systems["sft"], BOOTSTRAP
+    )
+    drift = {
+        "nats_per_reply": BOOTSTRAP.mean(rng.normal(0.4, 1, 80)),
+        "nats_per_token": BOOTSTRAP.mean(rng.normal(0.03, 1, 80)),
+    }
+    return {"model": "dpo", "against": "sft", "drift": {"on_model": drift, "on_against": drift, "is_kl": True}, **part}
+
+
+def random_report(seed: int = 0) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    contexts = [
+        ReplyContext(str(i), (Message("Sam", "hi how are you doing today", None),), "Alex", "fine", 3, (1,), (1, 4))
+        for i in range(80)
+    ]
+    systems = {name: random_replies(rng, 80, mean) for name, mean in (("sft", 7), ("dpo", 9), ("human", 8))}
+    scored = {name: random_targets(rng, level) for name, level in (("pretrain", 3.9), ("sft", 3.8), ("dpo", 3.82))}
+    changes = [(i, d, "user" if d % 2 else "character", (1,)) for i in range(60) for d in range(1, 5)]
+    kl_N = rng.gamma(2, 0.2, len(changes)) / np.tile(np.arange(1, 5), 60)
+    samples = [
+        {
+            "character": "Alex",
+            "context": [{"speaker": "Sam", "text": HOSTILE if i == 0 else "what do you do on rainy days?"},
+                        {"speaker": "Alex", "text": "mostly i read"}, {"speaker": "Sam", "text": "which one?"}],
+            "replies": [
+                {"system": name, "text": replies[i].text, "finished": replies[i].finished, "probability": 0.7}
+                for name, replies in systems.items()
+            ],
+        }
+        for i in range(7)
+    ]  # fmt: skip
+    steps = list(range(1, 400, 4))
+    curve = {"step": steps, "loss": [3.6 + 4 * float(np.exp(-s / 90)) + 0.05 * float(rng.normal()) for s in steps],
+             "heldout_step": [100, 200, 300], "heldout_loss": [5.0, 4.2, 3.95]}  # fmt: skip
+    difference = paired_difference(scored["sft"], scored["pretrain"], 0, BOOTSTRAP)
+    sensitivity = summarise_changes(changes, kl_N, BOOTSTRAP)
+    return {
+        "title": "Dramatis evaluation: demo",
+        "created": "2026-11-23",
+        "seed": 7,
+        "confidence_level": 0.95,
+        "bootstrap": {"n_resamples": 100},
+        "models": {
+            name: {"run_dir": f"runs/demo/{name}", "n_parameters": 3_077_184, "key_figure": "held-out 3.91 nats"}
+            for name in ("pretrain", "sft", "dpo")
+        },
+        "scorer": {"run_dir": "runs/demo/engagement", "n_parameters": 3_077_184, "key_figure": "AUC 0.66"},
+        "data": {"run_dir": "runs/demo/data", "n_dialogues": 812, "fingerprint": "3f" * 32},
+        "sampling": {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 48},
+        "perplexity": {
+            "n_targets": 2400,
+            "n_documents": 40,
+            "ngrams": {"unigram": 6.02, "bigram_add_one": 5.31, "bigram_kneser_ney": 4.25},
+            "models": {name: summarise(targets, BOOTSTRAP) for name, targets in scored.items()},
+            "differences": [{"model": "sft", "against": "pretrain", "character": difference}],
+        },
+        "ranking": random_ranking(rng),
+        "engagement": random_scorer(rng),
+        "preference": random_preference(rng, systems),
+        "quality": {"n_contexts": 80, "systems": summarise_quality(contexts, systems, BOOTSTRAP)},
+        "user_sensitivity": {"n_contexts": 60, "models": dict.fromkeys(("sft", "dpo"), sensitivity)},
+        "samples": samples,
+        "training_curves": {"pretrain": curve, "sft": curve | {"heldout_step": [], "heldout_loss": []}},
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("eval")
+    write_report(directory, random_report())
+    return directory
+
+
+def test_page_stands_alone(written: Path) -> None:
+    html = (written / "report.html").read_text()
+    assert html.startswith("<!doctype html>")
+    assert not re.search(r"<script|<link|<iframe|@import|src=", html)
+    # The only addresses are names of XML vocabularies, which no browser fetches.
+    assert set(re.findall(r"https?://[^\s\"'<)]+", html)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+    assert html.count('<svg class="plot"') == len(DRAWINGS)
+    assert not any(colour in html[html.index("<body>") :] for colour in THEME)
+
+
+def test_ids_are_unique_across_figures(written: Path) -> None:
+    html = (written / "report.html").read_text()
+    ids = re.findall(r'\sid="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'href="#([^"]+)"', html)) <= set(ids)
+
+
+def test_dialogue_text_is_escaped(written: Path) -> None:
+    html = (written / "report.html").read_text()
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; {{ 7 * 7 }} &lt;|end|&gt;" in html
+
+
+def test_plots_are_files_too(written: Path) -> None:
+    for name in DRAWINGS:
+        assert (written / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(written.glob(".*"))
+
+
+def test_json_holds_every_number_with_interval_and_size(written: Path) -> None:
+    report = json.loads((written / "report.json").read_text())
+    assert report["schema_version"] == 1
+    rate = report["preference"]["win_rate"]
+    assert rate["low"] < rate["value"] < rate["high"] and rate["n"] == 80 and "bootstrap" in rate["method"]
+    assert f"{100 * rate['value']:.1f}%" in (written / "report.html").read_text()
+
+
+def test_report_renders_with_any_part_missing() -> None:
+    report = to_json({"schema_version": 1, **random_report()})
+    for part in ("perplexity", "ranking", "engagement", "preference", "quality", "user_sensitivity", "samples"):
+        assert "Method</h2>" in render_html(report | {part: None}, {})
+
+
+def test_scorer_with_one_class_says_so(tmp_path: Path) -> None:
+    part = to_json(random_scorer(np.random.default_rng(1), one_class=True))
+    report = to_json({"schema_version": 1, **random_report()}) | {"engagement": part}
+    assert part["auc"]["value"] is None and draw_scorer(report) is None
+    assert "only one class is present" in render_html(report, {})
+
+
+def test_to_json_refuses_nan() -> None:
+    assert to_json({"a": np.float64(0.5), "b": (np.int64(3),)}) == {"a": 0.5, "b": [3]}
+    with pytest.raises(AssertionError):
+        to_json({"a": float("nan")})
+
+
+def test_number_texts() -> None:
+    estimate = Estimate(0.562, 0.521, 0.603, 10, 10, "x").to_json()
+    assert number_text(0.562, 1, True) == "56.2%" and number_text(None) == "–"
+    assert interval_text(estimate, 1, True) == "[52.1, 60.3]"
+    assert signed_text(-0.25) == "−0.25" and signed_text(0.25) == "+0.25"
+    assert p_value_text(0.0001) == "p < 0.001" and p_value_text(0.0319) == "p = 0.032"

@@ -1,0 +1,126 @@
+"""Tests of eval/run.py and eval/workspace.py: the whole evaluation on a pipeline in miniature, and its errors."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from eval.report import to_json
+from eval.run import PARTS, evaluate, main
+from eval.workspace import EvalRecipe, open_workspace
+from recipes.loader import load_recipe
+
+DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "eval.yaml"
+
+
+def overrides(root: Path) -> list[str]:
+    return [
+        f"run_dir={root / 'eval'}", f"data={root / 'data'}", f"scorer={root / 'engagement'}",
+        *(f"models.{name}={root / name}" for name in ("pretrain", "sft", "dpo")),
+        "bootstrap.n_resamples=50", "contexts.max_prompt_tokens=60", "contexts.min_messages=2",
+        "replies.n_contexts=12", "replies.max_new_tokens=8", "replies.shown=3", "perplexity.heldout_rows=6",
+        "ranking.n_contexts=8", "ranking.n_distractors=3", "engagement.heldout_rows=20",
+        "user_sensitivity.n_contexts=6",
+    ]  # fmt: skip
+
+
+def call(monkeypatch: pytest.MonkeyPatch, root: Path, *extra: str) -> int:
+    monkeypatch.setattr("sys.argv", ["eval.run", str(DEMO), *overrides(root), *extra])
+    return main()
+
+
+def test_whole_evaluation(pipeline: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (pipeline / "sft" / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n{"step": 2, "heldout_loss": 4.0}\n')
+    assert call(monkeypatch, pipeline) == 0
+    report = json.loads((pipeline / "eval" / "report.json").read_text())
+    assert all(report[part] for part in PARTS)
+    assert list(report["perplexity"]["models"]) == ["pretrain", "sft", "dpo"]
+    # Untrained models know nothing: their loss is near that of a uniform guess, far above the count models.
+    assert report["perplexity"]["models"]["sft"]["loss"]["value"] > report["perplexity"]["ngrams"]["bigram_kneser_ney"]
+    assert report["quality"]["systems"]["human"]["stop_rate"]["value"] == 1
+    assert len(report["samples"]) == 3 and len(report["samples"][0]["replies"]) == 4
+    assert report["training_curves"]["sft"]["heldout_loss"] == [4.0]
+    assert report["user_sensitivity"]["models"]["sft"]["ignored_last_user_messages"] == 0
+    done = json.loads((pipeline / "eval" / "done.json").read_text())
+    assert "pretrain" in done["key_figure"] and "dpo win" in done["key_figure"]
+    assert "<h2>Conversations</h2>" in (pipeline / "eval" / "report.html").read_text()
+
+    capsys.readouterr()
+    assert call(monkeypatch, pipeline) == 0
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_same_seed_gives_the_same_numbers(pipeline: Path) -> None:
+    recipe = load_recipe(EvalRecipe, DEMO, overrides(pipeline))
+    first, second = (to_json(evaluate(open_workspace(recipe), Console(quiet=True))) for _ in range(2))
+    other = to_json(evaluate(open_workspace(recipe.model_copy(update={"seed": 1})), Console(quiet=True)))
+    assert {part: first[part] for part in PARTS} == {part: second[part] for part in PARTS}
+    assert first["samples"] == second["samples"] != other["samples"]
+
+
+def test_dry_run_says_what_is_missing(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pipeline / "dpo" / "done.json").unlink()
+    assert call(monkeypatch, pipeline, "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "not finished" in " ".join(out.split()) and "quality" in out
+    assert not (pipeline / "eval").exists()
+
+
+def failure(pipeline: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *extra: str) -> str:
+    assert call(monkeypatch, pipeline, *extra) == 2
+    assert not (pipeline / "eval" / "done.json").exists()
+    return capsys.readouterr().err
+
+
+def test_missing_and_unfinished_inputs_are_named(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pipeline / "dpo" / "done.json").unlink()
+    assert "models.dpo" in failure(pipeline, monkeypatch, capsys)
+    shutil.rmtree(pipeline / "engagement")
+    (pipeline / "dpo" / "done.json").write_text("{}")
+    assert "scorer" in failure(pipeline, monkeypatch, capsys)
+
+
+def test_a_model_with_another_tokenizer_is_refused(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pipeline / "sft" / "model" / "tokenizer.model").write_bytes(b"another")
+    assert "models.sft" in (error := failure(pipeline, monkeypatch, capsys)) and "another tokenizer" in error
+
+
+def test_too_few_contexts_and_too_short_a_model(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "replies.n_contexts: 500" in failure(pipeline, monkeypatch, capsys, "replies.n_contexts=500")
+
+
+def test_a_model_too_short_is_refused(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "max_length" in failure(pipeline, monkeypatch, capsys, "replies.max_new_tokens=100")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("preference.model=best", "preference.model: found 'best'"),
+        ("scorer=null", "needs a scorer"),
+        ("models.human=runs/x", "models.human"),
+        ("bootstrap.confidence_level=95", "less than 1"),
+    ],
+)
+def test_recipe_mistakes_are_named(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_recipe(EvalRecipe, DEMO, [override])
+
+
+def test_parts_can_be_left_out(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    off = [f"{key}=null" for key in ("scorer", *PARTS) if key != "quality"]
+    assert call(monkeypatch, pipeline, *off) == 0
+    report = json.loads((pipeline / "eval" / "report.json").read_text())
+    assert [part for part in PARTS if report[part]] == ["quality"]
