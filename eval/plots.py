@@ -244,7 +244,9 @@ def draw_quality(report: Report) -> "Figure | None":
             _whisker(ax, figures[key], y, colours[name])
         _rows(ax, list(systems) if ax is axes[1] else [""] * len(systems))
         ax.margins(x=0.12)
-        _titles(ax, title, "share")
+        ax.locator_params(axis="x", nbins=4)
+        ax.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
+        _titles(ax, title)
     return figure
 
 

@@ -102,7 +102,7 @@ def test_too_few_contexts_and_too_short_a_model(
 def test_a_model_too_short_is_refused(
     pipeline: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "max_length" in failure(pipeline, monkeypatch, capsys, "replies.max_new_tokens=100")
+    assert "max_length" in failure(pipeline, monkeypatch, capsys, "replies.max_new_tokens=300")
 
 
 @pytest.mark.parametrize(
