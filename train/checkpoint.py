@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data.sampler import DataPosition
 from rich.console import Console
 
+from data.sampler import DataPosition
 from train.engine import World
 
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"

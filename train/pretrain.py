@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from data.batch import PackedBatch
-from eval.ngram import ngram_losses
 from pydantic import PositiveInt
 from rich.console import Console
 from rich.table import Table
 
+from data.batch import PackedBatch
+from eval.ngram import ngram_losses
 from model.config import ModelConfig
 from model.transformer import Transformer
 from recipes.loader import parse_command_line

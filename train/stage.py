@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from data.batch import PackedBatch, collate
-from data.sampler import RowOrder
-from data.shards import PackedDataset
 from pydantic import NonNegativeInt, PositiveInt
 from rich.console import Console
 from torch import nn
 
+from data.batch import PackedBatch, collate
+from data.sampler import RowOrder
+from data.shards import PackedDataset
 from model.attention_ops import Backend, Documents, choose_backend
 from model.config import ModelConfig
 from model.portability import describe
