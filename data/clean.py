@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -80,18 +82,19 @@ def clean(records: Iterable[Dialogue | Rejected], filters: Filters, ledger: Ledg
     return kept
 
 
-def check_bad_fraction(ledger: Ledger, max_bad_fraction: float, quarantine: Path) -> None:
-    """Raise CleanError when too many records were quarantined, with the most frequent reasons."""
+def check_bad_fraction(ledger: Ledger, max_bad_fraction: float, quarantine: Path, keep_as: Path) -> None:
+    """Raise CleanError when too many records were quarantined; the quarantine is then kept under another name."""
     if ledger.quarantined <= max_bad_fraction * ledger.read:
         return
+    os.replace(quarantine, keep_as)
     examples = []
-    with open(quarantine, encoding="utf-8") as file:
-        for line, _ in zip(file, range(_N_EXAMPLES), strict=False):
+    with open(keep_as, encoding="utf-8") as file:
+        for line in islice(file, _N_EXAMPLES):
             bad = json.loads(line)
             examples.append(f"\n  {bad['file']}:{bad['line']}: {bad['reason']}")
     raise CleanError(
         f"{ledger.quarantined:,} of {ledger.read:,} records are bad, more than max_bad_fraction {max_bad_fraction:g}; "
-        f"all are in {quarantine}. The first:{''.join(examples)}"
+        f"all are in {keep_as}. The first:{''.join(examples)}"
     )
 
 

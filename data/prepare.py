@@ -4,6 +4,7 @@ python -m data.prepare recipes/demo/data.yaml
 """
 
 import hashlib
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -102,7 +103,14 @@ class Steps:
             BarColumn(30),
             TextColumn("{task.completed:>9,} {task.fields[unit]}"),
         )
-        self._progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
+        self._progress = Progress(
+            *columns,
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
 
     def __enter__(self) -> "Steps":
         self._progress.start()
@@ -153,7 +161,8 @@ def select_dialogues(recipe: DataRecipe, quarantine: Path, steps: Steps) -> tupl
     ledger = Ledger()
     advance = steps.begin("reading", "records")
     dialogues = clean(_counted(recipe.source.read(), advance), recipe.filters, ledger, quarantine)
-    check_bad_fraction(ledger, recipe.max_bad_fraction, quarantine)
+    kept_quarantine = quarantine.parent.with_name(f"{quarantine.parent.name}.{QUARANTINE_FILE}")
+    check_bad_fraction(ledger, recipe.max_bad_fraction, quarantine, kept_quarantine)
     if not dialogues:
         raise CleanError(
             f"no dialogue is left of {ledger.read:,} records ({_reasons(ledger)}); check source and filters"
@@ -289,6 +298,13 @@ def _is_whole(run_dir: Path) -> bool:
     return all((run_dir / "dialogues" / f"{side}.jsonl").is_file() for side in ("train", "heldout"))
 
 
+def _remove_outputs(run_dir: Path) -> None:
+    for name in ("train", "heldout", "dialogues"):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+    for name in ("recipe.yaml", "run.json", MANIFEST_FILE, MODEL_FILE, QUARANTINE_FILE):
+        (run_dir / name).unlink(missing_ok=True)
+
+
 def run(recipe: DataRecipe, console: Console) -> None:
     """Prepare the data of a recipe, unless that is done already."""
     run_dir = Path(recipe.run_dir)
@@ -302,8 +318,12 @@ def run(recipe: DataRecipe, console: Console) -> None:
             console.print(f"{run_dir}: its data is damaged; preparing it again", style="yellow", highlight=False)
             (run_dir / "done.json").unlink()
         began = time.monotonic()
-        with Steps(console) as steps:
-            prepared = prepare(recipe, steps)
+        try:
+            with Steps(console) as steps:
+                prepared = prepare(recipe, steps)
+        except USER_ERRORS:
+            _remove_outputs(run_dir)  # so that a corrected recipe can use the directory
+            raise
         seconds = time.monotonic() - began
         figure = key_figure(prepared.splits)
         finish_run(run_dir, recipe, inputs, figure, seconds, {"fingerprint": prepared.splits["train"]["fingerprint"]})

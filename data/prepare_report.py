@@ -32,7 +32,7 @@ def print_report(
     console.print(_record_table(ledger))
     if ledger.blank_messages:
         console.print(f"{ledger.blank_messages:,} messages without text were taken out of dialogues", soft_wrap=True)
-    console.print(_side_table(splits))
+    console.print(side_table(splits))
     console.print(
         f"{run_dir}: {key_figure(splits)}, {vocab_size:,} pieces, training fingerprint "
         f"{splits['train']['fingerprint'][:12]}, {seconds:.1f} s",
@@ -55,7 +55,8 @@ def _record_table(ledger: Ledger) -> Table:
     return table
 
 
-def _side_table(splits: Figures) -> Table:
+def side_table(splits: Figures) -> Table:
+    """What each side holds, from its figures in the manifest."""
     rows = {
         "dialogues": "n_dialogues",
         "messages": "n_messages",

@@ -1,0 +1,100 @@
+"""Opening a bundle: the Hugging Face directory as our transformer, its tokenizer and what its server assumes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from data.tokenizer import DialogueTokenizer
+from model.transformer import Transformer
+from serving_export.engine import Engine
+from serving_export.hf import model_config, state_from_hf
+from serving_export.manifest import BundleError, Defaults, read_defaults, verify
+
+CONFIG, WEIGHTS, GENERATION_CONFIG = "config.json", "model.safetensors", "generation_config.json"
+PAGE_SIZE = 16
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """How replies are drawn unless a request says otherwise."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle in memory. `name` is what requests call the model."""
+
+    name: str
+    model: Transformer
+    tokenizer: DialogueTokenizer
+    defaults: Defaults
+    sampling: SamplingDefaults
+
+    def engine(self, cache_mib: int) -> Engine:
+        """An engine whose cache takes `cache_mib` MiB. Raises BundleError when that holds no page."""
+        weight_VD = self.model.embed_tokens.weight
+        page_bytes = PAGE_SIZE * self.model.config.kv_bytes_per_token(weight_VD.element_size())
+        n_pages = cache_mib * 2**20 // page_bytes
+        if not n_pages:
+            raise BundleError(f"a cache of {cache_mib} MiB holds no page of {page_bytes:,} bytes; ask for a larger one")
+        return Engine(self.model, n_pages, PAGE_SIZE)
+
+
+def open_bundle(directory: str | Path, device: str = "auto") -> Bundle:
+    """Load a bundle after checking every file against its manifest.
+
+    float32 on the CPU, the stored dtype elsewhere. Raises BundleError for a bundle that is missing, unfinished or
+    changed, TokenizerError or NotPortableError for one that is not ours.
+    """
+    path = Path(directory)
+    if not path.is_dir():
+        raise BundleError(f"{path} does not exist; export a model there first: python -m serving_export.export")
+    verify(path)
+    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    return Bundle(
+        str(directory), _model(path, target), DialogueTokenizer.load(path), read_defaults(path), _sampling(path)
+    )
+
+
+def _model(path: Path, device: torch.device) -> Transformer:
+    content = _json(path / CONFIG)
+    try:
+        with torch.device("meta"):
+            model = Transformer(model_config(content))
+    except (KeyError, TypeError) as error:
+        raise BundleError(f"{path / CONFIG} is not the config of an exported model: {error!r}") from error
+    try:
+        state = state_from_hf(model.config, load_file(path / WEIGHTS))
+        dtype = torch.float32 if device.type == "cpu" else state["embed_tokens.weight"].dtype
+        model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in state.items()}, assign=True)
+    except (SafetensorError, OSError, RuntimeError, KeyError) as error:
+        raise BundleError(f"{path / WEIGHTS} does not fit {CONFIG}, or is damaged: {error}") from error
+    return model.eval()
+
+
+def _sampling(path: Path) -> SamplingDefaults:
+    content = _json(path / GENERATION_CONFIG) if (path / GENERATION_CONFIG).is_file() else {}
+    if content.get("do_sample") is False:
+        return SamplingDefaults(0.0, 0, 1.0)
+    return SamplingDefaults(content.get("temperature", 1.0), content.get("top_k", 0), content.get("top_p", 1.0))
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise BundleError(f"{path} holds {type(content).__name__}, expected an object")
+    return content

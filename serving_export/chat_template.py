@@ -1,0 +1,112 @@
+"""OpenAI chat messages as a dialogue: once in Python, once as the Jinja template that other engines render."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from data.dialogue import CONTROL_SURFACES, NARRATOR, WORD_JOINER, DialogueError, Message, check_speaker
+
+_TEMPLATE = """\
+{#- A dialogue is <bos> and, for each message, <|message|>speaker: text<|end|>. The speaker is the message's name, or
+its role's: system -> narrator, user -> `user`, assistant -> `character`; chat_template_kwargs may set these two.
+Texts and names are escaped, so none of them can hold a control token. -#}
+{%- set user = user if user is defined and user else @USER@ -%}
+{%- set character = character if character is defined and character else @CHARACTER@ -%}
+{%- macro escaped(text) -%}
+{{- text@ESCAPE@ -}}
+{%- endmacro -%}
+{%- macro speaker(name) -%}
+{%- if name is not string or not name | trim -%}
+{{- raise_exception("a speaker's name must be text that is not blank") -}}
+{%- endif -%}
+{%- if ":" in name or "\\n" in name or "\\r" in name -%}
+{{- raise_exception("a speaker's name may not contain ':' or a line break: " ~ name) -}}
+{%- endif -%}
+{{- escaped(name) -}}
+{%- endmacro -%}
+{{- "<bos>" -}}
+{%- for message in messages -%}
+{%- if message['name'] is defined and message['name'] is not none -%}
+{%- set name = message['name'] -%}
+{%- elif message['role'] in ["system", "developer"] -%}
+{%- set name = "narrator" -%}
+{%- elif message['role'] == "user" -%}
+{%- set name = user -%}
+{%- elif message['role'] == "assistant" -%}
+{%- set name = character -%}
+{%- else -%}
+{{- raise_exception("a message of role '" ~ message['role'] ~ "' needs a name; known: system, user, assistant") -}}
+{%- endif -%}
+{{- "<|message|>" -}}{{- speaker(name) -}}{{- ": " -}}
+{%- if message['content'] is string -%}
+{{- escaped(message['content']) -}}
+{%- elif message['content'] is defined and message['content'] is iterable and message['content'] is not mapping -%}
+{%- for content in message['content'] -%}
+{%- if content['type'] != "text" -%}
+{{- raise_exception("a message's content may hold parts of type text only, found " ~ content['type']) -}}
+{%- endif -%}
+{{- "\\n" if not loop.first -}}{{- escaped(content['text']) -}}
+{%- endfor -%}
+{%- else -%}
+{{- raise_exception("a message's content must be text or a list of text parts") -}}
+{%- endif -%}
+{{- "<|end|>" -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- "<|message|>" -}}{{- speaker(character) -}}{{- ":" -}}
+{%- endif -%}
+"""
+
+
+def chat_template(user: str, character: str) -> str:
+    """The Jinja chat template of a bundle: renders to the text whose token ids are `encode_prompt` of `dialogue_of`."""
+    check_speaker(user)
+    check_speaker(character)
+    broken = [(surface, surface[0] + WORD_JOINER + surface[1:]) for surface in CONTROL_SURFACES]
+    # What `escape` does. One surface at a time is the same as all at once: none is a part of another, escaped or not.
+    steps = [(WORD_JOINER, WORD_JOINER * 2), *broken]
+    filters = "".join(f" | replace({_literal(old)}, {_literal(new)})" for old, new in steps)
+    template = _TEMPLATE.replace("@ESCAPE@", filters)
+    return template.replace("@USER@", _literal(user)).replace("@CHARACTER@", _literal(character))
+
+
+def dialogue_of(messages: Sequence[Mapping[str, Any]], user: str, character: str) -> list[Message]:
+    """OpenAI chat messages as messages of a dialogue, as the template renders them.
+
+    Raises DialogueError naming the message's number for an unknown role, a bad name or content that is not text.
+    """
+    return [_message(number, message, user, character) for number, message in enumerate(messages)]
+
+
+def _message(number: int, message: Mapping[str, Any], user: str, character: str) -> Message:
+    speakers = {"system": NARRATOR, "developer": NARRATOR, "user": user, "assistant": character}
+    role, name, content = message.get("role"), message.get("name"), message.get("content")
+    if name is None:
+        if role not in speakers:
+            raise DialogueError(
+                f"message {number}: role {role!r} needs a name; known roles: {', '.join(sorted(speakers))}"
+            )
+        name = speakers[role]
+    try:
+        return Message(name, _text(content))
+    except DialogueError as error:
+        raise DialogueError(f"message {number}: {error}") from None
+
+
+def _text(content: object) -> str:
+    """A message's text; several text parts are lines of it, as vLLM joins them."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list | tuple):
+        raise DialogueError(f"content is {type(content).__name__}: expected text or a list of text parts")
+    for part in content:
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise DialogueError(f"content holds {str(part)[:80]}: expected parts {{'type': 'text', 'text': ...}}")
+    return "\n".join(part["text"] for part in content)
+
+
+def _literal(text: str) -> str:
+    """A Jinja string literal; characters beyond ASCII stay as they are, since Jinja knows no surrogate pairs."""
+    return json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,262 @@
+"""Export a trained model as a bundle for stock engines: `python -m serving_export.export recipes/demo/export.yaml`.
+
+The bundle is run_dir itself: a Hugging Face model directory with manifest.json. It is checked before it appears.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import PositiveFloat, PositiveInt, model_validator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import save_file
+
+from data.atomic_file import sync_directory, write_json
+from data.dialogue import Dialogue, check_speaker, read_dialogues
+from data.tokenizer import MODEL_FILE, DialogueTokenizer
+from model.config import ModelConfig
+from model.portability import describe
+from model.transformer import Transformer
+from model.weights import load_config, load_model
+from recipes.loader import Section, dump_recipe, parse_command_line
+from recipes.run_directory import RunState, finish_run, prepare_run_directory, read_done
+from serving_export.chat_template import chat_template
+from serving_export.hf import hf_config, load_exported_model, state_to_hf
+from serving_export.manifest import MANIFEST, SERVING, Defaults, verify, write_defaults, write_manifest
+from serving_export.parity import (
+    Parity,
+    ParityError,
+    check_logits,
+    check_tokens,
+    choose_conversations,
+    transformers_peer,
+)
+from serving_export.tokenizer_json import tokenizer_config, tokenizer_json
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BUNDLE_FILES = (
+    "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    "chat_template.jinja", MODEL_FILE, SERVING,
+)  # fmt: skip
+_STAGING = ".staging"
+_RUN_FILES = ("done.json", "recipe.yaml", "run.json", "environment.json")
+
+
+class Names(Section):
+    """Who a chat message of role user and of role assistant is by, where it has no name."""
+
+    user: str
+    character: str
+
+    @model_validator(mode="after")
+    def _speakers(self) -> Names:
+        check_speaker(self.user)
+        check_speaker(self.character)
+        return self
+
+
+class ExportRecipe(Section):
+    """An export: which model, whose names, and how closely transformers must agree with our runtime."""
+
+    stage: Literal["export"]
+    run_dir: str
+    init_from: str
+    data: str
+    names: Names
+    dtype: Literal["float32", "bfloat16", "float16"]
+    n_parity_conversations: PositiveInt = 24
+    max_logit_difference: PositiveFloat = 1e-4
+    threads: PositiveInt | None = None
+
+    def inputs(self) -> dict[str, str]:
+        """The run directories it reads."""
+        return {"init_from": self.init_from, "data": self.data}
+
+
+def write_bundle(directory: Path, model: Transformer, tokenizer: DialogueTokenizer, names: Names, dtype: str) -> None:
+    """All files of a bundle but its manifest, into an empty directory."""
+    config = model.config
+    if config.vocab_size != tokenizer.vocab_size:
+        raise ValueError(
+            f"the model has {config.vocab_size} token ids, the tokenizer {tokenizer.vocab_size}; "
+            "init_from and data belong to different runs"
+        )
+    ids = {"bos_id": tokenizer.bos_id, "end_id": tokenizer.end_id, "pad_id": tokenizer.pad_id}
+    state = {name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state_to_hf(config, state), directory / "model.safetensors", metadata={"format": "pt"})
+    write_json(directory / "config.json", hf_config(config, dtype, **ids))
+    generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.pad_id}
+    write_json(directory / "generation_config.json", {"do_sample": True, "temperature": 1.0, **generation})
+    (directory / "tokenizer.json").write_text(tokenizer_json(tokenizer), encoding="utf-8")
+    write_json(directory / "tokenizer_config.json", tokenizer_config(config.max_length))
+    template = chat_template(names.user, names.character)
+    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+    tokenizer.save(directory / MODEL_FILE)
+    write_defaults(directory, Defaults(names.user, names.character, config.max_length))
+
+
+def check_bundle(
+    directory: Path, dialogues: list[Dialogue], recipe: ExportRecipe, on_progress: Callable[[int], None] | None = None
+) -> Parity:
+    """Parity of the bundle, in float32, with our runtime on the same (rounded) weights. Raises ParityError."""
+    tokenizer = DialogueTokenizer.load(directory)
+    model = load_exported_model(directory)
+    peer, peer_tokenizer = transformers_peer(directory)
+    chosen = choose_conversations(tokenizer, dialogues, recipe.n_parity_conversations)
+    n_texts = check_tokens(tokenizer, peer_tokenizer, chosen, (recipe.names.user, recipe.names.character))
+    parity = check_logits(model, peer, tokenizer, chosen, recipe.max_logit_difference, on_progress)
+    return replace(parity, n_texts=n_texts)
+
+
+def export(recipe: ExportRecipe, console: Console) -> str:
+    """Stage, check and move the bundle into recipe.run_dir, its manifest last; the key figure.
+
+    Raises ParityError when it differs from our runtime; nothing of it is left then.
+    """
+    target = Path(recipe.run_dir)
+    staging = target / _STAGING
+    remove_bundle(target)
+    staging.mkdir()
+    try:
+        parity = _stage(staging, recipe, console)
+    except BaseException:
+        shutil.rmtree(staging)
+        raise
+    for name in (*BUNDLE_FILES, MANIFEST):
+        (staging / name).replace(target / name)
+    staging.rmdir()
+    sync_directory(target)
+    return key_figure(parity)
+
+
+def key_figure(parity: Parity) -> str:
+    """One line of what was checked."""
+    return (
+        f"logits equal to {parity.max_logit_difference:.0e}, {parity.n_conversations} conversations, "
+        f"{parity.n_texts} hostile texts"
+    )
+
+
+def remove_bundle(directory: Path) -> None:
+    """Remove what an export writes, the manifest first, so that no half of a bundle passes for one."""
+    for name in (MANIFEST, *BUNDLE_FILES):
+        (directory / name).unlink(missing_ok=True)
+    shutil.rmtree(directory / _STAGING, ignore_errors=True)
+
+
+def _stage(staging: Path, recipe: ExportRecipe, console: Console) -> Parity:
+    source = _model_directory(recipe.init_from)
+    model = load_model(source)
+    write_bundle(staging, model, DialogueTokenizer.load(_tokenizer_of(source, recipe)), recipe.names, recipe.dtype)
+    _check_weights(staging, model, recipe.dtype)
+    dialogues = list(read_dialogues(Path(recipe.data) / "dialogues" / "heldout.jsonl"))
+    columns = (TextColumn("parity"), BarColumn(), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("parity", total=recipe.n_parity_conversations)
+        parity = check_bundle(staging, dialogues, recipe, lambda done: progress.update(task, completed=done))
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "sentencepiece")}
+    figures = parity.as_dict() | {"limit": recipe.max_logit_difference, "dtype": recipe.dtype}
+    write_manifest(staging, BUNDLE_FILES, model.config, DTYPES[recipe.dtype].itemsize, figures, versions)
+    verify(staging)
+    for path in staging.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    return parity
+
+
+def _check_weights(staging: Path, model: Transformer, dtype: str) -> None:
+    """The weights as read back from the bundle are those of the run, rounded to the bundle's dtype, bit for bit."""
+    written = load_exported_model(staging).state_dict()
+    for name, tensor in model.state_dict().items():
+        if not torch.equal(written[name], tensor.to(DTYPES[dtype]).float()):
+            raise ParityError(f"the weight {name} is not in the bundle as it was trained")
+
+
+def _model_directory(init_from: str) -> Path:
+    """A run directory's model/, or a model directory itself."""
+    inner = Path(init_from) / "model"
+    return inner if inner.is_dir() else Path(init_from)
+
+
+def _tokenizer_of(source: Path, recipe: ExportRecipe) -> Path:
+    """The tokenizer that travelled with the weights; it must be the one of the data."""
+    held, data = source / MODEL_FILE, Path(recipe.data) / MODEL_FILE
+    if held.is_file() and data.is_file() and held.read_bytes() != data.read_bytes():
+        raise ValueError(f"{held} and {data} differ: init_from was not trained on data={recipe.data}")
+    return held if held.is_file() else data
+
+
+def run(recipe: ExportRecipe, console: Console) -> None:
+    """Export into recipe.run_dir, or say that it is done already and whole. A failed check leaves no output."""
+    started = time.monotonic()
+    target = Path(recipe.run_dir)
+    try:
+        with prepare_run_directory(target, recipe, recipe.inputs()) as state:
+            if state is RunState.FINISHED:
+                verify(target)
+                console.print(f"{target} is finished: {(read_done(target) or {}).get('key_figure')}", highlight=False)
+                return
+            if recipe.threads is not None:
+                torch.set_num_threads(recipe.threads)
+            figure = export(recipe, console)
+            content = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
+            figures = {key: content[key] for key in ("parity", "kv_bytes_per_token", "engines")}
+            finish_run(target, recipe, recipe.inputs(), figure, time.monotonic() - started, figures)
+    except ParityError:
+        for name in _RUN_FILES:
+            (target / name).unlink(missing_ok=True)
+        remove_bundle(target)
+        raise
+    console.print(f"[bold]{figure}[/]", highlight=False)
+    console.print(f"bundle: {target.resolve()} (vllm serve {target})", highlight=False, soft_wrap=True)
+
+
+def print_plan(recipe: ExportRecipe, console: Console) -> None:
+    """What would be exported."""
+    console.print(dump_recipe(recipe), highlight=False, markup=False)
+    source = _model_directory(recipe.init_from)
+    if not (source / "config.json").is_file():
+        console.print(f"{recipe.init_from} is not finished yet", highlight=False)
+        return
+    config: ModelConfig = load_config(source)
+    hf_config(config, recipe.dtype, bos_id=2, end_id=4, pad_id=0)
+    for what, value in describe(config):
+        console.print(f"{what:>20}  {value}", highlight=False, markup=False, soft_wrap=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point: 0 when the bundle is there, 1 when it differs from our runtime, 2 for the user's errors."""
+    command = parse_command_line(ExportRecipe, argv, description=__doc__)
+    recipe: Any = command.recipe
+    console = Console()
+    try:
+        if command.dry_run:
+            print_plan(recipe, console)
+        else:
+            run(recipe, console)
+    except (ValueError, FileNotFoundError) as error:
+        name = (
+            "the bundle differs from our runtime; nothing was exported" if isinstance(error, ParityError) else "error"
+        )
+        message = f"[bold red]{name}[/]: {str(error).replace('[', chr(92) + '[')}"
+        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
+        return 1 if isinstance(error, ParityError) else 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

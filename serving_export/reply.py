@@ -1,0 +1,120 @@
+"""From messages to a reply and back: encoding, generation and detokenising for the server and the terminal alike."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+from data.dialogue import Message
+from data.tokenizer import DialogueTokenizer
+from model.generate import Sampling
+from serving_export.conversation import ConversationEncoder
+from serving_export.detokenizer import PieceTable, ReplyStream
+from serving_export.engine import Engine, Event
+
+FinishReason = Literal["stop", "length"]
+
+
+class GenerationFailed(RuntimeError):  # noqa: N818 (reads as what happened)
+    """The engine ended a reply by itself: an error, or a shutdown."""
+
+
+class Replier:
+    """Starts replies of characters on one engine. Its methods belong to one thread."""
+
+    def __init__(self, engine: Engine, tokenizer: DialogueTokenizer):
+        self.engine = engine
+        self.encoder = ConversationEncoder(tokenizer)
+        self.pieces = PieceTable(tokenizer)
+        self.end_id = tokenizer.end_id
+        control_ids = {tokenizer.pad_id, tokenizer.unk_id, tokenizer.bos_id, tokenizer.message_id, tokenizer.end_id}
+        self.forbidden_ids = tuple(sorted(control_ids - {tokenizer.end_id}))
+
+    def sampling(self, max_new_tokens: int | None, temperature: float, top_k: int, top_p: float, seed: int) -> Sampling:
+        """How to draw a reply: it ends at `<|end|>` and holds no other control token; None asks for all the room."""
+        return Sampling(
+            max_new_tokens=self.engine.max_length if max_new_tokens is None else max_new_tokens,
+            stop_ids=(self.end_id,),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            forbidden_ids=self.forbidden_ids,
+        )
+
+    def start(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        emit: Callable[[Event], None],
+        salt: str | None = None,
+        stop: Sequence[str] = (),
+    ) -> Reply:
+        """Queue a prompt of `encoder.encode_prompt`; whoever gets the events gives each to the reply's `take`."""
+        return Reply(self, prompt, sampling, emit, salt, stop)
+
+    def stream(
+        self, messages: Sequence[Message], character: str, sampling: Sampling, salt: str | None = None
+    ) -> Iterator[tuple[str, Reply]]:
+        """The reply's text piece by piece, blocking; leaving the loop early frees what the reply holds."""
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        prompt = self.encoder.encode_prompt(messages, character, salt)
+        reply = self.start(prompt, sampling, events.put, salt)
+        try:
+            while reply.finish_reason is None:
+                yield reply.take(events.get()), reply
+        finally:
+            reply.cancel()
+
+
+class Reply:
+    """One reply in the making: the text given out so far, its ids, and why it ended."""
+
+    def __init__(
+        self,
+        replier: Replier,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        emit: Callable[[Event], None],
+        salt: str | None,
+        stop: Sequence[str],
+    ):
+        self.prompt = list(prompt)
+        self.drawn: list[int] = []
+        self.n_cached = 0
+        self.finish_reason: FinishReason | None = None
+        self._replier = replier
+        self._salt = salt
+        self._text = ReplyStream(replier.pieces, stop)
+        self._generation = replier.engine.submit(prompt, sampling, emit, salt)
+
+    @property
+    def text(self) -> str:
+        return self._text.text
+
+    def take(self, event: Event) -> str:
+        """The text that is new with `event`. Raises GenerationFailed when the engine gave the reply up."""
+        assert self.finish_reason is None, "the reply has ended"
+        self.n_cached = event.n_cached
+        new = ""
+        if event.token is not None:
+            self.drawn.append(event.token)
+            new = self._text.push(event.token)
+        if self._text.stopped:
+            self.cancel()
+            self.finish_reason = "stop"
+            return new
+        if event.finish_reason is None:
+            return new
+        if event.finish_reason not in ("stop", "length"):
+            raise GenerationFailed(f"the reply was ended by the engine: {event.finish_reason}")
+        new += self._text.finish()
+        self.finish_reason = event.finish_reason
+        content = self.drawn[:-1] if event.finish_reason == "stop" else self.drawn
+        self._replier.encoder.remember_reply(self.prompt, content, self.text, self._salt)
+        return new
+
+    def cancel(self) -> None:
+        """Stop generating; does nothing to a reply that has ended."""
+        self._generation.cancel()

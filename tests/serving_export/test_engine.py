@@ -1,0 +1,240 @@
+"""Whatever the concurrency, the chunks, the evictions and preemptions: every reply is the uncached greedy one."""
+
+from __future__ import annotations
+
+import functools
+import queue
+import threading
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.attention_ops import Documents
+from model.config import ModelConfig, TailSharing
+from model.generate import Sampling
+from model.transformer import Transformer
+from serving_export.engine import Engine, Event, Generation, PromptError, QueueFull
+
+VOCAB = 41
+STOP = 4
+
+
+@functools.cache
+def tiny() -> Transformer:
+    config = ModelConfig(
+        vocab_size=VOCAB, d_model=16, n_layers=4, n_heads=2, d_head=8, d_ff=16, layers="SG", window=5,
+        kv_sharing=TailSharing(kind="tail", n_layers=2), max_length=48,
+    )  # fmt: skip
+    return Transformer(config, seed=5).eval()
+
+
+@functools.cache
+@torch.no_grad()
+def uncached_greedy(prompt: tuple[int, ...], n_new: int) -> list[int]:
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + n_new and (len(tokens) == len(prompt) or tokens[-1] != STOP):
+        hidden_TD = tiny()(torch.tensor(tokens), Documents.from_lengths([len(tokens)]))
+        tokens.append(int(tiny().logits(hidden_TD[-1:]).argmax()))
+    return tokens[len(prompt) :]
+
+
+def greedy(n_new: int) -> Sampling:
+    return Sampling(max_new_tokens=n_new, stop_ids=(STOP,), temperature=0)
+
+
+class Listener:
+    """Collects the events of one request."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def __call__(self, event: Event) -> None:
+        assert not self.events or self.events[-1].finish_reason is None, "an event after the last"
+        self.events.append(event)
+
+    @property
+    def tokens(self) -> list[int]:
+        return [event.token for event in self.events if event.token is not None]
+
+
+def finish(engine: Engine) -> None:
+    for _ in range(3000):
+        if not engine.step():
+            return
+    raise AssertionError("the engine makes no progress")
+
+
+def assert_only_the_cache_holds_pages(engine: Engine) -> None:
+    allocator = engine.cache.allocator
+    assert allocator.n_free + engine.prefix_cache.n_pages == allocator.n_pages
+    engine.prefix_cache.clear()
+    assert allocator.n_free == allocator.n_pages
+
+
+def poisoned(engine: Engine) -> Engine:
+    for pool in (*engine.cache.k_SGK.values(), *engine.cache.v_SGK.values()):
+        pool.fill_(float("nan"))
+    return engine
+
+
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_replies_equal_uncached_greedy(data: st.DataObject) -> None:
+    page_size = data.draw(st.sampled_from([1, 3, 4]), "page_size")
+    n_tokens = data.draw(st.sampled_from([24, 48, 96, 400]), "cache tokens")  # 24: hardly one request at a time
+    chunk = data.draw(st.sampled_from([1, 3, 7, 64]), "prefill chunk")
+    engine = poisoned(Engine(tiny(), n_tokens // page_size, page_size, max_running=5, prefill_tokens_per_step=chunk))
+    stems = [[2, 7, 8, 9, 10, 11, 12], [2, 7, 8, 9, 5]]
+    jobs: list[tuple[tuple[int, ...], int, Listener]] = []
+    for _ in range(data.draw(st.integers(1, 7), "requests")):
+        tail = data.draw(st.lists(st.integers(5, 8), min_size=1, max_size=9))
+        prompt = tuple(data.draw(st.sampled_from(stems)) + tail)
+        n_new = min(data.draw(st.integers(1, 10)), engine.max_length - len(prompt))
+        listener = Listener()
+        engine.submit(prompt, greedy(n_new), listener, salt=data.draw(st.sampled_from([None, "a"])))
+        jobs.append((prompt, n_new, listener))
+        for _ in range(data.draw(st.integers(0, 3), "steps between")):
+            engine.step()
+    finish(engine)
+    for prompt, n_new, listener in jobs:
+        expected = uncached_greedy(prompt, n_new)
+        assert listener.tokens == expected
+        assert listener.events[-1].finish_reason == ("stop" if expected[-1] == STOP else "length")
+    assert_only_the_cache_holds_pages(engine)
+
+
+def test_pressure_preempts_and_evicts() -> None:
+    engine = poisoned(Engine(tiny(), n_pages=10, page_size=4))
+    listeners = [Listener() for _ in range(6)]
+    prompts = [(2, *range(5 + i, 15 + i)) for i in range(6)]
+    for prompt, listener in zip(prompts, listeners):
+        engine.submit(prompt, Sampling(max_new_tokens=20, stop_ids=(), temperature=0), listener)
+    finish(engine)
+    assert engine.counters.preemptions > 0
+    assert engine.prefix_cache.counters.evicted_pages > 0
+    # a preempted request is looked up once, and what it drew before is not emitted again
+    assert [len(listener.tokens) for listener in listeners] == [20] * 6
+    assert engine.counters.prompt_tokens == sum(map(len, prompts))
+    assert_only_the_cache_holds_pages(engine)
+
+
+def converse(engine: Engine, prompt: Sequence[int], n_new: int, salt: str | None = None) -> Listener:
+    listener = Listener()
+    engine.submit(prompt, Sampling(n_new, (), temperature=0), listener, salt)
+    finish(engine)
+    return listener
+
+
+def test_next_turn_reuses_prompt_and_reply() -> None:
+    engine = poisoned(Engine(tiny(), n_pages=40, page_size=4))
+    prompt = [2, *range(5, 14)]
+    reply = converse(engine, prompt, 7).tokens
+    second = converse(engine, [*prompt, *reply, 5, 6], 3)
+    # the last token drawn is never computed
+    assert second.events[0].n_cached == (len(prompt) + len(reply) - 1) // 4 * 4 == 16
+    counters = engine.prefix_cache.counters
+    assert (counters.hit_tokens, counters.missed_tokens) == (16, 10 + 3)
+    changed = [*prompt[:5], 30, *prompt[6:], *reply, 5, 6]
+    assert converse(engine, changed, 3).events[0].n_cached == 4
+    assert converse(engine, [*prompt, *reply, 5, 6], 3, salt="other").events[0].n_cached == 0
+
+
+def test_sampled_reply_does_not_depend_on_company() -> None:
+    def draw(company: int) -> list[int]:
+        engine = Engine(tiny(), n_pages=12, page_size=4)
+        listener = Listener()
+        for i in range(company):
+            engine.submit([2, 9, 9 + i], Sampling(12, (), temperature=1.5, seed=i), Listener())
+        engine.submit([2, 5, 6, 7], Sampling(12, (STOP,), temperature=1.3, top_k=20, seed=11), listener)
+        finish(engine)
+        return listener.tokens
+
+    assert draw(0) == draw(5)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_cancelled_request_frees_its_pages(steps: int) -> None:
+    engine = Engine(tiny(), n_pages=8, page_size=4, prefill_tokens_per_step=3)
+    listeners = [Listener(), Listener()]
+    generations = [engine.submit([2, *range(5, 15)], greedy(20), listener) for listener in listeners]
+    for _ in range(steps):
+        engine.step()
+    generations[0].cancel()
+    generations[0].cancel()
+    finish(engine)
+    assert listeners[0].events[-1].finish_reason == "cancelled"
+    assert listeners[1].tokens == uncached_greedy((2, *range(5, 15)), 20)
+    assert engine.counters.cancelled == 1
+    assert_only_the_cache_holds_pages(engine)
+
+
+def test_failed_step_ends_its_requests_and_the_engine_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(tiny(), n_pages=8, page_size=4)
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.model, "extend", lambda *_: 1 / 0)
+        engine.start()
+        engine.submit([2, 5], greedy(3), events.put)
+        assert events.get(timeout=20).finish_reason == "error"
+    engine.submit([2, 5], greedy(3), events.put)
+    assert [events.get(timeout=20).token for _ in range(3)] == uncached_greedy((2, 5), 3)
+    engine.stop()
+    assert_only_the_cache_holds_pages(engine)
+
+
+def test_many_threads_submit() -> None:
+    engine = Engine(tiny(), n_pages=30, page_size=4)
+    engine.start()
+    replies: dict[int, list[int]] = {}
+
+    def ask(number: int) -> None:
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        engine.submit([2, 5 + number, 7], greedy(8), events.put)
+        tokens: list[int] = []
+        while True:
+            event = events.get(timeout=20)
+            tokens += [] if event.token is None else [event.token]
+            if event.finish_reason:
+                break
+        replies[number] = tokens
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    engine.stop()
+    assert replies == {number: uncached_greedy((2, 5 + number, 7), 8) for number in range(12)}
+
+
+def test_stop_ends_what_is_left() -> None:
+    engine = Engine(tiny(), n_pages=12, page_size=4, max_running=1)
+    listeners = [Listener(), Listener(), Listener()]
+    for listener in listeners:
+        engine.submit([2, 5], greedy(30), listener)
+    engine.step()
+    engine.stop()
+    assert [listener.events[-1].finish_reason for listener in listeners] == ["cancelled"] * 3
+    assert_only_the_cache_holds_pages(engine)
+    with pytest.raises(QueueFull, match="shutting down"):
+        engine.submit([2, 5], greedy(3), Listener())
+
+
+def test_refused_prompts() -> None:
+    engine = Engine(tiny(), n_pages=5, page_size=4, max_waiting=1)
+    assert engine.max_length == 20
+    for prompt in ([], [2, VOCAB], [-1]):
+        with pytest.raises(PromptError, match="from 0 to 40"):
+            engine.submit(prompt, greedy(3), Listener())
+    with pytest.raises(PromptError, match="has 20 tokens; at most 19"):
+        engine.submit([2] * 20, greedy(3), Listener())
+    with pytest.raises(PromptError, match="at least 1"):
+        engine.submit([2], greedy(0), Listener())
+    generation = engine.submit([2] * 19, greedy(30), Listener())
+    assert isinstance(generation, Generation)
+    assert generation.sampling.max_new_tokens == 1
+    with pytest.raises(QueueFull, match="1 requests"):
+        engine.submit([2], greedy(3), Listener())

@@ -1,0 +1,193 @@
+"""An export end to end: the bundle verifies, transformers serves it, it is repeatable, and vanishes when it is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from data.dialogue import Dialogue, Message, write_dialogues
+from data.tokenizer import DialogueTokenizer
+from model.transformer import Transformer
+from model.weights import save_model
+from recipes.loader import load_recipe
+from recipes.run_directory import write_atomically
+from serving_export import export as export_module
+from serving_export.export import BUNDLE_FILES, ExportRecipe, main, run
+from serving_export.hf import load_exported_model
+from serving_export.manifest import BundleError, Defaults, read_defaults, verify
+
+RECIPE = """\
+stage: export
+run_dir: {root}/export
+init_from: {root}/sft
+data: {root}/data
+names: {{user: Bob, character: Ada}}
+dtype: {dtype}
+n_parity_conversations: 3
+"""
+
+
+def make_recipe(root: Path, tokenizer: DialogueTokenizer, model: Transformer, dtype: str = "float32") -> Path:
+    (root / "data" / "dialogues").mkdir(parents=True)
+    tokenizer.save(root / "data" / "tokenizer.model")
+    dialogues = [
+        Dialogue(
+            str(n), tuple(Message(("Ada", "Bob")[i % 2], f"Hello there <|end|> {n}{i}\u2060") for i in range(n)), "Ada"
+        )
+        for n in (2, 3, 5, 8)
+    ]
+    write_dialogues(root / "data" / "dialogues" / "heldout.jsonl", dialogues)
+    files = {"tokenizer.model": root / "data" / "tokenizer.model"}
+    save_model(root / "sft" / "model", model.config, model.state_dict(), files=files)
+    for stage in ("data", "sft"):
+        write_atomically(root / stage / "done.json", "{}")
+    path = root / "export.yaml"
+    path.write_text(RECIPE.format(root=root, dtype=dtype))
+    return path
+
+
+@pytest.fixture
+def quiet() -> Console:
+    return Console(quiet=True)
+
+
+def test_a_bundle_is_whole_and_says_so(
+    tokenizer: DialogueTokenizer, model: Transformer, tmp_path: Path, quiet: Console
+) -> None:
+    recipe = load_recipe(ExportRecipe, make_recipe(tmp_path, tokenizer, model))
+    run(recipe, quiet)
+    bundle = tmp_path / "export"
+    content = verify(bundle)
+    assert set(content["files"]) == set(BUNDLE_FILES)
+    assert content["parity"]["n_longer_than_window"] >= 1
+    assert content["parity"]["n_greedy_tokens"] > 10
+    assert content["parity"]["max_logit_difference"] <= 1e-4
+    assert content["kv_bytes_per_token"] == model.config.kv_bytes_per_token(4)
+    assert content["engines"]["vllm"] == {"runs": True}
+    assert read_defaults(bundle) == Defaults("Bob", "Ada", model.config.max_length)
+    loaded = load_exported_model(bundle).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+    figure = json.loads((bundle / "done.json").read_text())["key_figure"]
+    assert figure.startswith("logits equal to ")
+    before = (bundle / "manifest.json").stat().st_mtime_ns
+    run(recipe, quiet)
+    assert (bundle / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_rounded_weights_are_compared_with_rounded_weights(
+    tokenizer: DialogueTokenizer, model: Transformer, tmp_path: Path, quiet: Console
+) -> None:
+    run(load_recipe(ExportRecipe, make_recipe(tmp_path, tokenizer, model, "bfloat16")), quiet)
+    content = verify(tmp_path / "export")
+    assert content["parity"]["max_logit_difference"] <= 1e-4
+    assert content["kv_bytes_per_token"] == model.config.kv_bytes_per_token(2)
+
+
+def test_a_bundle_that_differs_is_removed(
+    tokenizer: DialogueTokenizer,
+    model: Transformer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = make_recipe(tmp_path, tokenizer, model)
+
+    def wrong_config(*arguments: object, **ids: int) -> dict[str, object]:
+        return {**honest(*arguments, **ids), "rope_parameters": {  # type: ignore[arg-type]
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            "full_attention": {"rope_type": "default", "rope_theta": 500.0},
+        }}  # fmt: skip
+
+    honest = export_module.hf_config
+    monkeypatch.setattr(export_module, "hf_config", wrong_config)
+    monkeypatch.setattr(export_module, "load_exported_model", lambda directory: model)
+    assert main([str(path)]) == 1
+    assert "logits differ" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "export").iterdir()] == [".lock"]
+    monkeypatch.undo()
+    assert main([str(path)]) == 0
+    verify(tmp_path / "export")
+
+
+def test_a_template_that_does_not_escape_is_refused(
+    tokenizer: DialogueTokenizer,
+    model: Transformer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = make_recipe(tmp_path, tokenizer, model)
+    honest = export_module.chat_template
+    monkeypatch.setattr(
+        export_module, "chat_template", lambda *names: honest(*names).replace('replace("<|end|>"', 'replace("<|END|>"')
+    )
+    assert main([str(path)]) == 1
+    assert "chat template" in capsys.readouterr().err
+    assert not (tmp_path / "export" / "manifest.json").exists()
+
+
+def test_an_interrupted_export_starts_over(
+    tokenizer: DialogueTokenizer, model: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet: Console
+) -> None:
+    recipe = load_recipe(ExportRecipe, make_recipe(tmp_path, tokenizer, model))
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export_module, "key_figure", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, quiet)
+    monkeypatch.undo()
+    (tmp_path / "export" / ".staging").mkdir()
+    (tmp_path / "export" / "model.safetensors").write_bytes(b"half")
+    run(recipe, quiet)
+    verify(tmp_path / "export")
+
+
+@pytest.mark.parametrize("name", BUNDLE_FILES)
+def test_a_changed_file_is_named(
+    tokenizer: DialogueTokenizer, model: Transformer, tmp_path_factory: pytest.TempPathFactory, name: str
+) -> None:
+    bundle = finished_bundle(tokenizer, model, tmp_path_factory)
+    content = (bundle / name).read_bytes()
+    try:
+        (bundle / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(BundleError, match=name):
+            verify(bundle)
+        (bundle / name).unlink()
+        with pytest.raises(BundleError, match=f"{name} is missing"):
+            verify(bundle)
+    finally:
+        (bundle / name).write_bytes(content)
+
+
+_finished: list[Path] = []
+
+
+def finished_bundle(tokenizer: DialogueTokenizer, model: Transformer, factory: pytest.TempPathFactory) -> Path:
+    if not _finished:
+        root = factory.mktemp("finished")
+        run(load_recipe(ExportRecipe, make_recipe(root, tokenizer, model)), Console(quiet=True))
+        _finished.append(root / "export")
+    return _finished[0]
+
+
+def test_what_is_no_bundle_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="not a finished bundle"):
+        verify(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(BundleError, match="damaged"):
+        verify(tmp_path)
+
+
+def test_another_runs_tokenizer_is_refused(
+    tokenizer: DialogueTokenizer, model: Transformer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make_recipe(tmp_path, tokenizer, model)
+    (tmp_path / "data" / "tokenizer.model").write_bytes(tokenizer.model_bytes + b"\x00")
+    assert main([str(path)]) == 2
+    assert "was not trained on" in capsys.readouterr().err

@@ -1,0 +1,159 @@
+"""Reference counts stay exact, and no changed token, other tenant or hash collision ever hits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from model.kv_cache import PageAllocator
+from serving_export.prefix_cache import PrefixCache, sha256
+
+PAGE = 2
+TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=11)
+SALTS = st.sampled_from([None, "", "None", "no salt", "tenant"])
+
+
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(left, right)) if a != b), min(len(left), len(right)))
+
+
+def store(cache: PrefixCache, tokens: list[int], salt: str | None = None) -> list[int]:
+    """Compute a sequence from nothing, cache it, finish it; its pages."""
+    pages = cache.allocator.allocate(-(-len(tokens) // PAGE))
+    cache.insert(tokens, pages, salt)
+    cache.allocator.release(pages)
+    return pages
+
+
+class PrefixCacheMachine(RuleBasedStateMachine):
+    """Sequences come, match, insert and finish while pages are evicted; a plain dictionary says what is true."""
+
+    N_PAGES = 24
+    digest = staticmethod(sha256)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = PrefixCache(PageAllocator(self.N_PAGES), PAGE, self.digest)
+        self.running: list[tuple[list[int], list[int], str | None]] = []
+        # which (salt, tokens up to the end of the page) a page was last filled with
+        self.content: dict[int, tuple[str | None, tuple[int, ...]]] = {}
+
+    @rule(tokens=TOKENS, salt=SALTS)
+    def start(self, tokens: list[int], salt: str | None) -> None:
+        pages = self.cache.match(tokens, salt)
+        assert len(pages) * PAGE < len(tokens)
+        for index, page in enumerate(pages):
+            assert self.content[page] == (salt, tuple(tokens[: (index + 1) * PAGE]))
+        missing = -(-len(tokens) // PAGE) - len(pages)
+        if missing > self.cache.allocator.n_free:
+            self.cache.allocator.release(pages)
+            return
+        fresh = self.cache.allocator.allocate(missing)
+        for index, page in enumerate(fresh, start=len(pages)):
+            self.content[page] = (salt, tuple(tokens[: (index + 1) * PAGE]))
+        self.running.append((tokens, pages + fresh, salt))
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def insert(self, data: st.DataObject) -> None:
+        tokens, pages, salt = data.draw(st.sampled_from(self.running))
+        self.cache.insert(tokens, pages, salt)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        number = data.draw(st.integers(0, len(self.running) - 1))
+        self.cache.allocator.release(self.running.pop(number)[1])
+
+    @rule(count=st.integers(0, 8))
+    def evict(self, count: int) -> None:
+        possible, free = self.cache.n_evictable(), self.cache.allocator.n_free
+        evicted = self.cache.evict(count)
+        assert evicted == min(count, possible)
+        assert self.cache.allocator.n_free == free + evicted
+
+    @invariant()
+    def holders_are_exact(self) -> None:
+        cached = [block.page for block in self.cache._by_age]
+        for page in range(self.N_PAGES):
+            readers = sum(pages.count(page) for _, pages, _ in self.running)
+            assert self.cache.allocator.holders(page) == readers + cached.count(page)
+
+    @invariant()
+    def the_tree_is_consistent(self) -> None:
+        ages = {block: age for age, block in enumerate(self.cache._by_age)}
+        assert set(self.cache._blocks.values()) == set(ages)
+        for block, age in ages.items():
+            parent = block.parent
+            assert parent is not None
+            assert parent in self.cache._roots.values() if parent.page < 0 else age < ages[parent]
+            assert block.n_children == sum(other.parent is block for other in ages)
+
+    def teardown(self) -> None:
+        for _, pages, _ in self.running:
+            self.cache.allocator.release(pages)
+        self.cache.clear()
+        assert self.cache.allocator.n_free == self.N_PAGES
+
+
+class CollidingHashMachine(PrefixCacheMachine):
+    """The same with a hash of two bits: collisions cost hits, never truth."""
+
+    digest = staticmethod(lambda content: bytes([sum(content) % 4]))
+
+
+TestPrefixCache = PrefixCacheMachine.TestCase
+TestPrefixCache.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestCollidingHash = CollidingHashMachine.TestCase
+TestCollidingHash.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+
+
+@given(tokens=st.lists(st.integers(0, 5), min_size=2, max_size=20), data=st.data())
+@settings(deadline=None)
+def test_changed_token_never_hits_past_it(tokens: list[int], data: st.DataObject) -> None:
+    cache = PrefixCache(PageAllocator(32), PAGE)
+    pages = store(cache, tokens)
+    place = data.draw(st.integers(0, len(tokens) - 1))
+    changed = [*tokens[:place], 9, *tokens[place + 1 :], 7]
+    hit = cache.match(changed)
+    assert hit == pages[: place // PAGE]
+
+
+@given(tokens=TOKENS, salts=st.lists(SALTS, min_size=2, max_size=2, unique=True))
+@settings(deadline=None)
+def test_other_salt_never_hits(tokens: list[int], salts: list[str | None]) -> None:
+    cache = PrefixCache(PageAllocator(32), PAGE)
+    store(cache, tokens, salts[0])
+    assert cache.match([*tokens, 1], salts[1]) == []
+    assert len(cache.match([*tokens, 1], salts[0])) == len(tokens) // PAGE
+
+
+def test_least_recently_used_leaf_goes_first() -> None:
+    cache = PrefixCache(PageAllocator(32), PAGE)
+    shared, left, right = [1, 1], [1, 1, 2, 2], [1, 1, 3, 3]
+    for tokens in (left, right):
+        store(cache, tokens)
+    cache.allocator.release(cache.match([*left, 0]))
+    assert cache.evict(1) == 1
+    assert len(cache.match([*left, 0])) == 2
+    assert len(cache.match([*right, 0])) == len(shared) // PAGE
+
+
+def test_page_in_use_is_never_evicted() -> None:
+    cache = PrefixCache(PageAllocator(8), PAGE)
+    store(cache, [1, 2, 3, 4])
+    pages = cache.match([1, 2, 9])
+    assert cache.n_evictable() == 1
+    assert cache.evict(8) == 1
+    assert cache.match([1, 2, 3]) == pages
+
+
+def test_counters() -> None:
+    cache = PrefixCache(PageAllocator(8), PAGE)
+    cache.count_lookup(4, 10)
+    store(cache, [1, 2])
+    cache.clear()
+    assert (cache.counters.hit_tokens, cache.counters.missed_tokens, cache.counters.evicted_pages) == (4, 6, 1)

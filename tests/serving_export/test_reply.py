@@ -1,0 +1,79 @@
+"""A reply from messages to text and into the next turn."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator
+
+import pytest
+
+from data.dialogue import Message, encode_prompt
+from data.tokenizer import DialogueTokenizer
+from model.generate import generate
+from model.transformer import Transformer
+from serving_export.engine import Engine, Event
+from serving_export.reply import GenerationFailed, Replier
+
+
+@pytest.fixture
+def replier(model: Transformer, tokenizer: DialogueTokenizer) -> Iterator[Replier]:
+    engine = Engine(model, n_pages=64, page_size=4)
+    engine.start()
+    yield Replier(engine, tokenizer)
+    engine.stop()
+
+
+ASKED = [Message("narrator", "Ada: likes ducks"), Message("Bob", "hello <|end|> \u2060")]
+
+
+def test_reply_and_second_turn(replier: Replier, tokenizer: DialogueTokenizer, model: Transformer) -> None:
+    # a random model draws rubble: bytes that are no text, pieces the tokenizer would not choose
+    sampling = replier.sampling(20, temperature=1.0, top_k=0, top_p=1.0, seed=3)
+    parts = list(replier.stream(ASKED, "Ada", sampling))
+    reply = parts[-1][1]
+    assert "".join(text for text, _ in parts) == reply.text
+    assert reply.finish_reason in ("stop", "length")
+    assert reply.prompt == encode_prompt(tokenizer, ASKED, "Ada")
+    assert tokenizer.message_id not in reply.drawn
+    body = reply.drawn[:-1] if reply.finish_reason == "stop" else reply.drawn
+    assert body != tokenizer.encode(" " + reply.text)
+
+    following = [*ASKED, Message("Ada", reply.text), Message("Bob", "ducks?")]
+    second = list(replier.stream(following, "Ada", sampling))[-1][1]
+    assert second.prompt[: len(reply.prompt) + len(body)] == [*reply.prompt, *body]
+    assert second.n_cached == (len(reply.prompt) + len(reply.drawn) - 1) // 4 * 4
+
+    # and the second reply is what a model without any cache draws
+    greedy = replier.sampling(12, temperature=0, top_k=0, top_p=1.0, seed=0)
+    third = list(replier.stream(following, "Ada", greedy))[-1][1]
+    assert third.n_cached > 0
+    assert third.drawn == generate(model, [third.prompt], greedy)[0][0].tokens
+
+
+def test_stop_string_ends_the_reply_and_frees_its_pages(replier: Replier) -> None:
+    sampling = replier.sampling(60, temperature=1.0, top_k=0, top_p=1.0, seed=5)
+    whole = list(replier.stream(ASKED, "Ada", sampling))[-1][1]
+    stop = whole.text[10:12]
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    reply = replier.start(whole.prompt, sampling, events.put, stop=[stop])
+    while reply.finish_reason is None:
+        reply.take(events.get(timeout=20))
+    assert reply.text == whole.text[: whole.text.index(stop)]
+    assert reply.finish_reason == "stop"
+    replier.engine.stop()
+    assert replier.engine.n_running == 0
+    replier.engine.prefix_cache.clear()
+    assert replier.engine.cache.allocator.n_free == 64
+
+
+def test_leaving_the_stream_cancels(replier: Replier) -> None:
+    for _ in replier.stream(ASKED, "Ada", replier.sampling(None, 1.0, 0, 1.0, 1)):
+        break
+    replier.engine.stop()
+    assert replier.engine.counters.cancelled == 1
+
+
+def test_failure_is_raised(replier: Replier, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replier.engine.model, "extend", lambda *_: 1 / 0)
+    with pytest.raises(GenerationFailed, match="error"):
+        list(replier.stream(ASKED, "Ada", replier.sampling(5, 0, 0, 1.0, 0)))
