@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 PIPELINE ?= recipes/demo
 BUNDLE ?= runs/demo/export
-OVERRIDES ?=
+ARGS ?=
 VENV := .venv
 IN_VENV := $(VENV)/bin/python
 PIP := $(IN_VENV) -m pip --disable-pip-version-check install -c constraints.txt
@@ -16,7 +16,7 @@ help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' Makefile | column -t -s '|'
 
 demo: $(STAMP) ## conversations to a served character model; runs/demo/, about 10 minutes on 2 cores
-	$(IN_VENV) -m recipes.pipeline $(PIPELINE) $(OVERRIDES)
+	$(IN_VENV) -m recipes.pipeline $(PIPELINE) $(ARGS)
 
 test: lint types unit ## ruff, mypy, pytest
 
@@ -29,8 +29,8 @@ types: $(STAMP)
 unit: $(STAMP)
 	$(IN_VENV) -m pytest
 
-test-engines: $(STAMP) ## the bundle in vLLM (its own venv): the same greedy tokens as ours
-	bash tests/engines/run.sh $(BUNDLE)
+test-engines: $(BUNDLE)/manifest.json $(STAMP) ## the bundle in vLLM (its own venv): the same greedy tokens as ours
+	BASE_PYTHON=$(PYTHON) bash tests/engines/run.sh $(BUNDLE) $(dir $(BUNDLE))data/dialogues/heldout.jsonl
 
 chat: $(BUNDLE)/manifest.json $(STAMP) ## talk to the demo's character in the terminal
 	$(IN_VENV) -m serving_export.chat $(BUNDLE)
