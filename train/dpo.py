@@ -17,7 +17,7 @@ from rich.progress import track
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from data.dialogue import encode_prompt, encode_reply
+from data.dialogue import encode_prompt, encode_reply, first_that_fits
 from data.preferences import PreferencePair, load_hh_rlhf, read_pairs
 from data.tokenizer import DialogueTokenizer
 from model.attention_ops import Documents
@@ -131,11 +131,10 @@ def encode_pairs(pairs: Sequence[PreferencePair], tokenizer: DialogueTokenizer, 
     for pair in pairs:
         chosen, rejected = encode_reply(tokenizer, pair.chosen), encode_reply(tokenizer, pair.rejected)
         room = max_tokens - max(len(chosen), len(rejected))
-        for first in range(len(pair.messages) + 1):
-            prompt = encode_prompt(tokenizer, pair.messages[first:], pair.character)
-            if len(prompt) <= room:
-                encoded.append(EncodedPair(prompt, chosen, rejected))
-                break
+        first = first_that_fits(tokenizer, pair.messages, pair.character, room)
+        prompt = encode_prompt(tokenizer, pair.messages[first:], pair.character)
+        if len(prompt) <= room:
+            encoded.append(EncodedPair(prompt, chosen, rejected))
     return encoded
 
 

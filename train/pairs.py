@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,9 +11,10 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from rich.console import Console
 from rich.progress import track
 
-from data.dialogue import Dialogue, Message, decode_reply, encode_prompt, read_dialogues
+from data.dialogue import decode_reply, read_dialogues
 from data.preferences import PreferencePair, read_pairs, write_pairs
 from data.tokenizer import DialogueTokenizer
+from eval.context import ReplyContext, select_contexts
 from model.attention_ops import Documents
 from model.generate import Completion, Sampling, generate
 from model.scalar_head import ScalarHead
@@ -43,45 +42,6 @@ class OnPolicyPairs(Section):
     """Longest allowed ratio of the two replies' token counts: keeps "longer" from standing in for "better"."""
 
 
-@dataclass(frozen=True)
-class Context:
-    """What a reply is sampled for: the messages before it, and whose reply it is."""
-
-    id: str
-    messages: tuple[Message, ...]
-    character: str
-
-
-def choose_contexts(
-    dialogues: Sequence[Dialogue], tokenizer: DialogueTokenizer, count: int, max_tokens: int, seed: int
-) -> list[Context]:
-    """One place a dialogue where the character answers its partner, cut from the front to `max_tokens`.
-
-    Dialogues are taken in an order that depends on `seed` alone, so the same recipe makes the same contexts.
-    """
-    order = random.Random(seed)
-    shuffled = order.sample(list(dialogues), len(dialogues))
-    contexts: list[Context] = []
-    for dialogue in shuffled:
-        messages, character = dialogue.messages, dialogue.character
-        places = [
-            place
-            for place in range(1, len(messages))
-            if messages[place].speaker == character and messages[place - 1].speaker != character
-        ]
-        if not places:
-            continue
-        place = order.choice(places)
-        first = 0
-        while first < place and len(encode_prompt(tokenizer, messages[first:place], character)) > max_tokens:
-            first += 1
-        if first < place:
-            contexts.append(Context(f"{dialogue.id}:{place}", messages[first:place], character))
-        if len(contexts) == count:
-            break
-    return contexts
-
-
 @torch.no_grad()
 def score_replies(
     trunk: Transformer, head: ScalarHead, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]]
@@ -104,7 +64,7 @@ def sample_pairs(
     The files, and what is in them, do not depend on the number of ranks.
     """
     dialogues = list(read_dialogues(data / "dialogues" / "train.jsonl"))
-    contexts = choose_contexts(dialogues, tokenizer, settings.n_contexts, settings.max_context_tokens, seed)
+    contexts = select_contexts(dialogues, tokenizer, settings.n_contexts, seed, settings.max_context_tokens)
     trunk, head = load_scorer(Path(settings.scorer) / "model", world.device)
     policy.eval()
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,10 +87,14 @@ def sample_pairs(
 
 
 def _pairs_of(
-    contexts: Sequence[Context], settings: OnPolicyPairs, policy: Transformer, trunk: Transformer, head: ScalarHead,
-    tokenizer: DialogueTokenizer, seed: int,
-) -> list[PreferencePair]:  # fmt: skip
-    prompts = [encode_prompt(tokenizer, context.messages, context.character) for context in contexts]
+    contexts: Sequence[ReplyContext],
+    settings: OnPolicyPairs,
+    policy: Transformer,
+    trunk: Transformer,
+    head: ScalarHead,
+    tokenizer: DialogueTokenizer,
+    seed: int,
+) -> list[PreferencePair]:
     sampling = Sampling(
         max_new_tokens=settings.max_new_tokens,
         stop_ids=(tokenizer.end_id,),
@@ -140,13 +104,13 @@ def _pairs_of(
         forbidden_ids=(tokenizer.pad_id, tokenizer.unk_id, tokenizer.bos_id, tokenizer.message_id),
     )
     pairs = []
-    candidates = generate(policy, prompts, sampling, n_samples=settings.n_candidates)
-    for context, prompt, completions in zip(contexts, prompts, candidates, strict=True):
+    candidates = generate(policy, [context.prompt for context in contexts], sampling, n_samples=settings.n_candidates)
+    for context, completions in zip(contexts, candidates, strict=True):
         finished = {tuple(c.tokens): c for c in completions if c.finish_reason == "stop" and len(c.tokens) > 1}
         replies = list(finished.values())
         if len(replies) < 2:
             continue
-        scores = score_replies(trunk, head, [prompt] * len(replies), [reply.tokens for reply in replies])
+        scores = score_replies(trunk, head, [context.prompt] * len(replies), [reply.tokens for reply in replies])
         pair = _extremes(context, replies, scores, settings, tokenizer)
         if pair is not None:
             pairs.append(pair)
@@ -154,7 +118,7 @@ def _pairs_of(
 
 
 def _extremes(
-    context: Context, replies: Sequence[Completion], scores: Sequence[float], settings: OnPolicyPairs,
+    context: ReplyContext, replies: Sequence[Completion], scores: Sequence[float], settings: OnPolicyPairs,
     tokenizer: DialogueTokenizer,
 ) -> PreferencePair | None:  # fmt: skip
     """Best against worst, unless they are too close, too different in length, or the same text."""
@@ -166,7 +130,7 @@ def _extremes(
     if scores[best] - scores[worst] < settings.min_score_difference or too_uneven or chosen == rejected:
         return None
     return PreferencePair(
-        id=context.id,
+        id=f"{context.dialogue_id}:{context.turn}",
         messages=context.messages,
         character=context.character,
         chosen=chosen,
