@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -61,37 +63,44 @@ class Ledger:
         }
 
 
-def clean(records: Iterable[Dialogue | Rejected], filters: Filters, ledger: Ledger, quarantine: Path) -> list[Dialogue]:
-    """The dialogues that pass, in order, without blank messages. Bad records are written to `quarantine` (JSONL)."""
-    kept: list[Dialogue] = []
+def without_bad(records: Iterable[Dialogue | Rejected], ledger: Ledger, quarantine: Path) -> list[Dialogue]:
+    """The dialogues among the records, in order. Bad records are written to `quarantine` (JSONL)."""
+    dialogues: list[Dialogue] = []
     with atomic_file(quarantine, "w") as file:
         for record in records:
             ledger.read += 1
-            if isinstance(record, Rejected):
+            if isinstance(record, Dialogue):
+                dialogues.append(record)
+            else:
                 ledger.quarantined += 1
                 file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
-                continue
-            dialogue = _without_blanks(record, ledger)
-            reason = "nothing said" if dialogue is None else _reason_against(dialogue, filters)
-            if reason:
-                ledger.filter(reason)
-            elif dialogue:
-                kept.append(dialogue)
-    return kept
+    return dialogues
 
 
-def check_bad_fraction(ledger: Ledger, max_bad_fraction: float, quarantine: Path) -> None:
-    """Raise CleanError when too many records were quarantined, with the most frequent reasons."""
+def passing(dialogues: Iterable[Dialogue], filters: Filters, ledger: Ledger) -> Iterator[Dialogue]:
+    """The dialogues that pass the filters, without their blank messages."""
+    for given in dialogues:
+        dialogue = _without_blanks(given, ledger)
+        reason = "nothing said" if dialogue is None else _reason_against(dialogue, filters)
+        if reason:
+            ledger.filter(reason)
+        elif dialogue:
+            yield dialogue
+
+
+def check_bad_fraction(ledger: Ledger, max_bad_fraction: float, quarantine: Path, keep_as: Path) -> None:
+    """Raise CleanError when too many records were quarantined; the quarantine is then kept under another name."""
     if ledger.quarantined <= max_bad_fraction * ledger.read:
         return
+    os.replace(quarantine, keep_as)
     examples = []
-    with open(quarantine, encoding="utf-8") as file:
-        for line, _ in zip(file, range(_N_EXAMPLES), strict=False):
+    with open(keep_as, encoding="utf-8") as file:
+        for line in islice(file, _N_EXAMPLES):
             bad = json.loads(line)
             examples.append(f"\n  {bad['file']}:{bad['line']}: {bad['reason']}")
     raise CleanError(
         f"{ledger.quarantined:,} of {ledger.read:,} records are bad, more than max_bad_fraction {max_bad_fraction:g}; "
-        f"all are in {quarantine}. The first:{''.join(examples)}"
+        f"all are in {keep_as}. The first:{''.join(examples)}"
     )
 
 

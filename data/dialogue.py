@@ -122,6 +122,8 @@ def check_times(messages: Sequence[Message]) -> None:
 
 
 def _check_encodable(what: str, text: str) -> None:
+    if text.isascii():
+        return
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -32,7 +32,7 @@ def print_report(
     console.print(_record_table(ledger))
     if ledger.blank_messages:
         console.print(f"{ledger.blank_messages:,} messages without text were taken out of dialogues", soft_wrap=True)
-    console.print(_side_table(splits))
+    console.print(side_table(splits))
     console.print(
         f"{run_dir}: {key_figure(splits)}, {vocab_size:,} pieces, training fingerprint "
         f"{splits['train']['fingerprint'][:12]}, {seconds:.1f} s",
@@ -42,11 +42,9 @@ def print_report(
 
 
 def _record_table(ledger: Ledger) -> Table:
-    table = Table(
-        "records", "count", title="records in = quarantined + left out + duplicates + kept", title_justify="left"
-    )
+    table = Table("records", "count")
     table.columns[1].justify = "right"
-    table.add_row("in", f"{ledger.read:,}")
+    table.add_row("read", f"{ledger.read:,}", end_section=True)
     table.add_row("quarantined (quarantine.jsonl)", f"{ledger.quarantined:,}")
     for reason, count in sorted(ledger.filtered.items()):
         table.add_row(f"left out: {reason}", f"{count:,}")
@@ -55,7 +53,8 @@ def _record_table(ledger: Ledger) -> Table:
     return table
 
 
-def _side_table(splits: Figures) -> Table:
+def side_table(splits: Figures) -> Table:
+    """What each side holds, from its figures in the manifest."""
     rows = {
         "dialogues": "n_dialogues",
         "messages": "n_messages",

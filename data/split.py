@@ -55,9 +55,17 @@ def split(dialogues: Sequence[Dialogue], rule: TimeSplit | FractionSplit, seed: 
         raise SplitError(
             f"split: of {len(dialogues):,} dialogues none is {empty}"
             f"{''.join(f', {count:,} dropped ({reason})' for reason, count in result.dropped.items())}; "
-            f"change split.{'heldout_from' if isinstance(rule, TimeSplit) else 'heldout'} or split.by_participant"
+            f"{_span(dialogues) if isinstance(rule, TimeSplit) else 'change split.heldout or split.by_participant'}"
         )
     return result
+
+
+def _span(dialogues: Sequence[Dialogue]) -> str:
+    starts = [start for start in map(start_time, dialogues) if start is not None]
+    if not starts:
+        return "no message has a time, so use split.kind fraction"
+    first, last = (datetime.fromtimestamp(t, UTC).date() for t in (min(starts), max(starts)))
+    return f"they begin from {first} to {last}: change split.heldout_from or split.by_participant"
 
 
 def start_time(dialogue: Dialogue) -> float | None:

@@ -6,8 +6,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import active_children, connection, get_context, parent_process
 
 import numpy as np
 
@@ -69,15 +70,21 @@ def _in_processes(
 ) -> Iterator[EncodedCorpus]:
     """Pieces in order, computed a few ahead. Dialogues travel as JSON lines, tokens as plain arrays."""
     values = (tokenizer.model_bytes, settings.row_length, settings.continue_within_seconds)
+    others = set(active_children())
     executor = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=values)
     pending: list[Future[_Arrays]] = []
     try:
         for piece in pieces:
-            pending.append(executor.submit(_work, [to_json(dialogue) for dialogue in piece]))
+            with _interrupts_held():  # the first one starts the processes
+                pending.append(executor.submit(_work, [to_json(dialogue) for dialogue in piece]))
             if len(pending) >= workers * _PIECES_AHEAD:
                 yield EncodedCorpus(*pending.pop(0).result())
         while pending:
             yield EncodedCorpus(*pending.pop(0).result())
+    except KeyboardInterrupt:
+        for child in set(active_children()) - others:
+            child.kill()  # rather than wait for what it is doing
+        raise
     except BrokenProcessPool:
         raise TokeniseError(
             "a tokenising process was killed (out of memory?); run again, with fewer workers if it repeats"
@@ -86,13 +93,22 @@ def _in_processes(
         executor.shutdown(wait=True, cancel_futures=True)
 
 
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Block SIGINT: processes started meanwhile keep it blocked, so that Ctrl-C is the parent's alone."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _worker: tuple[DialogueTokenizer, TokeniseSettings] | None = None
 
 
 def _start_worker(model_bytes: bytes, row_length: int, continue_within_seconds: float | None) -> None:
-    """Load the tokenizer; leave Ctrl-C to the parent, and end with it even when it is killed."""
+    """Load the tokenizer; end with the parent even when it is killed."""
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
     assert parent is not None, "only a child process is a worker"
     sentinel = parent.sentinel

@@ -186,6 +186,12 @@ def _training_failure(vocab_size: int, reason: str) -> str:
     largest = re.search(r"set it to a value <= (\d+)", reason)
     if largest:
         return f"vocab_size is {vocab_size}: these texts support at most {largest[1]} pieces; lower it or add text"
+    needed = re.search(r"smaller than required_chars. \d+ vs (\d+)", reason)
+    if needed:
+        return (
+            f"vocab_size is {vocab_size}: the characters of these texts alone need {needed[1]} pieces; "
+            "raise it, or lower character_coverage"
+        )
     return f"cannot train a tokenizer of {vocab_size} pieces: {reason}"
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from data.dialogue import NARRATOR, Dialogue, Message, decode_reply, encode_prompt, encode_reply
+from data.dialogue import NARRATOR, Dialogue, Message, decode_reply, encode_message, encode_prompt, encode_reply
 from data.tokenizer import DialogueTokenizer
 from model.generate import Sampling, generate
 from model.transformer import Transformer
@@ -82,19 +82,22 @@ def _context_at(
 ) -> ReplyContext | None:
     """The context before message `place`, its oldest messages dropped until it fits; a scene definition stays."""
     reply = dialogue.messages[place]
-    messages = dialogue.messages[:place]
-    pinned = messages[:1] if messages[0].speaker == NARRATOR else ()
-    rest = messages[len(pinned) :]
-    while rest:
-        prompt = encode_prompt(tokenizer, (*pinned, *rest), dialogue.character)
-        if len(prompt) <= max_prompt_tokens:
-            human_tokens = tuple(encode_reply(tokenizer, reply.text))
-            kept = (*pinned, *rest)
-            return ReplyContext(
-                dialogue.id, kept, dialogue.character, reply.text, place + 1, tuple(prompt), human_tokens
-            )
-        rest = rest[1:]
-    return None
+    pinned = 1 if dialogue.messages[0].speaker == NARRATOR else 0
+    # A prompt is the concatenation of its messages, so lengths add up; only as many are encoded as fit.
+    length = len(encode_prompt(tokenizer, dialogue.messages[:pinned], dialogue.character))
+    first = place
+    while first > pinned:
+        length += len(encode_message(tokenizer, dialogue.messages[first - 1]))
+        if length > max_prompt_tokens:
+            break
+        first -= 1
+    if first == place:
+        return None
+    kept = (*dialogue.messages[:pinned], *dialogue.messages[first:place])
+    prompt = tuple(encode_prompt(tokenizer, kept, dialogue.character))
+    assert len(prompt) <= max_prompt_tokens
+    human_tokens = tuple(encode_reply(tokenizer, reply.text))
+    return ReplyContext(dialogue.id, kept, dialogue.character, reply.text, place + 1, prompt, human_tokens)
 
 
 def sample_replies(

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from data.batch import PackedBatch, collate
-from data.shards import PackedDataset
 from numpy.typing import NDArray
 from pydantic import PositiveInt
 
+from data.batch import PackedBatch, collate
+from data.shards import PackedDataset
 from eval.scoring import OnProgress, sigmoid, silent, spread_rows
 from eval.statistics import Bootstrap, proportion
 from model.attention_ops import Documents

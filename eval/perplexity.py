@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from data.batch import PackedBatch, collate
-from data.shards import PackedDataset
 from numpy.typing import NDArray
 from pydantic import PositiveInt
 
+from data.batch import PackedBatch, collate
+from data.shards import PackedDataset
 from data.tokenizer import DialogueTokenizer
 from eval.scoring import OnProgress, silent, target_logprobs
 from eval.statistics import Bootstrap, Estimate

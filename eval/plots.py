@@ -244,7 +244,9 @@ def draw_quality(report: Report) -> "Figure | None":
             _whisker(ax, figures[key], y, colours[name])
         _rows(ax, list(systems) if ax is axes[1] else [""] * len(systems))
         ax.margins(x=0.12)
-        _titles(ax, title, "share")
+        ax.locator_params(axis="x", nbins=4)
+        ax.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
+        _titles(ax, title)
     return figure
 
 
@@ -268,7 +270,7 @@ def draw_sensitivity(report: Report) -> "Figure | None":
         _titles(ax, name, "messages back from the reply", "KL, nats" if ax is axes[0] else "")
         ax.set_xticks(range(1, 5))
     for ax in axes:
-        ax.set_ylim(0, top * 1.08 or 1)
+        ax.set_ylim(0, top * 1.3 or 1)
     _legend(axes[-1])
     return figure
 

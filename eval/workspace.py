@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from data.shards import PackedDataset
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from data.dialogue import read_dialogues
+from data.shards import PackedDataset
 from data.tokenizer import MODEL_FILE, DialogueTokenizer
 from eval.context import Reply, ReplyContext, select_contexts
 from eval.engagement import EngagementSection

@@ -1,15 +1,15 @@
-"""Root-mean-square normalisation (arXiv 1910.07467) with a plain `x * w` weight, computed in float32."""
+"""Root-mean-square normalisation (arXiv 1910.07467) with a plain `x * w` weight."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
-def rms_normalize(x: Tensor, eps: float) -> Tensor:
-    """x / rms(x) over the last dimension; float32 inside, the dtype of x outside."""
-    x_float = x.float()
-    return (x_float * torch.rsqrt(x_float.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+def rms_normalize(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
+    """x / rms(x) * weight over the last dimension; PyTorch's kernel accumulates in float32 whatever the dtype."""
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
 class RMSNorm(nn.Module):
@@ -22,6 +22,4 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.full((width,), initial_scale))
 
     def forward(self, x: Tensor) -> Tensor:
-        x_float = x.float()
-        normalized = x_float * torch.rsqrt(x_float.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (normalized * self.weight.float()).to(x.dtype)
+        return rms_normalize(x, self.eps, self.weight)

@@ -7,16 +7,16 @@ from torch import Tensor
 
 
 def rope_tables(positions_T: Tensor, d_head: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine tables in float32, each of shape (T, K)."""
-    exponents_K = torch.arange(0, d_head, 2, dtype=torch.float32, device=positions_T.device) / d_head
-    angles_TK = positions_T.float()[:, None] * (theta**-exponents_K)[None, :]
-    angles_TK = torch.cat([angles_TK, angles_TK], dim=-1)
-    return angles_TK.cos(), angles_TK.sin()
+    """Cosine and sine tables in float32, each of shape (T, K / 2)."""
+    exponents_C = torch.arange(0, d_head, 2, dtype=torch.float32, device=positions_T.device) / d_head
+    angles_TC = positions_T.float()[:, None] * (theta**-exponents_C)[None, :]
+    return angles_TC.cos(), angles_TC.sin()
 
 
-def rotate(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
-    """Rotate every head of x by its position."""
-    first, second = x_THK.chunk(2, dim=-1)
-    turned_THK = torch.cat([-second, first], dim=-1)
-    cos_T1K, sin_T1K = cos_TK[:, None].to(x_THK.dtype), sin_TK[:, None].to(x_THK.dtype)
-    return x_THK * cos_T1K + turned_THK * sin_T1K
+def rotate(x_THK: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
+    """Rotate every head of x by its position; C is half of K."""
+    first_THC, second_THC = x_THK.chunk(2, dim=-1)
+    cos_T1C, sin_T1C = cos_TC[:, None].to(x_THK.dtype), sin_TC[:, None].to(x_THK.dtype)
+    return torch.cat(
+        [first_THC * cos_T1C - second_THC * sin_T1C, second_THC * cos_T1C + first_THC * sin_T1C], dim=-1
+    )

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data.sampler import DataPosition
 from rich.console import Console
 
+from data.sampler import DataPosition
 from train.engine import World
 
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
@@ -74,7 +74,7 @@ class Checkpoints:
             if problem is None:
                 return path, _read_state(path)
             if self._world.is_main:
-                self._console.print(f"[bold red]checkpoint {path} is damaged[/]: {problem}; trying the one before it")
+                self._console.print(f"[bold red]checkpoint {path} is damaged[/]: {problem}; trying the one before it", soft_wrap=True)
         if found:
             raise CheckpointError(
                 f"every checkpoint in {self.directory} is damaged; remove the folder to start from the beginning"

@@ -11,15 +11,15 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from data.dialogue import encode_prompt, encode_reply
-from data.preferences import PreferencePair, read_hh_rlhf, read_pairs
-from data.tokenizer import DialogueTokenizer
 from pydantic import Field, PositiveFloat, PositiveInt
 from rich.console import Console
 from rich.progress import track
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
+from data.dialogue import encode_prompt, encode_reply
+from data.preferences import PreferencePair, read_hh_rlhf, read_pairs
+from data.tokenizer import DialogueTokenizer
 from model.attention_ops import Documents
 from model.transformer import Transformer
 from recipes.loader import Section, parse_command_line

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from data.batch import PackedBatch
 from pydantic import PositiveInt
 from rich.console import Console
 from scipy.stats import mannwhitneyu
 
+from data.batch import PackedBatch
 from model.scalar_head import ScalarHead
 from recipes.loader import parse_command_line
 from train.engine import Engine, World

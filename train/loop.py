@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from data.sampler import DataPosition, RowOrder
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
+from data.sampler import DataPosition, RowOrder
 from recipes.loader import Section
 from train.checkpoint import Checkpoints, CheckpointState
 from train.engine import Engine, World

@@ -56,7 +56,7 @@ class Metrics:
         self._progress.stop()
         self._file.close()
         if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if kind is None else 1, quiet=True)
+            self._wandb.finish(exit_code=0 if kind is None else 1)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Record the values of a step: a line in metrics.jsonl, a point in wandb, the progress line."""
@@ -107,7 +107,7 @@ def _start_wandb(run_dir: Path, settings: WandbConfig, recipe: dict[str, Any]) -
 
     mode: Any = settings.mode
     if mode == "auto":
-        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
     return wandb.init(
         project=settings.project,
         name=str(run_dir),

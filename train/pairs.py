@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from data.dialogue import Dialogue, Message, decode_reply, encode_prompt, read_dialogues
-from data.preferences import PreferencePair, read_pairs, write_pairs
-from data.tokenizer import DialogueTokenizer
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from rich.console import Console
 from rich.progress import track
 
+from data.dialogue import Dialogue, Message, decode_reply, encode_prompt, read_dialogues
+from data.preferences import PreferencePair, read_pairs, write_pairs
+from data.tokenizer import DialogueTokenizer
 from model.attention_ops import Documents
 from model.generate import Completion, Sampling, generate
 from model.scalar_head import ScalarHead

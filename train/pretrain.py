@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from data.batch import PackedBatch
-from eval.ngram import ngram_losses
 from pydantic import PositiveInt
 from rich.console import Console
 from rich.table import Table
 
+from data.batch import PackedBatch
+from eval.ngram import ngram_losses
 from model.config import ModelConfig
 from model.transformer import Transformer
 from recipes.loader import parse_command_line
@@ -26,6 +26,7 @@ from train.stage import (
     open_data,
     packed_stage,
     run_stage,
+    sample_of_rows,
     summarize,
 )
 
@@ -55,7 +56,7 @@ def prepare(recipe: PretrainRecipe, world: World, console: Console) -> Job:
         loss = outcome.last_evaluation["heldout_loss"]
         if not recipe.ngram_baselines:
             return f"held-out loss {loss:.3f} nats/token", {"heldout_loss": loss}
-        baselines = ngram_losses(dataset, heldout, recipe.evaluation_rows) if world.is_main else {}
+        baselines = ngram_losses(dataset, heldout, sample_of_rows(heldout, recipe.evaluation_rows)) if world.is_main else {}
         _print_comparison(loss, baselines, console)
         best = min(baselines, key=lambda name: baselines[name], default="")
         figure = f"held-out loss {loss:.3f} nats/token (best n-gram {baselines.get(best, 0):.3f}, {best})"

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from data.batch import PackedBatch
 from pydantic import PositiveInt
 from rich.console import Console
 
+from data.batch import PackedBatch
 from recipes.loader import parse_command_line
 from train.engine import Engine, World
 from train.loop import Loss, Outcome

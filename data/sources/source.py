@@ -1,5 +1,6 @@
 """What a source of dialogues is: a recipe section that finds its files and reads them as records, good and bad."""
 
+import difflib
 import gzip
 import json
 import zlib
@@ -49,9 +50,10 @@ def find_files(path: str, suffixes: tuple[str, ...] = (".jsonl", ".jsonl.gz")) -
     if found.is_file():
         return [found]
     if not found.is_dir():
-        beside = sorted(p.name for p in found.parent.iterdir())[:5] if found.parent.is_dir() else []
-        there = f"; {found.parent} holds {', '.join(beside)}" if beside else ""
-        raise SourceError(f"source.path {path}: no such file or directory{there}")
+        beside = sorted(p.name for p in found.parent.iterdir()) if found.parent.is_dir() else []
+        close = difflib.get_close_matches(found.name, beside, n=1)
+        hint = f"; did you mean {found.parent / close[0]}?" if close else ""
+        raise SourceError(f"source.path {path}: no such file or directory{hint}")
     files = sorted(p for p in found.iterdir() if p.name.endswith(suffixes) and p.is_file())
     if not files:
         raise SourceError(f"source.path {path}: a directory without any {' or '.join(suffixes)} file")

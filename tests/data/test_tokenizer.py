@@ -85,6 +85,8 @@ def test_errors_name_file_and_reason(tmp_path: Path, tokenizer: DialogueTokenize
         DialogueTokenizer.load(tmp_path / "broken.model")
     with pytest.raises(TokenizerError, match="support at most"):
         train_tokenizer(["too little text"] * 3, None, 4096)
+    with pytest.raises(TokenizerError, match="alone need"):
+        train_tokenizer(["the characters of this sentence"] * 30, None, 265)
     with pytest.raises(TokenizerError, match="no text"):
         train_tokenizer([], None, 4096)
     with pytest.raises(TokenizerError, match="more than 261"):

@@ -17,7 +17,7 @@ from model.scalar_head import ScalarHead
 from model.transformer import Transformer
 from model.weights import save_model
 
-ROW_LENGTH = 96
+ROW_LENGTH = 192
 torch.set_num_threads(1)  # models this small only wait for each other's threads
 WORDS = ["hello", "there", "how", "are", "you", "today", "fine", "thanks", "music", "walks", "yes", "no", "why", "rain"]
 
@@ -60,7 +60,7 @@ def write_packed(directory: Path, dialogues: list[Dialogue], tokenizer: Dialogue
 def make_model(vocab_size: int, seed: int) -> Transformer:
     config = ModelConfig(
         vocab_size=vocab_size, d_model=16, n_layers=4, n_heads=2, n_kv_heads=1, d_head=8, d_ff=32, layers="SG",
-        window=8, kv_sharing=TailSharing(kind="tail", n_layers=2), max_length=128,
+        window=8, kv_sharing=TailSharing(kind="tail", n_layers=2), max_length=256,
     )  # fmt: skip
     return Transformer(config, seed=seed).eval()
 

@@ -247,9 +247,7 @@ def test_the_command_line_takes_recipe_overrides_and_dry_run(recipe_file: Path) 
     assert command.overrides == ("loop.max_steps=3",)
 
 
-def test_the_command_line_tells_a_bad_recipe_and_exits_2(
-    recipe_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line_tells_a_bad_recipe_and_exits_2(recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parse_command_line(Recipe, [str(recipe_file), "languages=[1]", "loop=[/bold]"])
     assert caught.value.code == 2

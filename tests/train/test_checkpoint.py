@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from data.sampler import DataPosition
 from rich.console import Console
 
+from data.sampler import DataPosition
 from train.checkpoint import CheckpointError, Checkpoints, CheckpointState, damage
 from train.engine import World
 

@@ -1,0 +1,85 @@
+"""Cleaning: every record is counted once, filters and duplicates, and too many bad records stop the run."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.clean import CleanError, Filters, Ledger, check_bad_fraction, passing, without_bad, without_duplicates
+from data.dialogue import NARRATOR, Dialogue, Message
+from data.sources.source import Rejected
+
+
+def talk(*lines: str, identity: str = "d") -> Dialogue:
+    pairs = [line.split(":", 1) for line in lines]
+    return Dialogue(identity, tuple(Message(speaker, text) for speaker, text in pairs), pairs[-1][0])
+
+
+BAD = Rejected("f.jsonl", 3, "not JSON", "{")
+records = st.sampled_from(
+    [BAD, talk("A:x", "B:y"), talk("A:x"), talk("A:x", "A:y"), talk("A: ", "B:\n"), talk("A:x", "B:y", "A:")]
+)
+
+
+@settings(max_examples=60)
+@given(given_records=st.lists(records, max_size=12))
+def test_every_record_is_counted_once(
+    given_records: list[Dialogue | Rejected], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    ledger, path = Ledger(), tmp_path_factory.mktemp("clean") / "q.jsonl"
+    dialogues = without_bad(given_records, ledger, path)
+    kept = list(without_duplicates(passing(dialogues, Filters(), ledger), set(), ledger))
+    ledger.kept = len(kept)
+    ledger.balance()
+    assert ledger.read == len(given_records)
+    assert len(path.read_text().splitlines()) == ledger.quarantined == given_records.count(BAD)
+
+
+def test_a_lost_record_is_noticed() -> None:
+    with pytest.raises(AssertionError, match="lost"):
+        Ledger(read=2, kept=1).balance()
+
+
+def test_filters_and_reasons() -> None:
+    ledger = Ledger()
+    filters = Filters(min_messages=3, min_speakers=2, max_message_characters=5)
+    dialogues = [
+        talk("A:x", "B:y", "A:z"),
+        talk("A:x", "A:y", "A:z"),
+        talk(f"{NARRATOR}:s", "A:x", "B:y"),
+        talk("A:x", "B:yyyyyy", "A:z"),
+        talk("A:x", "A:y", "B: "),
+        talk("A:x", "B: ", "B:y", "A:z"),
+    ]
+    kept = list(passing(dialogues, filters, ledger))
+    assert kept == [talk("A:x", "B:y", "A:z"), talk("A:x", "B:y", "A:z")]
+    assert ledger.filtered == {
+        "fewer than 2 speakers": 1,
+        "fewer than 3 messages": 1,
+        "a message over 5 characters": 1,
+        "nothing said": 1,
+    }
+    assert ledger.blank_messages == 2
+
+
+def test_duplicates_are_of_turns_and_texts() -> None:
+    ledger = Ledger()
+    dialogues = [
+        talk("A:x", "B:y", identity="1"),
+        talk("Ann:x", "Bob:y", identity="2"),
+        talk("A:x", "A:y", identity="3"),
+        talk("A:x", "B:y ", identity="4"),
+    ]
+    assert [d.id for d in without_duplicates(dialogues, set(), ledger)] == ["1", "3", "4"]
+    assert ledger.duplicates == 1
+
+
+def test_too_many_bad_records_stop_with_examples(tmp_path: Path) -> None:
+    ledger, path, kept = Ledger(), tmp_path / "q.jsonl", tmp_path / "kept.jsonl"
+    without_bad([BAD] * 6 + [talk("A:x", "B:y")] * 4, ledger, path)
+    check_bad_fraction(ledger, 0.6, path, kept)
+    with pytest.raises(CleanError, match=r"6 of 10 records.*kept\.jsonl.*\n  f\.jsonl:3: not JSON"):
+        check_bad_fraction(ledger, 0.5, path, kept)
+    assert json.loads(kept.read_text().splitlines()[0])["record"] == "{"

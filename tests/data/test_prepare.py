@@ -1,0 +1,221 @@
+"""The entry point: outputs, idempotence, interruption, independence of workers and shard size, errors in one line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import data.prepare as prepare_module
+from data.dialogue import encode_dialogue, read_dialogues
+from data.prepare import DataRecipe, main
+from data.shards import PackedDataset, ShardError
+from data.tokenizer import DialogueTokenizer
+from recipes.loader import dump_recipe, load_recipe
+
+WORDS = (
+    "hello",
+    "you",
+    "how",
+    "are",
+    "doing",
+    "today",
+    "fine",
+    "thanks",
+    "what",
+    "nap",
+    "good",
+    "yes",
+    "no",
+    "why",
+    "me",
+)
+
+
+def write_chats(path: Path, n: int = 40) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        for i in range(n):
+            messages = [
+                {
+                    "speaker": "Ann" if k % 2 else "Bob",
+                    "text": f"{WORDS[(i + k) % 15]} {WORDS[i * k % 15]} {k}",
+                    "time": k,
+                }
+                for k in range(3 + i % 9)
+            ]
+            file.write(json.dumps({"id": f"chat {i}", "messages": messages, "participants": [f"u{i // 2}"]}) + "\n")
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    write_chats(tmp_path / "chats.jsonl")
+    path = tmp_path / "data.yaml"
+    path.write_text(
+        f"""\
+stage: data
+run_dir: {tmp_path}/run
+seed: 0
+source: {{kind: chat_jsonl, path: {tmp_path}/chats.jsonl}}
+split: {{kind: fraction, heldout: 0.2}}
+tokenizer: {{kind: train, vocab_size: 305}}
+row_length: 64
+continue_within_seconds: 10
+rows_per_shard: 3
+"""
+    )
+    return path
+
+
+def contents(run_dir: Path) -> dict[str, bytes]:
+    """Every output; what names a moment or this very recipe is left out."""
+    other = {"done.json", "environment.json", "recipe.yaml", "run.json", ".lock"}
+    return {
+        str(path.relative_to(run_dir)): path.read_bytes()
+        for path in sorted(run_dir.rglob("*"))
+        if path.is_file() and path.name not in other
+    }
+
+
+def test_outputs(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(recipe_file)]) == 0
+    run_dir = tmp_path / "run"
+    tokenizer = DialogueTokenizer.load(run_dir)
+    manifest = json.loads((run_dir / "manifest.json").read_text())
+    assert manifest["records"]["read"] == manifest["records"]["kept"] == 40
+    people: list[set[str]] = []
+    for side in ("train", "heldout"):
+        dataset = PackedDataset(run_dir / side)
+        dialogues = list(read_dialogues(run_dir / "dialogues" / f"{side}.jsonl"))
+        people.append({p for d in dialogues for p in d.participants})
+        encoded = [encode_dialogue(tokenizer, d, 10) for d in dialogues]
+        assert dataset.vocab_size == tokenizer.vocab_size == 305
+        answers = sum(int(dataset.row(i).trained_L.sum()) for i in range(len(dataset)))
+        assert answers == sum(int(e.trained.sum()) for e in encoded) == manifest[side]["n_answer_tokens"]
+        labels = [manifest[side]["n_partner_leaves"], manifest[side]["n_partner_continues"]]
+        assert labels == [sum(int((e.label == k).sum()) for e in encoded) for k in (0, 1)]
+        assert manifest[side]["fingerprint"] == dataset.fingerprint
+    assert people[0].isdisjoint(people[1])
+    done = json.loads((run_dir / "done.json").read_text())
+    assert "tokens, density" in done["key_figure"]
+    assert done["figures"]["fingerprint"] == manifest["train"]["fingerprint"]
+    assert "40" in capsys.readouterr().out
+    before = contents(run_dir)
+    assert main([str(recipe_file)]) == 0
+    assert "already prepared" in capsys.readouterr().out
+    assert contents(run_dir) == before
+
+
+def test_workers_and_shard_size_do_not_change_the_fingerprint(recipe_file: Path, tmp_path: Path) -> None:
+    write_chats(tmp_path / "chats.jsonl", 600)
+    assert main([str(recipe_file)]) == 0
+    other = tmp_path / "other"
+    assert main([str(recipe_file), f"run_dir={other}", "workers=2", "rows_per_shard=1000"]) == 0
+    for side in ("train", "heldout"):
+        assert PackedDataset(tmp_path / "run" / side).fingerprint == PackedDataset(other / side).fingerprint
+
+
+@pytest.mark.parametrize("moment", ["tokenise", "write_shards", "write_json"])
+def test_an_interrupted_run_is_never_whole_and_ends_the_same(
+    recipe_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    moment: str,
+) -> None:
+    assert main([str(recipe_file), f"run_dir={tmp_path}/whole"]) == 0
+    original = getattr(prepare_module, moment)
+    calls: list[int] = []
+
+    def interrupted(*positional: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2 or moment == "write_json":
+            raise KeyboardInterrupt
+        return original(*positional, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, moment, interrupted)
+        assert main([str(recipe_file)]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    run_dir = tmp_path / "run"
+    assert not (run_dir / "done.json").exists()
+    assert not (run_dir / "manifest.json").exists()
+    if moment != "write_json":
+        with pytest.raises(ShardError):
+            PackedDataset(run_dir / "heldout")
+    assert main([str(recipe_file)]) == 0
+    assert contents(run_dir) == contents(tmp_path / "whole")
+
+
+def test_people_of_a_filtered_heldout_session_do_not_train(recipe_file: Path, tmp_path: Path) -> None:
+    with open(tmp_path / "chats.jsonl", "w", encoding="utf-8") as file:
+        for i, (time, people, n) in enumerate([(1e9, ["a"], 4), (1e9, ["b"], 4), (2e9, ["b"], 1), (2e9, ["c"], 4)]):
+            said = [{"speaker": WORDS[k % 2], "text": f"{WORDS[i]} {' '.join(WORDS)}", "time": time} for k in range(n)]
+            file.write(json.dumps({"id": str(i), "messages": said, "participants": people}) + "\n")
+    assert main([str(recipe_file), "split={kind: time, heldout_from: 2018-09-01}", "tokenizer.vocab_size=290"]) == 0
+    sides = {side: read_dialogues(tmp_path / "run" / "dialogues" / f"{side}.jsonl") for side in ("train", "heldout")}
+    assert {side: [d.id for d in dialogues] for side, dialogues in sides.items()} == {"train": ["0"], "heldout": ["3"]}
+
+
+def test_damage_is_repaired_by_running_again(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(recipe_file)]) == 0
+    before = contents(tmp_path / "run")
+    shard = tmp_path / "run" / "train" / "shard_00000.tokens.bin"
+    shard.write_bytes(shard.read_bytes()[:-2])
+    assert main([str(recipe_file)]) == 0
+    assert "damaged" in capsys.readouterr().out
+    assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("source.path=nowhere.jsonl", "nowhere.jsonl: no such file"),
+        ("tokenizer.vocab_size=9000", "support at most"),
+        ("tokenizer={kind: file, path: nowhere}", "nowhere"),
+        ("filters.min_messages=99", "no training dialogue is left of 40 records (40 fewer than 99 messages)"),
+        ("split={kind: time, heldout_from: 2030-01-01}", "none is held-out"),
+    ],
+)
+def test_user_errors_are_one_line_and_leave_the_directory_usable(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, reason: str
+) -> None:
+    assert main([str(recipe_file), override]) == 2
+    error = capsys.readouterr().err
+    assert reason in error
+    assert len(error.strip().splitlines()) == 1
+    assert main([str(recipe_file)]) == 0
+
+
+def test_bad_records_beyond_the_limit(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open(tmp_path / "chats.jsonl", "a", encoding="utf-8") as file:
+        file.write("{broken\n")
+    assert main([str(recipe_file)]) == 2
+    error = capsys.readouterr().err
+    assert "1 of 41 records" in error
+    assert "chats.jsonl:41: not JSON" in error
+    assert (tmp_path / "run.quarantine.jsonl").exists()
+    assert main([str(recipe_file), "max_bad_fraction=0.1"]) == 0
+    assert len((tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()) == 1
+
+
+def test_dry_run_writes_nothing(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(recipe_file), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "40 records in 1 file(s)" in out
+    assert "row_length: 64" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_can_be_taken_over(recipe_file: Path, tmp_path: Path) -> None:
+    assert main([str(recipe_file)]) == 0
+    taken = f"tokenizer={{kind: file, path: {tmp_path}/run}}"
+    assert main([str(recipe_file), f"run_dir={tmp_path}/second", taken]) == 0
+    assert contents(tmp_path / "second") == contents(tmp_path / "run")
+
+
+def test_the_recipe_dumps_equal(recipe_file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(DataRecipe, recipe_file)
+    (tmp_path / "dumped.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(DataRecipe, tmp_path / "dumped.yaml") == recipe

@@ -1,0 +1,79 @@
+"""Splits: by time or fraction, no participant on both sides, nothing lost."""
+
+from datetime import date
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.dialogue import Dialogue, Message
+from data.split import FractionSplit, SplitError, TimeSplit, split
+
+SEPTEMBER = 1535760000.0  # 2018-09-01T00:00:00Z
+BY_TIME = TimeSplit(kind="time", heldout_from=date(2018, 9, 1))
+
+
+def talk(identity: str, time: float | None, *participants: str) -> Dialogue:
+    return Dialogue(identity, (Message("narrator", "s"), Message("A", "x", time)), "A", participants)
+
+
+def ids(dialogues: list[Dialogue]) -> list[str]:
+    return [dialogue.id for dialogue in dialogues]
+
+
+def test_time_split_is_exact_and_drops_shared_participants() -> None:
+    dialogues = [
+        talk("old", SEPTEMBER - 1, "p"),
+        talk("new", SEPTEMBER, "q", "r"),
+        talk("shared", SEPTEMBER - 9, "r", "s"),
+        talk("undated", None, "t"),
+    ]
+    result = split(dialogues, BY_TIME, seed=0)
+    assert (ids(result.train), ids(result.heldout)) == (["old"], ["new"])
+    assert result.dropped == {"no time to split by": 1, "participant is held out": 1}
+    kept = split(dialogues, BY_TIME.model_copy(update={"by_participant": False}), seed=0)
+    assert ids(kept.train) == ["old", "shared"]
+
+
+@settings(max_examples=60)
+@given(
+    people=st.lists(st.lists(st.integers(0, 30), max_size=2), min_size=12, max_size=40),
+    seed=st.integers(0, 5),
+    fraction=st.floats(0.1, 0.6),
+)
+def test_fraction_split_separates_people(people: list[list[int]], seed: int, fraction: float) -> None:
+    dialogues = [talk(str(i), None, *(str(p) for p in crowd)) for i, crowd in enumerate(people)]
+    rule = FractionSplit(kind="fraction", heldout=fraction)
+    try:
+        result = split(dialogues, rule, seed)
+    except SplitError:
+        return  # everybody is linked to everybody
+    assert sorted(ids(result.train) + ids(result.heldout)) == sorted(ids(dialogues))
+    sides = [{p for d in side for p in d.participants} for side in (result.train, result.heldout)]
+    assert sides[0].isdisjoint(sides[1])
+    assert len(result.heldout) <= max(1, round(fraction * len(dialogues)))
+    shuffled = split(dialogues[::-1], rule, seed)
+    assert set(ids(shuffled.heldout)) == set(ids(result.heldout)), "the source's order does not matter"
+
+
+def test_fraction_split_without_participants() -> None:
+    dialogues = [talk(str(i), None) for i in range(400)]
+    for by_participant in (True, False):
+        rule = FractionSplit(kind="fraction", heldout=0.1, by_participant=by_participant)
+        first, second = split(dialogues, rule, seed=0), split(dialogues, rule, seed=1)
+        assert 20 <= len(first.heldout) <= 60
+        assert ids(first.heldout) != ids(second.heldout)
+
+
+@pytest.mark.parametrize(
+    ("dialogues", "rule", "reason"),
+    [
+        ([talk("a", 0.0, "p")], BY_TIME, "none is held-out; they begin from 1970-01-01 to 1970-01-01"),
+        ([talk("a", SEPTEMBER, "p")], BY_TIME, "none is training"),
+        ([talk("a", None, "p")], BY_TIME, "no message has a time"),
+        ([talk(i, None, "p") for i in "abc"], FractionSplit(kind="fraction", heldout=0.3), "by_participant"),
+    ],
+)
+def test_an_empty_side_is_an_error(dialogues: list[Dialogue], rule: TimeSplit | FractionSplit, reason: str) -> None:
+    with pytest.raises(SplitError, match=reason):
+        split(dialogues, rule, seed=0)

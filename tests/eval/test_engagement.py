@@ -1,0 +1,119 @@
+"""Tests of eval/engagement.py."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.batch import collate
+from data.dialogue import Dialogue, continuation_labels, encode_message
+from data.shards import PackedDataset
+from data.tokenizer import DialogueTokenizer
+from eval.engagement import (
+    LabelledTurns,
+    binned_rate,
+    calibration,
+    labelled_turns,
+    roc_points,
+    score_turns,
+    summarise_scorer,
+)
+from eval.scoring import score_conversations
+from eval.statistics import Bootstrap
+from model.scalar_head import ScalarHead
+from model.transformer import Transformer
+
+BOOTSTRAP = Bootstrap(n_resamples=100)
+Pack = Callable[[list[Dialogue]], Path]
+
+
+def test_turns_have_the_features_of_their_messages(
+    dialogues: list[Dialogue], tokenizer: DialogueTokenizer, dataset_of: Pack
+) -> None:
+    dataset = PackedDataset(dataset_of(dialogues[:5]))
+    turns = labelled_turns(collate(dataset, np.arange(dataset.n_rows)), tokenizer.message_id)
+    found = sorted(zip(turns.label_N.tolist(), turns.turn_N.tolist(), turns.length_N.tolist(), strict=True))
+    expected = sorted(
+        (label, i + 1, len(encode_message(tokenizer, d.messages[i])) - 1)
+        for d in dialogues[:5]
+        for i, label in enumerate(continuation_labels(d))
+        if label >= 0
+    )
+    assert found == expected
+    assert np.unique(turns.document_N).size == 5
+
+
+def test_scores_are_those_of_each_conversation_alone(
+    dialogues: list[Dialogue],
+    tokenizer: DialogueTokenizer,
+    dataset_of: Pack,
+    scorer: tuple[Transformer, ScalarHead],
+) -> None:
+    dataset = PackedDataset(dataset_of(dialogues[:5]))
+    rows = np.arange(dataset.n_rows)
+    turns, logit_N = score_turns(scorer, dataset, tokenizer.message_id, rows, batch_tokens=dataset.row_length)
+    batch = collate(dataset, rows)
+    together = labelled_turns(batch, tokenizer.message_id)
+    assert turns.label_N.tolist() == together.label_N.tolist()
+    assert np.unique(turns.document_N).size == np.unique(together.document_N).size
+    starts = np.cumsum(batch.document_lengths.numpy()) - batch.document_lengths.numpy()
+    tokens = batch.tokens_T.tolist()
+    alone = [
+        tokens[int(starts[d]) : p + 1] for d, p in zip(together.document_N, together.position_N.tolist(), strict=True)
+    ]
+    np.testing.assert_allclose(logit_N, score_conversations(scorer, alone, 1000), atol=1e-5)
+
+
+def turns_of(label_N: np.ndarray, length_N: np.ndarray, turn_N: np.ndarray) -> LabelledTurns:
+    n = label_N.size
+    return LabelledTurns(label_N, length_N, turn_N, np.arange(n) // 4, np.arange(n))
+
+
+def test_baseline_finds_a_dependence_of_any_shape() -> None:
+    rng = np.random.default_rng(0)
+    length_N, turn_N = rng.integers(1, 40, 2000), rng.integers(1, 20, 2000)
+    label_N = (np.abs(length_N - 20) < 8).astype(np.int64)  # neither short nor long: no straight line finds it
+    rate = binned_rate([length_N[:1000]], label_N[:1000], [length_N[1000:]])
+    assert BOOTSTRAP.auc(rate, label_N[1000:], np.arange(1000)).value > 0.9  # type: ignore[operator]
+    useless = binned_rate([turn_N[:1000]], label_N[:1000], [turn_N[1000:]])
+    assert abs(BOOTSTRAP.auc(useless, label_N[1000:], np.arange(1000)).value - 0.5) < 0.1  # type: ignore[operator]
+
+
+def test_scorer_that_only_knows_length_gains_nothing_over_length() -> None:
+    rng = np.random.default_rng(1)
+    length_N, turn_N = rng.integers(1, 30, 800), rng.integers(1, 9, 800)
+    probability = 1 / (1 + np.exp(-(length_N - 15) / 6))
+    label_N = (rng.random(800) < probability).astype(np.int64)
+    turns = turns_of(label_N, length_N, turn_N)
+    figures = summarise_scorer(turns, np.log(probability / (1 - probability)), turns, BOOTSTRAP)
+    assert figures["auc"].excludes(0.5)
+    assert not figures["baselines"]["length"]["scorer_minus_baseline"].excludes(0.0)
+    assert figures["baselines"]["turn_number"]["scorer_minus_baseline"].excludes(0.0)
+    assert figures["calibration"]["brier_skill"] > 0.1
+    assert figures["calibration"]["expected_calibration_error"] < 0.1
+    assert figures["base_rate"].value == pytest.approx(label_N.mean())
+
+
+def test_one_class_and_no_turns_are_said_not_hidden() -> None:
+    ones = turns_of(np.ones(8, np.int64), np.arange(8), np.arange(8))
+    figures = summarise_scorer(ones, np.arange(8.0), ones, BOOTSTRAP)
+    assert figures["auc"].value is None and "one class" in figures["auc"].note and figures["roc"] is None
+    none = turns_of(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64))
+    assert summarise_scorer(none, np.empty(0), none, BOOTSTRAP)["calibration"] is None
+
+
+def test_calibration_of_an_overconfident_scorer() -> None:
+    rng = np.random.default_rng(2)
+    label_N = (rng.random(1000) < 0.7).astype(np.int64)
+    certain = calibration(np.full(1000, 0.99), label_N, 0.95)
+    honest = calibration(np.full(1000, 0.7), label_N, 0.95)
+    assert certain["expected_calibration_error"] > 0.2 > honest["expected_calibration_error"]
+    assert certain["brier_skill"] < 0 and abs(honest["brier_skill"]) < 0.02
+
+
+def test_roc_ends_in_its_corners() -> None:
+    points = roc_points(np.array([0.1, 0.9, 0.5, 0.5]), np.array([0, 1, 1, 0]))
+    assert points is not None
+    assert points["false_positive_rate"] == [0.0, 0.0, 0.5, 1.0]
+    assert points["true_positive_rate"] == [0.0, 0.5, 1.0, 1.0]

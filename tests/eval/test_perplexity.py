@@ -1,0 +1,122 @@
+"""Tests of eval/perplexity.py."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch import as_tensor, no_grad
+from torch.nn import functional as F
+
+from data.batch import collate
+from data.dialogue import Dialogue, Message, encode_dialogue
+from data.shards import PackedDataset
+from data.tokenizer import DialogueTokenizer
+from eval.ngram import PairCounts, Unigram, counted_pairs, ngram_losses
+from eval.perplexity import (
+    CHARACTER,
+    CONTROL,
+    PARTNER,
+    ScoredTargets,
+    colon_table,
+    message_structure,
+    paired_difference,
+    score_dataset,
+    summarise,
+    turn_label,
+)
+from eval.statistics import Bootstrap
+from model.attention_ops import Documents
+from model.transformer import Transformer
+
+BOOTSTRAP = Bootstrap(n_resamples=50)
+Pack = Callable[[list[Dialogue]], Path]
+
+
+def test_structure_of_a_document_with_colons_in_its_text(tokenizer: DialogueTokenizer) -> None:
+    messages = (Message("Sam", "why: no"), Message("Alex", "yes : rain"))
+    encoded = encode_dialogue(tokenizer, Dialogue("d", messages, "Alex"))
+    number_L, control_L = message_structure(encoded.tokens, tokenizer.message_id, colon_table(tokenizer))
+    assert tokenizer.decode(encoded.tokens[control_L].tolist()) == "Sam:Alex:"
+    assert tokenizer.decode(encoded.tokens[(number_L == 1) & ~control_L].tolist()) == " why: no"
+    assert tokenizer.decode(encoded.tokens[(number_L == 2) & ~control_L].tolist()) == " yes : rain"
+    assert number_L[0] == 0 and not control_L[0]
+
+
+def test_scored_loss_and_roles(
+    dialogues: list[Dialogue], tokenizer: DialogueTokenizer, models: dict[str, Transformer], dataset_of: Pack
+) -> None:
+    dataset = PackedDataset(dataset_of(dialogues[:6]))
+    model = models["sft"]
+    rows = np.arange(dataset.n_rows)
+    targets = score_dataset(model, dataset, tokenizer, rows, batch_tokens=200)
+    batch = collate(dataset, rows)
+    assert targets.nats_N.size == int(batch.trained_T.sum())
+    assert int((targets.role_N == CHARACTER).sum()) == int(batch.answer_T.sum())
+    # Every message of 6 dialogues has one <|message|>, a name and a colon that the prompt supplies.
+    n_messages = sum(len(d.messages) for d in dialogues[:6])
+    assert int((targets.role_N == CONTROL).sum()) >= 2 * n_messages
+    ends = sum(m.speaker == "Sam" for d in dialogues[:6] for m in d.messages)
+    assert int((targets.role_N == PARTNER).sum()) >= 2 * ends
+    assert len(targets.bytes_D) == 6
+    # The sum of the losses is the plain cross-entropy of each dialogue alone.
+    total = 0.0
+    for dialogue in dialogues[:6]:
+        tokens_T = as_tensor(encode_dialogue(tokenizer, dialogue).tokens)
+        with no_grad():
+            logits_TV = model.logits(model(tokens_T, Documents.from_lengths([len(tokens_T)])))
+        total += float(F.cross_entropy(logits_TV[:-1], tokens_T[1:], reduction="sum"))
+    assert targets.nats_N.sum() == pytest.approx(total, rel=1e-4)
+    figures = summarise(targets, BOOTSTRAP)
+    text = sum(len(f"{m.speaker}: {m.text}".encode()) for d in dialogues[:6] for m in d.messages)
+    assert figures["bits_per_byte"].value == pytest.approx(total / math.log(2) / text, rel=1e-4)
+
+
+def test_count_models_see_the_same_targets(dialogues: list[Dialogue], dataset_of: Pack) -> None:
+    dataset = PackedDataset(dataset_of(dialogues[:8]))
+    rows = np.arange(dataset.n_rows)
+    pairs = PairCounts.from_pairs(dataset.vocab_size, counted_pairs(dataset))
+    batch = collate(dataset, rows)
+    assert pairs.n_tokens == int(batch.trained_T.sum())
+    targets = batch.targets_T[batch.trained_T].numpy()
+    losses = ngram_losses(dataset, dataset, 2)
+    part = collate(dataset, rows[:2])
+    expected = -np.log(Unigram(pairs).probability_V[part.targets_T[part.trained_T].numpy()]).mean()
+    assert losses["unigram"] == pytest.approx(expected)
+    assert losses["bigram_kneser_ney"] < losses["unigram"]
+    assert ngram_losses(dataset, dataset) == pytest.approx(ngram_losses(dataset, dataset, rows))
+    assert 0 not in targets
+
+
+def targets_with(nats: list[float], role: list[int], turn: list[int], document: list[int]) -> ScoredTargets:
+    n = max(document) + 1
+    arrays = (np.array(nats), np.array(role), np.array(turn), np.array(document))
+    return ScoredTargets(*arrays, np.full(n, 10), np.full(n, 5))
+
+
+def test_summary_of_known_losses() -> None:
+    targets = targets_with([1.0, 2, 3, 4, 5, 6], [2, 0, 0, 2, 1, 1], [1, 1, 1, 20, 20, 20], [0, 0, 0, 1, 1, 1])
+    figures = summarise(targets, BOOTSTRAP)
+    assert figures["loss"].value == pytest.approx(3.5) and figures["perplexity"] == pytest.approx(math.exp(3.5))
+    assert {role: e.value for role, e in figures["by_role"].items()} == {
+        "character": 2.5,
+        "partner": 5.5,
+        "control": 2.5,
+    }
+    assert figures["by_turn"][0]["character"].value == 2.5 and figures["by_turn"][0]["partner"].value is None
+    assert figures["by_turn"][-1]["turns"] == "17+" and figures["by_turn"][-1]["partner"].value == 5.5
+    assert figures["bits_per_byte"].value == pytest.approx(21 / 20 / math.log(2))
+
+
+def test_paired_difference_has_a_narrow_interval() -> None:
+    rng = np.random.default_rng(0)
+    document = np.repeat(np.arange(20), 10).tolist()
+    base = rng.gamma(2, 2, 200)
+    first, second = (targets_with(list(base + shift), [0] * 200, [1] * 200, document) for shift in (0.5, 0.0))
+    difference = paired_difference(first, second, CHARACTER, BOOTSTRAP)
+    assert difference.value == pytest.approx(0.5)
+
+
+def test_turn_labels() -> None:
+    assert [turn_label(*b) for b in ((1, 1), (3, 4), (17, 10**9))] == ["1", "3-4", "17+"]

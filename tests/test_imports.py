@@ -1,0 +1,113 @@
+"""Packages import only what is below them, absolutely; heavy optional libraries are imported where they are used."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAY_IMPORT: dict[str, set[str]] = {
+    "recipes": set(),
+    "model": set(),
+    "data": {"recipes"},
+    "eval": {"recipes", "model", "data"},
+    "train": {"recipes", "model", "data", "eval"},
+    "serving_export": {"recipes", "model", "data"},
+}
+# Everything must import on a laptop, and a command line must answer quickly.
+ONLY_INSIDE_FUNCTIONS = {"deepspeed", "wandb", "transformers", "matplotlib", "datasets", "flash_attn", "triton", "vllm"}
+FILES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[int, str, int]]:
+    """(line, module, level of dots) of every import in a syntax tree."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name, 0) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.lineno, node.module or "", node.level
+
+
+def at_import_time(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements that run when a module is imported: those in functions and under TYPE_CHECKING do not."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            yield from at_import_time(node.orelse)
+        elif isinstance(node, ast.If | ast.Try | ast.With | ast.ClassDef):
+            parts = [node.body, getattr(node, "orelse", []), getattr(node, "finalbody", [])]
+            parts += [handler.body for handler in getattr(node, "handlers", [])]
+            for part in parts:
+                yield from at_import_time(part)
+        else:
+            yield node
+
+
+def problems(package: str, source: str) -> list[str]:
+    """What a file of `package` imports that it may not."""
+    found = []
+    tree = ast.parse(source)
+    for line, module, level in imports(tree):
+        top = module.partition(".")[0]
+        if level:
+            found.append(f"{line}: relative import; write it from the checkout's root")
+        elif top in MAY_IMPORT and top != package and top not in MAY_IMPORT[package]:
+            found.append(f"{line}: {package} may not import {top}")
+        elif top == "tests":
+            found.append(f"{line}: {package} may not import tests")
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            found += [
+                f"{node.lineno}: import {alias.name}; write from {alias.name} import ..."
+                for alias in node.names
+                if alias.name.partition(".")[0] in MAY_IMPORT
+            ]
+    for statement in at_import_time(tree.body):
+        for line, module, _ in imports(statement):
+            if module.partition(".")[0] in ONLY_INSIDE_FUNCTIONS:
+                found.append(f"{line}: {module} at module level; import it inside the function that needs it")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_imports_only_what_is_below_it(path: Path) -> None:
+    assert problems(path.relative_to(ROOT).parts[0], path.read_text(encoding="utf-8")) == []
+
+
+def test_there_is_something_to_check() -> None:
+    assert {path.relative_to(ROOT).parts[0] for path in FILES} == set(MAY_IMPORT)
+    assert {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()} == set(MAY_IMPORT)
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+@pytest.mark.parametrize(
+    ("package", "source", "message"),
+    [
+        ("model", "from recipes.loader import Section", "model may not import recipes"),
+        ("data", "def f():\n    from train.loop import train", "2: data may not import train"),
+        ("eval", "import train.loop", "eval may not import train"),
+        ("train", "from .loop import train", "relative import"),
+        ("eval", "import eval.run", "write from eval.run import"),
+        ("train", "import deepspeed", "deepspeed at module level"),
+        ("train", "try:\n    import wandb\nexcept ImportError:\n    wandb = None", "2: wandb at module level"),
+        ("model", "class A:\n    from triton import jit", "2: triton at module level"),
+    ],
+)
+def test_a_breach_is_found(package: str, source: str, message: str) -> None:
+    assert any(message in problem for problem in problems(package, source))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from model.config import ModelConfig\nfrom data.batch import collate",
+        "def f() -> None:\n    import deepspeed",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import deepspeed",
+    ],
+)
+def test_what_is_allowed_is_not_found(source: str) -> None:
+    assert problems("train", source) == []

@@ -1,0 +1,73 @@
+"""A tiny data directory and recipe, so that a whole training run takes seconds."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from data.dialogue import Dialogue, Message, encode_dialogue, write_dialogues
+from data.packing import EncodedCorpus, best_fit, cut
+from data.shards import packed_rows, write_shards
+from data.tokenizer import train_tokenizer
+
+ROW_LENGTH, VOCAB_SIZE = 64, 320
+WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "mat", "hill", "and", "then", "saw", "me", "you", "we", "they", "like", "tea", "rain", "sun", "why", "not", "yes", "no", "maybe"]
+
+PRETRAIN = """\
+stage: pretrain
+run_dir: {run_dir}
+data: {data}
+seed: 1
+model: {{vocab_size: 320, d_model: 32, n_layers: 3, n_heads: 2, d_head: 16, d_ff: 48, layers: SSG, window: 8,
+  kv_sharing: {{kind: none}}, max_length: 64}}
+threads: 1
+loop: {{max_steps: 12, rows_per_step: 4, rows_per_micro_batch: 2, evaluate_every: 4, save_every: 2, keep: 2}}
+optimizer: {{kind: adamw, lr: 3e-3}}
+schedule: {{kind: wsd, warmup_steps: 2}}
+engine: {{precision: float32, zero_stage: 1}}
+evaluation_rows: 8
+wandb: {{mode: disabled}}
+"""
+
+
+def make_dialogues(count: int, seed: int) -> list[Dialogue]:
+    """Made-up conversations of uneven length between two speakers."""
+    rng = random.Random(seed)
+    dialogues = []
+    for number in range(count):
+        messages = tuple(
+            Message(("Ann", "Ben")[turn % 2], " ".join(rng.choices(WORDS, k=rng.randint(1, 6))), float(turn * 10))
+            for turn in range(rng.randint(2, 12))
+        )
+        dialogues.append(Dialogue(f"d{number}", messages, rng.choice(("Ann", "Ben")), ("ann", "ben")))
+    return dialogues
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished data directory: tokenizer, packed train and held-out rows, dialogues."""
+    out = tmp_path_factory.mktemp("data")
+    parts = {"train": make_dialogues(150, 0), "heldout": make_dialogues(40, 1)}
+    tokenizer = train_tokenizer((m.text for d in parts["train"] for m in d.messages), out, VOCAB_SIZE)
+    (out / "dialogues").mkdir()
+    for name, dialogues in parts.items():
+        write_dialogues(out / "dialogues" / f"{name}.jsonl", dialogues)
+        documents = [piece for d in dialogues for piece in cut(encode_dialogue(tokenizer, d, 60.0), ROW_LENGTH)]
+        corpus = EncodedCorpus.of(documents, VOCAB_SIZE)
+        rows = packed_rows(corpus, best_fit(corpus.lengths, ROW_LENGTH), ROW_LENGTH)
+        write_shards(
+            out / name, rows, row_length=ROW_LENGTH, vocab_size=VOCAB_SIZE, rows_per_shard=16, tokenizer_sha256="t"
+        )
+    (out / "done.json").write_text(json.dumps({"stage": "data"}))
+    return out
+
+
+@pytest.fixture
+def pretrain_recipe(tmp_path: Path, data_dir: Path) -> Path:
+    """A pre-training recipe of twelve steps on that data, in a run directory of its own."""
+    path = tmp_path / "pretrain.yaml"
+    path.write_text(PRETRAIN.format(run_dir=tmp_path / "run", data=data_dir))
+    return path

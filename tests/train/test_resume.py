@@ -1,0 +1,134 @@
+"""A killed run continues and ends with the same bits; damage and changed data are named; two ranks see one order."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from train.engine import World
+from train.loop import rows_of_rank
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(recipe: Path, *overrides: str, ranks: int = 1) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    return [sys.executable, *launcher, "-m", "train.pretrain", str(recipe), *overrides]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+
+
+def run(recipe: Path, *overrides: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(recipe, *overrides, ranks=ranks), cwd=ROOT, env=environment(), capture_output=True, text=True,
+        timeout=300, check=False,
+    )  # fmt: skip
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bits(pretrain_recipe: Path, tmp_path: Path) -> None:
+    whole = run(pretrain_recipe, f"run_dir={tmp_path / 'whole'}")
+    assert whole.returncode == 0, whole.stderr
+    rng, kills = random.Random(0), 0
+    for _ in range(20):
+        child = subprocess.Popen(
+            command(pretrain_recipe), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        metrics, before = tmp_path / "run" / "metrics.jsonl", time.monotonic()
+        seen = metrics.stat().st_size if metrics.exists() else 0
+        # killed a random instant after it has begun to train, saving included
+        while child.poll() is None and (metrics.stat().st_size if metrics.exists() else 0) <= seen:
+            assert time.monotonic() - before < 120
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.15)
+        if kills == 2 or child.poll() is not None:
+            output, _ = child.communicate(timeout=120)
+            if child.returncode == 0:
+                break
+            raise AssertionError(output.decode())
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        kills += 1
+    assert kills == 2
+    ours, expected = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "whole"))
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step_*"))) == 2
+
+
+def test_sigterm_saves_and_damage_is_passed_over(pretrain_recipe: Path, tmp_path: Path, data_dir: Path) -> None:
+    run_dir = tmp_path / "run"
+    child = subprocess.Popen(
+        command(pretrain_recipe, "loop.max_steps=100000", "loop.save_every=50000"), cwd=ROOT, env=environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    metrics, began = run_dir / "metrics.jsonl", time.monotonic()
+    while not (metrics.exists() and metrics.stat().st_size > 400):
+        assert time.monotonic() - began < 120
+        assert child.poll() is None
+        time.sleep(0.02)
+    child.send_signal(signal.SIGTERM)
+    output, _ = child.communicate(timeout=60)
+    assert child.returncode == 0, output
+    assert "the same command continues" in output
+    (checkpoint,) = (run_dir / "checkpoints").glob("step_*")
+
+    weights = checkpoint / "model" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 4
+    weights.write_bytes(content)
+    again = run(pretrain_recipe, "loop.max_steps=100000", "loop.save_every=50000")
+    assert again.returncode == 1
+    assert "model/model.safetensors does not have the hash it was written with" in again.stdout.replace("\n", "")
+    content[-5] ^= 4
+    weights.write_bytes(content)
+
+    changed = tmp_path / "changed"
+    shutil.copytree(data_dir, changed)
+    manifest = json.loads((changed / "train" / "manifest.json").read_text())
+    (changed / "train" / "manifest.json").write_text(json.dumps({**manifest, "fingerprint": "0" * 64}))
+    (run_dir / "run.json").unlink()
+    recipe_text = (run_dir / "recipe.yaml").read_text()
+    (run_dir / "recipe.yaml").write_text(recipe_text.replace(str(data_dir), str(changed)))
+    refused = run(pretrain_recipe, "loop.max_steps=100000", "loop.save_every=50000", f"data={changed}")
+    assert refused.returncode != 0
+    assert "fingerprint" in refused.stderr
+
+
+def test_two_ranks_train_as_one(pretrain_recipe: Path, tmp_path: Path) -> None:
+    for ranks, name in ((1, "one"), (2, "two")):
+        done = run(
+            pretrain_recipe, f"run_dir={tmp_path / name}", "loop.max_steps=4", "loop.rows_per_micro_batch=1",
+            "loop.evaluate_every=2", ranks=ranks,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert one.keys() == two.keys() == {1, 2, 3, 4}
+    assert all(one[step] == pytest.approx(two[step], rel=1e-4) for step in one)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_step_has_the_same_rows_for_every_number_of_ranks(ranks: int) -> None:
+    rows = np.arange(100, 124)
+    shares = [rows_of_rank(rows, 3, World(rank, ranks, torch.device("cpu"))) for rank in range(ranks)]
+    in_order = [batch for micro in zip(*shares, strict=True) for batch in micro]
+    assert np.concatenate(in_order).tolist() == rows.tolist()
