@@ -63,23 +63,29 @@ class Ledger:
         }
 
 
-def clean(records: Iterable[Dialogue | Rejected], filters: Filters, ledger: Ledger, quarantine: Path) -> list[Dialogue]:
-    """The dialogues that pass, in order, without blank messages. Bad records are written to `quarantine` (JSONL)."""
-    kept: list[Dialogue] = []
+def without_bad(records: Iterable[Dialogue | Rejected], ledger: Ledger, quarantine: Path) -> list[Dialogue]:
+    """The dialogues among the records, in order. Bad records are written to `quarantine` (JSONL)."""
+    dialogues: list[Dialogue] = []
     with atomic_file(quarantine, "w") as file:
         for record in records:
             ledger.read += 1
-            if isinstance(record, Rejected):
+            if isinstance(record, Dialogue):
+                dialogues.append(record)
+            else:
                 ledger.quarantined += 1
                 file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
-                continue
-            dialogue = _without_blanks(record, ledger)
-            reason = "nothing said" if dialogue is None else _reason_against(dialogue, filters)
-            if reason:
-                ledger.filter(reason)
-            elif dialogue:
-                kept.append(dialogue)
-    return kept
+    return dialogues
+
+
+def passing(dialogues: Iterable[Dialogue], filters: Filters, ledger: Ledger) -> Iterator[Dialogue]:
+    """The dialogues that pass the filters, without their blank messages."""
+    for given in dialogues:
+        dialogue = _without_blanks(given, ledger)
+        reason = "nothing said" if dialogue is None else _reason_against(dialogue, filters)
+        if reason:
+            ledger.filter(reason)
+        elif dialogue:
+            yield dialogue
 
 
 def check_bad_fraction(ledger: Ledger, max_bad_fraction: float, quarantine: Path, keep_as: Path) -> None:

@@ -93,11 +93,6 @@ def _pair(record: dict[str, Any]) -> PreferencePair:
     return PreferencePair(**{**record, "messages": messages_from_records(record["messages"])})
 
 
-def read_hh_rlhf(path: Path | str) -> list[PreferencePair]:
-    """The usable pairs of an hh-rlhf file; `load_hh_rlhf` also counts those left out."""
-    return load_hh_rlhf(path).pairs
-
-
 def load_hh_rlhf(path: Path | str) -> HhRlhfPairs:
     """Read an hh-rlhf file, leaving out records whose sides are identical, part before the last reply, or are empty.
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from data.atomic_file import atomic_file, write_json
-from data.clean import CleanError, Filters, Ledger, check_bad_fraction, clean, without_duplicates
+from data.clean import CleanError, Filters, Ledger, check_bad_fraction, passing, without_bad, without_duplicates
 from data.dialogue import Dialogue, message_body, speaker_prefix, to_json
 from data.packing import EncodedCorpus, best_fit
 from data.prepare_report import key_figure, print_report
@@ -157,24 +157,27 @@ def prepare(recipe: DataRecipe, steps: Steps) -> Prepared:
 
 
 def select_dialogues(recipe: DataRecipe, quarantine: Path, steps: Steps) -> tuple[dict[str, list[Dialogue]], Ledger]:
-    """Read, clean, split and deduplicate. A training dialogue that repeats a held-out one is dropped, not the other."""
+    """Read, split, filter and deduplicate.
+
+    The split comes first, so that nobody trains who takes part in a held-out session, be it one that the filters drop.
+    A training dialogue that repeats a held-out one is dropped, not the other.
+    """
     ledger = Ledger()
     advance = steps.begin("reading", "records")
-    dialogues = clean(_counted(recipe.source.read(), advance), recipe.filters, ledger, quarantine)
+    dialogues = without_bad(_counted(recipe.source.read(), advance), ledger, quarantine)
     kept_quarantine = quarantine.parent.with_name(f"{quarantine.parent.name}.{QUARANTINE_FILE}")
     check_bad_fraction(ledger, recipe.max_bad_fraction, quarantine, kept_quarantine)
-    if not dialogues:
-        raise CleanError(
-            f"no dialogue is left of {ledger.read:,} records ({_reasons(ledger)}); check source and filters"
-        )
     sides = split(dialogues, recipe.split, recipe.seed)
     for reason, count in sides.dropped.items():
         ledger.filter(reason, count)
     seen: set[bytes] = set()
-    heldout = list(without_duplicates(sides.heldout, seen, ledger))
-    train = list(without_duplicates(sides.train, seen, ledger))
-    if not train:
-        raise SplitError("split: every training dialogue repeats a held-out one; check the source")
+    heldout = list(without_duplicates(passing(sides.heldout, recipe.filters, ledger), seen, ledger))
+    train = list(without_duplicates(passing(sides.train, recipe.filters, ledger), seen, ledger))
+    if not (train and heldout):
+        side = "training" if not train else "held-out"
+        raise CleanError(
+            f"no {side} dialogue is left of {ledger.read:,} records ({_reasons(ledger)}); check source and filters"
+        )
     ledger.kept = len(train) + len(heldout)
     ledger.balance()
     return {"train": train, "heldout": heldout}, ledger
@@ -187,7 +190,7 @@ def _counted(records: Iterator[Dialogue | Rejected], advance: StepProgress) -> I
 
 
 def _reasons(ledger: Ledger) -> str:
-    reasons = {"quarantined": ledger.quarantined, **ledger.filtered}
+    reasons = {"quarantined": ledger.quarantined, **ledger.filtered, "duplicates": ledger.duplicates}
     return ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count) or "the source is empty"
 
 

@@ -42,11 +42,9 @@ def print_report(
 
 
 def _record_table(ledger: Ledger) -> Table:
-    table = Table(
-        "records", "count", title="records in = quarantined + left out + duplicates + kept", title_justify="left"
-    )
+    table = Table("records", "count")
     table.columns[1].justify = "right"
-    table.add_row("in", f"{ledger.read:,}")
+    table.add_row("read", f"{ledger.read:,}", end_section=True)
     table.add_row("quarantined (quarantine.jsonl)", f"{ledger.quarantined:,}")
     for reason, count in sorted(ledger.filtered.items()):
         table.add_row(f"left out: {reason}", f"{count:,}")

@@ -270,7 +270,7 @@ def draw_sensitivity(report: Report) -> "Figure | None":
         _titles(ax, name, "messages back from the reply", "KL, nats" if ax is axes[0] else "")
         ax.set_xticks(range(1, 5))
     for ax in axes:
-        ax.set_ylim(0, top * 1.08 or 1)
+        ax.set_ylim(0, top * 1.3 or 1)
     _legend(axes[-1])
     return figure
 

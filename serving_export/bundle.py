@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from data.tokenizer import DialogueTokenizer
 from model.transformer import Transformer
 from serving_export.engine import Engine
-from serving_export.hf import model_config, state_from_hf
+from serving_export.hf import load_exported_model
 from serving_export.manifest import BundleError, Defaults, read_defaults, verify
 
-CONFIG, WEIGHTS, GENERATION_CONFIG = "config.json", "model.safetensors", "generation_config.json"
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 PAGE_SIZE = 16
 
 
@@ -68,19 +66,8 @@ def open_bundle(directory: str | Path, device: str = "auto") -> Bundle:
 
 
 def _model(path: Path, device: torch.device) -> Transformer:
-    content = _json(path / CONFIG)
-    try:
-        with torch.device("meta"):
-            model = Transformer(model_config(content))
-    except (KeyError, TypeError) as error:
-        raise BundleError(f"{path / CONFIG} is not the config of an exported model: {error!r}") from error
-    try:
-        state = state_from_hf(model.config, load_file(path / WEIGHTS))
-        dtype = torch.float32 if device.type == "cpu" else state["embed_tokens.weight"].dtype
-        model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in state.items()}, assign=True)
-    except (SafetensorError, OSError, RuntimeError, KeyError) as error:
-        raise BundleError(f"{path / WEIGHTS} does not fit {CONFIG}, or is damaged: {error}") from error
-    return model.eval()
+    stored = str(_json(path / CONFIG).get("dtype", "float32"))
+    return load_exported_model(path, device, torch.float32 if device.type == "cpu" else getattr(torch, stored))
 
 
 def _sampling(path: Path) -> SamplingDefaults:

@@ -74,7 +74,8 @@ class Checkpoints:
             if problem is None:
                 return path, _read_state(path)
             if self._world.is_main:
-                self._console.print(f"[bold red]checkpoint {path} is damaged[/]: {problem}; trying the one before it", soft_wrap=True)
+                self._console.print(f"[bold red]checkpoint {path} is damaged[/]: {problem}", soft_wrap=True)
+                self._console.print("trying the one before it")
         if found:
             raise CheckpointError(
                 f"every checkpoint in {self.directory} is damaged; remove the folder to start from the beginning"

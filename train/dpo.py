@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from data.dialogue import encode_prompt, encode_reply
-from data.preferences import PreferencePair, read_hh_rlhf, read_pairs
+from data.preferences import PreferencePair, load_hh_rlhf, read_pairs
 from data.tokenizer import DialogueTokenizer
 from model.attention_ops import Documents
 from model.transformer import Transformer
@@ -202,10 +202,22 @@ def collect_pairs(
             folder = Path(recipe.run_dir) / "pairs" / str(number)
             pairs += sample_pairs(source, policy, Path(recipe.data), tokenizer, recipe.seed, folder, world, console)
         else:
-            read = read_hh_rlhf(source.path) if source.format == "hh_rlhf" else read_pairs(source.path)
-            pairs += read[: source.max_pairs]
-            console.print(f"{len(read[: source.max_pairs])} pairs from {source.path}", highlight=False)
+            read = _read_file(source, console)[: source.max_pairs]
+            pairs += read
+            console.print(f"{len(read)} pairs from {source.path}", highlight=False)
     return pairs
+
+
+def _read_file(source: FilePairs, console: Console) -> list[PreferencePair]:
+    if source.format == "jsonl":
+        return read_pairs(source.path)
+    found = load_hh_rlhf(source.path)
+    console.print(
+        f"{source.path}: {found.n_records} records; left out: {found.n_identical} with identical sides, "
+        f"{found.n_context_differs} that differ before the last reply, {found.n_empty_reply} with an empty reply",
+        highlight=False,
+    )
+    return found.pairs
 
 
 def prepare(recipe: DPORecipe, world: World, console: Console) -> Job:

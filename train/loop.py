@@ -148,7 +148,7 @@ def train(
         for batch in batches:
             loss: Loss = engine.forward(batch)
             for name, value in {"loss": loss.total, **loss.sums}.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
+                sums[name] = sums.get(name, 0.0) + float(value.detach())
             # a loss that is not finite must make a gradient that is not finite: that step is then refused
             poison = 1.0 if math.isfinite(sums["loss"]) else float("nan")
             engine.accumulate(loss.total * (poison / max(count, 1)))

@@ -56,7 +56,8 @@ def prepare(recipe: PretrainRecipe, world: World, console: Console) -> Job:
         loss = outcome.last_evaluation["heldout_loss"]
         if not recipe.ngram_baselines:
             return f"held-out loss {loss:.3f} nats/token", {"heldout_loss": loss}
-        baselines = ngram_losses(dataset, heldout, sample_of_rows(heldout, recipe.evaluation_rows)) if world.is_main else {}
+        rows = sample_of_rows(heldout, recipe.evaluation_rows)
+        baselines = ngram_losses(dataset, heldout, rows) if world.is_main else {}
         _print_comparison(loss, baselines, console)
         best = min(baselines, key=lambda name: baselines[name], default="")
         figure = f"held-out loss {loss:.3f} nats/token (best n-gram {baselines.get(best, 0):.3f}, {best})"

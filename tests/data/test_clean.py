@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.clean import CleanError, Filters, Ledger, check_bad_fraction, clean, without_duplicates
+from data.clean import CleanError, Filters, Ledger, check_bad_fraction, passing, without_bad, without_duplicates
 from data.dialogue import NARRATOR, Dialogue, Message
 from data.sources.source import Rejected
 
@@ -29,7 +29,8 @@ def test_every_record_is_counted_once(
     given_records: list[Dialogue | Rejected], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     ledger, path = Ledger(), tmp_path_factory.mktemp("clean") / "q.jsonl"
-    kept = list(without_duplicates(clean(given_records, Filters(), ledger, path), set(), ledger))
+    dialogues = without_bad(given_records, ledger, path)
+    kept = list(without_duplicates(passing(dialogues, Filters(), ledger), set(), ledger))
     ledger.kept = len(kept)
     ledger.balance()
     assert ledger.read == len(given_records)
@@ -41,22 +42,18 @@ def test_a_lost_record_is_noticed() -> None:
         Ledger(read=2, kept=1).balance()
 
 
-def test_filters_and_reasons(tmp_path: Path) -> None:
+def test_filters_and_reasons() -> None:
     ledger = Ledger()
     filters = Filters(min_messages=3, min_speakers=2, max_message_characters=5)
-    kept = clean(
-        [
-            talk("A:x", "B:y", "A:z"),
-            talk("A:x", "A:y", "A:z"),
-            talk(f"{NARRATOR}:s", "A:x", "B:y"),
-            talk("A:x", "B:yyyyyy", "A:z"),
-            talk("A:x", "A:y", "B: "),
-            talk("A:x", "B: ", "B:y", "A:z"),
-        ],
-        filters,
-        ledger,
-        tmp_path / "q.jsonl",
-    )
+    dialogues = [
+        talk("A:x", "B:y", "A:z"),
+        talk("A:x", "A:y", "A:z"),
+        talk(f"{NARRATOR}:s", "A:x", "B:y"),
+        talk("A:x", "B:yyyyyy", "A:z"),
+        talk("A:x", "A:y", "B: "),
+        talk("A:x", "B: ", "B:y", "A:z"),
+    ]
+    kept = list(passing(dialogues, filters, ledger))
     assert kept == [talk("A:x", "B:y", "A:z"), talk("A:x", "B:y", "A:z")]
     assert ledger.filtered == {
         "fewer than 2 speakers": 1,
@@ -81,7 +78,7 @@ def test_duplicates_are_of_turns_and_texts() -> None:
 
 def test_too_many_bad_records_stop_with_examples(tmp_path: Path) -> None:
     ledger, path, kept = Ledger(), tmp_path / "q.jsonl", tmp_path / "kept.jsonl"
-    clean([BAD] * 6 + [talk("A:x", "B:y")] * 4, Filters(), ledger, path)
+    without_bad([BAD] * 6 + [talk("A:x", "B:y")] * 4, ledger, path)
     check_bad_fraction(ledger, 0.6, path, kept)
     with pytest.raises(CleanError, match=r"6 of 10 records.*kept\.jsonl.*\n  f\.jsonl:3: not JSON"):
         check_bad_fraction(ledger, 0.5, path, kept)

@@ -14,7 +14,6 @@ from data.preferences import (
     PreferencePair,
     load_hh_rlhf,
     pair_to_json,
-    read_hh_rlhf,
     read_pairs,
     write_pairs,
 )
@@ -87,7 +86,6 @@ def test_hh_rlhf_counts_what_it_leaves_out(tmp_path: Path) -> None:
     assert first.messages == (Message("Human", "q"), Message("Assistant", "a"), Message("Human", "q2"))
     assert (first.id, first.character, first.chosen, first.rejected) == ("hh.jsonl.gz:1", "Assistant", "yes", "no")
     assert last.messages == (Message("Human", "q: Human: x\nline"),)
-    assert read_hh_rlhf(path) == loaded.pairs
 
 
 def test_hh_rlhf_errors_name_the_line(tmp_path: Path) -> None:

@@ -146,6 +146,16 @@ def test_an_interrupted_run_is_never_whole_and_ends_the_same(
     assert contents(run_dir) == contents(tmp_path / "whole")
 
 
+def test_people_of_a_filtered_heldout_session_do_not_train(recipe_file: Path, tmp_path: Path) -> None:
+    with open(tmp_path / "chats.jsonl", "w", encoding="utf-8") as file:
+        for i, (time, people, n) in enumerate([(1e9, ["a"], 4), (1e9, ["b"], 4), (2e9, ["b"], 1), (2e9, ["c"], 4)]):
+            said = [{"speaker": WORDS[k % 2], "text": f"{WORDS[i]} {' '.join(WORDS)}", "time": time} for k in range(n)]
+            file.write(json.dumps({"id": str(i), "messages": said, "participants": people}) + "\n")
+    assert main([str(recipe_file), "split={kind: time, heldout_from: 2018-09-01}", "tokenizer.vocab_size=290"]) == 0
+    sides = {side: read_dialogues(tmp_path / "run" / "dialogues" / f"{side}.jsonl") for side in ("train", "heldout")}
+    assert {side: [d.id for d in dialogues] for side, dialogues in sides.items()} == {"train": ["0"], "heldout": ["3"]}
+
+
 def test_damage_is_repaired_by_running_again(
     recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -164,7 +174,7 @@ def test_damage_is_repaired_by_running_again(
         ("source.path=nowhere.jsonl", "nowhere.jsonl: no such file"),
         ("tokenizer.vocab_size=9000", "support at most"),
         ("tokenizer={kind: file, path: nowhere}", "nowhere"),
-        ("filters.min_messages=99", "no dialogue is left of 40 records (40 fewer than 99 messages)"),
+        ("filters.min_messages=99", "no training dialogue is left of 40 records (40 fewer than 99 messages)"),
         ("split={kind: time, heldout_from: 2030-01-01}", "none is held-out"),
     ],
 )

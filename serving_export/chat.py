@@ -1,0 +1,182 @@
+"""Talk to an exported character in the terminal.
+
+python -m serving_export.chat runs/demo/export [--character NAME --user NAME --scene TEXT --temperature 0.8]
+"""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import sys
+import time
+
+from rich.console import Console
+from rich.markup import escape as escape_markup
+
+from data.dialogue import NARRATOR, DialogueError, Message, check_speaker
+from serving_export.bundle import Bundle, open_bundle
+from serving_export.engine import PromptError
+from serving_export.reply import GenerationFailed, Replier, Reply
+
+HELP = "/reset starts anew, /retry draws the last reply again, /stats shows the cache, /quit (or Ctrl-D) leaves"
+
+
+class Chat:
+    """One conversation on the terminal: the messages so far and how the next reply is drawn."""
+
+    def __init__(self, bundle: Bundle, replier: Replier, console: Console, arguments: argparse.Namespace):
+        self.console, self._replier, self._arguments = console, replier, arguments
+        self.user: str = arguments.user or bundle.defaults.user
+        self.character: str = arguments.character or bundle.defaults.character
+        check_speaker(self.user)
+        check_speaker(self.character)
+        default = bundle.sampling
+        self._temperature = default.temperature if arguments.temperature is None else arguments.temperature
+        self._top_p = default.top_p if arguments.top_p is None else arguments.top_p
+        self._top_k = default.top_k
+        self._opening = [Message(NARRATOR, arguments.scene)] if arguments.scene else []
+        self._last: tuple[Reply, float] | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a new conversation."""
+        self.messages = list(self._opening)
+
+    def say(self, text: str) -> None:
+        """Add the user's message and answer it."""
+        self.messages.append(Message(self.user, text))
+        self.answer()
+
+    def retry(self) -> None:
+        """Draw the last reply anew."""
+        if self.messages and self.messages[-1].speaker == self.character:
+            self.messages.pop()
+        if self.messages and self.messages[-1].speaker == self.user:
+            self.answer()
+        else:
+            self.console.print("[dim]nothing was said yet[/]")
+
+    def answer(self) -> None:
+        """Stream the character's reply; Ctrl-C ends it, and what was written so far stays."""
+        seed = secrets.randbits(62) if self._arguments.seed is None else self._arguments.seed
+        sampling = self._replier.sampling(self._arguments.max_tokens, self._temperature, self._top_k, self._top_p, seed)
+        began = time.perf_counter()
+        reply: Reply | None = None
+        written = ""
+        self.console.print(f"[bold magenta]{escape_markup(self.character)}:[/] ", end="")
+        try:
+            for text, current in self._replier.stream(self.messages, self.character, sampling):
+                reply = current
+                written += text
+                self.console.out(_printable(text), end="", highlight=False)
+        except KeyboardInterrupt:
+            self.console.print(" [dim](stopped)[/]", end="")
+        except (PromptError, GenerationFailed) as error:
+            self.console.print(f"[red]{escape_markup(str(error))}; /reset starts anew[/]")
+            self.messages.pop()
+            return
+        self.console.print()
+        self.messages.append(Message(self.character, written))
+        if reply is not None:
+            self._last = (reply, time.perf_counter() - began)
+
+    def stats(self) -> None:
+        """What the last reply cost, and what the prefix cache saved since start."""
+        engine = self._replier.engine
+        if self._last is not None:
+            reply, seconds = self._last
+            self.console.print(
+                f"[dim]last reply: {reply.n_cached} of {len(reply.prompt)} prompt tokens from the cache, "
+                f"{len(reply.drawn)} tokens in {seconds:.2f} s ({len(reply.drawn) / seconds:.0f} tokens/s)[/]"
+            )
+        counters, allocator = engine.prefix_cache.counters, engine.cache.allocator
+        total = counters.hit_tokens + counters.missed_tokens
+        share = counters.hit_tokens / total if total else 0
+        self.console.print(
+            f"[dim]since start: {counters.hit_tokens} of {total} prompt tokens from the cache ({share:.0%}); "
+            f"{engine.prefix_cache.n_pages} of {allocator.n_pages} pages kept[/]"
+        )
+
+    def obey(self, line: str) -> bool:
+        """Do what a line says; False when it says to leave."""
+        if not line.startswith("/"):
+            self.say(line)
+            return True
+        commands = {"/reset": self.reset, "/retry": self.retry, "/stats": self.stats}
+        if line in ("/quit", "/exit"):
+            return False
+        if line in commands:
+            commands[line]()
+        else:
+            self.console.print(f"[dim]{escape_markup(line)} is no command; {HELP}[/]")
+        return True
+
+    def run(self) -> None:
+        """Read lines until the end of the input, /quit, Ctrl-D or Ctrl-C at the prompt."""
+        interactive = sys.stdin.isatty()
+        while True:
+            try:
+                line = self._read(interactive)
+            except (EOFError, KeyboardInterrupt):
+                if interactive:
+                    self.console.print()
+                return
+            try:
+                if line and not self.obey(line):
+                    return
+            except DialogueError as error:
+                self.console.print(f"[red]{escape_markup(str(error))}[/]")
+
+    def _read(self, interactive: bool) -> str:
+        if interactive:
+            return self.console.input(f"[bold cyan]{escape_markup(self.user)}:[/] ").strip()
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        if line.strip():
+            self.console.print(f"[bold cyan]{escape_markup(self.user)}:[/] {escape_markup(line.strip())}")
+        return line.strip()
+
+
+def _printable(text: str) -> str:
+    """Text without control characters: a model may have learnt some that would move the terminal's cursor."""
+    return "".join(character for character in text if character.isprintable() or character in "\n\t")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Load a bundle and chat until the user leaves."""
+    parser = argparse.ArgumentParser(
+        prog="python -m serving_export.chat", description="Chat with an exported character."
+    )
+    parser.add_argument("bundle", help="directory made by serving_export.export, such as runs/demo/export")
+    parser.add_argument("--character", help="who answers (default: the bundle's character)")
+    parser.add_argument("--user", help="who you are (default: the bundle's user)")
+    parser.add_argument("--scene", help="what the narrator says before the conversation")
+    parser.add_argument("--temperature", type=float, help="0 is greedy (default: the bundle's)")
+    parser.add_argument(
+        "--top-p", type=float, help="draw from the likeliest pieces of this mass (default: the bundle's)"
+    )
+    parser.add_argument("--max-tokens", type=int, default=200, help="longest reply (default: %(default)s)")
+    parser.add_argument("--seed", type=int, help="draw the same replies every time")
+    parser.add_argument("--cache-mib", type=int, default=64, help="memory for keys and values (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        bundle = open_bundle(arguments.bundle, arguments.device)
+        engine = bundle.engine(arguments.cache_mib)
+        chat = Chat(bundle, Replier(engine, bundle.tokenizer), console, arguments)
+    except ValueError as error:
+        print(f"cannot chat with {arguments.bundle}: {error}", file=sys.stderr)
+        return 1
+    console.print(f"[dim]{escape_markup(bundle.name)}: {HELP}[/]")
+    engine.start()
+    try:
+        chat.run()
+    finally:
+        engine.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Every stage from the one before, on tiny data: scorer, fine-tuning, and preferences from samples and from a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.dialogue import Message, encode_prompt, encode_reply
+from data.preferences import PreferencePair, write_pairs
+from data.tokenizer import DialogueTokenizer
+from model.attention_ops import Documents
+from model.weights import load_model, load_scorer
+from train.dpo import EncodedPair, PairRows, encode_pairs, reply_logprobs
+
+ROOT = Path(__file__).parents[2]
+LOOP = (
+    "loop: {max_steps: 6, rows_per_step: 4, rows_per_micro_batch: 2, evaluate_every: 3, save_every: 3, keep: 1}\n"
+    "optimizer: {kind: adamw, lr: 1e-3}\nschedule: {kind: cosine}\nengine: {precision: float32}\n"
+    "wandb: {mode: disabled}\nthreads: 1\n"
+)
+
+
+def run(stage: str, recipe: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", f"train.{stage}", str(recipe)], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+
+
+def finished(stage: str, folder: Path, body: str) -> dict[str, float]:
+    recipe = folder / f"{stage}.yaml"
+    recipe.write_text(f"stage: {stage}\nrun_dir: {folder / stage}\n{body}{LOOP}")
+    done = run(stage, recipe)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / stage / "done.json").read_text())["figures"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Path:
+    """A folder with a finished pre-training run."""
+    folder = tmp_path_factory.mktemp("runs")
+    body = (
+        f"data: {data_dir}\nevaluation_rows: 8\nmodel: {{vocab_size: 320, d_model: 32, n_layers: 3, n_heads: 2, "
+        "d_head: 16, d_ff: 48, layers: SSG, window: 8, max_length: 128}\n"
+    )
+    figures = finished("pretrain", folder, body)
+    assert {"unigram", "bigram_add_one", "bigram_kneser_ney"} == set(figures["baselines"])  # type: ignore[arg-type]
+    return folder
+
+
+def test_fine_tuning_scoring_and_preferences(runs: Path, data_dir: Path) -> None:
+    common = f"init_from: {runs / 'pretrain'}\ndata: {data_dir}\nevaluation_rows: 8\n"
+    assert finished("sft", runs, common)["heldout_loss"] > 0
+    assert 0 <= finished("engagement", runs, common)["heldout_auc"] <= 1
+    _, head = load_scorer(runs / "engagement" / "model")
+    assert head.score.weight.abs().sum().item() > 0
+
+    pairs = [
+        PreferencePair(f"p{i}", (Message("Ann", "the cat"),), "Ben", "yes tea", "no", source="test") for i in range(12)
+    ]
+    write_pairs(runs / "pairs.jsonl", pairs)
+    body = (
+        f"init_from: {runs / 'sft'}\ndata: {data_dir}\nmax_pair_tokens: 96\nheldout_fraction: 0.2\npairs:\n"
+        f"  - {{kind: on_policy, scorer: {runs / 'engagement'}, n_contexts: 40, n_candidates: 3,"
+        " max_context_tokens: 40, max_new_tokens: 12}\n"
+        f"  - {{kind: file, path: {runs / 'pairs.jsonl'}}}\n"
+    )
+    figures = finished("dpo", runs, body)
+    assert figures["training_pairs"] + figures["heldout_pairs"] >= 12
+    assert {"heldout_accuracy", "heldout_length_only_accuracy", "heldout_margin"} <= figures.keys()
+    assert list((runs / "dpo" / "reference").glob("reference_*.safetensors"))
+    before, after = load_model(runs / "sft" / "model"), load_model(runs / "dpo" / "model")
+    assert not torch.equal(before.embed_tokens.weight, after.embed_tokens.weight)
+    again = run("dpo", runs / "dpo.yaml")
+    assert again.returncode == 0
+    assert "finished already" in again.stdout
+
+
+def test_both_sides_of_a_pair_are_scored_as_if_alone(runs: Path) -> None:
+    model = load_model(runs / "pretrain" / "model")
+    tokenizer = DialogueTokenizer.load(runs / "pretrain" / "model")
+    prompt = encode_prompt(tokenizer, [Message("Ann", "the cat sat")], "Ben")
+    pairs = [
+        EncodedPair(prompt, encode_reply(tokenizer, "tea"), encode_reply(tokenizer, "you and me")),
+        EncodedPair(prompt[:4], encode_reply(tokenizer, "no no no"), encode_reply(tokenizer, "why")),
+    ]
+    together = reply_logprobs(model, PairRows(pairs).collate(torch.arange(2).numpy()))
+    replies = [(pairs[0].prompt, pairs[0].chosen), (pairs[1].prompt, pairs[1].chosen)]
+    replies += [(pairs[0].prompt, pairs[0].rejected), (pairs[1].prompt, pairs[1].rejected)]
+    for logprob, (context, reply) in zip(together, replies, strict=True):
+        tokens = torch.tensor([*context, *reply])
+        logprobs_TV = model.logits(model(tokens, Documents.from_lengths([len(tokens)]))).log_softmax(-1)
+        alone = sum(logprobs_TV[len(context) - 1 + i, token] for i, token in enumerate(reply))
+        assert float(logprob) == pytest.approx(float(alone), rel=1e-4)  # type: ignore[arg-type]
+
+
+def test_long_prompts_lose_their_oldest_messages(runs: Path) -> None:
+    tokenizer = DialogueTokenizer.load(runs / "pretrain" / "model")
+    messages = tuple(Message("Ann", f"the cat sat {'tea ' * i}") for i in range(6))
+    pair = PreferencePair("p", messages, "Ben", "yes", "no no no", source="test")
+    (encoded,) = encode_pairs([pair], tokenizer, 60)
+    assert len(encoded.prompt) + max(len(encoded.chosen), len(encoded.rejected)) <= 60
+    kept = next(n for n in range(7) if encode_prompt(tokenizer, messages[n:], "Ben") == encoded.prompt)
+    assert 0 < kept < 6
+    assert encode_pairs([pair], tokenizer, 5) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("init_from: {runs}/nowhere", "init_from"),
+        ("evaluation_rows: 8\nevaluation_row: 8", "did you mean"),
+        ("data: {runs}/nodata", "nodata"),
+    ],
+)
+def test_wrong_recipes_end_in_one_clear_message(runs: Path, data_dir: Path, change: str, message: str) -> None:
+    values = {"init_from": f"{runs / 'pretrain'}", "data": f"{data_dir}", "evaluation_rows": "8"}
+    lines = [f"{key}: {value}" for key, value in values.items() if not change.startswith(f"{key}:")]
+    recipe = runs / "wrong.yaml"
+    body = "\n".join([*lines, change.format(runs=runs)])
+    recipe.write_text(f"stage: sft\nrun_dir: {runs / 'wrong'}\n{body}\n{LOOP}")
+    done = run("sft", recipe)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
