@@ -1,6 +1,7 @@
 """Fifty steps of the demo's architecture on the demo's data, one thread: the losses are those written down.
 
-After a change that is meant to change them: `DRAMATIS_WRITE_GOLDEN=1 python -m pytest tests/train/test_golden_losses.py`.
+After a change that is meant to change them:
+`DRAMATIS_WRITE_GOLDEN=1 python -m pytest tests/train/test_golden_losses.py`.
 """
 
 from __future__ import annotations
