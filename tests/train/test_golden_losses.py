@@ -1,11 +1,6 @@
 """Fifty steps of the demo's architecture on the demo's data, one thread: the losses are those written down.
 
-<<<<<<< HEAD
 To write them anew after a change that is meant to change them, run this file with DRAMATIS_WRITE_GOLDEN=1.
-=======
-After a change that is meant to change them:
-`DRAMATIS_WRITE_GOLDEN=1 python -m pytest tests/train/test_golden_losses.py`.
->>>>>>> pipeline2
 """
 
 from __future__ import annotations
