@@ -58,7 +58,9 @@ class Chat:
 
     def answer(self) -> None:
         """Stream the character's reply; Ctrl-C ends it, and what was written so far stays."""
-        seed = secrets.randbits(62) if self._arguments.seed is None else self._arguments.seed
+        # one seed for every turn would draw by the same noise each time, and a weak model would say the same
+        given = self._arguments.seed
+        seed = secrets.randbits(62) if given is None else (given * 1_000_003 + len(self.messages)) % 2**63
         sampling = self._replier.sampling(self._arguments.max_tokens, self._temperature, self._top_k, self._top_p, seed)
         began = time.perf_counter()
         reply: Reply | None = None

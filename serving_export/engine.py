@@ -120,6 +120,7 @@ class Engine:
         self._generators: dict[int, torch.Generator] = {}
         self._wake = threading.Condition()
         self._stopping = False
+        self._refusing = False
         self._thread: threading.Thread | None = None
 
     @property
@@ -143,12 +144,18 @@ class Engine:
     def start(self) -> None:
         """Run the loop in a thread of its own until `stop`."""
         assert self._thread is None, "the engine runs already"
-        self._stopping = False
+        self._stopping = self._refusing = False
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
+    def refuse_all(self) -> None:
+        """Cancel whatever is left and refuse what comes; the loop goes on until `stop`."""
+        with self._wake:
+            self._refusing = True
+
     def stop(self) -> None:
         """Cancel whatever is left and end the loop's thread."""
+        self.refuse_all()
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -156,8 +163,6 @@ class Engine:
             self._thread.join()
             self._thread = None
         self._drain_inbox()
-        for generation in [*self._running, *self._waiting]:
-            generation.cancel()
         self._drop_cancelled()
 
     def submit(
@@ -179,7 +184,7 @@ class Engine:
             raise PromptError(f"max_new_tokens is {sampling.max_new_tokens}; expected at least 1")
         sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
         with self._wake:
-            if self._stopping:
+            if self._refusing:
                 raise QueueFull("the engine is shutting down")
             if self.n_waiting >= self.max_waiting:
                 raise QueueFull(f"{self.max_waiting} requests are waiting already")
@@ -218,7 +223,7 @@ class Engine:
 
     def _drop_cancelled(self) -> None:
         for generation in [*self._running, *self._waiting]:
-            if generation.cancelled:
+            if generation.cancelled or self._refusing:
                 self._end(generation, "cancelled")
 
     def _admit(self) -> None:

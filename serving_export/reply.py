@@ -17,7 +17,11 @@ FinishReason = Literal["stop", "length"]
 
 
 class GenerationFailed(RuntimeError):  # noqa: N818 (reads as what happened)
-    """The engine ended a reply by itself: an error, or a shutdown."""
+    """The engine ended a reply by itself: because of an error, or (`by_shutdown`) because it is stopping."""
+
+    def __init__(self, by_shutdown: bool):
+        super().__init__("the server is shutting down" if by_shutdown else "the engine failed; its log says why")
+        self.by_shutdown = by_shutdown
 
 
 class Replier:
@@ -108,7 +112,7 @@ class Reply:
         if event.finish_reason is None:
             return new
         if event.finish_reason not in ("stop", "length"):
-            raise GenerationFailed(f"the reply was ended by the engine: {event.finish_reason}")
+            raise GenerationFailed(by_shutdown=event.finish_reason == "cancelled")
         new += self._text.finish()
         self.finish_reason = event.finish_reason
         content = self.drawn[:-1] if event.finish_reason == "stop" else self.drawn

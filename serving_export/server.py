@@ -35,7 +35,7 @@ from serving_export.reply import GenerationFailed, Replier, Reply
 CHAT_PAGE = Path(__file__).with_name("chat_page.html")
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 MAX_BODY_BYTES = 16 * 2**20
-SHUTDOWN_SECONDS = 10
+SHUTDOWN_SECONDS = 5
 
 
 class ChatServer:
@@ -71,7 +71,7 @@ class ChatServer:
                 return Response(status_code=499)  # nobody reads it; the status is for the metrics
             return JSONResponse(finishing.result())
         except GenerationFailed as error:
-            return error_response(RequestError(str(error), status=500))
+            return error_response(_failure(error))
         finally:
             answer.cancel()
             leaving.cancel()
@@ -170,7 +170,7 @@ class Answer:
             if with_usage:
                 yield _sse(self._completion.usage_chunk(self._usage()))
         except GenerationFailed as error:
-            yield _sse(RequestError(str(error), status=500).body())
+            yield _sse(_failure(error).body())
         finally:
             self.cancel()
         yield "data: [DONE]\n\n"
@@ -199,6 +199,19 @@ class Answer:
         """Free whatever is still being generated."""
         for reply in self._replies:
             reply.cancel()
+
+
+class GracefulServer(uvicorn.Server):
+    """A server that, told to stop, gives running replies some seconds and then ends them with a proper answer."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine):
+        super().__init__(config)
+        self._engine = engine
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop accepting, wait, refuse what is left."""
+        asyncio.get_running_loop().call_later(SHUTDOWN_SECONDS, self._engine.refuse_all)
+        await super().shutdown(sockets)
 
 
 def create_app(bundle: Bundle, engine: Engine) -> FastAPI:
@@ -246,6 +259,10 @@ def error_response(error: RequestError) -> Response:
     """An error as OpenAI's clients expect it."""
     headers = {"Retry-After": "1"} if error.status == 503 else None
     return JSONResponse(error.body(), error.status, headers)
+
+
+def _failure(error: GenerationFailed) -> RequestError:
+    return RequestError(str(error), status=503 if error.by_shutdown else 500)
 
 
 async def _json_body(request: Request) -> object:
@@ -327,10 +344,11 @@ def main(argv: list[str] | None = None) -> int:
         # uvicorn raises the signal that ended it once more, for these handlers to swallow: a stop is a success
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
+        # its own timeout, which cuts connections, is only for clients that do not read
         config = uvicorn.Config(
-            create_app(bundle, engine), log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS
+            create_app(bundle, engine), log_level="warning", timeout_graceful_shutdown=3 * SHUTDOWN_SECONDS
         )
-        uvicorn.Server(config).run(sockets=[bound])
+        GracefulServer(config, engine).run(sockets=[bound])
     console.print("stopped")
     return 0
 

@@ -11,7 +11,7 @@ from data.dialogue import Message, encode_prompt
 from data.tokenizer import DialogueTokenizer
 from model.generate import generate
 from model.transformer import Transformer
-from serving_export.engine import Engine, Event
+from serving_export.engine import Engine, Event, QueueFull
 from serving_export.reply import GenerationFailed, Replier
 
 
@@ -75,5 +75,16 @@ def test_leaving_the_stream_cancels(replier: Replier) -> None:
 
 def test_failure_is_raised(replier: Replier, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replier.engine.model, "extend", lambda *_: 1 / 0)
-    with pytest.raises(GenerationFailed, match="error"):
+    with pytest.raises(GenerationFailed, match="engine failed"):
         list(replier.stream(ASKED, "Ada", replier.sampling(5, 0, 0, 1.0, 0)))
+
+
+def test_shutdown_is_said(replier: Replier) -> None:
+    stream = replier.stream(ASKED, "Ada", replier.sampling(None, 1.0, 0, 1.0, 1))
+    next(stream)
+    replier.engine.refuse_all()
+    with pytest.raises(GenerationFailed, match="shutting down") as caught:
+        list(stream)
+    assert caught.value.by_shutdown
+    with pytest.raises(QueueFull, match="shutting down"):
+        next(replier.stream(ASKED, "Ada", replier.sampling(5, 1.0, 0, 1.0, 1)))
