@@ -1,4 +1,4 @@
-"""An export end to end: the bundle verifies, transformers serves it, it is repeatable, and vanishes when it is wrong."""
+"""An export end to end: the bundle verifies, transformers serves it, it is repeatable, it vanishes when it is wrong."""
 
 from __future__ import annotations
 
