@@ -142,10 +142,8 @@ def export(recipe: ExportRecipe, console: Console) -> str:
 
 def key_figure(parity: Parity) -> str:
     """One line of what was checked."""
-    return (
-        f"logits equal to {parity.max_logit_difference:.0e}, {parity.n_conversations} conversations, "
-        f"{parity.n_texts} hostile texts"
-    )
+    difference = f"{parity.max_logit_difference:.0e}".replace("e-0", "e-")
+    return f"logits equal to {difference}, {parity.n_conversations} conversations, {parity.n_texts} hostile texts"
 
 
 def remove_bundle(directory: Path) -> None:
@@ -170,6 +168,7 @@ def _stage(staging: Path, recipe: ExportRecipe, console: Console) -> Parity:
     write_manifest(staging, BUNDLE_FILES, model.config, DTYPES[recipe.dtype].itemsize, figures, versions)
     verify(staging)
     for path in staging.iterdir():
+        path.chmod(0o644)  # the bundle is often served by another user
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.dialogue import CONTROL_SURFACES, NARRATOR, Dialogue, Message, encode_dialogue, encode_prompt, escape
+from data.dialogue import (
+    CONTROL_SURFACES,
+    NARRATOR,
+    Dialogue,
+    Message,
+    encode_dialogue,
+    encode_message,
+    encode_prompt,
+    escape,
+)
 from data.tokenizer import DialogueTokenizer
 from model.attention_ops import Documents
 from model.generate import Sampling, generate
@@ -147,14 +156,17 @@ def check_logits(
     return Parity(len(dialogues), n_long, n_tokens, worst, n_greedy, n_ties, 0)
 
 
-def greedy_prompt(tokenizer: DialogueTokenizer, dialogue: Dialogue, max_tokens: int) -> list[int] | None:
-    """The prompt of the last reply of the character that fits `max_tokens`; None when none fits."""
-    places = [i for i, message in enumerate(dialogue.messages) if message.speaker == dialogue.character and i > 0]
-    for place in reversed(places):
-        prompt = encode_prompt(tokenizer, dialogue.messages[:place], dialogue.character)
-        if len(prompt) <= max_tokens:
-            return prompt
-    return None
+def reply_place(tokenizer: DialogueTokenizer, dialogue: Dialogue, max_tokens: int) -> int | None:
+    """The number of the character's last message whose prompt has at most `max_tokens`; None when there is none."""
+    n_tokens = len(encode_prompt(tokenizer, [], dialogue.character))
+    place = None
+    for number, message in enumerate(dialogue.messages):
+        if n_tokens > max_tokens:
+            break
+        if number and message.speaker == dialogue.character:
+            place = number
+        n_tokens += len(encode_message(tokenizer, message))
+    return place
 
 
 def choose_conversations(tokenizer: DialogueTokenizer, dialogues: Sequence[Dialogue], n: int) -> list[Dialogue]:
@@ -170,7 +182,7 @@ def choose_conversations(tokenizer: DialogueTokenizer, dialogues: Sequence[Dialo
 def _largest_difference(model: Transformer, peer: Any, ids: list[int]) -> float:
     tokens_T = torch.tensor(ids)
     ours_TV = model.logits(model(tokens_T, Documents.from_lengths([len(ids)])))
-    theirs_TV: Tensor = peer(tokens_T[None]).logits[0]
+    theirs_TV: Tensor = peer(tokens_T[None], use_cache=False).logits[0]
     return float((ours_TV - theirs_TV).abs().max())
 
 
@@ -178,9 +190,10 @@ def _compare_greedy(
     model: Transformer, peer: Any, tokenizer: DialogueTokenizer, dialogue: Dialogue, limit: float
 ) -> tuple[int, bool]:
     """(tokens compared, whether a near-tie ended the comparison)."""
-    prompt = greedy_prompt(tokenizer, dialogue, model.config.max_length - GREEDY_TOKENS)
-    if prompt is None:
+    reply = reply_place(tokenizer, dialogue, model.config.max_length - GREEDY_TOKENS)
+    if reply is None:
         return 0, False
+    prompt = encode_prompt(tokenizer, dialogue.messages[:reply], dialogue.character)
     sampling = Sampling(max_new_tokens=GREEDY_TOKENS, stop_ids=(tokenizer.end_id,), temperature=0.0)
     ours = generate(model, [prompt], sampling)[0][0].tokens
     theirs = peer.generate(
@@ -245,7 +258,10 @@ def _shown(text: str) -> str:
 def transformers_peer(directory: Path) -> tuple[Any, Any]:
     """(model in float32, tokenizer) that transformers loads from a bundle. Raises ParityError when it cannot."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
     model, info = loaded
     strange = {key: sorted(info[key])[:N_SHOWN] for key in ("missing_keys", "unexpected_keys") if info[key]}

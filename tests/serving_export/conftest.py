@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -19,6 +21,15 @@ SENTENCES = [
     "Ich weiß nicht, was soll es bedeuten, daß ich so traurig bin.",
     "user narrator Ada Bob and the other ones talk about the weather and the rain",
 ]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tensors this small gain nothing from threads, and lose much when the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
