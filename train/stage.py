@@ -108,7 +108,7 @@ def packed_stage(
     count: Callable[[PackedBatch], int],
     extra: Callable[[Engine, list[PackedBatch]], dict[str, float]] = lambda engine, batches: {},
 ) -> Stage:
-    """A stage over packed shards, evaluated on `evaluation_rows` evenly spread held-out rows (by `extra` on them too)."""
+    """A stage over packed shards, evaluated on `evaluation_rows` evenly spread held-out rows (also by `extra`)."""
     numbers = spread_rows(heldout.n_rows, evaluation_rows)
     parts = [numbers[at : at + rows_per_micro_batch] for at in range(0, len(numbers), rows_per_micro_batch)]
     if len(parts) < world.size:
