@@ -180,7 +180,7 @@ def _run(
         )
         engine = Engine(job.module, recipe.engine, recipe.optimizer, world)
         checkpoints = Checkpoints(run_dir / "checkpoints", recipe.loop.keep, world, console)
-        start = _resume(checkpoints, engine, job.stage.rows, recipe.seed, console)
+        start = resume(checkpoints, engine, job.stage.rows, console)
         metrics = None
         if world.is_main:
             first = start.step if start else -1
@@ -210,9 +210,11 @@ def _run(
     return 0
 
 
-def _resume(
-    checkpoints: Checkpoints, engine: Engine, rows: Rows, seed: int, console: Console
-) -> CheckpointState | None:
+def resume(checkpoints: Checkpoints, engine: Engine, rows: Rows, console: Console) -> CheckpointState | None:
+    """Load the newest sound checkpoint into `engine`; None when there is none.
+
+    Raises CheckpointError when it was trained on data with another fingerprint.
+    """
     found = checkpoints.newest()
     if found is None:
         return None
