@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,17 +83,21 @@ def plan(folder: Path, runs: str | None, overrides: Sequence[str]) -> list[Plann
         raise RecipeError(f"{folder}: no such folder; expected one with {PIPELINE_FILE}, such as recipes/demo")
     pipeline = load_recipe(PipelineRecipe, folder / PIPELINE_FILE)
     names = [Path(entry.recipe).stem for entry in pipeline.stages]
+    common = pipeline.runs.rstrip("/")
     if repeated := {name for name in names if names.count(name) > 1}:
         raise RecipeError(f"{folder / PIPELINE_FILE}: stages: {', '.join(sorted(repeated))} given twice")
     given = _by_stage(overrides, names)
     planned, problems = [], []
     for name, entry in zip(names, pipeline.stages, strict=True):
         try:
-            planned.append(_plan_stage(name, entry, folder, pipeline.runs, runs, given[name]))
+            planned.append(_plan_stage(name, entry, folder, common, runs, given[name]))
         except RecipeError as error:
             problems.append(str(error))
     if problems:
         raise RecipeError("\n".join(problems))
+    directories = [one.run_dir for one in planned]
+    if shared := {str(run_dir) for run_dir in directories if directories.count(run_dir) > 1}:
+        raise RecipeError(f"{folder}: run_dir {', '.join(sorted(shared))} is that of two stages; each needs its own")
     return planned
 
 
@@ -179,7 +182,7 @@ def run(stages: Sequence[Planned], console: Console, stops: StopRequests) -> int
         if stops.received:
             left = "is finished" if done else "has stopped"
             console.print(f"{planned.name} {left}; the same command continues from here", highlight=False)
-            return 130 if stops.received[0] == signal.SIGINT else 0
+            return 128 + stops.received[0]
         if done is None or (ended and ended.code):
             assert ended is not None
             return _tell_failure(planned, ended, console)
@@ -224,7 +227,7 @@ def _tell_failure(planned: Planned, ended: Ended, console: Console) -> int:
         f"to run it alone: {shlex.join([*words, *planned.overrides])}\nto continue:     the same command again",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
-    return ended.code if ended.code > 0 else 1
+    return ended.code if ended.code > 0 else 128 - ended.code if ended.code < 0 else 1
 
 
 def _tell_end(stages: Sequence[Planned], rows: Sequence[Row], console: Console) -> None:

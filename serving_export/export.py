@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 from data.atomic_file import sync_directory, write_json
 from data.dialogue import Dialogue, check_speaker, read_dialogues
+from data.prompt import DEFAULT_TEMPLATE, PromptTemplate
 from data.tokenizer import MODEL_FILE, DialogueTokenizer
 from model.config import ModelConfig
 from model.portability import describe
@@ -47,7 +48,7 @@ from serving_export.tokenizer_json import tokenizer_config, tokenizer_json
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BUNDLE_FILES = (
     "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-    "chat_template.jinja", MODEL_FILE, SERVING,
+    "chat_template.jinja", "prompt.yml.j2", MODEL_FILE, SERVING,
 )  # fmt: skip
 _STAGING = ".staging"
 _RUN_FILES = ("done.json", "recipe.yaml", "run.json", "environment.json")
@@ -102,6 +103,7 @@ def write_bundle(directory: Path, model: Transformer, tokenizer: DialogueTokeniz
     write_json(directory / "tokenizer_config.json", tokenizer_config(config.max_length))
     template = chat_template(names.user, names.character)
     (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+    (directory / "prompt.yml.j2").write_text(DEFAULT_TEMPLATE, encoding="utf-8")
     tokenizer.save(directory / MODEL_FILE)
     write_defaults(directory, Defaults(names.user, names.character, config.max_length))
 
@@ -114,7 +116,8 @@ def check_bundle(
     model = load_exported_model(directory)
     peer, peer_tokenizer = transformers_peer(directory)
     chosen = choose_conversations(tokenizer, dialogues, recipe.n_parity_conversations)
-    n_texts = check_tokens(tokenizer, peer_tokenizer, chosen, (recipe.names.user, recipe.names.character))
+    template = PromptTemplate.load(directory / "prompt.yml.j2")
+    n_texts = check_tokens(tokenizer, peer_tokenizer, template, chosen, (recipe.names.user, recipe.names.character))
     parity = check_logits(model, peer, tokenizer, chosen, recipe.max_logit_difference, on_progress)
     return replace(parity, n_texts=n_texts)
 

@@ -20,6 +20,7 @@ from data.dialogue import (
     encode_prompt,
     escape,
 )
+from data.prompt import PromptTemplate
 from data.tokenizer import DialogueTokenizer
 from model.attention_ops import Documents
 from model.generate import Sampling, generate
@@ -90,11 +91,14 @@ class Parity:
 def check_tokens(
     tokenizer: DialogueTokenizer,
     peer: Any,
+    template: PromptTemplate,
     dialogues: Sequence[Dialogue],
     names: tuple[str, str],
     texts: Sequence[str] = HOSTILE_TEXTS,
 ) -> int:
-    """Compare ids of our tokenizer, of `peer` (transformers' of the bundle) and of its chat template; texts compared.
+    """Compare ids of our tokenizer, of `peer` (transformers' of the bundle), its chat template and its prompt template.
+
+    Returns how many texts were compared.
 
     `names` are the bundle's user and character. Raises ParityError listing the texts whose ids differ.
     """
@@ -108,7 +112,11 @@ def check_tokens(
     spoken = [_as_chat(dialogue) for dialogue in dialogues]
     for number, (messages, character) in enumerate([*hostile, *spoken]):
         user, default = names
-        expected = encode_prompt(tokenizer, dialogue_of(messages, user, character or default), character or default)
+        said = dialogue_of(messages, user, character or default)
+        expected = encode_prompt(tokenizer, said, character or default)
+        values = {"messages": said, "character": character or default, "scene": None}
+        if template.render(values, tokenizer).tokens != expected:
+            wrong.append(f"prompt.yml.j2, conversation {number} ({_shown(str(messages))})")
         wish = {} if character is None else {"character": character}
         ids = list(peer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **wish))
         if ids != expected:

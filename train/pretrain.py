@@ -12,6 +12,7 @@ from rich.table import Table
 
 from data.batch import PackedBatch
 from eval.ngram import ngram_losses
+from eval.scoring import spread_rows
 from model.config import ModelConfig
 from model.transformer import Transformer
 from recipes.loader import parse_command_line
@@ -26,7 +27,6 @@ from train.stage import (
     open_data,
     packed_stage,
     run_stage,
-    sample_of_rows,
     summarize,
 )
 
@@ -56,7 +56,7 @@ def prepare(recipe: PretrainRecipe, world: World, console: Console) -> Job:
         loss = outcome.last_evaluation["heldout_loss"]
         if not recipe.ngram_baselines:
             return f"held-out loss {loss:.3f} nats/token", {"heldout_loss": loss}
-        rows = sample_of_rows(heldout, recipe.evaluation_rows)
+        rows = spread_rows(heldout.n_rows, recipe.evaluation_rows)
         baselines = ngram_losses(dataset, heldout, rows) if world.is_main else {}
         _print_comparison(loss, baselines, console)
         best = min(baselines, key=lambda name: baselines[name], default="")

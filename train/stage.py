@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import NonNegativeInt, PositiveInt
 from rich.console import Console
 from torch import nn
 
 from data.batch import PackedBatch, collate
-from data.sampler import RowOrder
 from data.shards import PackedDataset
+from eval.scoring import spread_rows
 from model.attention_ops import Backend, Documents, choose_backend
 from model.config import ModelConfig
 from model.portability import describe
@@ -100,11 +99,6 @@ def load_trunk(run_dir: str, attention: Backend) -> Transformer:
     return load_model(Path(run_dir) / "model", attention=attention).train()
 
 
-def sample_of_rows(dataset: PackedDataset, count: int) -> np.ndarray:
-    """The same `count` rows in every run. Packing sorts documents by length, so the first rows are no fair sample."""
-    return RowOrder(dataset.n_rows, seed=0).rows(0, min(count, dataset.n_rows))
-
-
 def packed_stage(
     dataset: PackedDataset,
     heldout: PackedDataset,
@@ -114,8 +108,8 @@ def packed_stage(
     count: Callable[[PackedBatch], int],
     extra: Callable[[Engine, list[PackedBatch]], dict[str, float]] = lambda engine, batches: {},
 ) -> Stage:
-    """A stage over packed shards, evaluated on `evaluation_rows` held-out rows (and by `extra` on these)."""
-    numbers = sample_of_rows(heldout, evaluation_rows)
+    """A stage over packed shards, evaluated on `evaluation_rows` evenly spread held-out rows (also by `extra`)."""
+    numbers = spread_rows(heldout.n_rows, evaluation_rows)
     parts = [numbers[at : at + rows_per_micro_batch] for at in range(0, len(numbers), rows_per_micro_batch)]
     if len(parts) < world.size:
         raise LoopError(f"{len(numbers)} held-out rows are too few for {world.size} ranks; raise evaluation_rows")
@@ -186,7 +180,7 @@ def _run(
         )
         engine = Engine(job.module, recipe.engine, recipe.optimizer, world)
         checkpoints = Checkpoints(run_dir / "checkpoints", recipe.loop.keep, world, console)
-        start = _resume(checkpoints, engine, job.stage.rows, recipe.seed, console)
+        start = resume(checkpoints, engine, job.stage.rows, console)
         metrics = None
         if world.is_main:
             first = start.step if start else -1
@@ -216,9 +210,11 @@ def _run(
     return 0
 
 
-def _resume(
-    checkpoints: Checkpoints, engine: Engine, rows: Rows, seed: int, console: Console
-) -> CheckpointState | None:
+def resume(checkpoints: Checkpoints, engine: Engine, rows: Rows, console: Console) -> CheckpointState | None:
+    """Load the newest sound checkpoint into `engine`; None when there is none.
+
+    Raises CheckpointError when it was trained on data with another fingerprint.
+    """
     found = checkpoints.newest()
     if found is None:
         return None

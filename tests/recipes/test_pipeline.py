@@ -208,7 +208,7 @@ def waiting_stage(process: subprocess.Popen[str]) -> psutil.Process:
     raise AssertionError("the stage did not start")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stop_request_reaches_the_stage(folder: Path, number: int, code: int) -> None:
     process = start(folder, "first.do=wait")
     stage = waiting_stage(process)
