@@ -6,7 +6,6 @@ The bundle is run_dir itself: a Hugging Face model directory with manifest.json.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import time
@@ -22,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 
-from data.atomic_file import sync_directory, write_json
+from data.atomic_file import sync_path, write_json
 from data.dialogue import Dialogue, check_speaker, read_dialogues
 from data.prompt import DEFAULT_TEMPLATE, PromptTemplate
 from data.tokenizer import MODEL_FILE, DialogueTokenizer
@@ -139,7 +138,7 @@ def export(recipe: ExportRecipe, console: Console) -> str:
     for name in (*BUNDLE_FILES, MANIFEST):
         (staging / name).replace(target / name)
     staging.rmdir()
-    sync_directory(target)
+    sync_path(target)
     return key_figure(parity)
 
 
@@ -172,11 +171,7 @@ def _stage(staging: Path, recipe: ExportRecipe, console: Console) -> Parity:
     verify(staging)
     for path in staging.iterdir():
         path.chmod(0o644)  # the bundle is often served by another user
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_path(path)
     return parity
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -12,7 +10,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from data.atomic_file import sync_path
 from data.sampler import DataPosition
+from data.shards import file_sha256
 from train.engine import World
 
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
@@ -85,19 +85,19 @@ class Checkpoints:
     def _complete(self, staging: Path, target: Path, state: CheckpointState) -> None:
         content = {**asdict(state), "position": state.position.to_dict()}
         (staging / STATE).write_text(json.dumps(content, indent=2) + "\n")
-        hashes = {str(path.relative_to(staging)): _sha256(path) for path in _files(staging)}
+        hashes = {str(path.relative_to(staging)): file_sha256(path) for path in _files(staging)}
         (staging / MANIFEST).write_text(json.dumps(hashes, indent=2) + "\n")
         for path in (*_files(staging), *(p for p in staging.rglob("*") if p.is_dir()), staging):
-            _sync(path)
+            sync_path(path)
         if target.exists():
             shutil.rmtree(target)
         staging.rename(target)
-        _sync(self.directory)
+        sync_path(self.directory)
         pointer = self.directory / f".{LATEST}"
         pointer.write_text(target.name + "\n")
-        _sync(pointer)
+        sync_path(pointer)
         pointer.rename(self.directory / LATEST)
-        _sync(self.directory)
+        sync_path(self.directory)
         for old in sorted(self.directory.glob("step_*"))[: -self._keep]:
             # out of sight first: a half-removed directory must not look like a checkpoint
             doomed = old.rename(old.with_name(f".removing_{old.name}"))
@@ -117,7 +117,7 @@ def damage(path: Path) -> str | None:
     for name, expected in hashes.items():
         if not (path / name).is_file():
             return f"{name} is missing"
-        if _sha256(path / name) != expected:
+        if file_sha256(path / name) != expected:
             return f"{name} does not have the hash it was written with"
     return None
 
@@ -138,16 +138,3 @@ def _attempt(action: Callable[[], None]) -> str | None:
 
 def _files(directory: Path) -> Iterator[Path]:
     return (path for path in sorted(directory.rglob("*")) if path.is_file())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
