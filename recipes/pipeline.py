@@ -61,6 +61,13 @@ class Planned:
     def run_dir(self) -> Path:
         return Path(self.written["run_dir"])
 
+    def typed(self) -> str:
+        """What a user types to run this stage alone."""
+        words = self.stage.command(str(self.recipe_path))
+        if self.nproc_per_node > 1:
+            words = words.replace("--standalone", f"--standalone --nproc-per-node {self.nproc_per_node}", 1)
+        return " ".join([words, shlex.join(self.overrides)]).strip()
+
     def command(self) -> list[str]:
         """The words of the child's command line."""
         torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(self.nproc_per_node), "-m"]
@@ -221,10 +228,9 @@ def stage_environment(nproc_per_node: int) -> dict[str, str]:
 
 def _tell_failure(planned: Planned, ended: Ended, console: Console) -> int:
     how = f"failed with exit code {ended.code}" if ended.code else "ended before it was finished"
-    words = shlex.split(planned.stage.command(str(planned.recipe_path)))
     console.print(f"\n[bold red]{planned.name} {how}[/] after {_minutes(ended.seconds)}", highlight=False)
     console.print(
-        f"to run it alone: {shlex.join([*words, *planned.overrides])}\nto continue:     the same command again",
+        f"to run it alone: {planned.typed()}\nto continue:     the same command again",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
     return ended.code if ended.code > 0 else 128 - ended.code if ended.code < 0 else 1
@@ -253,17 +259,30 @@ def _tell_end(stages: Sequence[Planned], rows: Sequence[Row], console: Console) 
         console.print(f"chat:   make chat{'' if bundle == DEMO_BUNDLE else f' BUNDLE={bundle}'}", highlight=False)
 
 
+def _texts(node: Any) -> Iterator[str]:
+    """Every text value of a recipe's data."""
+    if isinstance(node, dict | list):
+        for value in node.values() if isinstance(node, dict) else node:
+            yield from _texts(value)
+    elif isinstance(node, str):
+        yield node
+
+
 def _minutes(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def _tell_plan(stages: Sequence[Planned], console: Console) -> None:
     table = Table("stage", "state", "command", title="what would run", title_justify="left")
+    again: set[str] = set()
     for planned in stages:
         state, differences = inspect_run_directory(planned.run_dir, planned.written)
         shown = "of another recipe or inputs" if differences else state.value
-        words = shlex.split(planned.stage.command(str(planned.recipe_path)))
-        table.add_row(planned.name, shown, shlex.join([*words, *planned.overrides]))
+        if state is RunState.FINISHED and not differences and again & set(_texts(planned.written)):
+            shown = "finished, but an input runs again"
+        if shown != RunState.FINISHED.value:
+            again.add(str(planned.run_dir))
+        table.add_row(planned.name, shown, planned.typed())
     console.print(table)
 
 
