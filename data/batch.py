@@ -2,14 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from data.shards import PackedDataset
+from data.sampler import Rows
 from data.tokenizer import DialogueTokenizer
 
 _PAD_ID = DialogueTokenizer.pad_id
+
+
+class PackedRows(Rows, Protocol):
+    """Numbered rows of packed documents: shards on disk (data.shards), or made up (data.synthetic)."""
+
+    def gather(self, row_indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """tokens_RL int64, trained_RL uint8, label_RL int8, and all documents' lengths, one after the other, int32."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +39,18 @@ class PackedBatch:
     document_lengths: torch.Tensor
     row_length: int
 
-    def to(self, device: torch.device | str) -> "PackedBatch":
+    def to(self, device: torch.device) -> "PackedBatch":
         """The same batch on a device (`document_lengths` too)."""
-        tensors = {
-            f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.name != "row_length"
-        }
+        tensors = {f.name: to_device(getattr(self, f.name), device) for f in fields(self) if f.name != "row_length"}
         return PackedBatch(**tensors, row_length=self.row_length)
 
 
-def collate(dataset: PackedDataset, row_indices: Sequence[int] | np.ndarray) -> PackedBatch:
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on the device that nobody waits for: from pageable memory a GPU would first finish all it has to do."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def collate(dataset: PackedRows, row_indices: Sequence[int] | np.ndarray) -> PackedBatch:
     """The rows of `dataset` with these numbers, in this order."""
     tokens_RL, in_answer_RL, label_RL, document_lengths = dataset.gather(row_indices)
     tokens_T = tokens_RL.reshape(-1)

@@ -3,17 +3,16 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pydantic import Field
 
-from data.atomic_file import atomic_file
 from data.dialogue import NARRATOR, Dialogue
-from data.sources.source import Rejected
+from data.sources.source import LeftOut, Rejected
 from recipes.loader import Section
 
 _N_EXAMPLES = 5  # bad records shown in an error
@@ -47,6 +46,20 @@ class Ledger:
         """Count dialogues that were left out for a reason."""
         self.filtered[reason] = self.filtered.get(reason, 0) + count
 
+    @classmethod
+    def total(cls, ledgers: Iterable["Ledger"]) -> "Ledger":
+        """The sums over several sources."""
+        total = cls()
+        for ledger in ledgers:
+            total.read += ledger.read
+            total.quarantined += ledger.quarantined
+            total.duplicates += ledger.duplicates
+            total.kept += ledger.kept
+            total.blank_messages += ledger.blank_messages
+            for reason, count in ledger.filtered.items():
+                total.filter(reason, count)
+        return total
+
     def balance(self) -> None:
         """Assert that no record is lost."""
         gone = self.quarantined + sum(self.filtered.values()) + self.duplicates
@@ -63,18 +76,19 @@ class Ledger:
         }
 
 
-def without_bad(records: Iterable[Dialogue | Rejected], ledger: Ledger, quarantine: Path) -> list[Dialogue]:
+def without_bad(
+    records: Iterable[Dialogue | LeftOut | Rejected], ledger: Ledger, source: str, quarantine: IO[str]
+) -> Iterator[Dialogue]:
     """The dialogues among the records, in order. Bad records are written to `quarantine` (JSONL)."""
-    dialogues: list[Dialogue] = []
-    with atomic_file(quarantine, "w") as file:
-        for record in records:
-            ledger.read += 1
-            if isinstance(record, Dialogue):
-                dialogues.append(record)
-            else:
-                ledger.quarantined += 1
-                file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
-    return dialogues
+    for record in records:
+        ledger.read += 1
+        if isinstance(record, Dialogue):
+            yield record
+        elif isinstance(record, LeftOut):
+            ledger.filter(record.reason)
+        else:
+            ledger.quarantined += 1
+            quarantine.write(json.dumps({"source": source, **asdict(record)}, ensure_ascii=False) + "\n")
 
 
 def passing(dialogues: Iterable[Dialogue], filters: Filters, ledger: Ledger) -> Iterator[Dialogue]:
@@ -88,20 +102,19 @@ def passing(dialogues: Iterable[Dialogue], filters: Filters, ledger: Ledger) -> 
             yield dialogue
 
 
-def check_bad_fraction(ledger: Ledger, max_bad_fraction: float, quarantine: Path, keep_as: Path) -> None:
-    """Raise CleanError when too many records were quarantined; the quarantine is then kept under another name."""
-    if ledger.quarantined <= max_bad_fraction * ledger.read:
-        return
-    os.replace(quarantine, keep_as)
-    examples = []
-    with open(keep_as, encoding="utf-8") as file:
-        for line in islice(file, _N_EXAMPLES):
-            bad = json.loads(line)
-            examples.append(f"\n  {bad['file']}:{bad['line']}: {bad['reason']}")
-    raise CleanError(
-        f"{ledger.quarantined:,} of {ledger.read:,} records are bad, more than max_bad_fraction {max_bad_fraction:g}; "
-        f"all are in {keep_as}. The first:{''.join(examples)}"
-    )
+def check_bad_fraction(ledgers: Mapping[str, Ledger], max_bad_fraction: float, quarantine: Path, keep_as: Path) -> None:
+    """Raise CleanError when too many records of a source were quarantined, however many good ones the others have; the
+    quarantine is then kept under another name."""
+    for source, ledger in ledgers.items():
+        if ledger.quarantined > max_bad_fraction * ledger.read:
+            os.replace(quarantine, keep_as)
+            with open(keep_as, encoding="utf-8") as file:
+                bad = (record for record in map(json.loads, file) if record["source"] == source)
+                examples = [f"\n  {b['file']}:{b['line']}: {b['reason']}" for b in islice(bad, _N_EXAMPLES)]
+            raise CleanError(
+                f"source {source}: {ledger.quarantined:,} of {ledger.read:,} records are bad, more than "
+                f"max_bad_fraction {max_bad_fraction:g}; all are in {keep_as}. The first:{''.join(examples)}"
+            )
 
 
 def without_duplicates(dialogues: Iterable[Dialogue], seen: set[bytes], ledger: Ledger) -> Iterator[Dialogue]:

@@ -43,11 +43,13 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message. `time` is in unix seconds, None when the source has no clock."""
+    """One message. `time` is in unix seconds, None when the source has no clock; `metadata` is what the source knows
+    of this message beside its text, such as a rating."""
 
     speaker: str
     text: str
     time: float | None = None
+    metadata: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         check_speaker(self.speaker)
@@ -58,17 +60,21 @@ class Message:
             isinstance(self.time, (int, float)) and not isinstance(self.time, bool) and math.isfinite(self.time)
         ):
             raise DialogueError(f"time is {self.time!r}: expected a finite number of unix seconds")
+        if self.metadata is not None and not isinstance(self.metadata, Mapping):
+            raise DialogueError(f"metadata is {type(self.metadata).__name__}: expected an object")
 
 
 @dataclass(frozen=True, slots=True)
 class Dialogue:
-    """A conversation. `character` is the speaker whose replies SFT trains; `participants` are the source's raw ids."""
+    """A conversation. `character` is the speaker whose replies SFT trains; `participants` are the source's ids of the
+    people who wrote; `source` is the name of the source in its recipe."""
 
     id: str
     messages: tuple[Message, ...]
     character: str
     participants: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.id, str) or not self.id:
@@ -260,6 +266,7 @@ def to_json(dialogue: Dialogue) -> str:
         "messages": [message_to_record(message) for message in dialogue.messages],
         "participants": list(dialogue.participants),
         "metadata": dict(dialogue.metadata),
+        "source": dialogue.source,
     }
     return json.dumps(record, ensure_ascii=False, allow_nan=False)
 
@@ -281,28 +288,33 @@ def from_json(line: str) -> Dialogue:
         character=record["character"],
         participants=tuple(record.get("participants", ())),
         metadata=record.get("metadata", {}),
+        source=record.get("source", ""),
     )
 
 
 def message_to_record(message: Message) -> dict[str, Any]:
-    """The JSON object of a message; an unknown time is left out."""
+    """The JSON object of a message; an unknown time and absent metadata are left out."""
     record: dict[str, Any] = {"speaker": message.speaker, "text": message.text}
-    return record if message.time is None else record | {"time": message.time}
+    if message.time is not None:
+        record["time"] = message.time
+    if message.metadata is not None:
+        record["metadata"] = dict(message.metadata)
+    return record
 
 
 def messages_from_records(records: object) -> tuple[Message, ...]:
-    """Messages from a JSON list of {"speaker", "text", "time"?}. Raises DialogueError naming the message's number."""
+    """Messages from a JSON list of {"speaker", "text", "time"?, "metadata"?}. Raises DialogueError with the number."""
     if not isinstance(records, list):
         raise DialogueError(f"messages is {type(records).__name__}: expected a list of objects with speaker and text")
     messages = []
     for number, record in enumerate(records):
         if not isinstance(record, dict) or "speaker" not in record or "text" not in record:
             raise DialogueError(f"message {number}: expected an object with speaker and text, found {str(record)[:80]}")
-        unknown = sorted(set(record) - {"speaker", "text", "time"})
+        unknown = sorted(set(record) - {"speaker", "text", "time", "metadata"})
         if unknown:
-            raise DialogueError(f"message {number}: unknown key {unknown[0]!r}; expected speaker, text, time")
+            raise DialogueError(f"message {number}: unknown key {unknown[0]!r}; expected speaker, text, time, metadata")
         try:
-            messages.append(Message(record["speaker"], record["text"], record.get("time")))
+            messages.append(Message(**record))
         except DialogueError as error:
             raise DialogueError(f"message {number}: {error}") from None
     return tuple(messages)

@@ -7,15 +7,15 @@ import hashlib
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from data.atomic_file import atomic_file, write_json
 from data.clean import CleanError, Filters, Ledger, check_bad_fraction, passing, without_bad, without_duplicates
@@ -23,10 +23,11 @@ from data.dialogue import Dialogue, message_body, speaker_prefix, to_json
 from data.packing import EncodedCorpus, best_fit
 from data.prepare_report import key_figure, print_report
 from data.shards import MANIFEST_FILE, PackedDataset, ShardError, packed_rows, write_shards
-from data.sources.registry import AnySource
-from data.sources.source import Rejected, SourceError
+from data.sources.registry import AnySource, named_sources
+from data.sources.source import LeftOut, Rejected, SourceError
 from data.split import SplitError, SplitRule, split
 from data.stable_hash import stable_hash
+from data.steps import StepProgress, Steps
 from data.tokenise import TokeniseError, TokeniseSettings, tokenise
 from data.tokenizer import MODEL_FILE, DialogueTokenizer, TokenizerError, train_tokenizer
 from recipes.loader import Section, parse_command_line, print_recipe
@@ -44,8 +45,6 @@ USER_ERRORS = (
     RunDirectoryError,
     OSError,
 )
-
-StepProgress = Callable[[int], None]
 
 
 class TrainedTokenizer(Section):
@@ -72,14 +71,14 @@ class DataRecipe(Section):
     stage: Literal["data"]
     run_dir: str
     seed: int
-    source: AnySource
+    sources: tuple[AnySource, ...] = Field(min_length=1)
     split: SplitRule
     tokenizer: Annotated[TrainedTokenizer | TokenizerFile, Field(discriminator="kind")]
     row_length: int = Field(ge=16)
     filters: Filters = Filters()
     # A partner who has not written after this time is gone (the engagement label 0); null: any later message counts.
     continue_within_seconds: float | None = Field(gt=0)
-    # More quarantined records than this is an error.
+    # More quarantined records than this, of any one source, is an error.
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     workers: int = Field(default=1, ge=1)
     rows_per_shard: int = Field(default=65_536, ge=1)
@@ -89,50 +88,16 @@ class DataRecipe(Section):
 class Prepared:
     """What a run made, for the manifest and the report."""
 
-    ledger: Ledger
+    ledgers: dict[str, Ledger]
     tokenizer: DialogueTokenizer
     splits: dict[str, dict[str, Any]]
-
-
-class Steps:
-    """The progress display: one line for each step."""
-
-    def __init__(self, console: Console) -> None:
-        columns = (
-            TextColumn("{task.description:24}"),
-            BarColumn(30),
-            TextColumn("{task.completed:>9,} {task.fields[unit]}"),
-        )
-        self._progress = Progress(
-            *columns,
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-
-    def __enter__(self) -> "Steps":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def begin(self, name: str, unit: str = "", total: int | None = None) -> StepProgress:
-        """Start a step; call what it returns with the amount done since."""
-        for task in self._progress.tasks:
-            if task.total is None:
-                self._progress.update(task.id, total=max(task.completed, 1), completed=max(task.completed, 1))
-        task_id = self._progress.add_task(name, total=total, unit=unit)
-        return lambda amount: self._progress.advance(task_id, amount)
 
 
 def prepare(recipe: DataRecipe, steps: Steps) -> Prepared:
     """Write everything of the recipe under its run_dir but done.json; a killed run is repeated, not continued."""
     run_dir = Path(recipe.run_dir)
     (run_dir / MANIFEST_FILE).unlink(missing_ok=True)
-    sides, ledger = select_dialogues(recipe, run_dir / QUARANTINE_FILE, steps)
+    sides, ledgers = select_dialogues(recipe, run_dir / QUARANTINE_FILE, steps)
     tokenizer = _tokenizer(recipe, sides["train"], steps)
     with atomic_file(run_dir / MODEL_FILE) as file:
         file.write(tokenizer.model_bytes)
@@ -149,41 +114,72 @@ def prepare(recipe: DataRecipe, steps: Steps) -> Prepared:
         "tokenizer_sha256": _sha256(tokenizer),
         "vocab_size": tokenizer.vocab_size,
         "row_length": recipe.row_length,
-        "records": ledger.to_dict(),
+        "records": Ledger.total(ledgers.values()).to_dict(),
+        "sources": {name: ledger.to_dict() for name, ledger in ledgers.items()},
         **splits,
     }
     write_json(run_dir / MANIFEST_FILE, manifest)
-    return Prepared(ledger, tokenizer, splits)
+    return Prepared(ledgers, tokenizer, splits)
 
 
-def select_dialogues(recipe: DataRecipe, quarantine: Path, steps: Steps) -> tuple[dict[str, list[Dialogue]], Ledger]:
-    """Read, split, filter and deduplicate.
+def select_dialogues(
+    recipe: DataRecipe, quarantine: Path, steps: Steps
+) -> tuple[dict[str, list[Dialogue]], dict[str, Ledger]]:
+    """Read, split, filter and deduplicate: the two sides, and where the records of each source went.
 
     The split comes first, so that nobody trains who takes part in a held-out session, be it one that the filters drop.
     A training dialogue that repeats a held-out one is dropped, not the other.
     """
-    ledger = Ledger()
-    advance = steps.begin("reading", "records")
-    dialogues = without_bad(_counted(recipe.source.read(), advance), ledger, quarantine)
-    kept_quarantine = quarantine.parent.with_name(f"{quarantine.parent.name}.{QUARANTINE_FILE}")
-    check_bad_fraction(ledger, recipe.max_bad_fraction, quarantine, kept_quarantine)
+    ledgers = {name: Ledger() for name in named_sources(recipe.sources)}
+    dialogues = _read(recipe, ledgers, quarantine, steps)
     sides = split(dialogues, recipe.split, recipe.seed)
-    for reason, count in sides.dropped.items():
-        ledger.filter(reason, count)
+    for reason, dropped in sides.dropped.items():
+        for dialogue in dropped:
+            ledgers[dialogue.source].filter(reason)
     seen: set[bytes] = set()
-    heldout = list(without_duplicates(passing(sides.heldout, recipe.filters, ledger), seen, ledger))
-    train = list(without_duplicates(passing(sides.train, recipe.filters, ledger), seen, ledger))
+    heldout = list(_kept(sides.heldout, recipe.filters, seen, ledgers))
+    train = list(_kept(sides.train, recipe.filters, seen, ledgers))
     if not (train and heldout):
         side = "training" if not train else "held-out"
+        total = Ledger.total(ledgers.values())
         raise CleanError(
-            f"no {side} dialogue is left of {ledger.read:,} records ({_reasons(ledger)}); check source and filters"
+            f"no {side} dialogue is left of {total.read:,} records ({_reasons(total)}); check sources and filters"
         )
-    ledger.kept = len(train) + len(heldout)
-    ledger.balance()
-    return {"train": train, "heldout": heldout}, ledger
+    for ledger in ledgers.values():
+        ledger.balance()
+    return {"train": train, "heldout": heldout}, ledgers
 
 
-def _counted(records: Iterator[Dialogue | Rejected], advance: StepProgress) -> Iterator[Dialogue | Rejected]:
+def _read(recipe: DataRecipe, ledgers: dict[str, Ledger], quarantine: Path, steps: Steps) -> list[Dialogue]:
+    """The dialogues of all sources, one source after the other. Of several, their names make the ids distinct."""
+    dialogues: list[Dialogue] = []
+    with atomic_file(quarantine, "w") as file:
+        for name, source in named_sources(recipe.sources).items():
+            advance = steps.begin(f"reading {name}", "records")
+            prefix = f"{name}/" if len(ledgers) > 1 else ""
+            for dialogue in without_bad(_counted(source.read(), advance), ledgers[name], name, file):
+                dialogues.append(replace(dialogue, id=prefix + dialogue.id, source=name))
+    kept_quarantine = quarantine.parent.with_name(f"{quarantine.parent.name}.{QUARANTINE_FILE}")
+    check_bad_fraction(ledgers, recipe.max_bad_fraction, quarantine, kept_quarantine)
+    return dialogues
+
+
+def _kept(
+    dialogues: Iterable[Dialogue], filters: Filters, seen: set[bytes], ledgers: Mapping[str, Ledger]
+) -> Iterator[Dialogue]:
+    for name, group in groupby(dialogues, key=_source_of):
+        for dialogue in without_duplicates(passing(group, filters, ledgers[name]), seen, ledgers[name]):
+            ledgers[name].kept += 1
+            yield dialogue
+
+
+def _source_of(dialogue: Dialogue) -> str:
+    return dialogue.source
+
+
+def _counted(
+    records: Iterator[Dialogue | LeftOut | Rejected], advance: StepProgress
+) -> Iterator[Dialogue | LeftOut | Rejected]:
     for record in records:
         advance(1)
         yield record
@@ -191,7 +187,7 @@ def _counted(records: Iterator[Dialogue | Rejected], advance: StepProgress) -> I
 
 def _reasons(ledger: Ledger) -> str:
     reasons = {"quarantined": ledger.quarantined, **ledger.filtered, "duplicates": ledger.duplicates}
-    return ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count) or "the source is empty"
+    return ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count) or "the sources are empty"
 
 
 def _tokenizer(recipe: DataRecipe, dialogues: Sequence[Dialogue], steps: Steps) -> DialogueTokenizer:
@@ -221,10 +217,15 @@ def _write_side(
     """Tokenise, pack and write one side; its figures, as they stand in the manifest."""
     settings = TokeniseSettings(recipe.row_length, recipe.continue_within_seconds)
     advance = steps.begin(f"tokenising {name}", "dialogues", len(dialogues))
-    corpus = tokenise(dialogues, tokenizer, settings, recipe.workers, advance)
+    groups = {source: list(group) for source, group in groupby(dialogues, key=_source_of)}
+    parts = tokenise(groups, tokenizer, settings, recipe.workers, advance)
+    corpus = EncodedCorpus.join(list(parts.values()))
     rows = best_fit(corpus.lengths, recipe.row_length)
     advance = steps.begin(f"writing {name}", "rows", len(rows))
     statistics = _statistics(dialogues, corpus, len(rows) * recipe.row_length)
+    statistics["sources"] = {
+        source: {"n_dialogues": len(groups[source]), "n_tokens": len(part.tokens)} for source, part in parts.items()
+    }
     manifest = write_shards(
         directory,
         _counted_rows(packed_rows(corpus, rows, recipe.row_length), advance),
@@ -267,8 +268,8 @@ def _sha256(tokenizer: DialogueTokenizer) -> str:
 
 
 def _inputs(recipe: DataRecipe) -> dict[str, Path]:
-    files = recipe.source.files()
-    inputs = {"source" if len(files) == 1 else f"source.{path.name}": path for path in files}
+    sources = named_sources(recipe.sources).items()
+    inputs = {f"source {name}: {path}": path for name, source in sources for path in source.files()}
     if isinstance(recipe.tokenizer, TokenizerFile):
         path = Path(recipe.tokenizer.path)
         inputs["tokenizer"] = path / MODEL_FILE if path.is_dir() else path
@@ -277,16 +278,20 @@ def _inputs(recipe: DataRecipe) -> dict[str, Path]:
 
 def _dry_run(recipe: DataRecipe, console: Console) -> None:
     print_recipe(recipe, console)
-    files = recipe.source.files()
-    good = bad = messages = 0
-    for record in recipe.source.read():
-        if isinstance(record, Rejected):
-            bad += 1
-        else:
-            good, messages = good + 1, messages + len(record.messages)
-    console.print(
-        f"{good + bad:,} records in {len(files)} file(s): {good:,} dialogues, {messages:,} messages, {bad:,} bad"
-    )
+    for name, source in named_sources(recipe.sources).items():
+        files = source.files()
+        good = left_out = bad = messages = 0
+        for record in source.read():
+            if isinstance(record, Dialogue):
+                good, messages = good + 1, messages + len(record.messages)
+            elif isinstance(record, LeftOut):
+                left_out += 1
+            else:
+                bad += 1
+        console.print(
+            f"{name}: {good + left_out + bad:,} records in {len(files)} file(s): {good:,} dialogues, "
+            f"{messages:,} messages, {left_out:,} left out, {bad:,} bad"
+        )
     console.print("dry run: nothing was written")
 
 
@@ -330,7 +335,7 @@ def run(recipe: DataRecipe, console: Console) -> None:
         seconds = time.monotonic() - began
         figure = key_figure(prepared.splits)
         finish_run(run_dir, recipe, inputs, figure, seconds, {"fingerprint": prepared.splits["train"]["fingerprint"]})
-    print_report(run_dir, prepared.ledger, prepared.tokenizer.vocab_size, prepared.splits, seconds, console)
+    print_report(run_dir, prepared.ledgers, prepared.tokenizer.vocab_size, prepared.splits, seconds, console)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

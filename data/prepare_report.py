@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -26,9 +27,17 @@ def short_number(n: int) -> str:
 
 
 def print_report(
-    run_dir: Path, ledger: Ledger, vocab_size: int, splits: Figures, seconds: float, console: Console
+    run_dir: Path,
+    ledgers: Mapping[str, Ledger],
+    vocab_size: int,
+    splits: Figures,
+    seconds: float,
+    console: Console,
 ) -> None:
     """Where every record went, and what each side holds."""
+    ledger = Ledger.total(ledgers.values())
+    if len(ledgers) > 1:
+        console.print(_source_table(ledgers, splits))
     console.print(_record_table(ledger))
     if ledger.blank_messages:
         console.print(f"{ledger.blank_messages:,} messages without text were taken out of dialogues", soft_wrap=True)
@@ -50,6 +59,23 @@ def _record_table(ledger: Ledger) -> Table:
         table.add_row(f"left out: {reason}", f"{count:,}")
     table.add_row("exact duplicates", f"{ledger.duplicates:,}", end_section=True)
     table.add_row("kept", f"{ledger.kept:,}", style="bold")
+    return table
+
+
+def _source_table(ledgers: Mapping[str, Ledger], splits: Figures) -> Table:
+    """A row a source: read = quarantined + left out + duplicates + kept, and what of it each side holds."""
+    heads = ("source", "read", "bad", "left out", "twice", "kept", "held out", "tokens")
+    table = Table(*heads, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="(tokens are the training side's)")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    nothing = {"n_dialogues": 0, "n_tokens": 0}
+    train, heldout = splits["train"]["sources"], splits["heldout"]["sources"]
+    for name, ledger in ledgers.items():
+        left_out = sum(ledger.filtered.values())
+        n_heldout = heldout.get(name, nothing)["n_dialogues"]
+        n_tokens = train.get(name, nothing)["n_tokens"]
+        counts = (ledger.read, ledger.quarantined, left_out, ledger.duplicates, ledger.kept, n_heldout)
+        table.add_row(name, *(f"{count:,}" for count in counts), short_number(n_tokens))
     return table
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -29,6 +29,17 @@ def permutation(n_rows: int, seed: int, epoch: int) -> np.ndarray:
         key = _mix(key ^ _mix(np.array([epoch], dtype=np.uint64) * _GOLDEN + np.uint64(2)))
         ranks = _mix(np.arange(n_rows, dtype=np.uint64) * _GOLDEN + key)
     return np.argsort(ranks, kind="stable").astype(np.int64)
+
+
+class Rows(Protocol):
+    """Training data as numbered rows: a packed dataset, or pairs."""
+
+    @property
+    def n_rows(self) -> int: ...
+    @property
+    def row_length(self) -> int: ...
+    @property
+    def fingerprint(self) -> str: ...
 
 
 class RowOrder:

@@ -1,6 +1,6 @@
 """Which dialogues are held out: by time or by a fraction, and never a participant on both sides."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -27,7 +27,7 @@ class TimeSplit(Section):
 
 
 class FractionSplit(Section):
-    """About this fraction of the dialogues is held out, chosen by a hash."""
+    """About this fraction of the dialogues of each source is held out, chosen by a hash."""
 
     kind: Literal["fraction"]
     heldout: float = Field(gt=0, lt=1)
@@ -44,7 +44,7 @@ class Split:
 
     train: list[Dialogue]
     heldout: list[Dialogue]
-    dropped: dict[str, int]
+    dropped: dict[str, list[Dialogue]]
 
 
 def split(dialogues: Sequence[Dialogue], rule: TimeSplit | FractionSplit, seed: int) -> Split:
@@ -54,7 +54,7 @@ def split(dialogues: Sequence[Dialogue], rule: TimeSplit | FractionSplit, seed: 
         empty = "training" if not result.train else "held-out"
         raise SplitError(
             f"split: of {len(dialogues):,} dialogues none is {empty}"
-            f"{''.join(f', {count:,} dropped ({reason})' for reason, count in result.dropped.items())}; "
+            f"{''.join(f', {len(dropped):,} dropped ({reason})' for reason, dropped in result.dropped.items())}; "
             f"{_span(dialogues) if isinstance(rule, TimeSplit) else 'change split.heldout or split.by_participant'}"
         )
     return result
@@ -77,19 +77,19 @@ def _by_time(dialogues: Sequence[Dialogue], rule: TimeSplit) -> Split:
     boundary = datetime.combine(rule.heldout_from, datetime.min.time(), UTC).timestamp()
     train: list[Dialogue] = []
     heldout: list[Dialogue] = []
-    dropped: dict[str, int] = defaultdict(int)
+    dropped: dict[str, list[Dialogue]] = defaultdict(list)
     for dialogue in dialogues:
         start = start_time(dialogue)
         if start is None:
-            dropped["no time to split by"] += 1
+            dropped["no time to split by"].append(dialogue)
         else:
             (heldout if start >= boundary else train).append(dialogue)
     if rule.by_participant:
         unseen = {participant for dialogue in heldout for participant in dialogue.participants}
-        kept = [dialogue for dialogue in train if unseen.isdisjoint(dialogue.participants)]
-        if len(kept) < len(train):
-            dropped["participant is held out"] += len(train) - len(kept)
-        train = kept
+        given, train = train, []
+        for dialogue in given:
+            is_free = unseen.isdisjoint(dialogue.participants)
+            (train if is_free else dropped["participant is held out"]).append(dialogue)
     return Split(train, heldout, dict(dropped))
 
 
@@ -102,16 +102,19 @@ def _by_fraction(dialogues: Sequence[Dialogue], rule: FractionSplit, seed: int) 
 
 
 def _linked_heldout(dialogues: Sequence[Dialogue], fraction: float, seed: int) -> set[str]:
-    """Ids of whole groups of linked dialogues, in the order of a hash, while they fit the fraction."""
-    groups: dict[str, list[str]] = defaultdict(list)
+    """Ids of whole groups of linked dialogues, in the order of a hash, while they fit the fraction of their source."""
+    groups: dict[str, list[Dialogue]] = defaultdict(list)
     for dialogue, root in zip(dialogues, _roots(dialogues), strict=True):
-        groups[root].append(dialogue.id)
-    room = max(1, round(fraction * len(dialogues)))
+        groups[root].append(dialogue)
+    sizes = Counter(dialogue.source for dialogue in dialogues)
+    room = {source: max(1, round(fraction * size)) for source, size in sizes.items()}
     chosen: set[str] = set()
     for root in sorted(groups, key=lambda root: (stable_hash("heldout", seed, root), root)):
-        if len(groups[root]) <= room:
-            chosen.update(groups[root])
-            room -= len(groups[root])
+        needed = Counter(dialogue.source for dialogue in groups[root])
+        if all(count <= room[source] for source, count in needed.items()):
+            chosen.update(dialogue.id for dialogue in groups[root])
+            for source, count in needed.items():
+                room[source] -= count
     return chosen
 
 

@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -34,24 +34,29 @@ class TokeniseSettings:
 
 
 def tokenise(
-    dialogues: Sequence[Dialogue],
+    groups: Mapping[str, Sequence[Dialogue]],
     tokenizer: DialogueTokenizer,
     settings: TokeniseSettings,
     workers: int,
     advance: Callable[[int], None] = lambda _: None,
-) -> EncodedCorpus:
-    """Documents of the dialogues in order, each at most `row_length` tokens; `advance` hears of every piece done."""
-    pieces = [dialogues[i : i + _DIALOGUES_PER_PIECE] for i in range(0, len(dialogues), _DIALOGUES_PER_PIECE)]
+) -> dict[str, EncodedCorpus]:
+    """For each group the documents of its dialogues in order, each of at most `row_length` tokens; `advance` hears of
+    every piece done."""
+    pieces = [
+        (name, group[i : i + _DIALOGUES_PER_PIECE])
+        for name, group in groups.items()
+        for i in range(0, len(group), _DIALOGUES_PER_PIECE)
+    ]
     encoded: Iterator[EncodedCorpus]
     if workers <= 1 or len(pieces) <= 1:
-        encoded = (_encode_piece(piece, tokenizer, settings) for piece in pieces)
+        encoded = (_encode_piece(piece, tokenizer, settings) for _, piece in pieces)
     else:
-        encoded = _in_processes(pieces, tokenizer, settings, min(workers, len(pieces)))
-    parts = [EncodedCorpus.of([], tokenizer.vocab_size)]
-    for piece, part in zip(pieces, encoded, strict=True):
-        parts.append(part)
+        encoded = _in_processes([piece for _, piece in pieces], tokenizer, settings, min(workers, len(pieces)))
+    parts = {name: [EncodedCorpus.of([], tokenizer.vocab_size)] for name in groups}
+    for (name, piece), part in zip(pieces, encoded, strict=True):
+        parts[name].append(part)
         advance(len(piece))
-    return EncodedCorpus.join(parts)
+    return {name: EncodedCorpus.join(of_group) for name, of_group in parts.items()}
 
 
 def _encode_piece(

@@ -15,6 +15,7 @@ from model.norm import RMSNorm, rms_normalize
 from model.rope import rotate
 
 KeyValue = tuple[Tensor, Tensor]
+Rope = tuple[Tensor, Tensor]
 
 
 class Attention(nn.Module):
@@ -35,24 +36,41 @@ class Attention(nn.Module):
             self.w_v = nn.Linear(config.d_model, config.n_kv_heads * config.d_head, bias=False)
             self.k_norm = RMSNorm(config.d_head, config.norm_eps)
 
-    def queries(self, x_TD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def queries(self, x_TD: Tensor, rope: Rope) -> Tensor:
         """q_THK: projected, normalised, rotated."""
-        return rotate(self.q_norm(self.w_q(x_TD).unflatten(-1, (self.n_heads, self.d_head))), *rope)
+        return self._normed_queries(self.w_q(x_TD), rope)
 
-    def key_value(self, x_TD: Tensor, rope: tuple[Tensor, Tensor]) -> KeyValue:
+    def key_value(self, x_TD: Tensor, rope: Rope) -> KeyValue:
         """k_TGK (normalised, rotated) and v_TGK (normalised): what the cache stores."""
-        k_TGK = self.w_k(x_TD).unflatten(-1, (self.n_kv_heads, self.d_head))
-        v_TGK = self.w_v(x_TD).unflatten(-1, (self.n_kv_heads, self.d_head))
+        return self._normed_key_value(self.w_k(x_TD), self.w_v(x_TD), rope)
+
+    def _project(self, x_TD: Tensor, rope: Rope, shared: KeyValue | None) -> tuple[Tensor, KeyValue]:
+        """Queries, keys and values in one product: one head's keys alone are too narrow a matrix for a GPU."""
+        if shared is not None:
+            return self.queries(x_TD, rope), shared
+        weights = [self.w_q.weight, self.w_k.weight, self.w_v.weight]
+        q_TX, k_TX, v_TX = F.linear(x_TD, torch.cat(weights)).split([len(weight) for weight in weights], dim=-1)
+        return self._normed_queries(q_TX, rope), self._normed_key_value(k_TX, v_TX, rope)
+
+    def _normed_queries(self, q_TX: Tensor, rope: Rope) -> Tensor:
+        return rotate(self.q_norm(q_TX.unflatten(-1, (self.n_heads, self.d_head))), *rope)
+
+    def _normed_key_value(self, k_TX: Tensor, v_TX: Tensor, rope: Rope) -> KeyValue:
+        k_TGK, v_TGK = (x_TX.unflatten(-1, (self.n_kv_heads, self.d_head)) for x_TX in (k_TX, v_TX))
         return rotate(self.k_norm(k_TGK), *rope), rms_normalize(v_TGK, self.eps)
 
     def forward(
-        self, x_TD: Tensor, rope: tuple[Tensor, Tensor], key_value: KeyValue, documents: Documents, attend: AttentionOp
-    ) -> Tensor:
-        """Attention of packed documents among themselves, as in training."""
-        out_THK = attend(self.queries(x_TD, rope), *key_value, documents, self.window)
-        return self.w_o(out_THK.flatten(1))
+        self, x_TD: Tensor, rope: Rope, shared: KeyValue | None, documents: Documents, attend: AttentionOp
+    ) -> tuple[Tensor, KeyValue]:
+        """Attention of packed documents among themselves, as in training, and the keys and values it read.
 
-    def read_cache(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], pools: KeyValue, plan: QueryPlan) -> Tensor:
+        `shared`: those of another layer, for a layer that has none.
+        """
+        q_THK, key_value = self._project(x_TD, rope, shared)
+        out_THK = attend(q_THK, *key_value, documents, self.window)
+        return self.w_o(out_THK.flatten(1)), key_value
+
+    def read_cache(self, x_TD: Tensor, rope: Rope, pools: KeyValue, plan: QueryPlan) -> Tensor:
         """Attention of new tokens over the slots of `plan`; all query heads of a group are rows of one product."""
         n_sequences, group = len(plan.gather_BM), self.n_heads // self.n_kv_heads
         q_THK = self.queries(x_TD, rope)

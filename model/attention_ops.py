@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Backend = Literal["auto", "reference", "sdpa", "flash_attn_4", "flash_attn_2"]
+Backend = Literal["auto", "flash_attn_4", "flash_attn_2", "varlen", "flex", "sdpa", "reference"]
+"""Fastest first, which is the order "auto" tries them in."""
+
+BOUNDARY_PADDING = 512
+"""Kernels get their boundaries padded to a multiple of this by empty documents: few shapes, so few compilations."""
 
 
 class AttentionBackendError(ValueError):
@@ -22,14 +26,17 @@ class AttentionBackendError(ValueError):
 class Documents:
     """Where documents begin and end in a run of packed tokens; no token sees another document.
 
-    `row_length`: when set, documents never cross a multiple of it, so attention may be computed row by row.
+    `boundaries`: cumulative lengths with a leading zero (int32); `padded_boundaries`: the same with empty documents
+    after the last; `max_length`: no document is longer; `row_length`: when set, documents never cross a multiple of it.
     """
 
     lengths: Tensor
+    boundaries: Tensor
+    padded_boundaries: Tensor
     n_tokens: int
     max_length: int
     row_length: int | None = None
-    _masks: dict[int | None, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _masks: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_lengths(
@@ -40,12 +47,14 @@ class Documents:
         assert host.ndim == 1 and bool((host >= 0).all())
         n_tokens = int(host.sum())
         assert row_length is None or n_tokens % row_length == 0, f"{n_tokens} tokens in rows of {row_length}"
-        return cls(host.to(device), n_tokens, int(host.max()) if len(host) else 0, row_length)
+        return cls.on_device(host.to(device), n_tokens, int(host.max()) if len(host) else 0, row_length)
 
-    @cached_property
-    def boundaries(self) -> Tensor:
-        """Cumulative lengths with a leading zero (int32), as variable-length kernels take them."""
-        return F.pad(self.lengths.cumsum(0), (1, 0)).to(torch.int32)
+    @classmethod
+    def on_device(cls, lengths: Tensor, n_tokens: int, max_length: int, row_length: int | None = None) -> Documents:
+        """Documents of lengths that lie on a device already, and sum to n_tokens: nothing waits for the device."""
+        boundaries = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        padded = F.pad(boundaries, (0, -len(boundaries) % BOUNDARY_PADDING), value=n_tokens)
+        return cls(lengths, boundaries, padded, n_tokens, max_length, row_length)
 
     @cached_property
     def document_T(self) -> Tensor:
@@ -70,6 +79,20 @@ class Documents:
             self._masks[window] = (same_BLL & visible_LL)[:, None]
         return self._masks[window]
 
+    def block_mask(self, window: int | None) -> Any:
+        """The same as a BlockMask over all tokens, for flex attention."""
+        key = ("flex", window)
+        if key not in self._masks:
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            document_T, reach = self.document_T, window or self.n_tokens
+
+            def visible(batch: Tensor, head: Tensor, query: Tensor, kv: Tensor) -> Tensor:
+                return (document_T[query] == document_T[kv]) & (query >= kv) & (query - kv < reach)
+
+            length = self.n_tokens
+            self._masks[key] = create_block_mask(visible, None, None, length, length, device=document_T.device)
+        return self._masks[key]
 
     def window_mask_LL(self, length: int, window: int) -> Tensor:
         """True where a query sees a key by distance alone: not later, fewer than `window` tokens back."""
@@ -100,12 +123,11 @@ def reference_attention(
 def sdpa_attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: Documents, window: int | None) -> Tensor:
     """PyTorch's own kernel; a batch entry is a row of packed documents, or a padded document without rows."""
     row = documents.row_length or documents.max_length
-    window = window if window is not None and window < row else None
     if documents.row_length is None:
         place_T = documents.document_T * row + documents.positions_T
         q_RHK, k_RGK, v_RGK = (_padded(x, place_T, len(documents.lengths) * row) for x in (q_THK, k_TGK, v_TGK))
         # padding comes after every token of its document, so causality alone hides it
-        mask = None if window is None else documents.window_mask_LL(row, window)
+        mask = None if window is None or window >= row else documents.window_mask_LL(row, window)
     else:
         q_RHK, k_RGK, v_RGK, mask = q_THK, k_TGK, v_TGK, documents.mask_B1LL(window)
     q_BHLK, k_BGLK, v_BGLK = (x.unflatten(0, (-1, row)).transpose(1, 2) for x in (q_RHK, k_RGK, v_RGK))
@@ -129,21 +151,10 @@ def _padded(x_THK: Tensor, place_T: Tensor, n_places: int) -> Tensor:
 
 def flash_attention_4(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: Documents, window: int | None) -> Tensor:
     """flash-attn-4 (CuTe DSL) on Hopper and Blackwell."""
-    from flash_attn.cute import flash_attn_varlen_func
+    from model.flash_attention import flash_attention_4 as op
 
-    out = flash_attn_varlen_func(
-        q_THK,
-        k_TGK,
-        v_TGK,
-        cu_seqlens_q=documents.boundaries,
-        cu_seqlens_k=documents.boundaries,
-        max_seqlen_q=documents.max_length,
-        max_seqlen_k=documents.max_length,
-        softmax_scale=1.0,
-        causal=True,
-        window_size=(None, None) if window is None else (window - 1, 0),
-    )
-    return out[0] if isinstance(out, tuple) else out
+    out_THK, _ = op(q_THK, k_TGK, v_TGK, documents.padded_boundaries, documents.max_length, window or 0)
+    return out_THK
 
 
 def flash_attention_2(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: Documents, window: int | None) -> Tensor:
@@ -154,8 +165,8 @@ def flash_attention_2(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: Do
         q_THK,
         k_TGK,
         v_TGK,
-        cu_seqlens_q=documents.boundaries,
-        cu_seqlens_k=documents.boundaries,
+        cu_seqlens_q=documents.padded_boundaries,
+        cu_seqlens_k=documents.padded_boundaries,
         max_seqlen_q=documents.max_length,
         max_seqlen_k=documents.max_length,
         softmax_scale=1.0,
@@ -164,34 +175,90 @@ def flash_attention_2(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: Do
     )
 
 
+def varlen_attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: Documents, window: int | None) -> Tensor:
+    """PyTorch's variable-length kernel (torch.nn.attention.varlen)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    heads_per_group = q_THK.shape[1] // k_TGK.shape[1]
+    out_THK = varlen_attn(
+        q_THK,
+        # torch 2.11 wants as many key as query heads
+        k_TGK.repeat_interleave(heads_per_group, dim=1),
+        v_TGK.repeat_interleave(heads_per_group, dim=1),
+        documents.padded_boundaries,
+        documents.padded_boundaries,
+        documents.max_length,
+        documents.max_length,
+        scale=1.0,
+        window_size=((window or 0) - 1, 0),  # -1: no limit to the left
+    )
+    assert isinstance(out_THK, Tensor)
+    return out_THK
+
+
+def flex_attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: Documents, window: int | None) -> Tensor:
+    """PyTorch's flex attention (arXiv 2412.05496): compiled it skips blocks of keys that no query of a block sees."""
+    from torch.nn.attention import flex_attention as flex
+
+    q_1HTK, k_1GTK, v_1GTK = (x.transpose(0, 1)[None] for x in (q_THK, k_TGK, v_TGK))
+    out_1HTK = flex.flex_attention(
+        q_1HTK, k_1GTK, v_1GTK, block_mask=documents.block_mask(window), scale=1.0, enable_gqa=True
+    )
+    return out_1HTK[0].transpose(0, 1)
+
+
 BACKENDS: dict[str, AttentionOp] = {
-    "reference": reference_attention,
-    "sdpa": sdpa_attention,
     "flash_attn_4": flash_attention_4,
     "flash_attn_2": flash_attention_2,
+    "varlen": varlen_attention,
+    "flex": flex_attention,
+    "sdpa": sdpa_attention,
+    "reference": reference_attention,
 }
+_FLASH_MODULES = {
+    "flash_attn_4": "flash_attn.cute.interface",
+    "flash_attn_2": "flash_attn.flash_attn_interface",
+    "varlen": "torch.nn.attention.varlen",
+}
+_FLASH_CAPABILITY = {"flash_attn_4": 9, "flash_attn_2": 8, "varlen": 8}
 
 
-def _why_not(backend: str, device: torch.device) -> str | None:
+def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this back end cannot run on this device, or None when it can."""
-    if backend in ("reference", "sdpa"):
+    if backend in ("sdpa", "reference"):
         return None
     if device.type != "cuda":
         return f"it needs a CUDA device, not {device.type}"
-    module = "flash_attn.cute" if backend == "flash_attn_4" else "flash_attn.flash_attn_interface"
+    if backend == "flex":
+        return None
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in 16 bits, not in {dtype}; set engine.precision: bfloat16"
+    needed, (major, minor) = _FLASH_CAPABILITY[backend], torch.cuda.get_device_capability(device)
+    if major < needed:
+        return f"it needs compute capability {needed}.0, this device has {major}.{minor}"
     try:
-        __import__(module)
+        __import__(_FLASH_MODULES[backend])
     except ImportError as error:
-        return f"import {module} failed ({error}); install the gpu extra"
+        return f"import {_FLASH_MODULES[backend]} failed ({error}); install the gpu extra"
     return None
 
 
-def choose_backend(backend: Backend, device: torch.device) -> str:
+def prepare_masks(backend: str, documents: Documents, windows: Iterable[int | None]) -> None:
+    """Make the masks that a back end will ask `documents` for, before the compiled code that reads them."""
+    for window in windows:
+        if backend == "flex":
+            documents.block_mask(window)
+        elif backend == "sdpa" and documents.row_length is not None:
+            documents.mask_B1LL(window)
+
+
+def choose_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> str:
     """The back end to use on `device`: the fastest that runs for "auto", the named one or an error otherwise."""
     if backend == "auto":
-        order = ("flash_attn_4", "flash_attn_2", "sdpa")
-        return next(name for name in order if _why_not(name, device) is None)
-    reason = _why_not(backend, device)
+        # flex is fast where it is compiled, which nobody asked for here
+        order = [name for name in get_args(Backend) if name not in ("auto", "flex")]
+        return next(name for name in order if why_not(name, device, dtype) is None)
+    reason = why_not(backend, device, dtype)
     if reason:
         raise AttentionBackendError(f"attention: {backend} cannot run here: {reason}. Use attention: auto")
     return backend

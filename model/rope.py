@@ -17,6 +17,4 @@ def rotate(x_THK: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
     """Rotate every head of x by its position; C is half of K."""
     first_THC, second_THC = x_THK.chunk(2, dim=-1)
     cos_T1C, sin_T1C = cos_TC[:, None].to(x_THK.dtype), sin_TC[:, None].to(x_THK.dtype)
-    return torch.cat(
-        [first_THC * cos_T1C - second_THC * sin_T1C, second_THC * cos_T1C + first_THC * sin_T1C], dim=-1
-    )
+    return torch.cat([first_THC * cos_T1C - second_THC * sin_T1C, second_THC * cos_T1C + first_THC * sin_T1C], dim=-1)

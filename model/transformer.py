@@ -10,15 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.attention import Attention, KeyValue, store
-from model.attention_ops import BACKENDS, Backend, Documents, choose_backend
+from model.attention import Attention, KeyValue, Rope, store
+from model.attention_ops import BACKENDS, AttentionOp, Backend, Documents, choose_backend, prepare_masks
 from model.config import LayerKind, ModelConfig
 from model.feed_forward import FeedForward
 from model.kv_cache import CacheStep, PagedKVCache, QueryPlan, plan_queries
 from model.norm import RMSNorm
 from model.rope import rope_tables
-
-Rope = tuple[Tensor, Tensor]
 
 
 class Embedding(nn.Module):
@@ -49,6 +47,13 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.feed_forward = FeedForward(config)
 
+    def forward(
+        self, x_TD: Tensor, rope: Rope, shared: KeyValue | None, documents: Documents, attend: AttentionOp
+    ) -> tuple[Tensor, KeyValue]:
+        """Packed documents through the block; `shared` holds another layer's keys and values where this has none."""
+        attended_TD, key_value = self.attention(self.attention_norm_in(x_TD), rope, shared, documents, attend)
+        return self.add(x_TD, attended_TD), key_value
+
     def add(self, x_TD: Tensor, attended_TD: Tensor) -> Tensor:
         """The block's two residual additions, given the attention's output."""
         x_TD = x_TD + self.attention_norm_out(attended_TD)
@@ -71,7 +76,7 @@ class Transformer(nn.Module):
         """Fill the weights: embeddings at std 1/sqrt(d_model), matrices at std 1/sqrt(fan_in), norms at their scale."""
         if self.embed_tokens.weight.is_meta:
             return
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(self.embed_tokens.weight.device).manual_seed(seed)
         with torch.no_grad():
             for module in self.modules():
                 if isinstance(module, RMSNorm):
@@ -81,16 +86,15 @@ class Transformer(nn.Module):
 
     def forward(self, tokens_T: Tensor, documents: Documents) -> Tensor:
         """hidden_TD after the final norm, for packed documents."""
-        attend = BACKENDS[choose_backend(self.attention_backend, tokens_T.device)]
-        ropes = self._ropes(documents.positions_T)
         x_TD = self.embed_tokens(tokens_T)
+        backend = choose_backend(self.attention_backend, x_TD.device, x_TD.dtype)
+        attend = BACKENDS[backend]
+        prepare_masks(backend, documents, self._windows().values())
+        ropes = self._ropes(documents.positions_T)
         stored: dict[int, KeyValue] = {}
         for layer, block, kind in self._layers():
-            normed_TD = block.attention_norm_in(x_TD)
-            if block.attention.owns_cache:
-                stored[layer] = block.attention.key_value(normed_TD, ropes[kind])
-            key_value = stored[self.config.kv_source(layer)]
-            x_TD = block.add(x_TD, block.attention(normed_TD, ropes[kind], key_value, documents, attend))
+            source = self.config.kv_source(layer)
+            x_TD, stored[layer] = block(x_TD, ropes[kind], stored.get(source), documents, attend)
         return self.final_norm(x_TD)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
@@ -137,8 +141,11 @@ class Transformer(nn.Module):
         return hidden_TD if config.n_tail_layers else hidden_TD[ends_B - 1]
 
     def _plans(self, step: CacheStep, page_size: int, last_only: bool) -> dict[str, QueryPlan]:
-        windows = {"S": self.config.window, "G": None}
-        return {kind: plan_queries(step, page_size, windows[kind], last_only) for kind in set(self.config.layer_kinds)}
+        windows = self._windows()
+        return {kind: plan_queries(step, page_size, window, last_only) for kind, window in windows.items()}
+
+    def _windows(self) -> dict[str, int | None]:
+        return {kind: self.config.window if kind == "S" else None for kind in sorted(set(self.config.layer_kinds))}
 
     def _ropes(self, positions_T: Tensor) -> dict[str, Rope]:
         thetas = {"S": self.config.rope_theta_local, "G": self.config.rope_theta_global}

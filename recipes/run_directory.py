@@ -1,7 +1,8 @@
 """Run directories: who may write one, whether it holds this very run, and when that run is finished.
 
 recipe.yaml, run.json and environment.json are there from the start, done.json is written last: a directory without it
-is unfinished and may be continued, whatever happened to the process.
+is unfinished and may be continued, whatever happened to the process, and with other values of the keys whose type is
+`MayChange`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import Enum
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel
 
@@ -30,6 +31,17 @@ from recipes.yaml_text import YamlError, parse_yaml
 LOCK_WAIT_SECONDS = 3.0
 _LOCK = ".lock"
 _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "sentencepiece", "numpy", "pydantic", "wandb")
+
+
+T = TypeVar("T")
+
+
+class _MayChange:
+    """Marks a key in a schema."""
+
+
+MayChange = Annotated[T, _MayChange()]
+"""Type of a recipe's key that an unfinished run may be continued with another value of: its result is the same."""
 
 
 class RunDirectoryError(ValueError):
@@ -55,12 +67,16 @@ def prepare_run_directory(
     recipe or of other inputs, or anything that is no run, and when an input is missing.
     """
     run_dir = Path(run_dir)
-    asked = {"written": recipe.model_dump(mode="json", exclude_unset=True), "inputs": digest_inputs(inputs)}
+    asked: dict[str, Any] = {
+        "written": recipe.model_dump(mode="json", exclude_unset=True),
+        "may_change": _keys_that_may_change(recipe),
+        "inputs": digest_inputs(inputs),
+    }
     if run_dir.exists() and not run_dir.is_dir():
         raise RunDirectoryError(f"run_dir {run_dir}: a file, expected a directory; choose another run_dir")
     run_dir.mkdir(parents=True, exist_ok=True)
     with _lock(run_dir):
-        state = _state(run_dir, recipe, asked["inputs"])
+        state = _state(run_dir, recipe, asked["inputs"], asked["may_change"])
         if state is not RunState.FINISHED:
             starts = _read_json(run_dir / "environment.json") or {"starts": []}
             starts["starts"].append(describe_environment())
@@ -120,7 +136,7 @@ def inspect_run_directory(run_dir: str | Path, written: Mapping[str, Any]) -> tu
     if begun is None:
         return RunState.NEW, []
     state = RunState.FINISHED if read_done(run_dir) else RunState.UNFINISHED
-    if differences := _differences(begun["written"], written):
+    if differences := _differences(begun["written"], written, begun.get("may_change", [])):
         return state, differences
     try:
         now = digest_inputs({name: held["path"] for name, held in begun["inputs"].items()})
@@ -228,7 +244,7 @@ def _lock(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def _state(run_dir: Path, recipe: BaseModel, inputs: Mapping[str, Any]) -> RunState:
+def _state(run_dir: Path, recipe: BaseModel, inputs: Mapping[str, Any], may_change: Sequence[str]) -> RunState:
     if not (run_dir / "recipe.yaml").exists():
         known = ("environment.json", "run.json")
         others = sorted(path.name for path in run_dir.iterdir() if path.name[0] != "." and path.name not in known)
@@ -240,7 +256,7 @@ def _state(run_dir: Path, recipe: BaseModel, inputs: Mapping[str, Any]) -> RunSt
     stored = _read_yaml(run_dir / "recipe.yaml")
     ours = _read_yaml_text(dump_recipe(recipe), "this recipe")
     begun = _read_json(run_dir / "run.json") or {"inputs": {}}
-    differences = _differences(stored, ours) + _changed(begun["inputs"], inputs)
+    differences = _differences(stored, ours, may_change) + _changed(begun["inputs"], inputs)
     if differences:
         raise RunDirectoryError(
             f"run_dir {run_dir} holds a run of another recipe or other inputs:\n"
@@ -250,18 +266,32 @@ def _state(run_dir: Path, recipe: BaseModel, inputs: Mapping[str, Any]) -> RunSt
     return RunState.FINISHED if read_done(run_dir) else RunState.UNFINISHED
 
 
-def _differences(stored: Any, ours: Any, key: str = "") -> list[str]:
-    """Lines `key: there X, here Y` for every leaf that differs."""
+def _differences(stored: Any, ours: Any, may_change: Sequence[str], key: str = "") -> list[str]:
+    """Lines `key: there X, here Y` for every leaf that differs, but for the keys in `may_change`."""
+    if key in may_change:
+        return []
     if isinstance(stored, dict) and isinstance(ours, dict):
         names = [*stored, *(name for name in ours if name not in stored)]
         return [
             line
             for name in names
             for line in _differences(
-                stored.get(name, "absent"), ours.get(name, "absent"), f"{key}.{name}" if key else name
+                stored.get(name, "absent"), ours.get(name, "absent"), may_change, f"{key}.{name}" if key else name
             )
         ]
     return [] if stored == ours else [f"{key}: there {stored!r}, here {ours!r}"]
+
+
+def _keys_that_may_change(section: BaseModel, prefix: str = "") -> list[str]:
+    """Dotted keys marked as `MayChange`, of the section and of those inside it."""
+    keys = []
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if any(isinstance(mark, _MayChange) for mark in field.metadata):
+            keys.append(prefix + name)
+        elif isinstance(value, BaseModel):
+            keys += _keys_that_may_change(value, f"{prefix}{name}.")
+    return keys
 
 
 def _changed(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

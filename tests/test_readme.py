@@ -66,7 +66,7 @@ COMMANDS = [command for path in DOCUMENTS if path.exists() for command in comman
 def module_call(words: tuple[str, ...]) -> tuple[str, list[str]] | None:
     """The module and its arguments, of `python -m X ...` and `torchrun [options] -m X ...`."""
     launcher = Path(words[0]).name
-    if launcher not in ("python", "python3", "torchrun") or "-m" not in words:
+    if launcher not in ("python", "python3", "torchrun", "srun") or "-m" not in words:
         return None
     at = words.index("-m")
     return words[at + 1], list(words[at + 2 :])
@@ -120,6 +120,7 @@ def test_every_other_printed_command_is_one_we_know() -> None:
         "python",
         "python3",
         "torchrun",
+        "srun",
         "pip",
         "curl",
         "vllm",

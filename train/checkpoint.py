@@ -1,21 +1,26 @@
-"""Checkpoints that are whole or absent: staged, hashed, renamed; the newest sound one is resumed from."""
+"""Checkpoints that are whole or absent: staged, hashed, renamed beside the training; resume takes the newest sound."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from data.atomic_file import sync_path
+from data.atomic_file import atomic_file, sync_path, write_json
 from data.sampler import DataPosition
 from data.shards import file_sha256
+from train.background import POLL_SECONDS, Background, on_main
 from train.engine import World
 
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
+_NONE, _ALL_DAMAGED = -1.0, -2.0
+
+Write = Callable[[Path], Iterable[Path]]
+"""Writes one rank's files below a directory, and says which."""
 
 
 class CheckpointError(RuntimeError):
@@ -32,80 +37,137 @@ class CheckpointState:
     skipped_steps: int = 0
 
 
+@dataclass
+class _Pending:
+    """A checkpoint on its way to the disk: first every rank writes its part, then rank 0 completes it."""
+
+    state: CheckpointState
+    staging: Path
+    target: Path
+    work: Background | None
+    completing: bool = False
+
+
 class Checkpoints:
-    """The `checkpoints/` folder of a run: step_N directories, and `latest` naming the newest."""
+    """The `checkpoints/` folder of a run: step_N directories, and `latest` naming the newest.
+
+    Files are written by a thread of each rank. What the threads report rides on a sum the training loop takes anyway
+    (`report`, then `advance` with the sums), so all ranks see the same progress at the same step.
+    """
 
     def __init__(self, directory: Path, keep: int, world: World, console: Console):
         self.directory, self._keep, self._world, self._console = directory, keep, world, console
+        self._pending: _Pending | None = None
 
-    def save(self, state: CheckpointState, write: Callable[[Path], None]) -> None:
-        """Write step_N: `write(staging)` is called on every rank and fills the staging directory.
+    def save(self, state: CheckpointState, snapshot: Callable[[], Write]) -> None:
+        """Begin step_N: `snapshot()` copies what is to be saved and returns what writes this rank's share of it.
 
-        Raises CheckpointError on every rank when any rank failed; older checkpoints are then as they were.
+        A save that is still under way is waited for. Raises CheckpointError on every rank when any rank failed, here or
+        in a later `advance` or `finish`; older checkpoints are then as they were.
         """
+        self.finish()
         target = self.directory / f"step_{state.step:08d}"
         staging = self.directory / f".writing_{target.name}"
-        if self._world.is_main:
-            self._remove_leftovers()
-            staging.mkdir(parents=True)
-        self._world.barrier()
-        failure = _attempt(lambda: write(staging))
-        (n_failed,) = self._world.sum([float(failure is not None)])
-        if self._world.is_main and not n_failed:
-            failure = _attempt(lambda: self._complete(staging, target, state))
-        (n_failed,) = self._world.sum([float(failure is not None)])
+        self._pending = _Pending(state, staging, target, work=None)
+        _, failure = on_main(self._world, lambda: self._make_room(staging))
+        if failure:
+            raise self._error(failure)
+        write = snapshot()
+        self._pending.work = Background(lambda: self._write_part(staging, write))
+
+    def report(self) -> tuple[float, float]:
+        """Whether this rank's thread is busy, and whether it has failed, as numbers to be summed over all ranks."""
+        work = self._pending.work if self._pending else None
+        return float(bool(work and work.busy)), float(bool(work and work.failure))
+
+    def advance(self, n_busy: float, n_failed: float) -> None:
+        """Go on with the pending save, given the sum of all ranks' reports."""
+        pending = self._pending
+        if pending is None or n_busy:
+            return
         if n_failed:
-            if self._world.is_main:
-                shutil.rmtree(staging, ignore_errors=True)
-            reason = failure or "another rank could not write its part"
-            raise CheckpointError(
-                f"checkpoint {target} could not be written: {reason}. Older checkpoints are untouched; "
-                "run the same command again once there is room"
-            )
+            raise self._error(self._world.first_text(pending.work.failure if pending.work else None))
+        if pending.completing:
+            self._pending = None
+            return
+        pending.completing = True
+        pending.work = Background(lambda: self._complete(pending)) if self._world.is_main else None
+
+    def finish(self) -> None:
+        """Wait until the pending save is complete (called on every rank)."""
+        while self._pending:
+            if self._pending.work:
+                self._pending.work.wait(POLL_SECONDS)
+            self.advance(*self._world.sum([*self.report()]))
 
     def newest(self) -> tuple[Path, CheckpointState] | None:
         """The newest checkpoint whose every file has its recorded hash, or None when there is none at all.
 
         A damaged one is named aloud and the one before it is tried. Raises CheckpointError when all are damaged.
         """
+        number, failure = on_main(self._world, self._newest_sound)
+        if failure:
+            raise CheckpointError(failure)
+        if number == _NONE:
+            return None
+        if number == _ALL_DAMAGED:
+            raise CheckpointError(
+                f"every checkpoint in {self.directory} is damaged; remove the folder to start from the beginning"
+            )
+        path = self.directory / f"step_{int(number):08d}"
+        return path, _read_state(path)
+
+    def _newest_sound(self) -> float:
         found = sorted(self.directory.glob("step_*"), reverse=True)
         for path in found:
             problem = damage(path)
             if problem is None:
-                return path, _read_state(path)
-            if self._world.is_main:
-                self._console.print(f"[bold red]checkpoint {path} is damaged[/]: {problem}", soft_wrap=True)
-                self._console.print("trying the one before it")
-        if found:
-            raise CheckpointError(
-                f"every checkpoint in {self.directory} is damaged; remove the folder to start from the beginning"
-            )
-        return None
+                return float(path.name.removeprefix("step_"))
+            self._console.print(f"[bold red]checkpoint {path} is damaged[/]: {problem}", soft_wrap=True)
+            self._console.print("trying the one before it")
+        return _ALL_DAMAGED if found else _NONE
 
-    def _complete(self, staging: Path, target: Path, state: CheckpointState) -> None:
-        content = {**asdict(state), "position": state.position.to_dict()}
-        (staging / STATE).write_text(json.dumps(content, indent=2) + "\n")
-        hashes = {str(path.relative_to(staging)): file_sha256(path) for path in _files(staging)}
-        (staging / MANIFEST).write_text(json.dumps(hashes, indent=2) + "\n")
-        for path in (*_files(staging), *(p for p in staging.rglob("*") if p.is_dir()), staging):
+    def _error(self, reason: str) -> CheckpointError:
+        pending, self._pending = self._pending, None
+        assert pending is not None
+        if self._world.is_main:
+            shutil.rmtree(pending.staging, ignore_errors=True)
+        return CheckpointError(
+            f"checkpoint {pending.target} could not be written: {reason}. Older checkpoints are untouched; "
+            "run the same command again once there is room"
+        )
+
+    def _make_room(self, staging: Path) -> None:
+        for leftover in self.directory.glob(".*_step_*"):  # of a process that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        staging.mkdir(parents=True)
+
+    def _write_part(self, staging: Path, write: Write) -> None:
+        hashes = {}
+        for path in write(staging):
+            sync_path(path)
+            hashes[str(path.relative_to(staging))] = file_sha256(path)
+        write_json(_part(staging, self._world.rank), hashes)
+
+    def _complete(self, pending: _Pending) -> None:
+        staging, target = pending.staging, pending.target
+        write_json(staging / STATE, {**asdict(pending.state), "position": pending.state.position.to_dict()})
+        hashes = {STATE: file_sha256(staging / STATE)}
+        for rank in range(self._world.size):
+            hashes |= json.loads(_part(staging, rank).read_text())
+            _part(staging, rank).unlink()
+        write_json(staging / MANIFEST, hashes)
+        for path in (p for p in staging.rglob("*") if p.is_dir()):
             sync_path(path)
         if target.exists():
-            shutil.rmtree(target)
+            _remove(target)
         staging.rename(target)
-        sync_path(self.directory)
-        pointer = self.directory / f".{LATEST}"
-        pointer.write_text(target.name + "\n")
-        sync_path(pointer)
-        pointer.rename(self.directory / LATEST)
-        sync_path(self.directory)
-        for old in sorted(self.directory.glob("step_*"))[: -self._keep]:
-            # out of sight first: a half-removed directory must not look like a checkpoint
-            doomed = old.rename(old.with_name(f".removing_{old.name}"))
-            shutil.rmtree(doomed)
-
-    def _remove_leftovers(self) -> None:
-        for leftover in (*self.directory.glob(".writing_*"), *self.directory.glob(".removing_*")):
-            shutil.rmtree(leftover, ignore_errors=True)
+        with atomic_file(self.directory / LATEST, "w") as file:
+            file.write(target.name + "\n")
+        there = sorted(self.directory.glob("step_*"))
+        later = [path for path in there if path > target]  # damaged ones that a resume has passed over
+        for path in later + [path for path in there if path <= target][: -self._keep]:
+            _remove(path)
 
 
 def damage(path: Path) -> str | None:
@@ -127,14 +189,10 @@ def _read_state(path: Path) -> CheckpointState:
     return CheckpointState(**{**content, "position": DataPosition.from_dict(content["position"])})
 
 
-def _attempt(action: Callable[[], None]) -> str | None:
-    """Run `action`; the reason when the disk refused. torch reports a full disk as RuntimeError."""
-    try:
-        action()
-    except (OSError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    return None
+def _remove(checkpoint: Path) -> None:
+    # out of sight first: a half-removed directory must not look like a checkpoint
+    shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".removing_{checkpoint.name}")))
 
 
-def _files(directory: Path) -> Iterator[Path]:
-    return (path for path in sorted(directory.rglob("*")) if path.is_file())
+def _part(staging: Path, rank: int) -> Path:
+    return staging / f".rank_{rank}.json"

@@ -25,9 +25,10 @@ from model.transformer import Transformer
 from recipes.loader import Section, parse_command_line
 from train.engine import World
 from train.loop import LoopError, Loss, Outcome, Stage, no_grad_sum
-from train.losses import dpo_loss, sequence_logprobs, token_logprobs
+from train.losses import dpo_loss, sequence_logprobs
 from train.pairs import OnPolicyPairs, sample_pairs
 from train.stage import Job, LossModule, TrainingRecipe, load_trunk, run_stage, summarize
+from train.token_logprobs import token_logprobs
 
 
 class FilePairs(Section):
@@ -143,7 +144,9 @@ def reply_logprobs(trunk: Transformer, batch: PairBatch) -> Tensor:
     device = trunk.embed_tokens.weight.device
     places_T = batch.answer_T.nonzero()[:, 0].to(device)
     hidden_TD = trunk(batch.tokens_T.to(device), Documents.from_lengths(batch.lengths, device=device))
-    logprobs_T = token_logprobs(trunk, hidden_TD[places_T], batch.targets_T.to(device)[places_T])
+    targets_T = batch.targets_T.to(device)[places_T]
+    embed_VD, softcap = trunk.embed_tokens.weight, trunk.config.final_logit_softcap
+    logprobs_T, _ = token_logprobs(hidden_TD[places_T], embed_VD, targets_T, softcap)
     return sequence_logprobs(logprobs_T, batch.sequence_T.to(device)[places_T], len(batch.lengths))
 
 
@@ -251,6 +254,7 @@ def prepare(recipe: DPORecipe, world: World, console: Console) -> Job:
         ),
         tokenizer=source / "tokenizer.model",
         finish=lambda engine, outcome, console: _finish(outcome, rows, heldout),
+        has_fixed_shapes=False,
     )
 
 

@@ -43,8 +43,8 @@ class EngagementRecipe(TrainingRecipe):
 def scores(module: LossModule, batch: PackedBatch) -> torch.Tensor:
     """score_T: the logit of "the partner writes again" at every position."""
     assert module.head is not None
-    device = module.trunk.embed_tokens.weight.device
-    return module.head(module.trunk(batch.tokens_T.to(device), documents_of(batch, device)))
+    batch = batch.to(module.trunk.embed_tokens.weight.device)
+    return module.head(module.trunk(batch.tokens_T, documents_of(batch)))
 
 
 def scorer_loss(module: LossModule, batch: PackedBatch) -> Loss:

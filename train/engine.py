@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import logging
 import os
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
+from model.compilation import Recompute
+from model.transformer import Block
 from recipes.loader import Section
-from train.optim import AdamW, build_optimizer
+from recipes.run_directory import MayChange
+from train.optim import AdamW, Muon, build_optimizer
+from train.snapshot import Snapshot, host_copy
 
 OPTIMIZER_DIRECTORY = "optimizer"
 
@@ -23,7 +32,19 @@ class EngineConfig(Section):
 
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     zero_stage: Literal[1, 2, 3] = 1
-    timeout_minutes: int = 10
+    timeout_minutes: MayChange[PositiveInt] = 10
+    compile: MayChange[Literal["auto", "blocks", "none"]] = "auto"
+    """torch.compile of every block; auto: on a GPU."""
+    recompute: MayChange[Recompute] = "none"
+
+    def compiles(self, device: torch.device) -> bool:
+        """Whether blocks are compiled on this device."""
+        return self.compile == "blocks" or (self.compile == "auto" and device.type == "cuda")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What weights and activations are computed in."""
+        return getattr(torch, self.precision)
 
 
 class CheckpointStateError(ValueError):
@@ -49,6 +70,14 @@ class World:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(total)
         return total.tolist()
+
+    def first_text(self, text: str | None) -> str:
+        """The text of the first rank that has one, with its number."""
+        if self.size == 1:
+            return text or ""
+        texts: list[str | None] = [None] * self.size
+        torch.distributed.all_gather_object(texts, text)
+        return next((f"rank {rank}: {text}" for rank, text in enumerate(texts) if text), "")
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -78,7 +107,7 @@ def join_world(timeout_minutes: int) -> World:
     return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
 
 
-def deepspeed_config(settings: EngineConfig, optimizer: AdamW, world_size: int) -> dict[str, Any]:
+def deepspeed_config(settings: EngineConfig, optimizer: AdamW | Muon, world_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration with every value that matters written out."""
     is_bfloat16 = settings.precision == "bfloat16"
     return {
@@ -87,8 +116,18 @@ def deepspeed_config(settings: EngineConfig, optimizer: AdamW, world_size: int) 
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": optimizer.gradient_clipping,
-        "bf16": {"enabled": is_bfloat16, "check_grad_overflow": True, "immediate_grad_update": False},
+        "gradient_allreduce_op": "mean",
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "bf16": {
+            "enabled": is_bfloat16,
+            "check_grad_overflow": True,
+            "immediate_grad_update": True,
+            "bf16_master_weights_and_grads": False,
+            "bf16_optimizer_states": False,
+        },
         "fp16": {"enabled": False},
+        "torch_autocast": {"enabled": False},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": {
@@ -99,10 +138,16 @@ def deepspeed_config(settings: EngineConfig, optimizer: AdamW, world_size: int) 
             "reduce_bucket_size": 500_000_000 if torch.cuda.is_available() else 5_000_000,
             "allgather_bucket_size": 500_000_000 if torch.cuda.is_available() else 5_000_000,
             "round_robin_gradients": False,
+            "allgather_partitions": True,
+            "compute_grad_norm": True,
+            "load_from_fp32_weights": True,
+            "elastic_checkpoint": False,
         },
         "zero_allow_untested_optimizer": False,
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
+        # on by default, and then the host waits for the device before and after every micro-batch
+        "timers": {"throughput": {"enabled": False, "synchronized": False}},
         "dump_state": False,
     }
 
@@ -110,19 +155,29 @@ def deepspeed_config(settings: EngineConfig, optimizer: AdamW, world_size: int) 
 class Engine:
     """A module under DeepSpeed: accumulate gradients, step, save and load the optimizer's part of a checkpoint."""
 
-    def __init__(self, module: nn.Module, settings: EngineConfig, optimizer: AdamW, world: World):
+    def __init__(self, module: nn.Module, settings: EngineConfig, optimizer: AdamW | Muon, world: World):
         import deepspeed
 
+        obstacle = optimizer.obstacle(settings.precision, settings.zero_stage) if isinstance(optimizer, Muon) else None
+        assert obstacle is None, obstacle
         self.world = world
         self.peak_lr, self._zero_stage = optimizer.lr, settings.zero_stage
         module.to(world.device, torch.bfloat16 if settings.precision == "bfloat16" else torch.float32)
-        self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
-            model=module,
-            optimizer=build_optimizer(module, optimizer),
-            config=deepspeed_config(settings, optimizer, world.size),
-            dist_init_required=False,
-        )
+        if settings.zero_stage == 3:
+            # weights are gathered before a whole block: what is inside it may be compiled
+            deepspeed.utils.set_z3_leaf_modules(module, [Block])
+        with redirect_stdout(io.StringIO()):  # twenty lines of memory figures
+            self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
+                model=module,
+                optimizer=build_optimizer(module, optimizer),
+                config=deepspeed_config(settings, optimizer, world.size),
+                dist_init_required=False,
+            )
+        if hasattr(self._optimizer, "_update_hp_grad"):
+            self._optimizer._update_hp_grad = partial(_add_gradient, self._optimizer)
         self.module: nn.Module = self._deepspeed.module
+        # kept here, since a loaded checkpoint brings the rates of its own step into the groups
+        self._peak_lrs = [group["lr"] for group in self._optimizer.param_groups]
 
     def forward(self, batch: Any) -> Any:
         """The module's loss on one micro-batch, under DeepSpeed's hooks."""
@@ -137,45 +192,76 @@ class Engine:
 
         A step with a non-finite gradient is not taken and leaves weights and optimizer state as they were.
         """
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.peak_lr * lr_multiplier
+        for group, peak_lr in zip(self._optimizer.param_groups, self._peak_lrs, strict=True):
+            group["lr"] = peak_lr * lr_multiplier
         self._deepspeed.step()
         norm = float(self._deepspeed.get_global_grad_norm() or 0.0)
         return norm, bool(self._deepspeed.was_step_applied())
 
-    def save(self, directory: Path) -> None:
-        """Write this rank's optimizer state and random state below `directory` (called on every rank)."""
+    def snapshot(self) -> Snapshot:
+        """A copy of this rank's optimizer state and random state, to be written as files (called on every rank)."""
+        snapshot = Snapshot()
+        usual, self._deepspeed.checkpoint_engine = self._deepspeed.checkpoint_engine, snapshot
+        self._deepspeed._copy_recovery_script = lambda save_path: None  # a script for the weights, which `model/` holds
         self._deepspeed.save_checkpoint(
-            str(directory),
+            ".",
             tag=OPTIMIZER_DIRECTORY,
             client_state={"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}},
             save_latest=False,
         )
-        torch.save(_random_state(), directory / f"random_rank_{self.world.rank}.pt")
+        self._deepspeed.checkpoint_engine = usual
+        snapshot.save(_random_state(), f"random_rank_{self.world.rank}.pt")
+        return snapshot
 
-    def load(self, directory: Path, world_size: int) -> None:
-        """Restore what `save` wrote. Raises CheckpointStateError when it was written by another number of ranks."""
-        if world_size != self.world.size:
-            raise CheckpointStateError(
-                f"{directory} was written by {world_size} rank(s) and this run has {self.world.size}; "
-                f"start it with --nproc-per-node {world_size}"
-            )
-        loaded, _ = self._deepspeed.load_checkpoint(str(directory), tag=OPTIMIZER_DIRECTORY)
+    def load(self, directory: Path, universal: Path | None = None) -> None:
+        """Restore what `snapshot` wrote: from `directory`, or, written by another number of ranks, from `universal`.
+
+        In the latter case the saved random states belong to other ranks: each rank is seeded anew, from rank 0's state
+        and its own number.
+        """
+        groups = [{**group, "params": None} for group in self._optimizer.param_groups]
+        self._deepspeed._config.load_universal_checkpoint = universal is not None
+        loaded, _ = self._deepspeed.load_checkpoint(str(universal or directory), tag=OPTIMIZER_DIRECTORY)
         if loaded is None:
             raise CheckpointStateError(f"{directory / OPTIMIZER_DIRECTORY} holds no optimizer state")
-        state = torch.load(directory / f"random_rank_{self.world.rank}.pt", weights_only=True)
-        torch.set_rng_state(state["cpu"])
-        if "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"], self.world.device)
+        if universal:
+            self._mend_universal_load(groups)
+        state = torch.load(directory / f"random_rank_{0 if universal else self.world.rank}.pt", weights_only=True)
+        _set_random_state(state, self.world, is_foreign=universal is not None)
 
-    def weights(self) -> dict[str, Tensor]:
-        """The module's weights, whole and on the CPU (called on every rank)."""
+    def _mend_universal_load(self, groups: list[dict[str, Any]]) -> None:
+        """DeepSpeed 0.19.8, ZeRO-3: all groups get the first one's settings, and all states one step counter tensor."""
+        for group, settings in zip(self._optimizer.param_groups, groups, strict=True):
+            group.update({**settings, "params": group["params"]})
+        for state in self._optimizer.optimizer.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()
+
+    def weights(self, snapshot: Snapshot) -> dict[str, Tensor]:
+        """Copies of the module's weights, whole, on rank 0; nothing on the others (called on every rank)."""
         if self._zero_stage < 3:
-            return {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}
+            state = self.module.state_dict() if self.world.is_main else {}
+            return {name: snapshot.tensor(tensor.detach()) for name, tensor in state.items()}
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
-            return {name: tensor.detach().cpu().clone() for name, tensor in self.module.named_parameters()}
+        weights = {}
+        for name, parameter in self.module.named_parameters():  # one at a time: the whole need not fit on a device
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if self.world.is_main:
+                    weights[name] = host_copy(parameter.detach())
+        return weights
+
+
+def _add_gradient(optimizer: Any, weight: nn.Parameter, group: int, number: int, clear_lp_grads: bool) -> None:
+    """BF16_Optimizer's own, without its float32 copy of every gradient (2% of a step of a billion parameters)."""
+    if weight.grad is None:
+        return
+    total = optimizer.fp32_groups_gradients[group][number]
+    total.add_(weight.grad.view(total.shape))
+    weight._hp_grad = total  # type: ignore[attr-defined]
+    optimizer.fp32_groups_has_gradients[group][number] = True
+    if clear_lp_grads:
+        weight.grad.zero_()
 
 
 def _random_state() -> dict[str, Tensor]:
@@ -183,3 +269,13 @@ def _random_state() -> dict[str, Tensor]:
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
+
+
+def _set_random_state(state: dict[str, Tensor], world: World, is_foreign: bool) -> None:
+    if is_foreign:
+        seed = hashlib.sha256(bytes(state["cpu"].tolist()) + f"{world.rank} of {world.size}".encode()).digest()
+        torch.manual_seed(int.from_bytes(seed[:8], "little"))
+        return
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], world.device)

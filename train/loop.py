@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,12 +15,14 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from data.sampler import DataPosition, RowOrder
+from data.sampler import DataPosition, RowOrder, Rows
 from recipes.loader import Section
-from train.checkpoint import Checkpoints, CheckpointState
+from recipes.run_directory import MayChange
+from train.checkpoint import Checkpoints, CheckpointState, Write
 from train.engine import Engine, World
 from train.metrics import Metrics
 from train.schedule import Schedule
+from train.throughput import Throughput
 
 
 class LoopConfig(Section):
@@ -28,12 +30,13 @@ class LoopConfig(Section):
 
     max_steps: PositiveInt
     rows_per_step: PositiveInt
-    rows_per_micro_batch: PositiveInt
-    evaluate_every: PositiveInt
-    save_every: PositiveInt
-    keep: PositiveInt = 2
-    log_every: PositiveInt = 1
-    max_skipped_steps: NonNegativeInt = 10
+    rows_per_micro_batch: MayChange[PositiveInt]
+    evaluate_every: MayChange[PositiveInt]
+    save_every: MayChange[PositiveInt | None]
+    """null: no checkpoints, for measurements."""
+    keep: MayChange[PositiveInt] = 2
+    log_every: MayChange[PositiveInt] = 1
+    max_skipped_steps: MayChange[NonNegativeInt] = 10
 
 
 class TrainingError(RuntimeError):
@@ -49,17 +52,6 @@ class Batch(Protocol):
 
     @property
     def tokens_T(self) -> Tensor: ...
-
-
-class Rows(Protocol):
-    """Training data as numbered rows: a packed dataset, or pairs."""
-
-    @property
-    def n_rows(self) -> int: ...
-    @property
-    def row_length(self) -> int: ...
-    @property
-    def fingerprint(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -110,10 +102,11 @@ def train(
     seed: int,
     start: CheckpointState | None,
     checkpoints: Checkpoints,
-    write_checkpoint: Callable[[Path], None],
+    snapshot: Callable[[], Write],
     metrics: Metrics | None,
     should_stop: Callable[[], bool],
     run_dir: Path,
+    throughput: Throughput,
 ) -> Outcome:
     """Train until `max_steps` or until any rank is asked to stop; the latter leaves a checkpoint to resume from."""
     world, per_rank = engine.world, config.rows_per_micro_batch * engine.world.size
@@ -122,7 +115,7 @@ def train(
             f"loop.rows_per_step={config.rows_per_step} is not a multiple of rows_per_micro_batch="
             f"{config.rows_per_micro_batch} x {world.size} rank(s); change one of them"
         )
-    order = RowOrder(stage.rows.n_rows, seed)
+    reader = StepReader(stage, config, seed, world)
     step, skipped, skipped_in_a_row = (start.step, start.skipped_steps, 0) if start else (0, 0, 0)
     fresh, evaluation, clock, tokens_since_log = True, {}, time.perf_counter(), 0
     while True:
@@ -132,44 +125,76 @@ def train(
             if metrics:
                 metrics.log(step, evaluation)
             clock = time.perf_counter()
-        (n_stops,) = world.sum([float(should_stop())])
-        if (step % config.save_every == 0 or is_last or n_stops) and not (fresh and (start or not n_stops)):
+        n_stops, n_busy, n_failed = world.sum([float(should_stop()), *checkpoints.report()])
+        checkpoints.advance(n_busy, n_failed)
+        is_due = config.save_every is not None and (step % config.save_every == 0 or is_last or n_stops)
+        if is_due and not (fresh and (start or not n_stops)):
             position = position_after(step * config.rows_per_step, stage.rows, seed)
-            checkpoints.save(CheckpointState(step, position, world.size, skipped), write_checkpoint)
+            checkpoints.save(CheckpointState(step, position, world.size, skipped), snapshot)
             clock = time.perf_counter()
         if is_last or n_stops:
-            return Outcome(step, is_last, evaluation or stage.evaluate(engine), skipped)
+            checkpoints.finish()
+            return Outcome(step, is_last, evaluation or (stage.evaluate(engine) if is_last else {}), skipped)
 
-        rows = order.rows(step * config.rows_per_step, config.rows_per_step)
-        batches = [stage.collate(part) for part in rows_of_rank(rows, config.rows_per_micro_batch, world)]
+        rows, batches = reader.batches(step)
         (count,) = world.sum([float(sum(stage.count(batch) for batch in batches))])
         tokens_since_log += sum(len(batch.tokens_T) for batch in batches) * world.size
-        sums: dict[str, float] = {}
-        for batch in batches:
-            loss: Loss = engine.forward(batch)
-            for name, value in {"loss": loss.total, **loss.sums}.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach())
-            # a loss that is not finite must make a gradient that is not finite: that step is then refused
-            poison = 1.0 if math.isfinite(sums["loss"]) else float("nan")
-            engine.accumulate(loss.total * (poison / max(count, 1)))
+        sums = accumulate(engine, batches, count)
         gradient_norm, taken = engine.step(schedule.multiplier(step, config.max_steps))
+        starting = metrics.first_step() if metrics and fresh else {}
         step, fresh = step + 1, False
 
         skipped_in_a_row = 0 if taken else skipped_in_a_row + 1
         skipped += not taken
         if skipped_in_a_row > config.max_skipped_steps:
+            checkpoints.finish()
             _give_up(run_dir, step, rows, skipped_in_a_row, world)
         if step % config.log_every == 0 or not taken:
             names = sorted(sums)
-            totals = world.sum([sums[name] for name in names])
+            totals = world.sum(torch.stack([sums[name] for name in names]).tolist())
             if metrics:
                 seconds, clock = time.perf_counter() - clock, time.perf_counter()
                 values = {name: total / max(count, 1) for name, total in zip(names, totals, strict=True)}
                 values["lr"] = engine.peak_lr * schedule.multiplier(step - 1, config.max_steps)
                 values["gradient_norm"] = gradient_norm
-                values["tokens_per_second"] = tokens_since_log / seconds
+                values |= throughput.figures(tokens_since_log, seconds)
                 tokens_since_log = 0
-                metrics.log(step, {**values, **({} if taken else {"skipped_steps": skipped})})
+                metrics.log(step, {**values, **starting, **({} if taken else {"skipped_steps": skipped})})
+
+
+class StepReader:
+    """Reads the micro-batches of a step, and while the device is busy with them, those of the next step."""
+
+    def __init__(self, stage: Stage, config: LoopConfig, seed: int, world: World):
+        self._order = RowOrder(stage.rows.n_rows, seed)
+        self._stage, self._config, self._world = stage, config, world
+        self._thread = ThreadPoolExecutor(1, "reader")
+        self._ahead: tuple[int, Future[tuple[np.ndarray, list[Batch]]]] | None = None
+
+    def batches(self, step: int) -> tuple[np.ndarray, list[Batch]]:
+        """The rows of a step (all ranks') and this rank's micro-batches of them."""
+        if self._ahead is None or self._ahead[0] != step:
+            self._ahead = (step, self._thread.submit(self._read, step))
+        found = self._ahead[1].result()
+        self._ahead = (step + 1, self._thread.submit(self._read, step + 1))
+        return found
+
+    def _read(self, step: int) -> tuple[np.ndarray, list[Batch]]:
+        rows = self._order.rows(step * self._config.rows_per_step, self._config.rows_per_step)
+        parts = rows_of_rank(rows, self._config.rows_per_micro_batch, self._world)
+        return rows, [self._stage.collate(part) for part in parts]
+
+
+def accumulate(engine: Engine, batches: list[Any], count: float) -> dict[str, Tensor]:
+    """Add the gradient of sum(loss) / count over micro-batches. The sums stay on the device: nothing waits for it."""
+    sums: dict[str, Tensor] = {}
+    for batch in batches:
+        loss: Loss = engine.forward(batch)
+        for name, value in {"loss": loss.total, **loss.sums}.items():
+            sums[name] = sums.get(name, 0.0) + value.detach().float()
+        # a loss that is not finite must make a gradient that is not finite: that step is then refused
+        engine.accumulate(loss.total * torch.where(sums["loss"].isfinite(), 1 / max(count, 1), float("nan")))
+    return sums
 
 
 def position_after(n_rows: int, rows: Rows, seed: int) -> DataPosition:

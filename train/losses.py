@@ -5,30 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from model.transformer import Transformer
-
-LOGIT_CHUNK_TOKENS = 4096
-"""Tokens whose logits exist at one time; beyond it a chunk's logits are recomputed in the backward pass."""
+from train.token_logprobs import summed_loss
 
 
-def token_logprobs(model: Transformer, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
-    """Log-probability of each target under the model, float32, without ever holding all logits at once."""
+def next_token_loss(
+    model: Transformer, hidden_TD: Tensor, targets_T: Tensor, counted_T: Tensor | None = None, z_loss: float = 0.0
+) -> Tensor:
+    """Sum of -log p(target) over positions (nats), only counted ones where `counted_T` is given.
 
-    def chunk_logprobs(hidden_CD: Tensor, targets_C: Tensor) -> Tensor:
-        return -F.cross_entropy(model.logits(hidden_CD).float(), targets_C, reduction="none")
-
-    if len(targets_T) <= LOGIT_CHUNK_TOKENS:
-        return chunk_logprobs(hidden_TD, targets_T)
-    chunks = zip(hidden_TD.split(LOGIT_CHUNK_TOKENS), targets_T.split(LOGIT_CHUNK_TOKENS), strict=True)
-    return torch.cat([checkpoint(chunk_logprobs, h_CD, t_C, use_reentrant=False) for h_CD, t_C in chunks])
-
-
-def next_token_loss(model: Transformer, hidden_TD: Tensor, targets_T: Tensor, counted_T: Tensor) -> Tensor:
-    """Sum of -log p(target) over counted positions (nats)."""
-    places_T = counted_T.nonzero()[:, 0]
-    return -token_logprobs(model, hidden_TD[places_T], targets_T[places_T]).sum()
+    `z_loss` times the squared log-normaliser is added: it keeps logits from drifting (section 5 of arXiv 2204.02311).
+    """
+    weight_T = torch.ones_like(targets_T, dtype=torch.float32) if counted_T is None else counted_T.float()
+    softcap = model.config.final_logit_softcap
+    return summed_loss(hidden_TD, model.embed_tokens.weight, targets_T, weight_T, z_loss, softcap)
 
 
 def continuation_loss(score_T: Tensor, label_T: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -71,12 +72,14 @@ class Metrics:
             self._last_line = time.monotonic()
             self._console.print(f"step {step}/{self._max_steps}  {figures}", highlight=False)
 
-    def note(self, message: str) -> None:
-        """A line above the progress bar."""
-        self._console.print(message)
+    def first_step(self) -> dict[str, float]:
+        """Say how long this process took to its first finished step: imports, data, weights, compilation."""
+        seconds = time.time() - psutil.Process().create_time()
+        self._console.print(f"first step {seconds:.0f} s after the start of the process", highlight=False)
+        return {"seconds_to_first_step": seconds}
 
 
-_ON_SCREEN = ("loss", "heldout_loss", "heldout_auc", "heldout_accuracy", "tokens_per_second", "lr")
+_ON_SCREEN = ("loss", "heldout_loss", "heldout_auc", "heldout_accuracy", "tokens_per_second", "mfu", "memory_gib", "lr")
 
 
 def _short(value: float) -> str:

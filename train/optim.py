@@ -1,13 +1,15 @@
-"""The optimizer: which parameters decay, and AdamW's settings."""
+"""The optimizer: AdamW for everything, or Muon for the blocks' matrices with AdamW for the rest."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import nn
 
+from model.transformer import Block
 from recipes.loader import Section
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -25,22 +27,116 @@ class AdamW(Section):
     gradient_clipping: PositiveFloat = 1.0
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices outside the embedding with `weight_decay`, everything else without."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in module.named_parameters():
-        (decayed if parameter.ndim >= 2 and "embed" not in name else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+class Muon(Section):
+    """Muon (arXiv 2502.16982) for the matrices of the blocks; AdamW for embeddings, norms and heads.
+
+    An update has all singular values near lr * sqrt(max(1, rows / columns)), whatever the gradient's size. `lr` and
+    `momentum` are of the matrices, the `adamw_` settings of the rest; `weight_decay` is of matrices in either.
+    """
+
+    kind: Literal["muon"]
+    lr: PositiveFloat
+    momentum: Beta = 0.95
+    weight_decay: NonNegativeFloat = 0.1
+    gradient_clipping: PositiveFloat = 1.0
+    adamw_lr: PositiveFloat
+    adamw_beta1: Beta = 0.9
+    adamw_beta2: Beta = 0.95
+    adamw_eps: PositiveFloat = 1e-8
+
+    def obstacle(self, precision: str, zero_stage: int) -> str | None:
+        """Why Muon does not run right in this engine, or None.
+
+        Only DeepSpeed's bfloat16 optimizer with float32 accumulation (stage 1) clips *before* it orthogonalises. The
+        others clip the orthogonalised update, which scales it by an arbitrary factor, and report its norm as the
+        gradient's, so that no threshold of `gradient_clipping` would mean anything there.
+        """
+        if precision == "bfloat16" and zero_stage == 1:
+            return None
+        return (
+            f"optimizer.kind muon needs precision bfloat16 and zero_stage 1, found {precision} and {zero_stage}: "
+            "elsewhere DeepSpeed clips the orthogonalised update instead of the gradient. Change these, or use "
+            "optimizer.kind adamw"
+        )
 
 
-def build_optimizer(module: nn.Module, settings: AdamW) -> torch.optim.Optimizer:
-    """A fused AdamW over `module`; its learning rate is set anew at every step by the loop."""
+Optimizer = Annotated[AdamW | Muon, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class ParameterRoles:
+    """The parameters of a module by what an optimizer may do to them."""
+
+    block_matrices: list[nn.Parameter] = field(default_factory=list)
+    """Linear maps between hidden states: these decay, and are what Muon orthogonalises."""
+    head_matrices: list[nn.Parameter] = field(default_factory=list)
+    """Other linear maps, such as a scorer's: these decay."""
+    others: list[nn.Parameter] = field(default_factory=list)
+    """Embeddings, norms and biases: these never decay."""
+
+
+def parameter_roles(module: nn.Module) -> ParameterRoles:
+    """Sort by the modules that hold the parameters, not by their names or shapes."""
+    blocks = [block for block in module.modules() if isinstance(block, Block)]
+    in_block = {id(linear.weight) for block in blocks for linear in _linears(block)}
+    matrices = {id(linear.weight) for linear in _linears(module)}
+    roles = ParameterRoles()
+    for parameter in module.parameters():
+        if id(parameter) in in_block:
+            roles.block_matrices.append(parameter)
+        else:
+            (roles.head_matrices if id(parameter) in matrices else roles.others).append(parameter)
+    return roles
+
+
+def _linears(module: nn.Module) -> list[nn.Linear]:
+    return [part for part in module.modules() if isinstance(part, nn.Linear)]
+
+
+def build_optimizer(module: nn.Module, settings: AdamW | Muon) -> torch.optim.Optimizer:
+    """The optimizer over `module`, its groups at their peak learning rates."""
+    roles = parameter_roles(module)
+    return _adamw(roles, settings) if isinstance(settings, AdamW) else _muon(roles, settings)
+
+
+def _adamw(roles: ParameterRoles, settings: AdamW) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [*roles.block_matrices, *roles.head_matrices], "weight_decay": settings.weight_decay},
+        {"params": roles.others, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(
-        parameter_groups(module, settings.weight_decay),
+        [group for group in groups if group["params"]],
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
         fused=True,
+    )
+
+
+def _muon(roles: ParameterRoles, settings: Muon) -> torch.optim.Optimizer:
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    if not roles.others[0].is_cuda:
+        # its Newton-Schulz iteration is compiled; on a CPU that takes a C++ compiler and a minute, and gains nothing
+        torch.compiler.set_stance("force_eager")
+    muon = {
+        "use_muon": True,
+        "lr": settings.lr,
+        "momentum": settings.momentum,
+        "weight_decay": settings.weight_decay,
+        "ns_method": "gram",
+    }
+    rest: dict[str, Any] = {
+        "use_muon": False,
+        "lr": settings.adamw_lr,
+        "betas": (settings.adamw_beta1, settings.adamw_beta2),
+        "eps": settings.adamw_eps,
+    }
+    groups = [
+        {"params": roles.block_matrices, **muon},
+        {"params": roles.head_matrices, **rest, "weight_decay": settings.weight_decay},
+        {"params": roles.others, **rest, "weight_decay": 0.0},
+    ]
+    return MuonWithAuxAdam(
+        [group for group in groups if group["params"]], torch.optim.AdamW, {"lr": settings.adamw_lr, "fused": True}
     )

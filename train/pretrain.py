@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import PositiveInt
+from pydantic import NonNegativeFloat, PositiveInt, model_validator
 from rich.console import Console
 from rich.table import Table
 
 from data.batch import PackedBatch
+from data.shards import PackedDataset
+from data.synthetic import SyntheticData
 from eval.ngram import ngram_losses
 from eval.scoring import spread_rows
 from model.config import ModelConfig
@@ -35,17 +38,25 @@ class PretrainRecipe(TrainingRecipe):
     """Everything of a pre-training run: the data directory, the architecture, and how to train it."""
 
     stage: Literal["pretrain"]
-    data: str
+    data: str | SyntheticData
     evaluation_rows: PositiveInt
     ngram_baselines: bool = True
+    z_loss: NonNegativeFloat = 0.0
     model: ModelConfig
 
+    @model_validator(mode="after")
+    def _baselines_have_a_corpus(self) -> PretrainRecipe:
+        if self.ngram_baselines and isinstance(self.data, SyntheticData):
+            raise ValueError("ngram_baselines=true needs a data directory; made-up tokens have no n-grams to learn")
+        return self
 
-def language_model_loss(module: LossModule, batch: PackedBatch) -> Loss:
-    """Next-token cross-entropy over every target inside a document."""
-    device = module.trunk.embed_tokens.weight.device
-    hidden_TD = module.trunk(batch.tokens_T.to(device), documents_of(batch, device))
-    return Loss(next_token_loss(module.trunk, hidden_TD, batch.targets_T.to(device), batch.trained_T.to(device)))
+
+def language_model_loss(module: LossModule, batch: PackedBatch, z_loss: float = 0.0) -> Loss:
+    """Next-token cross-entropy over every target inside a document; in training, the z-loss too."""
+    batch = batch.to(module.trunk.embed_tokens.weight.device)
+    hidden_TD = module.trunk(batch.tokens_T, documents_of(batch))
+    z_loss = z_loss if module.training else 0.0
+    return Loss(next_token_loss(module.trunk, hidden_TD, batch.targets_T, batch.trained_T, z_loss))
 
 
 def prepare(recipe: PretrainRecipe, world: World, console: Console) -> Job:
@@ -57,19 +68,22 @@ def prepare(recipe: PretrainRecipe, world: World, console: Console) -> Job:
         if not recipe.ngram_baselines:
             return f"held-out loss {loss:.3f} nats/token", {"heldout_loss": loss}
         rows = spread_rows(heldout.n_rows, recipe.evaluation_rows)
+        assert isinstance(dataset, PackedDataset) and isinstance(heldout, PackedDataset)
         baselines = ngram_losses(dataset, heldout, rows) if world.is_main else {}
         _print_comparison(loss, baselines, console)
         best = min(baselines, key=lambda name: baselines[name], default="")
         figure = f"held-out loss {loss:.3f} nats/token (best n-gram {baselines.get(best, 0):.3f}, {best})"
         return figure, {"heldout_loss": loss, "baselines": baselines}
 
+    with world.device:  # the weights are drawn where they will lie
+        trunk = Transformer(recipe.model, recipe.attention, recipe.seed)
     return Job(
-        module=LossModule(Transformer(recipe.model, recipe.attention, recipe.seed), language_model_loss),
+        module=LossModule(trunk, partial(language_model_loss, z_loss=recipe.z_loss)),
         stage=packed_stage(
             dataset, heldout, recipe.evaluation_rows, recipe.loop.rows_per_micro_batch, world,
             count=lambda batch: int(batch.trained_T.sum()),
         ),
-        tokenizer=Path(recipe.data) / "tokenizer.model",
+        tokenizer=None if isinstance(recipe.data, SyntheticData) else Path(recipe.data) / "tokenizer.model",
         finish=finish,
     )  # fmt: skip
 
@@ -88,7 +102,8 @@ def main() -> int:
     command = parse_command_line(PretrainRecipe, description=__doc__)
     recipe: PretrainRecipe = command.recipe
     summary = summarize(recipe, recipe.data, recipe.model)
-    return run_stage(command, {"data": recipe.data}, lambda world, console: prepare(recipe, world, console), summary)
+    inputs = {} if isinstance(recipe.data, SyntheticData) else {"data": recipe.data}
+    return run_stage(command, inputs, lambda world, console: prepare(recipe, world, console), summary)
 
 
 if __name__ == "__main__":

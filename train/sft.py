@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import PositiveInt
 from rich.console import Console
 
-from data.batch import PackedBatch
+from data.batch import PackedBatch, to_device
 from recipes.loader import parse_command_line
 from train.engine import Engine, World
 from train.loop import Loss, Outcome
@@ -39,8 +39,10 @@ class SFTRecipe(TrainingRecipe):
 def answer_loss(module: LossModule, batch: PackedBatch) -> Loss:
     """Next-token cross-entropy over the character's text and its `<|end|>` only."""
     device = module.trunk.embed_tokens.weight.device
-    hidden_TD = module.trunk(batch.tokens_T.to(device), documents_of(batch, device))
-    return Loss(next_token_loss(module.trunk, hidden_TD, batch.targets_T.to(device), batch.answer_T.to(device)))
+    places_T = to_device(batch.answer_T.nonzero()[:, 0], device)  # found before the device is busy
+    batch = batch.to(device)
+    hidden_TD = module.trunk(batch.tokens_T, documents_of(batch))
+    return Loss(next_token_loss(module.trunk, hidden_TD[places_T], batch.targets_T[places_T]))
 
 
 def prepare(recipe: SFTRecipe, world: World) -> Job:

@@ -13,27 +13,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt, ValidationInfo, field_validator
 from rich.console import Console
 from torch import nn
 
-from data.batch import PackedBatch, collate
+from data.batch import PackedBatch, PackedRows, collate
+from data.sampler import Rows
 from data.shards import PackedDataset
+from data.synthetic import SyntheticData, SyntheticRows
 from eval.scoring import spread_rows
 from model.attention_ops import Backend, Documents, choose_backend
+from model.compilation import checkpoint_blocks, compile_blocks
 from model.config import ModelConfig
 from model.portability import describe
 from model.scalar_head import ScalarHead
 from model.transformer import Transformer
 from model.weights import load_config, load_model, save_model
 from recipes.loader import CommandLine, Section, dump_recipe
-from recipes.run_directory import RunState, finish_run, prepare_run_directory
-from train.checkpoint import CheckpointError, Checkpoints, CheckpointState
+from recipes.run_directory import MayChange, RunState, finish_run, prepare_run_directory
+from train.background import on_main
+from train.checkpoint import CheckpointError, Checkpoints, CheckpointState, Write
+from train.elastic import universal_form
 from train.engine import Engine, EngineConfig, World, join_world
-from train.loop import LoopConfig, LoopError, Loss, Outcome, Rows, Stage, TrainingError, no_grad_sum, train
+from train.loop import LoopConfig, LoopError, Loss, Outcome, Stage, TrainingError, no_grad_sum, train
 from train.metrics import Metrics, WandbConfig, plot_metrics
-from train.optim import AdamW
+from train.optim import Muon, Optimizer
 from train.schedule import Schedule
+from train.snapshot import Snapshot
+from train.throughput import Throughput
 
 
 class TrainingRecipe(Section):
@@ -41,14 +48,22 @@ class TrainingRecipe(Section):
 
     run_dir: str
     seed: NonNegativeInt = 0
-    attention: Backend = "auto"
+    attention: MayChange[Backend] = "auto"
     loop: LoopConfig
-    optimizer: AdamW
+    optimizer: Optimizer
     schedule: Schedule
     engine: EngineConfig
-    wandb: WandbConfig = WandbConfig()
-    threads: PositiveInt | None = None
+    wandb: MayChange[WandbConfig] = WandbConfig()
+    threads: MayChange[PositiveInt | None] = None
     """CPU threads a rank; left out, what torchrun or the system gives. The same number gives the same bits."""
+
+    @field_validator("engine")
+    @classmethod
+    def _fits_optimizer(cls, engine: EngineConfig, others: ValidationInfo) -> EngineConfig:
+        optimizer = others.data.get("optimizer")
+        if isinstance(optimizer, Muon) and (obstacle := optimizer.obstacle(engine.precision, engine.zero_stage)):
+            raise ValueError(obstacle)
+        return engine
 
 
 class LossModule(nn.Module):
@@ -67,29 +82,41 @@ class LossModule(nn.Module):
 
 @dataclass(frozen=True)
 class Job:
-    """A stage ready to be trained. `finish` runs after the last step and returns the key figure and figures to keep."""
+    """A stage ready to be trained. `finish` runs after the last step and returns the key figure and figures to keep.
+
+    tokenizer: the file to put beside the weights (None: the tokens are made up); has_fixed_shapes: every micro-batch
+    has the same number of tokens, so compiled blocks need not be general.
+    """
 
     module: LossModule
     stage: Stage
-    tokenizer: Path
+    tokenizer: Path | None
     finish: Callable[[Engine, Outcome, Console], tuple[str, dict[str, Any]]]
+    has_fixed_shapes: bool = True
 
 
-def documents_of(batch: PackedBatch, device: torch.device) -> Documents:
-    """The boundaries of a packed batch, as attention takes them."""
-    return Documents.from_lengths(batch.document_lengths, batch.row_length, device)
+def documents_of(batch: PackedBatch) -> Documents:
+    """The boundaries of a packed batch, as attention takes them, on the batch's device."""
+    return Documents.on_device(batch.document_lengths, len(batch.tokens_T), batch.row_length, batch.row_length)
 
 
-def open_data(directory: str, config: ModelConfig) -> tuple[PackedDataset, PackedDataset]:
-    """Training and held-out shards of a data directory, checked to fit the model."""
-    dataset, heldout = PackedDataset(Path(directory) / "train"), PackedDataset(Path(directory) / "heldout")
-    if dataset.vocab_size != config.vocab_size:
-        raise LoopError(
-            f"the model has vocab_size {config.vocab_size}, the tokenizer of {directory} {dataset.vocab_size} pieces"
-        )
+def open_data(data: str | SyntheticData, config: ModelConfig) -> tuple[PackedRows, PackedRows]:
+    """Training and held-out rows of a data directory (or made-up ones), checked to fit the model."""
+    dataset: PackedRows
+    heldout: PackedRows
+    if isinstance(data, SyntheticData):
+        other_seed = data.model_copy(update={"seed": data.seed + 1})
+        dataset, heldout = (SyntheticRows(settings, config.vocab_size) for settings in (data, other_seed))
+    else:
+        shards = PackedDataset(Path(data) / "train")
+        dataset, heldout = shards, PackedDataset(Path(data) / "heldout")
+        if shards.vocab_size != config.vocab_size:
+            raise LoopError(
+                f"the model has vocab_size {config.vocab_size}, the tokenizer of {data} {shards.vocab_size} pieces"
+            )
     if dataset.row_length > config.max_length:
         raise LoopError(
-            f"rows of {directory} have {dataset.row_length} tokens, the model's max_length is {config.max_length}"
+            f"rows of {data} have {dataset.row_length} tokens, the model's max_length is {config.max_length}"
         )
     return dataset, heldout
 
@@ -100,8 +127,8 @@ def load_trunk(run_dir: str, attention: Backend) -> Transformer:
 
 
 def packed_stage(
-    dataset: PackedDataset,
-    heldout: PackedDataset,
+    dataset: PackedRows,
+    heldout: PackedRows,
     evaluation_rows: int,
     rows_per_micro_batch: int,
     world: World,
@@ -145,11 +172,19 @@ def run_stage(
         torch.set_num_threads(recipe.threads)
     try:
         return _run(recipe, dict(inputs), prepare, summary, world, console, stop)
-    except (ValueError, TrainingError, CheckpointError, FileNotFoundError) as error:
-        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False, soft_wrap=True)
-        return 2 if isinstance(error, ValueError | FileNotFoundError) else 1
+    except (ValueError, FileNotFoundError) as error:
+        _tell(error)
+        return 2
+    except (TrainingError, CheckpointError) as error:  # raised on every rank alike, so told once
+        if world.is_main:
+            _tell(error)
+        return 1
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _tell(error: Exception) -> None:
+    Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False, soft_wrap=True)
 
 
 def _run(
@@ -172,12 +207,14 @@ def _run(
         for line in summary:
             console.print(line, highlight=False)
         job = prepare(world, console)
-        backend = choose_backend(recipe.attention, world.device)
+        backend = choose_backend(recipe.attention, world.device, recipe.engine.dtype)
         console.print(
             f"attention {backend}, {world.size} rank(s), {torch.get_num_threads()} thread(s) each, "
-            f"{recipe.engine.precision}, ZeRO-{recipe.engine.zero_stage}",
+            f"{recipe.engine.precision}, ZeRO-{recipe.engine.zero_stage}"
+            + (", compiled blocks" if recipe.engine.compiles(world.device) else ""),
             highlight=False,
         )
+        _shape_blocks(job, recipe.engine, world.device)
         engine = Engine(job.module, recipe.engine, recipe.optimizer, world)
         checkpoints = Checkpoints(run_dir / "checkpoints", recipe.loop.keep, world, console)
         start = resume(checkpoints, engine, job.stage.rows, console)
@@ -186,19 +223,23 @@ def _run(
             first = start.step if start else -1
             metrics = Metrics(run_dir, console, recipe.wandb, recipe.model_dump(), first, recipe.loop.max_steps)
 
-        def write_checkpoint(staging: Path) -> None:
-            engine.save(staging)
-            _save_weights(engine, job, staging / "model")
+        def snapshot() -> Write:
+            return _snapshot(engine, job)
 
+        flops_per_token = job.module.trunk.config.flops_per_token(job.stage.rows.row_length)
+        throughput = Throughput(flops_per_token, world.device, world.size)
         with metrics or nullcontext():
             outcome = train(
                 job.stage, engine, recipe.loop, recipe.schedule, recipe.seed, start,
-                checkpoints, write_checkpoint, metrics, stop.requested, run_dir,
+                checkpoints, snapshot, metrics, stop.requested, run_dir, throughput,
             )  # fmt: skip
         if not outcome.finished:
-            console.print(f"stopped at step {outcome.step} with a checkpoint; the same command continues from it")
+            kept = "with a checkpoint; the same command continues from it"
+            if recipe.loop.save_every is None:
+                kept = "without a checkpoint (loop.save_every: null)"
+            console.print(f"stopped at step {outcome.step} {kept}")
             return 130 if stop.by_keyboard else 0
-        _save_weights(engine, job, run_dir / "model")
+        _save_weights(engine, job, run_dir)
         key_figure, figures = job.finish(engine, outcome, console)
         if world.is_main:
             plot_metrics(run_dir, figures.get("baselines"))
@@ -208,6 +249,20 @@ def _run(
             console.print(f"[bold]{key_figure}[/]  -> {run_dir / 'model'}", highlight=False)
         world.barrier()
     return 0
+
+
+def _shape_blocks(job: Job, settings: EngineConfig, device: torch.device) -> None:
+    """Compile the trunk's blocks and choose what they keep, as the recipe says."""
+    blocks, compiles = job.module.trunk.blocks, settings.compiles(device)
+    if settings.recompute == "elementwise" and not compiles:
+        raise LoopError(
+            "engine.recompute=elementwise is done by the compiler, and blocks are not compiled here; "
+            "set engine.compile=blocks, or recompute to block or none"
+        )
+    if compiles:
+        compile_blocks(blocks, not job.has_fixed_shapes, settings.recompute)
+    if settings.recompute == "block":
+        checkpoint_blocks(blocks)
 
 
 def resume(checkpoints: Checkpoints, engine: Engine, rows: Rows, console: Console) -> CheckpointState | None:
@@ -224,20 +279,53 @@ def resume(checkpoints: Checkpoints, engine: Engine, rows: Rows, console: Consol
             f"{path} was trained on data with fingerprint {state.position.fingerprint[:16]}, the data now has "
             f"{rows.fingerprint[:16]}: the corpus has changed. Restore it, or train in another run_dir"
         )
-    engine.load(path, state.world_size)
+    if state.world_size == engine.world.size:
+        engine.load(path)
+    else:
+        with universal_form(path, engine.world, console) as universal:
+            engine.load(path, universal)
     console.print(f"resuming from {path}: {state.position.tokens_consumed:,} tokens consumed", highlight=False)
     return state
 
 
-def _save_weights(engine: Engine, job: Job, directory: Path) -> None:
-    weights = engine.weights()
-    if engine.world.is_main:
-        parts: dict[str, dict[str, torch.Tensor]] = {"trunk": {}, "head": {}}
-        for name, tensor in weights.items():
-            part, rest = name.split(".", 1)
-            parts[part][rest] = tensor
-        config = job.module.trunk.config
-        save_model(directory, config, parts["trunk"], parts["head"] or None, {"tokenizer.model": job.tokenizer})
+def _snapshot(engine: Engine, job: Job) -> Write:
+    """Copy all that a checkpoint holds; the function that writes this rank's share of it below a directory."""
+    state = engine.snapshot()
+    weights = engine.weights(state)
+    state.finish()
+
+    def write(directory: Path) -> list[Path]:
+        written = state.write(directory)
+        if engine.world.is_main:
+            _write_model(job, weights, directory / "model")
+            written += (directory / "model").iterdir()
+        return written
+
+    return write
+
+
+def _save_weights(engine: Engine, job: Job, run_dir: Path) -> None:
+    """Write the finished model."""
+    snapshot = Snapshot()
+    weights = engine.weights(snapshot)
+    snapshot.finish()
+    snapshot.wait()
+    _, failure = on_main(engine.world, lambda: _write_model(job, weights, run_dir / "model"))
+    if failure:
+        raise CheckpointError(
+            f"{run_dir / 'model'} could not be written: {failure}. The last step's checkpoint is there; run the same "
+            "command again once there is room"
+        )
+
+
+def _write_model(job: Job, weights: Mapping[str, torch.Tensor], directory: Path) -> None:
+    parts: dict[str, dict[str, torch.Tensor]] = {"trunk": {}, "head": {}}
+    for name, tensor in weights.items():
+        part, rest = name.split(".", 1)
+        parts[part][rest] = tensor
+    config = job.module.trunk.config
+    beside = {"tokenizer.model": job.tokenizer} if job.tokenizer else {}
+    save_model(directory, config, parts["trunk"], parts["head"] or None, beside)
 
 
 class _StopRequest:
@@ -263,7 +351,7 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
-def summarize(recipe: TrainingRecipe, data: str, config: ModelConfig | None = None) -> list[str]:
+def summarize(recipe: TrainingRecipe, data: str | SyntheticData, config: ModelConfig | None = None) -> list[str]:
     """The lines printed before training and by --dry-run: the model's cost, and how many tokens are ahead.
 
     `config` is the recipe's own architecture, or None when it comes with the weights of `init_from`.
@@ -272,16 +360,26 @@ def summarize(recipe: TrainingRecipe, data: str, config: ModelConfig | None = No
         weights = Path(getattr(recipe, "init_from")) / "model"  # noqa: B009 (only some stages have it)
         config = load_config(weights) if (weights / "config.json").exists() else None
     lines = describe(config) if config else [("model", f"not there yet: {weights}")]
-    manifest = Path(data) / "train" / "manifest.json"
-    steps, rows = recipe.loop.max_steps, recipe.loop.rows_per_step
-    if manifest.exists():
-        dataset = PackedDataset(manifest.parent)
-        tokens = rows * dataset.row_length
-        lines += [
-            ("data", f"{dataset.n_rows:,} rows of {dataset.row_length} tokens in {data}"),
-            ("tokens a step", f"{tokens:,} ({rows} rows)"),
-            ("tokens in all", f"{tokens * steps:,} in {steps} steps, {rows * steps / dataset.n_rows:.2f} epochs"),
-        ]
-    else:
+    steps, rows_per_step = recipe.loop.max_steps, recipe.loop.rows_per_step
+    size = _size_of(data)
+    if size is None:
         lines += [("data", f"not there yet: {data}; run python -m data.prepare first")]
+    else:
+        n_rows, row_length = size
+        tokens = rows_per_step * row_length
+        lines += [
+            ("data", f"{n_rows:,} rows of {row_length} tokens in {data}"),
+            ("tokens a step", f"{tokens:,} ({rows_per_step} rows)"),
+            ("tokens in all", f"{tokens * steps:,} in {steps} steps, {rows_per_step * steps / n_rows:.2f} epochs"),
+        ]
     return [f"{name:<24}{value}" for name, value in lines]
+
+
+def _size_of(data: str | SyntheticData) -> tuple[int, int] | None:
+    """(rows, tokens a row) of training data; None when it is not there yet."""
+    if isinstance(data, SyntheticData):
+        return data.n_rows, data.row_length
+    if not (Path(data) / "train" / "manifest.json").exists():
+        return None
+    dataset = PackedDataset(Path(data) / "train", verify="sizes")
+    return dataset.n_rows, dataset.row_length

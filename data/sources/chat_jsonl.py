@@ -1,12 +1,12 @@
-"""Chat logs of one's own: JSON lines of id, messages (speaker, text, time?), character?, participants?, metadata?."""
+"""Own chat logs: lines of id, messages (speaker, text, time?, metadata?), character?, participants?, and metadata?."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from data.dialogue import NARRATOR, Dialogue, DialogueError, check_times, messages_from_records
+from data.sources.character import any_speaker
 from data.sources.source import DialogueSource, RecordError, Rejected, beginning, find_files, parse_object, read_lines
-from data.stable_hash import stable_hash
 
 _KEYS = {"id", "messages", "character", "participants", "metadata"}
 
@@ -51,5 +51,5 @@ class ChatJsonlSource(DialogueSource):
             speakers = sorted({m.speaker for m in messages} - {NARRATOR})
             if not speakers:
                 raise RecordError("nobody but the narrator writes; name a character")
-            character = speakers[stable_hash("character", identity) % len(speakers)]
+            character = any_speaker(identity, speakers)
         return Dialogue(identity, messages, character, tuple(participants), metadata)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.dialogue import NARRATOR, Dialogue, DialogueError, Message, check_times
+from data.sources.character import any_speaker
 from data.sources.first_names import first_names
 from data.sources.source import DialogueSource, RecordError, Rejected, SourceError, beginning
-from data.stable_hash import stable_hash
 
 _SLIDER_DEFAULT = 5  # a rating of 5 says nothing: the slider stood there
 
@@ -28,7 +28,7 @@ class ChitchatSource(DialogueSource):
     def files(self) -> list[Path]:
         if self.path is not None:
             if not Path(self.path).is_file():
-                raise SourceError(f"source.path {self.path}: no such file; expected a chitchat dataset.json")
+                raise SourceError(f"source path {self.path}: no such file; expected a chitchat dataset.json")
             return [Path(self.path)]
         found = importlib.util.find_spec("chitchat_dataset")
         if found is None or found.origin is None:
@@ -78,7 +78,7 @@ class ChitchatSource(DialogueSource):
         return Dialogue(
             id=identity,
             messages=scene + messages,
-            character=names[senders[stable_hash("character", identity) % len(senders)]],
+            character=names[any_speaker(identity, senders)],
             participants=tuple(senders),
             metadata={"topic": topic, "ratings": ratings},
         )

@@ -23,6 +23,13 @@ class RecordError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A whole record that is not to be trained on; counted by its reason, a few words."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Rejected:
     """A record that could not become a dialogue: where it stands, why, and how it begins."""
 
@@ -35,16 +42,18 @@ class Rejected:
 class DialogueSource(Section, ABC):
     """Base of the sources. A new corpus is a subclass in a module of its own, and one line in registry.py."""
 
+    kind: str  # a subclass narrows it to its one name
+
     @abstractmethod
     def files(self) -> list[Path]:
         """The files it reads. Raises SourceError when one is missing."""
 
     @abstractmethod
-    def read(self) -> Iterator[Dialogue | Rejected]:
+    def read(self) -> Iterator[Dialogue | LeftOut | Rejected]:
         """Every record in the order of the files: a Dialogue, or why it is none."""
 
 
-def find_files(path: str, suffixes: tuple[str, ...] = (".jsonl", ".jsonl.gz")) -> list[Path]:
+def find_files(path: str, suffixes: tuple[str, ...] = (".jsonl", ".jsonl.gz"), pattern: str = "*") -> list[Path]:
     """The file `path`, or the files of the directory `path` with these suffixes, sorted by name."""
     found = Path(path)
     if found.is_file():
@@ -53,10 +62,10 @@ def find_files(path: str, suffixes: tuple[str, ...] = (".jsonl", ".jsonl.gz")) -
         beside = sorted(p.name for p in found.parent.iterdir()) if found.parent.is_dir() else []
         close = difflib.get_close_matches(found.name, beside, n=1)
         hint = f"; did you mean {found.parent / close[0]}?" if close else ""
-        raise SourceError(f"source.path {path}: no such file or directory{hint}")
-    files = sorted(p for p in found.iterdir() if p.name.endswith(suffixes) and p.is_file())
+        raise SourceError(f"source path {path}: no such file or directory{hint}")
+    files = sorted(p for p in found.glob(pattern) if p.name.endswith(suffixes) and p.is_file())
     if not files:
-        raise SourceError(f"source.path {path}: a directory without any {' or '.join(suffixes)} file")
+        raise SourceError(f"source path {path}: a directory without any {' or '.join(suffixes)} file")
     return files
 
 

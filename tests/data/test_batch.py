@@ -44,7 +44,7 @@ def test_answers_are_exactly_the_trained_tokens(write_rows: WriteRows) -> None:
 
 
 def test_to_moves_every_tensor(write_rows: WriteRows) -> None:
-    moved = collate(PackedDataset(write_rows()), [0, 1]).to("meta")
+    moved = collate(PackedDataset(write_rows()), [0, 1]).to(torch.device("meta"))
     assert all(
         getattr(moved, name).device.type == "meta"
         for name in ("tokens_T", "targets_T", "trained_T", "answer_T", "label_T", "document_lengths")

@@ -1,6 +1,7 @@
 """Cleaning: every record is counted once, filters and duplicates, and too many bad records stop the run."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from data.clean import CleanError, Filters, Ledger, check_bad_fraction, passing, without_bad, without_duplicates
 from data.dialogue import NARRATOR, Dialogue, Message
-from data.sources.source import Rejected
+from data.sources.source import LeftOut, Rejected
 
 
 def talk(*lines: str, identity: str = "d") -> Dialogue:
@@ -19,21 +20,30 @@ def talk(*lines: str, identity: str = "d") -> Dialogue:
 
 BAD = Rejected("f.jsonl", 3, "not JSON", "{")
 records = st.sampled_from(
-    [BAD, talk("A:x", "B:y"), talk("A:x"), talk("A:x", "A:y"), talk("A: ", "B:\n"), talk("A:x", "B:y", "A:")]
+    [
+        BAD,
+        LeftOut("blocked"),
+        talk("A:x", "B:y"),
+        talk("A:x"),
+        talk("A:x", "A:y"),
+        talk("A: ", "B:\n"),
+        talk("A:x", "B:y", "A:"),
+    ]
 )
 
 
 @settings(max_examples=60)
 @given(given_records=st.lists(records, max_size=12))
 def test_every_record_is_counted_once(
-    given_records: list[Dialogue | Rejected], tmp_path_factory: pytest.TempPathFactory
+    given_records: list[Dialogue | LeftOut | Rejected], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     ledger, path = Ledger(), tmp_path_factory.mktemp("clean") / "q.jsonl"
-    dialogues = without_bad(given_records, ledger, path)
-    kept = list(without_duplicates(passing(dialogues, Filters(), ledger), set(), ledger))
-    ledger.kept = len(kept)
+    with open(path, "w") as quarantine:
+        dialogues = without_bad(given_records, ledger, "chats", quarantine)
+        ledger.kept = len(list(without_duplicates(passing(dialogues, Filters(), ledger), set(), ledger)))
     ledger.balance()
     assert ledger.read == len(given_records)
+    assert ledger.filtered.get("blocked", 0) == given_records.count(LeftOut("blocked"))
     assert len(path.read_text().splitlines()) == ledger.quarantined == given_records.count(BAD)
 
 
@@ -77,9 +87,13 @@ def test_duplicates_are_of_turns_and_texts() -> None:
 
 
 def test_too_many_bad_records_stop_with_examples(tmp_path: Path) -> None:
-    ledger, path, kept = Ledger(), tmp_path / "q.jsonl", tmp_path / "kept.jsonl"
-    without_bad([BAD] * 6 + [talk("A:x", "B:y")] * 4, ledger, path)
-    check_bad_fraction(ledger, 0.6, path, kept)
-    with pytest.raises(CleanError, match=r"6 of 10 records.*kept\.jsonl.*\n  f\.jsonl:3: not JSON"):
-        check_bad_fraction(ledger, 0.5, path, kept)
-    assert json.loads(kept.read_text().splitlines()[0])["record"] == "{"
+    ledgers, path, kept = {"large": Ledger(), "small": Ledger()}, tmp_path / "q.jsonl", tmp_path / "kept.jsonl"
+    others = [Rejected("other.jsonl", 1, "not UTF-8", ""), *[talk("A:x", "B:y")] * 99]
+    with open(path, "w") as file:
+        for name, given_records in (("large", others), ("small", [BAD] * 6 + [talk("A:x", "B:y")] * 4)):
+            list(without_bad(given_records, ledgers[name], name, file))
+    check_bad_fraction(ledgers, 0.6, path, kept)
+    with pytest.raises(CleanError, match=r"source small: 6 of 10 records.*kept\.jsonl.*first:\n  f\.jsonl:3: not JSON"):
+        check_bad_fraction(ledgers, 0.5, path, kept)
+    assert json.loads(kept.read_text().splitlines()[0]) == {"source": "large", **asdict(others[0])}
+    assert len(kept.read_text().splitlines()) == 7

@@ -35,7 +35,8 @@ texts = st.lists(
 speakers = st.text(st.characters(exclude_characters=":\n\r", exclude_categories=["Cs"]), min_size=1, max_size=8).filter(
     lambda name: bool(name.strip())
 )
-messages = st.builds(Message, speakers, texts, st.none() | st.floats(0, 2e9) | st.integers(0, 2_000_000_000))
+times = st.none() | st.floats(0, 2e9) | st.integers(0, 2_000_000_000)
+messages = st.builds(Message, speakers, texts, times, st.none() | st.dictionaries(st.text(max_size=3), st.integers()))
 
 
 @st.composite
@@ -43,7 +44,8 @@ def dialogues(draw: st.DrawFn) -> Dialogue:
     drawn = draw(st.lists(messages, min_size=1, max_size=4))
     character = draw(st.sampled_from(drawn)).speaker
     metadata = draw(st.dictionaries(st.text(max_size=4), st.integers() | st.text(max_size=4), max_size=3))
-    return Dialogue(draw(st.text(min_size=1, max_size=5)), tuple(drawn), character, ("p1", "p2"), metadata)
+    identity, source = draw(st.text(min_size=1, max_size=5)), draw(st.text(max_size=3))
+    return Dialogue(identity, tuple(drawn), character, ("p1", "p2"), metadata, source)
 
 
 @settings(max_examples=200)
@@ -171,6 +173,7 @@ def test_files_round_trip_and_errors_name_the_line(tmp_path: Path) -> None:
         ('{"id": "1", "character": "A", "messages": [{"speaker": "A", "text": 3}]}', "text is int"),
         ('{"id": "1", "character": "A", "messages": [{"speaker": "A", "text": "", "tme": 3}]}', "unknown key 'tme'"),
         ('{"id": "1", "character": "A", "messages": [{"speaker": "A", "text": "", "time": "3"}]}', "time is '3'"),
+        ('{"id": "1", "character": "A", "messages": [{"speaker": "A", "text": "", "metadata": 3}]}', "metadata is int"),
         ('{"id": "1", "character": "B", "messages": [{"speaker": "A", "text": ""}]}', "writes nothing"),
         ('{"id": "1", "character": "A", "messages": [{"speaker": "A", "text": "\\ud800"}]}', "lone surrogate"),
         ('{"id": "1", "character": "A", "messages": [{"speaker": " ", "text": ""}]}', "non-empty"),

@@ -1,6 +1,7 @@
 """The entry point: outputs, idempotence, interruption, independence of workers and shard size, errors in one line."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ WORDS = (
     "why",
     "me",
 )
+ROLES = ("user", "assistant")
 
 
 def write_chats(path: Path, n: int = 40) -> None:
@@ -55,7 +57,7 @@ def recipe_file(tmp_path: Path) -> Path:
 stage: data
 run_dir: {tmp_path}/run
 seed: 0
-source: {{kind: chat_jsonl, path: {tmp_path}/chats.jsonl}}
+sources: [{{kind: chat_jsonl, path: {tmp_path}/chats.jsonl}}]
 split: {{kind: fraction, heldout: 0.2}}
 tokenizer: {{kind: train, vocab_size: 305}}
 row_length: 64
@@ -171,7 +173,7 @@ def test_damage_is_repaired_by_running_again(
 @pytest.mark.parametrize(
     ("override", "reason"),
     [
-        ("source.path=nowhere.jsonl", "nowhere.jsonl: no such file"),
+        ("sources.0.path=nowhere.jsonl", "nowhere.jsonl: no such file"),
         ("tokenizer.vocab_size=9000", "support at most"),
         ("tokenizer={kind: file, path: nowhere}", "nowhere"),
         ("filters.min_messages=99", "no training dialogue is left of 40 records (40 fewer than 99 messages)"),
@@ -198,6 +200,34 @@ def test_bad_records_beyond_the_limit(recipe_file: Path, tmp_path: Path, capsys:
     assert (tmp_path / "run.quarantine.jsonl").exists()
     assert main([str(recipe_file), "max_bad_fraction=0.1"]) == 0
     assert len((tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()) == 1
+
+
+def test_several_sources(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same ids in both, a duplicate across them, a bad record in one: each source accounts for its own."""
+    write_chats(tmp_path / "chats.jsonl", 60)
+    roles = [{"role": role, "content": f"{role} {i % 29} {WORDS[i % 15]}"} for i in range(30) for role in ROLES]
+    lines = [{"id": f"chat {i}", "messages": roles[2 * i : 2 * i + 2]} for i in range(30)]
+    (tmp_path / "roles.jsonl").write_text("\n".join(json.dumps(line) for line in [*lines, lines[3], {"messages": 3}]))
+    roles_source = f"{{kind: openai_messages, path: {tmp_path}/roles.jsonl}}"
+    chats_source = f"{{kind: chat_jsonl, path: {tmp_path}/chats.jsonl}}"
+    sources = f"sources=[{chats_source}, {roles_source}]"
+    assert main([str(recipe_file), sources]) == 2
+    assert "source openai_messages: 1 of 32 records are bad" in capsys.readouterr().err
+    assert main([str(recipe_file), sources, "max_bad_fraction=0.04"]) == 0
+    assert "openai_messages" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    records = manifest["sources"]
+    assert [records[name]["read"] for name in ("chat_jsonl", "openai_messages")] == [60, 32]
+    assert (records["openai_messages"]["quarantined"], records["openai_messages"]["duplicates"]) == (1, 1)
+    for key in ("read", "quarantined", "duplicates", "kept"):
+        assert manifest["records"][key] == sum(ledger[key] for ledger in records.values())
+    for side in ("train", "heldout"):
+        dialogues = list(read_dialogues(tmp_path / "run" / "dialogues" / f"{side}.jsonl"))
+        assert all(dialogue.id.startswith(f"{dialogue.source}/chat ") for dialogue in dialogues)
+        counted = {name: held["n_dialogues"] for name, held in manifest[side]["sources"].items()}
+        assert counted == Counter(dialogue.source for dialogue in dialogues)
+        assert set(counted) == set(records)
+        assert sum(held["n_tokens"] for held in manifest[side]["sources"].values()) == manifest[side]["n_tokens"]
 
 
 def test_dry_run_writes_nothing(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,7 @@
 """Splits: by time or fraction, no participant on both sides, nothing lost."""
 
+from collections import Counter
+from dataclasses import replace
 from datetime import date
 
 import pytest
@@ -30,7 +32,8 @@ def test_time_split_is_exact_and_drops_shared_participants() -> None:
     ]
     result = split(dialogues, BY_TIME, seed=0)
     assert (ids(result.train), ids(result.heldout)) == (["old"], ["new"])
-    assert result.dropped == {"no time to split by": 1, "participant is held out": 1}
+    dropped = {reason: ids(dialogues) for reason, dialogues in result.dropped.items()}
+    assert dropped == {"no time to split by": ["undated"], "participant is held out": ["shared"]}
     kept = split(dialogues, BY_TIME.model_copy(update={"by_participant": False}), seed=0)
     assert ids(kept.train) == ["old", "shared"]
 
@@ -54,6 +57,14 @@ def test_fraction_split_separates_people(people: list[list[int]], seed: int, fra
     assert len(result.heldout) <= max(1, round(fraction * len(dialogues)))
     shuffled = split(dialogues[::-1], rule, seed)
     assert set(ids(shuffled.heldout)) == set(ids(result.heldout)), "the source's order does not matter"
+
+
+def test_every_source_has_its_fraction_held_out() -> None:
+    small = [replace(talk(f"s{i}", None, f"p{i}"), source="small") for i in range(20)]
+    large = [replace(talk(f"l{i}", None), source="large") for i in range(2_000)]
+    one_circle = [replace(talk(f"c{i}", None, "everybody"), source="circle") for i in range(300)]
+    result = split(small + large + one_circle, FractionSplit(kind="fraction", heldout=0.1), seed=0)
+    assert Counter(dialogue.source for dialogue in result.heldout) == {"small": 2, "large": 200}
 
 
 def test_fraction_split_without_participants() -> None:

@@ -15,10 +15,12 @@ import pytest
 from recipes import run_directory
 from recipes.loader import Section, load_recipe
 from recipes.run_directory import (
+    MayChange,
     RunDirectoryError,
     RunState,
     digest_inputs,
     finish_run,
+    inspect_run_directory,
     prepare_run_directory,
     read_begun,
     read_done,
@@ -72,7 +74,8 @@ def test_the_directory_holds_the_resolved_recipe_the_written_keys_and_every_star
     state_of(run_dir, recipe)
     assert load_recipe(Recipe, run_dir / "recipe.yaml") == recipe
     begun = read_begun(run_dir)
-    assert begun == {"written": {"stage": "sft", "run_dir": str(run_dir), "steps": 5}, "inputs": {}}
+    written = {"stage": "sft", "run_dir": str(run_dir), "steps": 5}
+    assert begun == {"written": written, "may_change": [], "inputs": {}}
     starts = json.loads((run_dir / "environment.json").read_text())["starts"]
     assert len(starts) == 2
     assert {"time", "command", "python", "versions", "git"} <= starts[0].keys()
@@ -86,6 +89,36 @@ def test_another_recipe_is_refused_with_the_keys_that_differ(run_dir: Path) -> N
         "  steps: there 5, here 6",
         "move it aside, or choose another run_dir",
     ]
+
+
+class Loop(Section):
+    steps: int = 10
+    keep: MayChange[int] = 2
+
+
+class Training(Section):
+    run_dir: str
+    loop: Loop = Loop()
+    threads: MayChange[int | None] = None
+
+
+def test_keys_that_do_not_change_the_result_may_change(run_dir: Path) -> None:
+    begun = Training(run_dir=str(run_dir), loop=Loop(steps=5, keep=1))
+    with prepare_run_directory(run_dir, begun, {}):
+        pass
+    other = Training(run_dir=str(run_dir), loop=Loop(steps=5, keep=3), threads=2)
+    with prepare_run_directory(run_dir, other, {}) as state:
+        assert state is RunState.UNFINISHED
+    assert load_recipe(Training, run_dir / "recipe.yaml") == other
+    refused = Training(run_dir=str(run_dir), loop=Loop(steps=6, keep=1))
+    with pytest.raises(RunDirectoryError) as caught, prepare_run_directory(run_dir, refused, {}):
+        pass
+    assert str(caught.value).splitlines()[1:-1] == ["  loop.steps: there 5, here 6"]
+
+    written = {"run_dir": str(run_dir), "loop": {"steps": 5}}
+    assert inspect_run_directory(run_dir, written) == (RunState.UNFINISHED, [])
+    state, differences = inspect_run_directory(run_dir, {**written, "loop": {"steps": 7}})
+    assert differences == ["loop.steps: there 5, here 7"]
 
 
 def test_other_inputs_are_refused_by_name(run_dir: Path, tmp_path: Path) -> None:

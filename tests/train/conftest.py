@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from data.dialogue import Dialogue, Message, encode_dialogue, write_dialogues
 from data.packing import EncodedCorpus, best_fit, cut
 from data.shards import packed_rows, write_shards
 from data.tokenizer import train_tokenizer
 
+ROOT = Path(__file__).parents[2]
 ROW_LENGTH, VOCAB_SIZE = 64, 320
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "hill", "then", "saw", "me", "you", "we", "like", "tea", "why", "no"]
 
@@ -71,3 +78,23 @@ def pretrain_recipe(tmp_path: Path, data_dir: Path) -> Path:
     path = tmp_path / "pretrain.yaml"
     path.write_text(PRETRAIN.format(run_dir=tmp_path / "run", data=data_dir))
     return path
+
+
+@pytest.fixture(scope="session")
+def steps_on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict[str, Any]]]:
+    """Run the cases of steps_on_ranks.py on one process a rank; what each of them wrote."""
+
+    def run(ranks: int, cases: dict[str, Any]) -> list[dict[str, Any]]:
+        out = tmp_path_factory.mktemp("ranks")
+        (out / "cases.json").write_text(json.dumps(cases))
+        program = [str(Path(__file__).with_name("steps_on_ranks.py")), str(out / "cases.json"), str(out)]
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *program],
+            cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+            env={**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1",
+                 "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return [torch.load(out / f"rank_{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+    return run

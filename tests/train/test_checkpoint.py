@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from rich.console import Console
 
 from data.sampler import DataPosition
-from train.checkpoint import CheckpointError, Checkpoints, CheckpointState, damage
+from train.checkpoint import CheckpointError, Checkpoints, CheckpointState, Write, damage
 from train.engine import World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -19,9 +20,16 @@ def state(step: int) -> CheckpointState:
     return CheckpointState(step, DataPosition(seed=1, epoch=0, tokens_consumed=step * 8, fingerprint="f"), 1)
 
 
-def write(staging: Path) -> None:
+def write(staging: Path) -> list[Path]:
     (staging / "optimizer").mkdir()
-    (staging / "optimizer" / "state.pt").write_bytes(bytes(range(200)))
+    file = staging / "optimizer" / "state.pt"
+    file.write_bytes(bytes(range(200)))
+    return [file]
+
+
+def save(checkpoints: Checkpoints, step: int, write: Write = write) -> None:
+    checkpoints.save(state(step), lambda: write)
+    checkpoints.finish()
 
 
 @pytest.fixture
@@ -32,7 +40,7 @@ def checkpoints(tmp_path: Path) -> Checkpoints:
 def test_newest_of_a_bounded_number(checkpoints: Checkpoints) -> None:
     assert checkpoints.newest() is None
     for step in (5, 10, 15):
-        checkpoints.save(state(step), write)
+        save(checkpoints, step)
     found = checkpoints.newest()
     assert found is not None
     assert found[1] == state(15)
@@ -44,7 +52,7 @@ def test_newest_of_a_bounded_number(checkpoints: Checkpoints) -> None:
 @pytest.mark.parametrize("harm", ["flip", "truncate", "remove", "manifest"])
 def test_a_damaged_checkpoint_is_passed_over(checkpoints: Checkpoints, harm: str) -> None:
     for step in (5, 10):
-        checkpoints.save(state(step), write)
+        save(checkpoints, step)
     newest = checkpoints.directory / "step_00000010"
     file = newest / "optimizer" / "state.pt"
     content = bytearray(file.read_bytes())
@@ -64,34 +72,78 @@ def test_a_damaged_checkpoint_is_passed_over(checkpoints: Checkpoints, harm: str
 
 
 def test_all_damaged_is_an_error(checkpoints: Checkpoints) -> None:
-    checkpoints.save(state(5), write)
+    save(checkpoints, 5)
     (checkpoints.directory / "step_00000005" / "optimizer" / "state.pt").unlink()
     with pytest.raises(CheckpointError, match="every checkpoint"):
         checkpoints.newest()
 
 
 def test_a_write_that_fails_leaves_the_old_checkpoint(checkpoints: Checkpoints) -> None:
-    checkpoints.save(state(5), write)
+    save(checkpoints, 5)
 
-    def full_disk(staging: Path) -> None:
+    def full_disk(staging: Path) -> list[Path]:
         write(staging)
         raise OSError(28, "No space left on device")
 
     with pytest.raises(CheckpointError, match="No space left on device"):
-        checkpoints.save(state(10), full_disk)
+        save(checkpoints, 10, full_disk)
     found = checkpoints.newest()
     assert found is not None
     assert found[1].step == 5
     assert not list(checkpoints.directory.glob(".writing*"))
 
 
+def test_training_goes_on_while_files_are_written(checkpoints: Checkpoints) -> None:
+    save(checkpoints, 5)
+    released = threading.Event()
+
+    def slow_disk(staging: Path) -> list[Path]:
+        released.wait(60)
+        return write(staging)
+
+    checkpoints.save(state(10), lambda: slow_disk)
+    assert checkpoints.report() == (1.0, 0.0)
+    checkpoints.advance(*checkpoints.report())
+    found = checkpoints.newest()
+    assert found is not None
+    assert found[1].step == 5, "what is not complete is not read"
+    released.set()
+    checkpoints.save(state(15), lambda: write)  # waits for the one before
+    assert (checkpoints.directory / "latest").read_text() == "step_00000010\n"
+    checkpoints.finish()
+    assert (checkpoints.directory / "latest").read_text() == "step_00000015\n"
+
+
+def test_a_failure_in_the_background_ends_the_training(checkpoints: Checkpoints) -> None:
+    def full_disk(staging: Path) -> list[Path]:
+        raise OSError(28, "No space left on device")
+
+    checkpoints.save(state(10), lambda: full_disk)
+    while checkpoints.report()[0]:
+        checkpoints.advance(*checkpoints.report())
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        checkpoints.advance(*checkpoints.report())
+    assert not list(checkpoints.directory.iterdir())
+
+
+def test_a_checkpoint_passed_over_as_damaged_does_not_outlive_the_next_save(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1, world=ALONE, console=Console(quiet=True))
+    save(checkpoints, 10)
+    (checkpoints.directory / "step_00000010" / "optimizer" / "state.pt").write_bytes(b"")
+    save(checkpoints, 8)
+    found = checkpoints.newest()
+    assert found is not None
+    assert found[1] == state(8)
+    assert [path.name for path in checkpoints.directory.glob("step_*")] == ["step_00000008"]
+
+
 def test_half_written_directories_are_never_read(checkpoints: Checkpoints) -> None:
-    checkpoints.save(state(5), write)
+    save(checkpoints, 5)
     half = checkpoints.directory / ".writing_step_00000010"
     write_into = half / "optimizer"
     write_into.mkdir(parents=True)
     found = checkpoints.newest()
     assert found is not None
     assert found[1].step == 5
-    checkpoints.save(state(10), write)
+    save(checkpoints, 10)
     assert not half.exists()

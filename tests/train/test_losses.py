@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from model.attention_ops import Documents
 from model.config import ModelConfig
 from model.transformer import Transformer
-from train import losses
-from train.losses import continuation_loss, dpo_loss, next_token_loss, sequence_logprobs, token_logprobs
+from train import token_logprobs as token_logprobs_module
+from train.losses import continuation_loss, dpo_loss, next_token_loss, sequence_logprobs
+from train.token_logprobs import summed_loss, token_logprobs
 
 CONFIG = ModelConfig(
     vocab_size=23, d_model=16, n_layers=2, n_heads=2, d_head=8, d_ff=16, layers="SG", window=4, max_length=64
@@ -28,16 +29,60 @@ def test_next_token_loss_counts_only_what_counts() -> None:
     torch.testing.assert_close(next_token_loss(model, hidden_TD, targets_T, counted_T), expected)
 
 
-def test_chunked_logits_give_the_same_values_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("chunk", [1, 5, 12, 100])
+def test_token_logprobs_and_gradients_equal_the_plain_formula(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, softcap: float | None
+) -> None:
+    monkeypatch.setattr(token_logprobs_module, "LOGIT_CHUNK_ELEMENTS", chunk * 23)
+    generator = torch.Generator().manual_seed(chunk)
+    hidden_TD, embed_VD = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (12, 23))
+    targets_T = torch.randint(23, (12,), generator=generator)
+    direction_T, other_T = torch.randn(2, 12, generator=generator)
+
+    def plain(hidden_TD: torch.Tensor, embed_VD: torch.Tensor) -> torch.Tensor:
+        logits_TV = hidden_TD @ embed_VD.T
+        logits_TV = logits_TV if softcap is None else torch.tanh(logits_TV / softcap) * softcap
+        logprob_T = logits_TV.log_softmax(-1)[torch.arange(12), targets_T]
+        return (logprob_T * direction_T + logits_TV.logsumexp(-1).square() * other_T).sum()
+
+    def summed(hidden_TD: torch.Tensor, embed_VD: torch.Tensor) -> torch.Tensor:
+        return summed_loss(hidden_TD, embed_VD, targets_T, direction_T, 0.25, softcap)
+
+    def by_token(hidden_TD: torch.Tensor, embed_VD: torch.Tensor) -> torch.Tensor:
+        logprob_T, normalizer_T = token_logprobs(hidden_TD, embed_VD, targets_T, softcap)
+        return ((0.25 * normalizer_T.square() - logprob_T) * direction_T).sum()
+
+    ours32 = (hidden_TD.float(), embed_VD.float())
+    torch.testing.assert_close(
+        *(torch.autograd.functional.vjp(f, ours32) for f in (summed, by_token)), rtol=1e-4, atol=1e-4
+    )
+
+    def ours(hidden_TD: torch.Tensor, embed_VD: torch.Tensor) -> torch.Tensor:
+        logprob_T, normalizer_T = token_logprobs(hidden_TD, embed_VD, targets_T, softcap)
+        return (logprob_T * direction_T + normalizer_T.square() * other_T).sum()
+
+    expected, found = (
+        torch.autograd.functional.vjp(function, (hidden.clone(), embed.clone()))
+        for function, hidden, embed in ((plain, hidden_TD, embed_VD), (ours, hidden_TD.float(), embed_VD.float()))
+    )
+    torch.testing.assert_close(found, expected, check_dtype=False, rtol=1e-4, atol=1e-4)
+
+
+def test_no_tokens_are_a_loss_of_nothing() -> None:
+    hidden_TD = torch.randn(3, 8, requires_grad=True)
+    logprob_T, _ = token_logprobs(hidden_TD[:0], torch.randn(5, 8), torch.zeros(0, dtype=torch.int64), None)
+    logprob_T.sum().backward()
+    assert hidden_TD.grad is not None and not hidden_TD.grad.any()
+
+
+def test_z_loss_adds_the_squared_log_normalizer() -> None:
+    model = Transformer(CONFIG, seed=1)
     tokens_T, targets_T = torch.randint(23, (2, 12))
-    results = []
-    for chunk in (100, 5):
-        monkeypatch.setattr(losses, "LOGIT_CHUNK_TOKENS", chunk)
-        model = Transformer(CONFIG, seed=1)
-        logprobs_T = token_logprobs(model, model(tokens_T, Documents.from_lengths([12])), targets_T)
-        logprobs_T.sum().backward()
-        results.append((logprobs_T.detach(), model.embed_tokens.weight.grad))
-    torch.testing.assert_close(results[0], results[1])
+    hidden_TD = model(tokens_T, Documents.from_lengths([12]))
+    extra = 0.5 * model.logits(hidden_TD).logsumexp(-1).square().sum()
+    plain, with_z = (next_token_loss(model, hidden_TD, targets_T, None, z) for z in (0.0, 0.5))
+    torch.testing.assert_close(with_z - plain, extra, rtol=1e-4, atol=1e-4)
 
 
 def test_continuation_loss_is_binary_cross_entropy_at_labels() -> None:

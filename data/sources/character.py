@@ -1,0 +1,23 @@
+"""Whom of a conversation to train, where the corpus has no character of its own."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from data.dialogue import NARRATOR, Message
+from data.sources.source import RecordError
+from data.stable_hash import stable_hash
+
+
+def any_speaker(identity: str, speakers: Sequence[str]) -> str:
+    """One of equals, chosen by a hash of the dialogue's id."""
+    return speakers[stable_hash("character", identity) % len(speakers)]
+
+
+def most_talkative(messages: Sequence[Message], besides: str | None = None) -> str:
+    """Who writes most messages, the narrator left aside; of several the first to speak. `besides` only if alone."""
+    counts = Counter(message.speaker for message in messages if message.speaker != NARRATOR)
+    if not counts:
+        raise RecordError("nobody but the narrator writes")
+    if len(counts) > 1:
+        counts.pop(besides or "", None)
+    return max(counts, key=counts.__getitem__)

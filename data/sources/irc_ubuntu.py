@@ -1,0 +1,114 @@
+"""#ubuntu IRC logs (CC-BY-4.0) with annotated reply links, which take the conversations of a channel apart."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from typing import ClassVar, Literal
+
+from data.dialogue import Dialogue, DialogueError, Message, check_times
+from data.sources.character import most_talkative
+from data.sources.corpus_file import CorpusFile
+from data.sources.corpus_source import CorpusSource
+from data.sources.source import RecordError, Rejected, SourceError, beginning
+from data.stable_hash import pseudonym
+
+_LOG, _LINKS = ".ascii.txt", ".annotation.txt"
+_SAID = re.compile(r"\[(\d\d):(\d\d)\] (?:<([^>]+)> ?(.*)| \* (\S+) ?(.*))", re.DOTALL)
+_LINK = re.compile(r"(\d+) (\d+) -\s*")
+_DAY = 86_400
+
+
+class IrcUbuntuSource(CorpusSource):
+    """Lines that reply links connect are a dialogue of everybody who writes in it; lines that no link names, and the
+    server's ("=== ann has joined"), are in none. The character is who writes most besides the one who began: the one
+    who helps. An action ("* ann waves") is written as it was typed, "/me waves". Times are the minutes of the log's
+    clock, which shows 12 hours in some logs: right between messages of a log, not to be compared across logs. The
+    participants are the nicknames, hashed with the log's date: nothing says who has a nickname on another day."""
+
+    suffixes: ClassVar = (_LOG, _LINKS)
+
+    kind: Literal["irc_ubuntu"]
+
+    def read(self) -> Iterator[Dialogue | Rejected]:
+        waiting: dict[str, CorpusFile] = {}  # of a log and its links, the one that came first
+        for file in self.contents():
+            name = file.name.removesuffix(_LOG).removesuffix(_LINKS)
+            other = waiting.pop(name, None)
+            if other is None:
+                waiting[name] = file
+            else:
+                log, links = (file, other) if file.name.endswith(_LOG) else (other, file)
+                yield from _conversations(log, links)
+        for file in waiting.values():
+            raise SourceError(f"{file.place}: alone; expected a {_LOG} and an {_LINKS} file of every log")
+
+
+def _conversations(log: CorpusFile, links: CorpusFile) -> Iterator[Dialogue | Rejected]:
+    lines = log.text().split("\n")
+    said = _messages(log, lines)
+    pairs: list[tuple[int, int]] = []
+    for number, line in enumerate(links.text().splitlines(), start=1):
+        matched = _LINK.fullmatch(line)
+        pair = (int(matched[1]), int(matched[2])) if matched else (-1, -1)
+        if min(pair) >= 0 and max(pair) < len(lines):
+            pairs.append(pair)
+        else:
+            reason = f"expected 'N M -', two lines of the log's {len(lines):,} that belong together"
+            yield Rejected(links.place, number, reason, beginning(line))
+    for numbers in _connected(pairs):
+        spoken = [number for number in numbers if number in said]
+        try:
+            if spoken:
+                yield _dialogue(log, spoken[0], [said[number] for number in spoken])
+        except (DialogueError, RecordError) as error:
+            yield Rejected(log.place, spoken[0] + 1, str(error), beginning(lines[spoken[0]]))
+
+
+def _messages(log: CorpusFile, lines: list[str]) -> dict[int, Message]:
+    """What people write, by the number of its line (from 0, as links count). The server's lines are not among them."""
+    try:
+        day = datetime.fromisoformat(log.stem[:10]).replace(tzinfo=UTC).timestamp()
+    except ValueError:
+        raise SourceError(f"{log.place}: expected a name that begins with a date, as 2005-06-27_12{_LOG}") from None
+    said: dict[int, Message] = {}
+    latest = 0.0
+    for number, line in enumerate(lines):
+        if matched := _SAID.fullmatch(line):
+            hour, minute, writer, text, actor, action = matched.groups()
+            time = day + int(hour) * 3600 + int(minute) * 60
+            while time < latest - _DAY / 4:  # 23:59 to 00:00, or 12:59 to 01:00 on a clock of 12 hours
+                day += _DAY / 2
+                time += _DAY / 2
+            latest = time
+            said[number] = Message(writer or actor, text if writer else f"/me {action}", time)
+    return said
+
+
+def _connected(pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
+    """The lines of each conversation in order, the conversations in the order of their first lines."""
+    root: dict[int, int] = {}
+
+    def find(line: int) -> int:
+        root.setdefault(line, line)
+        while root[line] != line:
+            root[line] = line = root[root[line]]
+        return line
+
+    for pair in pairs:
+        first, other = sorted(map(find, pair))
+        root[other] = first
+    conversations: dict[int, list[int]] = defaultdict(list)
+    for line in sorted(root):
+        conversations[find(line)].append(line)
+    return list(conversations.values())
+
+
+def _dialogue(log: CorpusFile, first: int, messages: list[Message]) -> Dialogue:
+    check_times(messages)
+    return Dialogue(
+        id=f"{log.name.rsplit('/', 1)[-1].removesuffix(_LOG)}:{first + 1}",
+        messages=tuple(messages),
+        character=most_talkative(messages, besides=messages[0].speaker),
+        participants=tuple(sorted({pseudonym("irc_ubuntu", log.stem, message.speaker) for message in messages})),
+    )

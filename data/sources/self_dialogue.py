@@ -1,0 +1,75 @@
+"""The Self-dialogue Corpus (BSD-3): conversations on 23 topics whose two sides one crowd worker wrote."""
+
+import csv
+import io
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import count
+from pathlib import PurePath
+from typing import ClassVar, Literal
+
+from data.dialogue import NARRATOR, Dialogue, Message
+from data.sources.character import any_speaker
+from data.sources.corpus_file import CorpusFile, read_corpus_files
+from data.sources.corpus_source import RecordSource
+from data.sources.first_names import first_names
+from data.sources.source import LeftOut, RecordError
+from data.stable_hash import pseudonym
+
+_BLOCKED = "blocked_workers.txt"  # the corpus's own list of those whose work is not to be used
+
+
+class SelfDialogueSource(RecordSource):
+    """A row is a dialogue; the two speakers get first names, by a hash of the row, and the narrator says the topic. The
+    character is one of the two. The participant is the worker, hashed. Rows of blocked workers are left out."""
+
+    suffixes: ClassVar = (".csv", _BLOCKED)
+
+    kind: Literal["self_dialogue"]
+
+    @cached_property
+    def blocked_workers(self) -> frozenset[str]:
+        """The ids in blocked_workers.txt; none where the path does not have that file."""
+        paths = [path for path in self.files() if not path.name.endswith((".csv", ".csv.gz"))]
+        lists = filter(_is_list, read_corpus_files(paths, self.suffixes))
+        return frozenset(worker for file in lists for worker in file.text().split())
+
+    def records(self, file: CorpusFile) -> Iterator[tuple[int, dict[str, str]]]:
+        return iter(()) if _is_list(file) else enumerate(csv.DictReader(io.StringIO(file.text(), newline="")), start=2)
+
+    def dialogue(self, file: CorpusFile, place: int | str, record: dict[str, str]) -> Dialogue | LeftOut:
+        worker = record["WorkerId"]
+        if worker in self.blocked_workers:
+            return LeftOut("written by a blocked worker")
+        folder, name = PurePath(file.place).parts[-2:]
+        topic, identity = folder.replace("_", " "), f"{folder}/{name}:{place}"
+        names = list(first_names([f"{identity} {side}" for side in (1, 2)]).values())
+        said = _sentences(record)
+        return Dialogue(
+            id=identity,
+            messages=(
+                Message(NARRATOR, f"A conversation about {topic}."),
+                *(Message(names[number % 2], text) for number, text in enumerate(said)),
+            ),
+            character=any_speaker(identity, names[: len(said)]),
+            participants=(pseudonym("self_dialogue", worker),),
+            metadata={"topic": topic, "work_seconds": int(record["WorkTimeInSeconds"])},
+        )
+
+
+def _is_list(file: CorpusFile) -> bool:
+    return file.name.endswith(_BLOCKED)
+
+
+def _sentences(record: dict[str, str]) -> list[str]:
+    """The columns Answer.sentence1, 2, ... as far as they are filled."""
+    columns = (f"Answer.sentence{number}" for number in count(1))
+    said = []
+    for column in columns:
+        text = record.get(column)
+        if not text:
+            break
+        said.append(text)
+    if not said:
+        raise RecordError(f"Answer.sentence1 is empty; found the columns {', '.join(map(str, record))[:200]}")
+    return said

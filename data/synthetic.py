@@ -1,0 +1,53 @@
+"""Rows of random tokens in documents of uneven length: for measuring speed, where there is nothing to learn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from data.dialogue import NO_LABEL
+from data.stable_hash import stable_hash
+from recipes.loader import Section
+
+_FIRST_TEXT_ID = 8
+"""Below it lie the control pieces, which would be taken for padding and speakers."""
+
+
+class SyntheticData(Section):
+    """A token source that needs no files: `data: {kind: synthetic, ...}` in place of a directory."""
+
+    kind: Literal["synthetic"]
+    row_length: Annotated[int, Field(ge=16)]
+    median_document_length: PositiveInt | None
+    """Lengths are log-normal around it (as conversations' are), sigma 1; null: one document fills a row."""
+    n_rows: PositiveInt = 100_000
+    seed: NonNegativeInt = 0
+
+
+class SyntheticRows:
+    """The rows of a SyntheticData: a pure function of their numbers, so that resuming sees the same ones."""
+
+    def __init__(self, settings: SyntheticData, vocab_size: int):
+        self._settings, self.vocab_size = settings, vocab_size
+        self.n_rows, self.row_length = settings.n_rows, settings.row_length
+        self.fingerprint = f"{stable_hash(settings.model_dump_json()):016x}"
+
+    def gather(self, row_indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """tokens_RL int64, trained_RL uint8 (all), label_RL int8 (none), and document lengths, as shards give them."""
+        rows = [self._row(int(number)) for number in row_indices]
+        tokens_RL = np.stack([tokens_L for tokens_L, _ in rows])
+        lengths = np.concatenate([lengths for _, lengths in rows])
+        return tokens_RL, np.ones(tokens_RL.shape, np.uint8), np.full(tokens_RL.shape, NO_LABEL, np.int8), lengths
+
+    def _row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        rng = np.random.Generator(np.random.Philox(key=[self._settings.seed, number]))
+        tokens_L = rng.integers(_FIRST_TEXT_ID, self.vocab_size, self.row_length)
+        lengths, left, median = [], self.row_length, self._settings.median_document_length
+        while left:
+            length = left if median is None else min(left, max(8, int(median * rng.lognormal())))
+            lengths.append(length)
+            left -= length
+        return tokens_L, np.array(lengths, np.int32)

@@ -1,0 +1,1 @@
+"""Speed against named peers, on the same device in one run."""

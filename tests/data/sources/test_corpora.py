@@ -1,0 +1,46 @@
+"""The published corpora themselves give the counts they are known by. Skipped unless DRAMATIS_CORPORA names a folder
+that holds them, each in a folder named after its source: DRAMATIS_CORPORA=corpora pytest tests/data/sources"""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from data.dialogue import NARRATOR, Dialogue
+from data.preferences import load_hh_rlhf
+from data.sources.registry import SOURCES
+from data.sources.source import LeftOut, Rejected
+
+FOLDER = os.environ.get("DRAMATIS_CORPORA")
+pytestmark = pytest.mark.skipif(FOLDER is None, reason="DRAMATIS_CORPORA does not name a folder of corpora")
+
+# kind: dialogues, messages of people, records left out, bad records.
+COUNTS = {
+    "self_dialogue": (24_186, 374_124, 63, 0),
+    "topical_chat": (1_078, 23_373, 0, 0),  # the two validation files
+    "synthetic_persona_chat": (1_965, 54_307, 0, 3),  # of 1,968
+    "casino": (1_030, 14_297, 0, 0),
+    "star": (6_205, 108_137, 447, 0),  # of 6,652, in 447 of which nobody speaks
+    "irc_ubuntu": (10_147, 66_978, 0, 0),
+    "qmsum": (232, 129_177, 0, 0),
+    "shakespeare": (290, 14_135, 1, 1),  # a prologue of nobody; scenes of eight plays, and tinyshakespeare
+    "hh_rlhf": (5_042, 23_393, 0, 0),
+}
+
+
+@pytest.mark.parametrize("kind", COUNTS)
+def test_counts(kind: str) -> None:
+    records = list(SOURCES[kind].model_validate({"kind": kind, "path": f"{FOLDER}/{kind}"}).read())
+    dialogues = [record for record in records if isinstance(record, Dialogue)]
+    types = Counter(type(record) for record in records)
+    said = sum(message.speaker != NARRATOR for dialogue in dialogues for message in dialogue.messages)
+    assert (types[Dialogue], said, types[LeftOut], types[Rejected]) == COUNTS[kind]
+    assert len({dialogue.id for dialogue in dialogues}) == len(dialogues)
+
+
+def test_unusable_preference_pairs() -> None:
+    read = [load_hh_rlhf(path) for path in sorted(Path(FOLDER or "", "hh_rlhf").glob("*.jsonl.gz"))]
+    assert sum(file.n_records for file in read) == 5_042
+    assert sum(file.n_identical for file in read) == 34
+    assert sum(file.n_context_differs for file in read) == 5

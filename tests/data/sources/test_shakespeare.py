@@ -1,0 +1,79 @@
+"""Scenes of XML plays with their persons and directions, and passages of plays in plain text."""
+
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from data.dialogue import NARRATOR, Dialogue, Message
+from data.sources.shakespeare import ShakespeareSource
+from data.sources.source import LeftOut, Rejected, SourceError
+
+PLAY = """<?xml version="1.0"?>
+<PLAY><TITLE>The Test</TITLE>
+<PERSONAE><TITLE>Persons</TITLE><PERSONA>ANN, queen of
+ tests. </PERSONA><PGROUP><PERSONA>BOB</PERSONA><GRPDESCR>lords.</GRPDESCR></PGROUP></PERSONAE>
+<ACT><TITLE>ACT I</TITLE>
+<SCENE><TITLE>SCENE I.  A hall.</TITLE><STAGEDIR>Enter ANN</STAGEDIR>
+<SPEECH><SPEAKER>ANN</SPEAKER><LINE>Who is it?</LINE><LINE><STAGEDIR>Aside</STAGEDIR>A red one.</LINE></SPEECH>
+<STAGEDIR>Enter BOB</STAGEDIR>
+<SPEECH><SPEAKER>BOB</SPEAKER><LINE>Me.</LINE><STAGEDIR>Bows</STAGEDIR></SPEECH>
+<SPEECH><SPEAKER>ANN</SPEAKER><SPEAKER>BOB</SPEAKER><LINE>Green!</LINE></SPEECH>
+<SPEECH><SPEAKER>ANN</SPEAKER><LINE>Done.</LINE></SPEECH>
+</SCENE>
+<SCENE><TITLE>SCENE II.</TITLE><SPEECH><SPEAKER></SPEAKER><LINE>x</LINE></SPEECH></SCENE>
+</ACT>
+<EPILOGUE><TITLE>EPILOGUE</TITLE><SPEECH><SPEAKER>BOB</SPEAKER><LINE>Bye.</LINE></SPEECH></EPILOGUE>
+</PLAY>"""
+
+
+def read(path: Path) -> list[Dialogue | LeftOut | Rejected]:
+    return list(ShakespeareSource(kind="shakespeare", path=str(path)).read())
+
+
+def test_scenes_of_a_play(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "plays.zip", "w") as archive:
+        archive.writestr("plays/test.xml", PLAY)
+        archive.writestr("plays/play.dtd", "<!ELEMENT PLAY>")
+        archive.writestr("plays/licence.xml", "<package/>")
+    scene, bad, epilogue, other = read(tmp_path)
+    assert isinstance(scene, Dialogue)
+    assert scene.id == "test:ACT I, SCENE I. A hall."
+    assert scene.messages == (
+        Message(NARRATOR, "The Test\nACT I\nSCENE I. A hall.\nANN, queen of tests."),
+        Message(NARRATOR, "Enter ANN"),
+        Message("ANN", "Who is it?\n[Aside] A red one."),
+        Message(NARRATOR, "Enter BOB"),
+        Message("BOB", "Me.\n[Bows]"),
+        Message("ANN and BOB", "Green!"),
+        Message("ANN", "Done."),
+    )
+    assert scene.character == "ANN"
+    assert isinstance(bad, Rejected)
+    assert (bad.line, bad.reason) == ("ACT I, SCENE II.", "speaker is '': expected a non-empty name")
+    assert isinstance(epilogue, Dialogue)
+    assert epilogue.messages == (Message(NARRATOR, "The Test\nEPILOGUE"), Message("BOB", "Bye."))
+    assert other == LeftOut("not a play")
+
+
+def test_plain_text_falls_into_passages(tmp_path: Path) -> None:
+    speeches = [f"{'First Lord' if i % 3 else 'ANN'}:\nline {i}\nmore: {i}" for i in range(70)] + ["BOB:"]
+    (tmp_path / "tiny.txt").write_text("\n\n".join(speeches) + "\n")
+    first, second = read(tmp_path)
+    assert isinstance(first, Dialogue)
+    assert isinstance(second, Dialogue)
+    assert (first.id, second.id) == ("tiny:speeches 1 to 64", "tiny:speeches 65 to 71")
+    assert (len(first.messages), len(second.messages)) == (64, 7)
+    assert first.messages[1] == Message("First Lord", "line 1\nmore: 1")
+    assert second.messages[-1] == Message("BOB", "")
+    assert first.character == "First Lord"
+
+
+def test_what_is_no_play(tmp_path: Path) -> None:
+    (tmp_path / "prose.txt").write_text("Call me Ishmael.\n")
+    (bad,) = read(tmp_path)
+    assert isinstance(bad, Rejected)
+    assert "expected the speaker's name" in bad.reason
+    (tmp_path / "cut.xml").write_text(PLAY[:300])
+    with pytest.raises(SourceError, match=r"cut\.xml: not XML"):
+        read(tmp_path)

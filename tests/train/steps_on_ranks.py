@@ -1,0 +1,109 @@
+"""Run under torchrun: steps of a tiny model on given documents, and what every rank then holds.
+
+    torchrun --standalone --nproc-per-node 2 tests/train/steps_on_ranks.py SPEC.json OUT
+
+SPEC holds cases by name: engine, optimizer, number of steps, and per rank its micro-batches as lists of documents.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+
+from model.attention_ops import Documents
+from model.config import ModelConfig
+from model.scalar_head import ScalarHead
+from model.transformer import Transformer
+from train.engine import Engine, EngineConfig, World, join_world
+from train.loop import Loss
+from train.losses import next_token_loss
+from train.optim import Optimizer
+from train.stage import LossModule
+
+CONFIG = ModelConfig(
+    vocab_size=61, d_model=32, n_layers=3, n_heads=2, d_head=16, d_ff=48, layers="SSG", window=4, max_length=64
+)
+
+
+def document(number: int) -> Tensor:
+    """Made-up tokens, of another length and another number of them trained for every document."""
+    generator = torch.Generator().manual_seed(number)
+    length = int(torch.randint(3, 24, (1,), generator=generator))
+    return torch.randint(1, CONFIG.vocab_size, (length,), generator=generator)
+
+
+def loss(module: LossModule, documents: list[Tensor]) -> Loss:
+    """Next tokens inside documents; the head's score of every token, squared, so that it has a gradient too."""
+    tokens_T = torch.cat(documents)
+    hidden_TD = module.trunk(tokens_T, Documents.from_lengths([len(tokens) for tokens in documents]))
+    counted_T = torch.cat([torch.arange(len(tokens)) < len(tokens) - 1 for tokens in documents])
+    assert module.head is not None
+    scores = module.head(hidden_TD).float().add(1).square().sum()
+    return Loss(next_token_loss(module.trunk, hidden_TD, tokens_T.roll(-1), counted_T) + scores)
+
+
+def count(documents: list[Tensor]) -> int:
+    return sum(len(tokens) - 1 for tokens in documents)
+
+
+def masters(module: nn.Module) -> dict[str, Tensor]:
+    """The float32 weights that the optimizer updates, whole."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return {name: safe_get_full_fp32_param(p).clone() for name, p in module.named_parameters()}
+
+
+def settings_in_use(engine: Engine) -> dict[str, Any]:
+    """What DeepSpeed itself says it runs with, under the names of its configuration."""
+    runtime, wrapper = engine._deepspeed, engine._optimizer
+    config = runtime._config
+    model_dtype, accumulation_dtype = runtime.get_data_types()
+    return {
+        "optimizer": type(wrapper).__name__,
+        "wrapped": type(wrapper.optimizer).__name__,
+        "clip": [runtime.gradient_clipping(), wrapper.clip_grad],
+        "dtypes": [str(model_dtype), str(accumulation_dtype), str(runtime.communication_data_type)],
+        "gradient_average": runtime.gradient_average,
+        "managed_gradient_accumulation": runtime.managed_gradient_accumulation(),
+        "prescale_gradients": not runtime.postscale_gradients(),
+        "gradient_predivide_factor": runtime.gradient_predivide_factor(),
+        "zero_allow_untested_optimizer": config.zero_allow_untested_optimizer,
+        "torch_autocast": runtime.torch_autocast_enabled(),
+        "fp16": config.float16_config.enabled,
+        "bf16": config.bfloat16_config.model_dump(),
+        "zero_optimization": config.zero_config.model_dump(mode="json"),
+    }
+
+
+def run(case: dict[str, Any], world: World) -> dict[str, Any]:
+    """The steps of one case."""
+    module = LossModule(Transformer(CONFIG, "sdpa", seed=3), loss, ScalarHead(CONFIG.d_model))
+    optimizer = TypeAdapter(Optimizer).validate_python(case["optimizer"])
+    engine = Engine(module, EngineConfig(**case["engine"]), optimizer, world)
+    held, norms = [masters(engine.module)], []
+    for _ in range(case.get("steps", 1)):
+        batches = [[document(number) for number in numbers] for numbers in case["micro_batches"][world.rank]]
+        (n_counted,) = world.sum([float(sum(map(count, batches)))])
+        for batch in batches:
+            engine.accumulate(engine.forward(batch).total / n_counted)
+        norms.append(engine.step(case.get("lr_multiplier", 1.0))[0])
+        held.append(masters(engine.module))
+    weights = {name: tensor.clone() for name, tensor in engine.module.state_dict().items()}
+    return {"masters": held, "weights": weights, "norms": norms, "settings": settings_in_use(engine)}
+
+
+def main(cases: dict[str, dict[str, Any]], out: Path) -> None:
+    torch.set_num_threads(1)
+    world = join_world(timeout_minutes=2)
+    torch.save({name: run(case, world) for name, case in cases.items()}, out / f"rank_{world.rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))

@@ -1,0 +1,71 @@
+"""DeepSpeed runs with the values that we write, not with its defaults; what it cannot run right is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes.loader import RecipeError, load_recipe
+from train.engine import EngineConfig, deepspeed_config
+from train.optim import AdamW, Muon
+from train.pretrain import PretrainRecipe
+
+MUON = {"kind": "muon", "lr": 0.02, "adamw_lr": 3e-3, "gradient_clipping": 0.7}
+ADAMW = {"kind": "adamw", "lr": 3e-3, "gradient_clipping": 0.7}
+WRAPPERS = {  # optimizer, precision, stage: the class that DeepSpeed must choose
+    ("muon", "bfloat16", 1): "BF16_Optimizer",
+    ("adamw", "bfloat16", 1): "BF16_Optimizer",
+    ("adamw", "bfloat16", 2): "DeepSpeedZeroOptimizer",
+    ("adamw", "float32", 1): "DeepSpeedZeroOptimizer",
+    ("adamw", "float32", 3): "DeepSpeedZeroOptimizer_Stage3",
+}
+
+
+@pytest.fixture(scope="module")
+def in_use(steps_on_ranks: Callable[[int, dict[str, Any]], list[dict[str, Any]]]) -> dict[str, Any]:
+    """By "kind precision stage": the settings DeepSpeed reports after a step."""
+    cases = {
+        f"{kind} {precision} {stage}": {
+            "optimizer": MUON if kind == "muon" else ADAMW,
+            "engine": {"precision": precision, "zero_stage": stage},
+            "micro_batches": [[[0]]],
+        }
+        for kind, precision, stage in WRAPPERS
+    }
+    (results,) = steps_on_ranks(1, cases)
+    return {name: result["settings"] for name, result in results.items()}
+
+
+@pytest.mark.parametrize(("kind", "precision", "stage"), WRAPPERS)
+def test_deepspeed_runs_with_what_is_written(in_use: dict[str, Any], kind: str, precision: str, stage: Any) -> None:
+    found = in_use[f"{kind} {precision} {stage}"]
+    assert found["optimizer"] == WRAPPERS[kind, precision, stage]
+    assert found["wrapped"] == {"muon": "MuonWithAuxAdam", "adamw": "AdamW"}[kind]
+    assert found["clip"] == [0.7, 0.7]
+    dtype = {"bfloat16": "torch.bfloat16", "float32": "torch.float32"}[precision]
+    assert found["dtypes"] == [dtype, "torch.float32", "torch.float32"]
+    assert found["gradient_average"] is True  # Engine.accumulate multiplies by the number of ranks
+    assert (found["prescale_gradients"], found["gradient_predivide_factor"]) == (False, 1.0)
+    assert found["managed_gradient_accumulation"] is False
+    assert found["zero_allow_untested_optimizer"] is False
+    assert (found["fp16"], found["torch_autocast"]) == (False, False)
+    optimizer = Muon(**MUON) if kind == "muon" else AdamW(**ADAMW)  # type: ignore[arg-type]
+    written = deepspeed_config(EngineConfig(precision=precision, zero_stage=stage), optimizer, 1)  # type: ignore[arg-type]
+    for section in ("bf16", "zero_optimization"):
+        assert {key: found[section][key] for key in written[section]} == written[section]
+    # these have changed silently between releases, so they are written whatever they are
+    assert {"check_grad_overflow", "immediate_grad_update"} <= written["bf16"].keys()
+    assert {"stage", "overlap_comm", "reduce_scatter", "contiguous_gradients"} <= written["zero_optimization"].keys()
+    assert {"gradient_clipping", "communication_data_type", "data_types"} <= written.keys()
+
+
+@pytest.mark.parametrize("engine", ["{precision: float32}", "{zero_stage: 2}", "{zero_stage: 3}"])
+def test_muon_where_deepspeed_clips_the_update_is_refused(pretrain_recipe: Path, engine: str) -> None:
+    overrides = [f"engine={engine}", "optimizer={kind: muon, lr: 0.02, adamw_lr: 3e-3}"]
+    with pytest.raises(RecipeError, match=r"engine: .*muon needs precision bfloat16 and zero_stage 1, found"):
+        load_recipe(PretrainRecipe, pretrain_recipe, overrides)
+    load_recipe(PretrainRecipe, pretrain_recipe, ["engine={}", overrides[1]])
+    load_recipe(PretrainRecipe, pretrain_recipe, [overrides[0]])

@@ -1,0 +1,193 @@
+"""Which parameters each optimizer updates how, on one and two ranks, by what it does to the float32 weights."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.scalar_head import ScalarHead
+from model.transformer import Transformer
+from train.loop import Loss
+from train.optim import parameter_roles
+from train.stage import LossModule
+
+MUON = {"kind": "muon", "lr": 0.02, "weight_decay": 0.0, "adamw_lr": 3e-3}
+ADAMW = {"kind": "adamw", "lr": 3e-3, "weight_decay": 0.0}
+# with an eps this large a first step of AdamW is the gradient itself
+GRADIENT = {"kind": "adamw", "lr": 1e6, "eps": 1e6, "weight_decay": 0.0, "gradient_clipping": 1e9}
+BFLOAT16 = {"precision": "bfloat16"}
+# documents of uneven length, in uneven micro-batches
+ON_TWO = [[[0, 1, 2, 3], [4]], [[5, 6], [7, 8, 9, 10, 11]]]
+ON_ONE = [[[0, 1, 2, 3, 5, 6], [4, 7, 8, 9, 10, 11]]]
+
+ROOT = Path(__file__).parents[2]
+
+Results = list[dict[str, Any]]
+
+
+def case(optimizer: dict[str, Any], engine: dict[str, Any], micro_batches: Any, **changes: Any) -> dict[str, Any]:
+    return {"optimizer": {**optimizer, **changes}, "engine": engine, "micro_batches": micro_batches, "steps": 1}
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def ranks(request: pytest.FixtureRequest, steps_on_ranks: Callable[[int, dict[str, Any]], Results]) -> Results:
+    """All cases, on one rank and on two."""
+    batches = ON_ONE if request.param == 1 else ON_TWO
+    cases = {
+        "muon": {**case(MUON, BFLOAT16, batches), "steps": 2},
+        "muon_clipped": case(MUON, BFLOAT16, batches, gradient_clipping=0.05),
+        "muon_decayed": case(MUON, BFLOAT16, batches, weight_decay=0.5),
+        "muon_halved": {**case(MUON, BFLOAT16, batches), "lr_multiplier": 0.5},
+        "adamw": case(ADAMW, BFLOAT16, batches),
+        "adamw_decayed": case(ADAMW, BFLOAT16, batches, weight_decay=0.5),
+        "gradient": case(GRADIENT, BFLOAT16, batches),
+    }
+    return steps_on_ranks(request.param, cases)
+
+
+def update(result: dict[str, Any], step: int = 0) -> dict[str, Tensor]:
+    before, after = result["masters"][step : step + 2]
+    return {name: after[name] - before[name] for name in before}
+
+
+def is_block_matrix(name: str) -> bool:
+    return ".blocks." in name and "norm" not in name
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def test_exactly_the_blocks_matrices_are_orthogonalised(ranks: Results) -> None:
+    orthogonalised = set()
+    muon, gradients = update(ranks[0]["muon"]), update(ranks[0]["gradient"])
+    for name, step in muon.items():
+        if step.ndim == 1:
+            assert relative(step, 3e-3 * gradients[name].sign()) < 1e-2, name  # AdamW's first step
+            continue
+        left, values, right = torch.linalg.svd(gradients[name], full_matrices=False)
+        nearest = left @ right
+        size = 0.02 * math.sqrt(max(1, len(step) / step.shape[1]))
+        sizes = torch.linalg.svdvals(step)[values > values[0] / 30] / size
+        cosine = float((step * nearest).sum() / step.norm() / nearest.norm())
+        if bool(((sizes > 0.55) & (sizes < 1.3)).all()) and cosine > 0.9 and min(step.shape) > 1:
+            orthogonalised.add(name)
+        else:
+            assert relative(step, 3e-3 * gradients[name].sign()) < 0.05, name
+    assert orthogonalised == {name for name in muon if is_block_matrix(name)}
+    assert len(orthogonalised) == 3 * 7
+
+
+def test_the_size_of_an_update_does_not_depend_on_clipping(ranks: Results) -> None:
+    plain, clipped = update(ranks[0]["muon"]), update(ranks[0]["muon_clipped"])
+    assert ranks[0]["muon"]["norms"][0] == ranks[0]["muon_clipped"]["norms"][0]
+    assert ranks[0]["muon"]["norms"][0] > 1  # so that both were clipped, by factors twenty apart
+    for name in filter(is_block_matrix, plain):
+        assert relative(clipped[name], plain[name]) < 0.02, name
+
+
+def test_the_schedule_multiplies_each_groups_own_rate(ranks: Results) -> None:
+    plain, halved = update(ranks[0]["muon"]), update(ranks[0]["muon_halved"])
+    for name in plain:
+        assert relative(halved[name], 0.5 * plain[name]) < 1e-4, name
+
+
+def test_the_norm_is_the_gradients(ranks: Results) -> None:
+    squares = sum(float(g.square().sum()) for g in update(ranks[0]["gradient"]).values())
+    assert ranks[0]["muon"]["norms"][0] == pytest.approx(math.sqrt(squares), rel=1e-3)
+
+
+def test_ranks_hold_the_same_bits(ranks: Results) -> None:
+    for held in ("masters", "weights"):
+        first, *others = (rank["muon"][held] for rank in ranks)
+        for other in others:
+            torch.testing.assert_close(other, first, rtol=0, atol=0)
+    for name, weight in ranks[0]["muon"]["weights"].items():
+        assert torch.equal(weight, ranks[0]["muon"]["masters"][-1][name].bfloat16())
+
+
+@pytest.mark.parametrize(("kind", "lr"), [("muon", 0.02), ("adamw", 3e-3)])
+def test_matrices_decay_and_nothing_else(ranks: Results, kind: str, lr: float) -> None:
+    plain, decayed = update(ranks[0][kind]), update(ranks[0][f"{kind}_decayed"])
+    for name, weight in ranks[0][kind]["masters"][0].items():
+        difference = decayed[name] - plain[name]
+        if is_block_matrix(name):
+            assert relative(difference, -lr * 0.5 * weight) < 1e-3, name
+        else:  # the head decays too, from zero
+            assert not difference.any(), name
+    assert plain.keys() == decayed.keys()
+
+
+def test_roles_follow_modules_not_names() -> None:
+    """A matrix whose name says embedding, and an embedding whose name does not, are what they are."""
+    config = ModelConfig(
+        vocab_size=31, d_model=16, n_layers=2, n_heads=2, d_head=8, d_ff=24, layers="G", max_length=32
+    )  # fmt: skip
+    trunk = Transformer(config)
+    trunk.blocks[0].attention.embed_query = trunk.blocks[0].attention.w_q  # type: ignore[union-attr]
+    del trunk.blocks[0].attention.w_q  # type: ignore[union-attr]
+    module = LossModule(trunk, lambda module, batch: Loss(torch.zeros(())), ScalarHead(16))
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    roles = parameter_roles(module)
+    matrices = {names[id(parameter)] for parameter in roles.block_matrices}
+    assert "trunk.blocks.0.attention.embed_query.weight" in matrices
+    assert matrices == {name for name in names.values() if is_block_matrix(name)}
+    assert [names[id(parameter)] for parameter in roles.head_matrices] == ["head.score.weight"]
+    n_roles = len(roles.block_matrices) + len(roles.head_matrices) + len(roles.others)
+    assert n_roles == len(names)
+
+
+def pretraining(recipe: Path, *overrides: str, ranks: int = 1) -> subprocess.Popen[str]:
+    """A started pre-training run with Muon."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    muon = ("optimizer={kind: muon, lr: 0.05, adamw_lr: 3e-2}", "engine={precision: bfloat16, zero_stage: 1}")
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "train.pretrain", str(recipe), *muon, *overrides], cwd=ROOT, text=True,
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def test_a_killed_run_on_two_ranks_ends_with_the_same_bits(pretrain_recipe: Path, tmp_path: Path) -> None:
+    steps = ("loop.max_steps=4", "loop.save_every=2", "loop.evaluate_every=4", "ngram_baselines=false")
+    whole = pretraining(pretrain_recipe, *steps, f"run_dir={tmp_path / 'whole'}", ranks=2)
+    output, _ = whole.communicate(timeout=200)
+    assert whole.returncode == 0, output
+    killed = pretraining(pretrain_recipe, *steps, ranks=2)
+    latest, began = tmp_path / "run" / "checkpoints" / "latest", time.monotonic()
+    while not latest.exists():
+        assert killed.poll() is None and time.monotonic() - began < 150
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate(timeout=60)
+    again = pretraining(pretrain_recipe, *steps, ranks=2)
+    output, _ = again.communicate(timeout=200)
+    assert again.returncode == 0 and "resuming from" in output, output
+    ours, expected = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "whole"))
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+def test_it_learns_what_adamw_learns(pretrain_recipe: Path, tmp_path: Path) -> None:
+    """AdamW with the best of three learning rates reached 1.163 here, from 5.8: words at random allow no less."""
+    steps = ("loop.max_steps=200", "loop.evaluate_every=200", "loop.save_every=200", "evaluation_rows=16")
+    child = pretraining(pretrain_recipe, *steps)
+    output, _ = child.communicate(timeout=280)
+    assert child.returncode == 0, output
+    figures = json.loads((tmp_path / "run" / "done.json").read_text())["figures"]
+    assert figures["heldout_loss"] < min(figures["baselines"].values())
+    assert figures["heldout_loss"] < 1.18

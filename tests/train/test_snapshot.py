@@ -1,0 +1,41 @@
+"""A snapshot is a true copy: what training does next is not in it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+
+from train.snapshot import Snapshot
+
+
+def test_what_is_written_is_what_was_there(tmp_path: Path) -> None:
+    weights, counter = torch.arange(6.0).view(2, 3), {"step": 3, "beta": (0.9, 0.95)}
+    snapshot = Snapshot()
+    state = {"module": OrderedDict(a=weights, transposed=weights.T), "list": [weights, "text"], "group": counter}
+    snapshot.save(state, "./optimizer/state.pt")
+    kept = snapshot.tensor(weights)
+    snapshot.finish()
+    weights.zero_()
+    counter["step"] = 4
+    assert snapshot.write(tmp_path) == [tmp_path / "optimizer" / "state.pt"]
+    found = torch.load(tmp_path / "optimizer" / "state.pt", weights_only=True)
+    expected = torch.arange(6.0).view(2, 3)
+    assert torch.equal(kept, expected)
+    assert torch.equal(found["module"]["a"], expected)
+    assert torch.equal(found["module"]["transposed"], expected.T)
+    assert found["list"][0].data_ptr() == found["module"]["a"].data_ptr(), "shared tensors stay shared"
+    assert found["group"] == {"step": 3, "beta": (0.9, 0.95)}
+
+
+def test_a_copy_that_fails_is_told_when_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(source: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr("train.snapshot.host_copy", no_memory)
+    snapshot = Snapshot()
+    snapshot.save({"a": torch.ones(2)}, "state.pt")
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        snapshot.write(tmp_path)

@@ -1,0 +1,86 @@
+"""A copy of the training state in host memory, taken between two steps and written to files while training goes on."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Snapshot:
+    """Files to be written, with copies of all they hold.
+
+    It stands in for DeepSpeed's checkpoint engine during one `save_checkpoint` (the methods from `save` on are that
+    protocol), which therefore touches no disk: a full one cannot leave the ranks in different collectives.
+    """
+
+    def __init__(self) -> None:
+        self._files: list[tuple[Path, Any]] = []
+        self._copies: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+        self._failure: Exception | None = None
+        self._copied = torch.cuda.Event() if torch.cuda.is_available() else None
+
+    def tensor(self, source: Tensor) -> Tensor:
+        """The copy of a tensor; the same one when asked again, so that shared tensors stay shared."""
+        key = (source.data_ptr(), source.shape, source.stride(), source.dtype)
+        if key not in self._copies:  # the source is kept as well: its address must not be given to another one
+            self._copies[key] = (source, host_copy(source))
+        return self._copies[key][1]
+
+    def finish(self) -> None:
+        """Nothing more will be copied."""
+        self._copies.clear()
+        if self._copied:
+            self._copied.record()
+
+    def wait(self) -> None:
+        """Return when the copies hold what the tensors held."""
+        if self._copied:
+            self._copied.synchronize()
+
+    def write(self, directory: Path) -> list[Path]:
+        """Write the files below `directory`; their paths."""
+        if self._failure:
+            raise self._failure
+        self.wait()
+        written = []
+        for name, content in self._files:
+            path = directory / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(content, path)
+            written.append(path)
+        return written
+
+    def save(self, state_dict: Any, path: str) -> None:
+        try:
+            self._files.append((Path(path), self._copy_of(state_dict)))
+        except (RuntimeError, MemoryError) as error:  # raised by `write`: here the other ranks are in a collective
+            self._failure = error
+
+    def create(self, info: Any) -> None: ...
+
+    def commit(self, info: Any) -> None: ...
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None: ...
+
+    def is_decoupled(self) -> bool:
+        return False
+
+    def _copy_of(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.tensor(value.detach())
+        if type(value) in (dict, OrderedDict):
+            return type(value)((key, self._copy_of(item)) for key, item in value.items())
+        if type(value) in (list, tuple):
+            return type(value)(self._copy_of(item) for item in value)
+        return copy.deepcopy(value)
+
+
+def host_copy(source: Tensor) -> Tensor:
+    """A copy in host memory, which the device fills in the order of its stream (pinned: torch reuses the blocks)."""
+    target = torch.empty_like(source, device="cpu", pin_memory=source.is_cuda, memory_format=torch.contiguous_format)
+    return target.copy_(source, non_blocking=True)

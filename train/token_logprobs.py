@@ -1,0 +1,154 @@
+"""Log-probabilities of given tokens from hidden states, in chunks: the logits never exist as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOGIT_CHUNK_ELEMENTS = 2**27
+"""Logits that exist at one time (256 MiB in bfloat16)."""
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """hidden_TD, embed_VD, targets_T -> logprob_T and log-normaliser_T, float32.
+
+    More than one chunk: the backward pass makes a chunk's logits again, which costs a third of the product's FLOPs and
+    saves what they would occupy. The gradient of the embedding is summed in float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: Tensor, embed_VD: Tensor, targets_T: Tensor, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.n_tokens = max(LOGIT_CHUNK_ELEMENTS // len(embed_VD), 1)
+        ctx.softcap, ctx.kept_CV = softcap, None
+        outputs = []
+        for hidden_CD, targets_C in zip(hidden_TD.split(ctx.n_tokens), targets_T.split(ctx.n_tokens), strict=True):
+            logits_CV = hidden_CD @ embed_VD.T
+            outputs.append(_compiled(_statistics, hidden_TD.device.type)(logits_CV, targets_C, softcap))
+        if len(outputs) == 1:
+            ctx.kept_CV = logits_CV
+        logprob_T, normalizer_T = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+        ctx.save_for_backward(hidden_TD, embed_VD, targets_T, normalizer_T)
+        return logprob_T, normalizer_T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients_T: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        hidden_TD, embed_VD, targets_T, normalizer_T = ctx.saved_tensors
+        hidden_gradient_TD = torch.empty_like(hidden_TD)
+        embed_gradient_VD = torch.zeros_like(embed_VD, dtype=torch.float32)
+        chunks = (x.split(ctx.n_tokens) for x in (hidden_TD, hidden_gradient_TD, targets_T, normalizer_T, *gradients_T))
+        for hidden_CD, hidden_gradient_CD, *rest_C in zip(*chunks, strict=True):
+            logits_CV = hidden_CD @ embed_VD.T if ctx.kept_CV is None else ctx.kept_CV
+            gradient_CV = _compiled(_logit_gradient, hidden_TD.device.type)(logits_CV, *rest_C, ctx.softcap)
+            torch.mm(gradient_CV, embed_VD, out=hidden_gradient_CD)
+            _add_product(embed_gradient_VD, gradient_CV.T, hidden_CD)
+        return hidden_gradient_TD, embed_gradient_VD.to(embed_VD.dtype), None, None
+
+
+class _SummedLoss(torch.autograd.Function):
+    """Sum over tokens of weight * (z_loss * log-normaliser^2 - logprob).
+
+    What each token's loss is multiplied by is known up to one factor, so the gradients are made while a chunk's logits
+    are there, and nothing is computed twice (as in Liger, arXiv 2410.10989).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: Tensor, embed_VD: Tensor, targets_T: Tensor, weight_T: Tensor, z_loss: float,
+        softcap: float | None,
+    ) -> Tensor:  # fmt: skip
+        n_tokens = max(LOGIT_CHUNK_ELEMENTS // len(embed_VD), 1)
+        differentiate = any(ctx.needs_input_grad[:2])
+        hidden_gradient_TD = torch.empty_like(hidden_TD) if differentiate else None
+        embed_gradient_VD = torch.zeros_like(embed_VD, dtype=torch.float32) if differentiate else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
+        for start in range(0, len(targets_T), n_tokens):
+            chunk = slice(start, start + n_tokens)
+            logits_CV, targets_C, weight_C = hidden_TD[chunk] @ embed_VD.T, targets_T[chunk], weight_T[chunk]
+            logprob_C, normalizer_C = _compiled(_statistics, hidden_TD.device.type)(logits_CV, targets_C, softcap)
+            total += ((z_loss * normalizer_C.square() - logprob_C) * weight_C).sum()
+            if hidden_gradient_TD is not None and embed_gradient_VD is not None:
+                gradient_CV = _compiled(_logit_gradient, hidden_TD.device.type)(
+                    logits_CV, targets_C, normalizer_C, -weight_C, 2 * z_loss * normalizer_C * weight_C, softcap
+                )
+                torch.mm(gradient_CV, embed_VD, out=hidden_gradient_TD[chunk])
+                _add_product(embed_gradient_VD, gradient_CV.T, hidden_TD[chunk])
+        ctx.embed_dtype = embed_VD.dtype
+        ctx.save_for_backward(hidden_gradient_TD, embed_gradient_VD)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_gradient_TD, embed_gradient_VD = ctx.saved_tensors
+        scale = gradients[0]
+        embed_gradient_VD = embed_gradient_VD.mul_(scale).to(ctx.embed_dtype)
+        return hidden_gradient_TD * scale.to(hidden_gradient_TD.dtype), embed_gradient_VD, None, None, None, None
+
+
+def summed_loss(
+    hidden_TD: Tensor, embed_VD: Tensor, targets_T: Tensor, weight_T: Tensor, z_loss: float, softcap: float | None
+) -> Tensor:
+    """Sum of weight_T * (-logprob + z_loss * log-normaliser^2), float32, of logits hidden_TD @ embed_VD.T (nats)."""
+    if not len(targets_T):
+        return hidden_TD.float().sum() * 0  # keeps the graph: every rank must run the same backward pass
+    return _SummedLoss.apply(hidden_TD, embed_VD, targets_T, weight_T, z_loss, softcap)
+
+
+def token_logprobs(
+    hidden_TD: Tensor, embed_VD: Tensor, targets_T: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """(log-probability of each target, log of the softmax's denominator), float32, of logits hidden_TD @ embed_VD.T."""
+    if not len(targets_T):
+        nothing = hidden_TD.float().sum() * 0  # keeps the graph: every rank must run the same backward pass
+        return nothing.expand(0), nothing.expand(0)
+    return _TokenLogprobs.apply(hidden_TD, embed_VD, targets_T, softcap)
+
+
+def _cap(logits_CV: Tensor, softcap: float | None) -> Tensor:
+    return logits_CV.float() if softcap is None else torch.tanh(logits_CV.float() / softcap) * softcap
+
+
+def _statistics(logits_CV: Tensor, targets_C: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+    capped_CV = _cap(logits_CV, softcap)
+    normalizer_C = capped_CV.logsumexp(-1)
+    return capped_CV.gather(-1, targets_C[:, None])[:, 0] - normalizer_C, normalizer_C
+
+
+def _logit_gradient(
+    logits_CV: Tensor,
+    targets_C: Tensor,
+    normalizer_C: Tensor,
+    logprob_gradient_C: Tensor,
+    normalizer_gradient_C: Tensor,
+    softcap: float | None,
+) -> Tensor:
+    """d/d logits of target - normaliser, and of the normaliser: (one-hot - softmax), softmax; in the logits' dtype."""
+    capped_CV = _cap(logits_CV, softcap)
+    probability_CV = (capped_CV - normalizer_C[:, None]).exp()
+    is_target_CV = torch.arange(logits_CV.shape[1], device=logits_CV.device) == targets_C[:, None]
+    gradient_CV = probability_CV * (normalizer_gradient_C - logprob_gradient_C)[:, None]
+    gradient_CV = gradient_CV + torch.where(is_target_CV, logprob_gradient_C[:, None], 0.0)
+    if softcap is not None:
+        gradient_CV = gradient_CV * (1 - (capped_CV / softcap).square())
+    return gradient_CV.to(logits_CV.dtype)
+
+
+@cache
+def _compiled(function: Callable[..., Any], device_type: str) -> Callable[..., Any]:
+    """On a GPU one kernel that reads the logits once; elsewhere the function as it is."""
+    return torch.compile(function, dynamic=True) if device_type == "cuda" else function
+
+
+def _add_product(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor) -> None:
+    """total += left @ right in float32, in place, whatever the factors' dtype."""
+    if left_VC.dtype == torch.float32:
+        total_VD.addmm_(left_VC, right_CD)
+    elif left_VC.device.type == "cuda":
+        torch.addmm(total_VD, left_VC, right_CD, out_dtype=torch.float32, out=total_VD)
+    else:
+        total_VD += left_VC @ right_CD
