@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal, get_args
 
 import torch
@@ -151,9 +151,10 @@ def _padded(x_THK: Tensor, place_T: Tensor, n_places: int) -> Tensor:
 
 def flash_attention_4(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: Documents, window: int | None) -> Tensor:
     """flash-attn-4 (CuTe DSL) on Hopper and Blackwell."""
-    from model.flash_attention import flash_attention_4 as op
+    from model.flash_attention import FlashAttention
 
-    out_THK, _ = op(q_THK, k_TGK, v_TGK, documents.padded_boundaries, documents.max_length, window or 0)
+    out_THK = FlashAttention.apply(q_THK, k_TGK, v_TGK, documents.padded_boundaries, documents.max_length, window)
+    assert isinstance(out_THK, Tensor)
     return out_THK
 
 
@@ -197,14 +198,42 @@ def varlen_attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: Doc
 
 
 def flex_attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: Documents, window: int | None) -> Tensor:
-    """PyTorch's flex attention (arXiv 2412.05496): compiled it skips blocks of keys that no query of a block sees."""
-    from torch.nn.attention import flex_attention as flex
-
+    """PyTorch's flex attention (arXiv 2412.05496), compiled on a GPU: it skips key blocks no query of a block sees."""
     q_1HTK, k_1GTK, v_1GTK = (x.transpose(0, 1)[None] for x in (q_THK, k_TGK, v_TGK))
-    out_1HTK = flex.flex_attention(
+    out_1HTK = _flex_kernel(q_THK.device.type)(
         q_1HTK, k_1GTK, v_1GTK, block_mask=documents.block_mask(window), scale=1.0, enable_gqa=True
     )
     return out_1HTK[0].transpose(0, 1)
+
+
+@cache
+def _flex_kernel(device_type: str) -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention as kernel
+
+    return torch.compile(kernel) if device_type == "cuda" else kernel
+
+
+AttentionBackward = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+"""(gradient of the output, q, k, v) -> gradients of q, k and v."""
+
+
+def attend_with_backward(
+    attend: AttentionOp, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: Documents, window: int | None
+) -> tuple[Tensor, AttentionBackward]:
+    """Attention outside of autograd: its output, and what gives its gradients, called with the same q, k and v.
+
+    With flash-attn-4 q, k and v need not be kept for that call; they may be made again.
+    """
+    if attend is flash_attention_4:
+        from model.flash_attention import flash_backward, flash_forward
+
+        extent = (documents.padded_boundaries, documents.max_length, window)
+        out_THK, normalizer_HT = flash_forward(q_THK, k_TGK, v_TGK, *extent)
+        return out_THK, lambda grad, q, k, v: flash_backward(grad, q, k, v, out_THK, normalizer_HT, *extent)
+    with torch.enable_grad():
+        leaves = tuple(x.detach().requires_grad_() for x in (q_THK, k_TGK, v_TGK))
+        traced_THK = attend(*leaves, documents, window)
+    return traced_THK.detach(), lambda grad, q, k, v: torch.autograd.grad(traced_THK, leaves, grad)
 
 
 BACKENDS: dict[str, AttentionOp] = {
@@ -255,7 +284,7 @@ def prepare_masks(backend: str, documents: Documents, windows: Iterable[int | No
 def choose_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> str:
     """The back end to use on `device`: the fastest that runs for "auto", the named one or an error otherwise."""
     if backend == "auto":
-        # flex is fast where it is compiled, which nobody asked for here
+        # flex compiles for a minute and is slower than those before it
         order = [name for name in get_args(Backend) if name not in ("auto", "flex")]
         return next(name for name in order if why_not(name, device, dtype) is None)
     reason = why_not(backend, device, dtype)

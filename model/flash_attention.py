@@ -1,4 +1,4 @@
-"""flash-attn-4 as an operator that torch.compile can put into a graph: its own autograd function breaks one."""
+"""flash-attn-4 on packed documents: its forward and backward kernels by themselves, and as one differentiable call."""
 
 from __future__ import annotations
 
@@ -6,18 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
-def _window(window: int) -> dict[str, int | None]:
-    """flash-attn-4's names for a window that counts the token itself; 0 is none."""
-    return {"window_size_left": window - 1, "window_size_right": 0} if window else {}
-
-
-@torch.library.custom_op("dramatis::flash_attention_4", mutates_args=(), device_types="cuda")
-def flash_attention_4(
-    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, boundaries: Tensor, max_length: int, window: int
+def flash_forward(
+    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, boundaries: Tensor, max_length: int, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention of packed documents (scale 1, window 0: none). Returns (out_THK, log-normaliser_HT)."""
+    """Causal attention (scale 1). Returns out_THK and the log of every softmax's denominator, normalizer_HT."""
     from flash_attn.cute.interface import _flash_attn_fwd
 
     out_THK, normalizer_HT, *_ = _flash_attn_fwd(
@@ -36,11 +31,11 @@ def flash_attention_4(
     return out_THK, normalizer_HT
 
 
-@torch.library.custom_op("dramatis::flash_attention_4_backward", mutates_args=(), device_types="cuda")
-def _backward(
+def flash_backward(
     grad_THK: Tensor, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, out_THK: Tensor, normalizer_HT: Tensor,
-    boundaries: Tensor, max_length: int, window: int,
+    boundaries: Tensor, max_length: int, window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v from that of `flash_forward`'s output."""
     from flash_attn.cute.interface import _flash_attn_bwd
 
     gradients = _flash_attn_bwd(
@@ -62,26 +57,24 @@ def _backward(
     return q_gradient_THK, k_gradient_TGK, v_gradient_TGK
 
 
-@flash_attention_4.register_fake
-def _(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, boundaries: Tensor, max_length: int, window: int) -> Any:
-    n_tokens, n_heads, _ = q_THK.shape
-    return q_THK.new_empty(q_THK.shape), q_THK.new_empty((n_heads, n_tokens), dtype=torch.float32)
+class FlashAttention(torch.autograd.Function):
+    """(q_THK, k_TGK, v_TGK, boundaries, max_length, window) -> out_THK."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, boundaries: Tensor, max_length: int, window: int | None
+    ) -> Tensor:
+        out_THK, normalizer_HT = flash_forward(q_THK, k_TGK, v_TGK, boundaries, max_length, window)
+        ctx.save_for_backward(q_THK, k_TGK, v_TGK, out_THK, normalizer_HT, boundaries)
+        ctx.max_length, ctx.window = max_length, window
+        return out_THK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_THK: Tensor) -> tuple[Any, ...]:
+        return (*flash_backward(grad_THK, *ctx.saved_tensors, ctx.max_length, ctx.window), None, None, None)
 
 
-@_backward.register_fake
-def _(grad_THK: Tensor, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, *rest: Any) -> Any:
-    return tuple(x.new_empty(x.shape) for x in (q_THK, k_TGK, v_TGK))
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.max_length, ctx.window = inputs
-    ctx.save_for_backward(*tensors, *output)
-
-
-def _differentiate(ctx: Any, grad_THK: Tensor, grad_of_normalizer: Tensor) -> tuple[Any, ...]:
-    q_THK, k_TGK, v_TGK, boundaries, out_THK, normalizer_HT = ctx.saved_tensors
-    gradients = _backward(grad_THK, q_THK, k_TGK, v_TGK, out_THK, normalizer_HT, boundaries, ctx.max_length, ctx.window)
-    return (*gradients, None, None, None)
-
-
-flash_attention_4.register_autograd(_differentiate, setup_context=_save)
+def _window(window: int | None) -> dict[str, int]:
+    """flash-attn-4's names for a window that counts the token itself."""
+    return {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from model.attention import Attention, KeyValue, Rope, store
 from model.attention_ops import BACKENDS, AttentionOp, Backend, Documents, choose_backend, prepare_masks
@@ -46,11 +47,25 @@ class Block(nn.Module):
         self.ff_norm_out = RMSNorm(config.d_model, config.norm_eps, residual_scale)
         self.attention = Attention(config, layer)
         self.feed_forward = FeedForward(config)
+        self.fused, self.recompute = False, "none"  # see model.execution
 
     def forward(
         self, x_TD: Tensor, rope: Rope, shared: KeyValue | None, documents: Documents, attend: AttentionOp
     ) -> tuple[Tensor, KeyValue]:
         """Packed documents through the block; `shared` holds another layer's keys and values where this has none."""
+        if self.fused:
+            from model.fused_block import fused_block  # Triton is not everywhere
+
+            return fused_block(self, x_TD, rope, shared, documents, attend)
+        if self.recompute == "block" and torch.is_grad_enabled():
+            inputs = (x_TD, rope, shared, documents, attend)
+            # DeepSpeed's ZeRO needs it not to be reentrant
+            return checkpoint(self._plain, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return self._plain(x_TD, rope, shared, documents, attend)
+
+    def _plain(
+        self, x_TD: Tensor, rope: Rope, shared: KeyValue | None, documents: Documents, attend: AttentionOp
+    ) -> tuple[Tensor, KeyValue]:
         attended_TD, key_value = self.attention(self.attention_norm_in(x_TD), rope, shared, documents, attend)
         return self.add(x_TD, attended_TD), key_value
 

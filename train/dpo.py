@@ -254,7 +254,6 @@ def prepare(recipe: DPORecipe, world: World, console: Console) -> Job:
         ),
         tokenizer=source / "tokenizer.model",
         finish=lambda engine, outcome, console: _finish(outcome, rows, heldout),
-        has_fixed_shapes=False,
     )
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from model.compilation import Recompute
+from model.execution import Execution, Recompute
 from model.transformer import Block
 from recipes.loader import Section
 from recipes.run_directory import MayChange
@@ -33,13 +33,11 @@ class EngineConfig(Section):
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     zero_stage: Literal[1, 2, 3] = 1
     timeout_minutes: MayChange[PositiveInt] = 10
-    compile: MayChange[Literal["auto", "blocks", "none"]] = "auto"
-    """torch.compile of every block; auto: on a GPU."""
+    blocks: MayChange[Execution] = "auto"
+    """auto: fused blocks where their kernels run, which is on a GPU."""
     recompute: MayChange[Recompute] = "none"
-
-    def compiles(self, device: torch.device) -> bool:
-        """Whether blocks are compiled on this device."""
-        return self.compile == "blocks" or (self.compile == "auto" and device.type == "cuda")
+    recompute_blocks: MayChange[NonNegativeInt] = 0
+    """So many blocks, from the first, keep only their input, whatever `recompute` says of the rest."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -175,6 +173,7 @@ class Engine:
             )
         if hasattr(self._optimizer, "_update_hp_grad"):
             self._optimizer._update_hp_grad = partial(_add_gradient, self._optimizer)
+            _offer_gradient_sums(self._optimizer)
         self.module: nn.Module = self._deepspeed.module
         # kept here, since a loaded checkpoint brings the rates of its own step into the groups
         self._peak_lrs = [group["lr"] for group in self._optimizer.param_groups]
@@ -186,6 +185,8 @@ class Engine:
     def accumulate(self, loss: Tensor) -> None:
         """Add the gradient of `loss`. Ranks' gradients are summed (DeepSpeed averages them)."""
         self._deepspeed.backward(loss * self.world.size, scale_wrt_gas=False)
+        if hasattr(self._optimizer, "fp32_groups_has_gradients"):
+            _mark_gradient_sums(self._optimizer)
 
     def step(self, lr_multiplier: float) -> tuple[float, bool]:
         """Update the weights. Returns the gradient norm before clipping, and whether the step was taken.
@@ -262,6 +263,21 @@ def _add_gradient(optimizer: Any, weight: nn.Parameter, group: int, number: int,
     optimizer.fp32_groups_has_gradients[group][number] = True
     if clear_lp_grads:
         weight.grad.zero_()
+
+
+def _offer_gradient_sums(optimizer: Any) -> None:
+    """Give every matrix its float32 gradient sum as `main_grad`: fused blocks add to it inside their products."""
+    for weights, sums in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):
+        for weight, total in zip(weights, sums, strict=True):
+            weight._hp_grad = total  # where DeepSpeed's own accessors look
+            if weight.ndim == 2:
+                weight.main_grad = total.view(weight.shape)
+
+
+def _mark_gradient_sums(optimizer: Any) -> None:
+    """BF16_Optimizer notes in its hooks who has a gradient, and those added to `main_grad` have run none."""
+    for group, weights in enumerate(optimizer.bf16_groups):
+        optimizer.fp32_groups_has_gradients[group] = [True] * len(weights)
 
 
 def _random_state() -> dict[str, Tensor]:

@@ -23,8 +23,8 @@ from data.shards import PackedDataset
 from data.synthetic import SyntheticData, SyntheticRows
 from eval.scoring import spread_rows
 from model.attention_ops import Backend, Documents, choose_backend
-from model.compilation import checkpoint_blocks, compile_blocks
 from model.config import ModelConfig
+from model.execution import shape_blocks
 from model.portability import describe
 from model.scalar_head import ScalarHead
 from model.transformer import Transformer
@@ -84,15 +84,13 @@ class LossModule(nn.Module):
 class Job:
     """A stage ready to be trained. `finish` runs after the last step and returns the key figure and figures to keep.
 
-    tokenizer: the file to put beside the weights (None: the tokens are made up); has_fixed_shapes: every micro-batch
-    has the same number of tokens, so compiled blocks need not be general.
+    tokenizer: the file to put beside the weights (None: the tokens are made up).
     """
 
     module: LossModule
     stage: Stage
     tokenizer: Path | None
     finish: Callable[[Engine, Outcome, Console], tuple[str, dict[str, Any]]]
-    has_fixed_shapes: bool = True
 
 
 def documents_of(batch: PackedBatch) -> Documents:
@@ -208,13 +206,15 @@ def _run(
             console.print(line, highlight=False)
         job = prepare(world, console)
         backend = choose_backend(recipe.attention, world.device, recipe.engine.dtype)
+        settings = recipe.engine
+        execution = shape_blocks(
+            job.module.trunk.blocks, settings.blocks, settings.recompute, settings.recompute_blocks, world.device
+        )
         console.print(
-            f"attention {backend}, {world.size} rank(s), {torch.get_num_threads()} thread(s) each, "
-            f"{recipe.engine.precision}, ZeRO-{recipe.engine.zero_stage}"
-            + (", compiled blocks" if recipe.engine.compiles(world.device) else ""),
+            f"attention {backend}, {execution} blocks, {world.size} rank(s), {torch.get_num_threads()} thread(s) each, "
+            f"{settings.precision}, ZeRO-{settings.zero_stage}",
             highlight=False,
         )
-        _shape_blocks(job, recipe.engine, world.device)
         engine = Engine(job.module, recipe.engine, recipe.optimizer, world)
         checkpoints = Checkpoints(run_dir / "checkpoints", recipe.loop.keep, world, console)
         start = resume(checkpoints, engine, job.stage.rows, console)
@@ -249,20 +249,6 @@ def _run(
             console.print(f"[bold]{key_figure}[/]  -> {run_dir / 'model'}", highlight=False)
         world.barrier()
     return 0
-
-
-def _shape_blocks(job: Job, settings: EngineConfig, device: torch.device) -> None:
-    """Compile the trunk's blocks and choose what they keep, as the recipe says."""
-    blocks, compiles = job.module.trunk.blocks, settings.compiles(device)
-    if settings.recompute == "elementwise" and not compiles:
-        raise LoopError(
-            "engine.recompute=elementwise is done by the compiler, and blocks are not compiled here; "
-            "set engine.compile=blocks, or recompute to block or none"
-        )
-    if compiles:
-        compile_blocks(blocks, not job.has_fixed_shapes, settings.recompute)
-    if settings.recompute == "block":
-        checkpoint_blocks(blocks)
 
 
 def resume(checkpoints: Checkpoints, engine: Engine, rows: Rows, console: Console) -> CheckpointState | None:

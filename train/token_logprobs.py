@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from model.matrix_product import add_product
 
 LOGIT_CHUNK_ELEMENTS = 2**27
 """Logits that exist at one time (256 MiB in bfloat16)."""
@@ -29,7 +29,7 @@ class _TokenLogprobs(torch.autograd.Function):
         outputs = []
         for hidden_CD, targets_C in zip(hidden_TD.split(ctx.n_tokens), targets_T.split(ctx.n_tokens), strict=True):
             logits_CV = hidden_CD @ embed_VD.T
-            outputs.append(_compiled(_statistics, hidden_TD.device.type)(logits_CV, targets_C, softcap))
+            outputs.append(_statistics(logits_CV, targets_C, softcap))
         if len(outputs) == 1:
             ctx.kept_CV = logits_CV
         logprob_T, normalizer_T = (torch.cat(parts) for parts in zip(*outputs, strict=True))
@@ -44,9 +44,9 @@ class _TokenLogprobs(torch.autograd.Function):
         chunks = (x.split(ctx.n_tokens) for x in (hidden_TD, hidden_gradient_TD, targets_T, normalizer_T, *gradients_T))
         for hidden_CD, hidden_gradient_CD, *rest_C in zip(*chunks, strict=True):
             logits_CV = hidden_CD @ embed_VD.T if ctx.kept_CV is None else ctx.kept_CV
-            gradient_CV = _compiled(_logit_gradient, hidden_TD.device.type)(logits_CV, *rest_C, ctx.softcap)
+            gradient_CV = _logit_gradient_(logits_CV, *rest_C, ctx.softcap)
             torch.mm(gradient_CV, embed_VD, out=hidden_gradient_CD)
-            _add_product(embed_gradient_VD, gradient_CV.T, hidden_CD)
+            add_product(embed_gradient_VD, gradient_CV.T, hidden_CD)
         return hidden_gradient_TD, embed_gradient_VD.to(embed_VD.dtype), None, None
 
 
@@ -70,14 +70,14 @@ class _SummedLoss(torch.autograd.Function):
         for start in range(0, len(targets_T), n_tokens):
             chunk = slice(start, start + n_tokens)
             logits_CV, targets_C, weight_C = hidden_TD[chunk] @ embed_VD.T, targets_T[chunk], weight_T[chunk]
-            logprob_C, normalizer_C = _compiled(_statistics, hidden_TD.device.type)(logits_CV, targets_C, softcap)
+            logprob_C, normalizer_C = _statistics(logits_CV, targets_C, softcap)
             total += ((z_loss * normalizer_C.square() - logprob_C) * weight_C).sum()
             if hidden_gradient_TD is not None and embed_gradient_VD is not None:
-                gradient_CV = _compiled(_logit_gradient, hidden_TD.device.type)(
+                gradient_CV = _logit_gradient_(
                     logits_CV, targets_C, normalizer_C, -weight_C, 2 * z_loss * normalizer_C * weight_C, softcap
                 )
                 torch.mm(gradient_CV, embed_VD, out=hidden_gradient_TD[chunk])
-                _add_product(embed_gradient_VD, gradient_CV.T, hidden_TD[chunk])
+                add_product(embed_gradient_VD, gradient_CV.T, hidden_TD[chunk])
         ctx.embed_dtype = embed_VD.dtype
         ctx.save_for_backward(hidden_gradient_TD, embed_gradient_VD)
         return total
@@ -109,17 +109,18 @@ def token_logprobs(
     return _TokenLogprobs.apply(hidden_TD, embed_VD, targets_T, softcap)
 
 
-def _cap(logits_CV: Tensor, softcap: float | None) -> Tensor:
-    return logits_CV.float() if softcap is None else torch.tanh(logits_CV.float() / softcap) * softcap
-
-
 def _statistics(logits_CV: Tensor, targets_C: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """(log-probability of each target, log-normaliser), float32."""
+    if logits_CV.is_cuda:
+        from model.kernels.cross_entropy import logit_statistics
+
+        return logit_statistics(logits_CV, targets_C, softcap)
     capped_CV = _cap(logits_CV, softcap)
     normalizer_C = capped_CV.logsumexp(-1)
     return capped_CV.gather(-1, targets_C[:, None])[:, 0] - normalizer_C, normalizer_C
 
 
-def _logit_gradient(
+def _logit_gradient_(
     logits_CV: Tensor,
     targets_C: Tensor,
     normalizer_C: Tensor,
@@ -127,7 +128,13 @@ def _logit_gradient(
     normalizer_gradient_C: Tensor,
     softcap: float | None,
 ) -> Tensor:
-    """d/d logits of target - normaliser, and of the normaliser: (one-hot - softmax), softmax; in the logits' dtype."""
+    """d/d logits of target - normaliser, and of the normaliser: (one-hot - softmax), softmax. Overwrites the logits."""
+    if logits_CV.is_cuda:
+        from model.kernels.cross_entropy import logit_gradient_
+
+        return logit_gradient_(
+            logits_CV, targets_C, normalizer_C, logprob_gradient_C, normalizer_gradient_C, softcap
+        )
     capped_CV = _cap(logits_CV, softcap)
     probability_CV = (capped_CV - normalizer_C[:, None]).exp()
     is_target_CV = torch.arange(logits_CV.shape[1], device=logits_CV.device) == targets_C[:, None]
@@ -138,17 +145,5 @@ def _logit_gradient(
     return gradient_CV.to(logits_CV.dtype)
 
 
-@cache
-def _compiled(function: Callable[..., Any], device_type: str) -> Callable[..., Any]:
-    """On a GPU one kernel that reads the logits once; elsewhere the function as it is."""
-    return torch.compile(function, dynamic=True) if device_type == "cuda" else function
-
-
-def _add_product(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor) -> None:
-    """total += left @ right in float32, in place, whatever the factors' dtype."""
-    if left_VC.dtype == torch.float32:
-        total_VD.addmm_(left_VC, right_CD)
-    elif left_VC.device.type == "cuda":
-        torch.addmm(total_VD, left_VC, right_CD, out_dtype=torch.float32, out=total_VD)
-    else:
-        total_VD += left_VC @ right_CD
+def _cap(logits_CV: Tensor, softcap: float | None) -> Tensor:
+    return logits_CV.float() if softcap is None else torch.tanh(logits_CV.float() / softcap) * softcap

@@ -1,0 +1,237 @@
+"""A block of the decoder as one differentiable function, its gradient written out: on a GPU, no pass too many.
+
+Autograd would keep every intermediate and read each again by itself. Here the passes between the matrix products are
+one kernel each (model/kernels), a gradient product adds into the engine's float32 sum, and what is cheap is made again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from model.attention_ops import AttentionBackward, AttentionOp, Documents, attend_with_backward
+from model.kernels.geglu import geglu, geglu_backward_
+from model.kernels.norm import add_norm, add_norm_backward
+from model.kernels.rotary import normed_heads, normed_heads_backward
+from model.matrix_product import stacked, weight_gradients
+
+if TYPE_CHECKING:
+    from model.attention import KeyValue, Rope
+    from model.transformer import Block
+
+
+@dataclass
+class _Weights:
+    """A block's parameters. A layer without a cache of its own has no w_k, w_v and k_norm."""
+
+    attention_norm_in: Tensor
+    w_q: Tensor
+    w_k: Tensor | None
+    w_v: Tensor | None
+    q_norm: Tensor
+    k_norm: Tensor | None
+    w_o: Tensor
+    attention_norm_out: Tensor
+    ff_norm_in: Tensor
+    w_gate: Tensor
+    w_in: Tensor
+    w_out: Tensor
+    ff_norm_out: Tensor
+
+    @property
+    def heads(self) -> list[Tensor]:
+        """The projections to queries, keys and values that there are."""
+        return [weight for weight in (self.w_q, self.w_k, self.w_v) if weight is not None]
+
+
+_NAMES = [field.name for field in fields(_Weights)]
+_Gradients = dict[str, "Tensor | None"]
+"""Of the weights, by name; None where the engine has been given it already."""
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What a block is beside its weights. `owns_cache`: it makes keys and values, rather than reading another's."""
+
+    n_heads: int
+    n_kv_heads: int
+    owns_cache: bool
+    window: int | None
+    eps: float
+    attend: AttentionOp
+    documents: Documents
+    recompute: str
+
+
+@dataclass
+class _Kept:
+    """What the forward pass leaves to the backward one; `normed` and q are None where they are made again."""
+
+    attention_normed_TD: Tensor | None
+    heads_TX: Tensor
+    q_THK: Tensor | None
+    attended_TX: Tensor
+    attention_backward: AttentionBackward
+    attention_out_TD: Tensor
+    ff_normed_TD: Tensor | None
+    gate_in_TX: Tensor
+    ff_out_TD: Tensor
+
+
+def fused_block(
+    block: Block, x_TD: Tensor, rope: Rope, shared: KeyValue | None, documents: Documents, attend: AttentionOp
+) -> tuple[Tensor, KeyValue]:
+    """What `Block` computes, in fewer passes; norms and rotations are rounded once where the block rounds thrice."""
+    attention, feed_forward = block.attention, block.feed_forward
+    form = _Form(
+        attention.n_heads, attention.n_kv_heads if attention.owns_cache else 0, attention.owns_cache,
+        attention.window, attention.eps, attend, documents, block.recompute,
+    )  # fmt: skip
+    has_own = attention.owns_cache
+    weights = _Weights(
+        attention_norm_in=block.attention_norm_in.weight,
+        w_q=attention.w_q.weight,
+        w_k=attention.w_k.weight if has_own else None,
+        w_v=attention.w_v.weight if has_own else None,
+        q_norm=attention.q_norm.weight,
+        k_norm=attention.k_norm.weight if has_own else None,
+        w_o=attention.w_o.weight,
+        attention_norm_out=block.attention_norm_out.weight,
+        ff_norm_in=block.ff_norm_in.weight,
+        w_gate=feed_forward.w_gate.weight,
+        w_in=feed_forward.w_in.weight,
+        w_out=feed_forward.w_out.weight,
+        ff_norm_out=block.ff_norm_out.weight,
+    )
+    k_TGK, v_TGK = shared or (None, None)
+    out_TD, k_TGK, v_TGK = _FusedBlock.apply(x_TD, k_TGK, v_TGK, *rope, form, *(getattr(weights, name) for name in _NAMES))
+    return out_TD, shared or (k_TGK, v_TGK)
+
+
+class _FusedBlock(torch.autograd.Function):
+    """(x_TD, shared k_TGK and v_TGK or None, cos_TC, sin_TC, form, weights) -> (out_TD, k_TGK and v_TGK or None)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, k_TGK: Tensor | None, v_TGK: Tensor | None, cos_TC: Tensor, sin_TC: Tensor,
+        form: _Form, *weights: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        out_TD, k_TGK, v_TGK, kept = _run(x_TD, k_TGK, v_TGK, (cos_TC, sin_TC), form, _Weights(*weights))  # type: ignore[arg-type]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x_TD, k_TGK, v_TGK, cos_TC, sin_TC, *weights)
+        ctx.form, ctx.kept = form, None if form.recompute == "block" else kept
+        return (out_TD, k_TGK, v_TGK) if form.owns_cache else (out_TD, None, None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_TD: Tensor, k_grad_TGK: Tensor | None, v_grad_TGK: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x_TD, k_TGK, v_TGK, cos_TC, sin_TC, *tensors = ctx.saved_tensors
+        form, weights, rope = ctx.form, _Weights(*tensors), (cos_TC, sin_TC)
+        kept, ctx.kept = ctx.kept, None
+        if kept is None:
+            shared = (None, None) if form.owns_cache else (k_TGK, v_TGK)
+            *_, kept = _run(x_TD, *shared, rope, form, weights)
+        gradients: _Gradients = {}
+        gated_TD, attention_TD = _feed_forward_backward(grad_TD, x_TD, form, weights, kept, gradients)
+        out = _attention_backward(
+            attention_TD, gated_TD, x_TD, (k_TGK, v_TGK), rope, form, weights, kept, gradients, k_grad_TGK, v_grad_TGK
+        )
+        return (*out, None, None, None, *(gradients.get(name) for name in _NAMES))
+
+
+def _run(
+    x_TD: Tensor, k_TGK: Tensor | None, v_TGK: Tensor | None, rope: Rope, form: _Form, w: _Weights
+) -> tuple[Tensor, Tensor, Tensor, _Kept]:
+    """The block's output, the keys and values it read, and what is kept."""
+    keeps_all = form.recompute == "none"
+    _, attention_normed_TD = add_norm(x_TD, None, None, w.attention_norm_in, form.eps)
+    heads_TX = F.linear(attention_normed_TD, stacked(w.heads))
+    q_THK, own_k_TGK, own_v_TGK = _normed_heads(heads_TX, rope, form, w)
+    if form.owns_cache:
+        k_TGK, v_TGK = own_k_TGK, own_v_TGK
+    assert k_TGK is not None and v_TGK is not None
+    attended_THK, attention_backward = attend_with_backward(
+        form.attend, q_THK, k_TGK, v_TGK, form.documents, form.window
+    )
+    attended_TX = attended_THK.flatten(1)
+    attention_out_TD = F.linear(attended_TX, w.w_o)
+    x_TD, ff_normed_TD = add_norm(x_TD, attention_out_TD, w.attention_norm_out, w.ff_norm_in, form.eps)
+    gate_in_TX = F.linear(ff_normed_TD, stacked([w.w_gate, w.w_in]))
+    ff_out_TD = F.linear(geglu(gate_in_TX), w.w_out)
+    out_TD, _ = add_norm(x_TD, ff_out_TD, w.ff_norm_out, None, form.eps)
+    kept = _Kept(
+        attention_normed_TD if keeps_all else None, heads_TX, q_THK if keeps_all else None, attended_TX,
+        attention_backward, attention_out_TD, ff_normed_TD if keeps_all else None, gate_in_TX, ff_out_TD,
+    )  # fmt: skip
+    return out_TD, k_TGK, v_TGK, kept
+
+
+def _feed_forward_backward(
+    grad_TD: Tensor, x_TD: Tensor, form: _Form, w: _Weights, kept: _Kept, gradients: _Gradients
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the sum between attention and feed-forward, and of the attention's output; fills in weights'."""
+    end = add_norm_backward(grad_TD, None, None, kept.ff_out_TD, w.ff_norm_out, None, form.eps)
+    gradients["ff_norm_out"] = end.w_u_D
+    product_TF = end.u_TD @ w.w_out  # its gradient, until the next line puts the product itself there
+    geglu_backward_(kept.gate_in_TX, product_TF)
+    (gradients["w_out"],) = weight_gradients([w.w_out], end.u_TD, product_TF)
+    del product_TF, end
+    grad_normed_TD = kept.gate_in_TX @ stacked([w.w_gate, w.w_in])
+    normed_TD = kept.ff_normed_TD
+    middle = add_norm_backward(
+        grad_TD, grad_normed_TD, x_TD, kept.attention_out_TD, w.attention_norm_out, w.ff_norm_in, form.eps,
+        remakes_y=normed_TD is None,
+    )  # fmt: skip
+    normed_TD = middle.y_TD if normed_TD is None else normed_TD
+    gradients["attention_norm_out"], gradients["ff_norm_in"] = middle.w_u_D, middle.w_y_D
+    gradients["w_gate"], gradients["w_in"] = weight_gradients([w.w_gate, w.w_in], kept.gate_in_TX, normed_TD)
+    return middle.x_TD, middle.u_TD
+
+
+def _attention_backward(
+    grad_out_TD: Tensor, grad_sum_TD: Tensor, x_TD: Tensor, key_value: KeyValue, rope: Rope, form: _Form, w: _Weights,
+    kept: _Kept, gradients: _Gradients, k_grad_TGK: Tensor | None, v_grad_TGK: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of x and of shared keys and values, from those of the attention's output and of the sum it goes to.
+
+    `k_grad_TGK`, `v_grad_TGK`: what other layers that read this one's keys and values ask of them.
+    """
+    grad_attended_THK = (grad_out_TD @ w.w_o).view(*_shape(kept.attended_TX, form))
+    (gradients["w_o"],) = weight_gradients([w.w_o], grad_out_TD, kept.attended_TX)
+    q_THK = kept.q_THK if kept.q_THK is not None else _normed_heads(kept.heads_TX, rope, form, w)[0]
+    q_grad_THK, *key_value_grads = kept.attention_backward(grad_attended_THK, q_THK, *key_value)
+    del grad_attended_THK, q_THK
+    if form.owns_cache:
+        asked = (k_grad_TGK, v_grad_TGK)
+        key_value_grads = [ours if more is None else ours + more for ours, more in zip(key_value_grads, asked)]
+        k_grad_TGK, v_grad_TGK = (grad.contiguous() for grad in key_value_grads)
+    heads_grad_TX, gradients["q_norm"], gradients["k_norm"] = normed_heads_backward(
+        kept.heads_TX, w.q_norm, w.k_norm, *rope, q_grad_THK.contiguous(), k_grad_TGK, v_grad_TGK, form.eps
+    )
+    normed_TD = kept.attention_normed_TD
+    start = add_norm_backward(
+        grad_sum_TD, heads_grad_TX @ stacked(w.heads), x_TD, None, None, w.attention_norm_in, form.eps,
+        remakes_y=normed_TD is None,
+    )  # fmt: skip
+    gradients["attention_norm_in"] = start.w_y_D
+    head_gradients = weight_gradients(w.heads, heads_grad_TX, start.y_TD if normed_TD is None else normed_TD)
+    gradients["w_q"] = head_gradients[0]
+    if form.owns_cache:
+        gradients["w_k"], gradients["w_v"] = head_gradients[1:]
+        return start.x_TD, None, None
+    return start.x_TD, *key_value_grads
+
+
+def _normed_heads(heads_TX: Tensor, rope: Rope, form: _Form, w: _Weights) -> tuple[Tensor, Tensor, Tensor]:
+    return normed_heads(heads_TX, w.q_norm, w.k_norm, *rope, form.n_heads, form.n_kv_heads, form.eps)
+
+
+def _shape(attended_TX: Tensor, form: _Form) -> tuple[int, int, int]:
+    return len(attended_TX), form.n_heads, attended_TX.shape[1] // form.n_heads

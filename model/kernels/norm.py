@@ -1,0 +1,157 @@
+"""RMS norms around a residual addition in one pass: out = x + norm(u) * w_u, then y = norm(out) * w_y.
+
+Either half may be left out: without `u` it is a norm, without `w_y` an addition of a normed branch. Sums are float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_PROGRAMS_A_PROCESSOR = 4
+
+
+@triton.jit
+def _load(pointer, row, columns, width):
+    return tl.load(pointer + row * width + columns, mask=columns < width, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _add_norm_kernel(
+    x_ptr, u_ptr, w_u_ptr, w_y_ptr, out_ptr, y_ptr, width, eps,
+    HAS_U: tl.constexpr, HAS_Y: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    x = _load(x_ptr, row, columns, width)
+    if HAS_U:
+        u = _load(u_ptr, row, columns, width)
+        u = u * tl.rsqrt(tl.sum(u * u) / width + eps)
+        rounded = (x + u * _load(w_u_ptr, 0, columns, width)).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + row * width + columns, rounded, mask=inside)
+        x = rounded.to(tl.float32)
+    if HAS_Y:
+        y = x * tl.rsqrt(tl.sum(x * x) / width + eps) * _load(w_y_ptr, 0, columns, width)
+        tl.store(y_ptr + row * width + columns, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_norm_backward_kernel(
+    x_ptr, u_ptr, w_u_ptr, w_y_ptr, grad_out_ptr, grad_y_ptr,
+    grad_x_ptr, grad_u_ptr, y_ptr, grad_w_u_ptr, grad_w_y_ptr, n_rows, width, eps,
+    HAS_U: tl.constexpr, HAS_Y: tl.constexpr, REMAKES_Y: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    program = tl.program_id(0)
+    grad_w_u = tl.zeros([BLOCK], tl.float32)
+    grad_w_y = tl.zeros([BLOCK], tl.float32)
+    if HAS_U:
+        w_u = _load(w_u_ptr, 0, columns, width)
+    if HAS_Y:
+        w_y = _load(w_y_ptr, 0, columns, width)
+    for row_number in range(program, n_rows, tl.num_programs(0)):
+        row = row_number + tl.full([], 0, tl.int64)  # offsets may exceed 32 bits
+        grad = _load(grad_out_ptr, row, columns, width)
+        if HAS_U:
+            u = _load(u_ptr, row, columns, width)
+            u_scale = tl.rsqrt(tl.sum(u * u) / width + eps)
+            u = u * u_scale
+        if HAS_Y:
+            x = _load(x_ptr, row, columns, width)
+            if HAS_U:  # the sum as the forward pass rounded it
+                x = (x + u * w_u).to(x_ptr.dtype.element_ty).to(tl.float32)
+            x_scale = tl.rsqrt(tl.sum(x * x) / width + eps)
+            x = x * x_scale
+            if REMAKES_Y:
+                tl.store(y_ptr + row * width + columns, (x * w_y).to(y_ptr.dtype.element_ty), mask=inside)
+            grad_y = _load(grad_y_ptr, row, columns, width)
+            grad_w_y += grad_y * x
+            grad_y = grad_y * w_y
+            grad += x_scale * (grad_y - x * (tl.sum(grad_y * x) / width))
+            tl.store(grad_x_ptr + row * width + columns, grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
+        if HAS_U:
+            grad_w_u += grad * u
+            grad_u = grad * w_u
+            grad_u = u_scale * (grad_u - u * (tl.sum(grad_u * u) / width))
+            tl.store(grad_u_ptr + row * width + columns, grad_u.to(grad_u_ptr.dtype.element_ty), mask=inside)
+    if HAS_U:
+        tl.store(grad_w_u_ptr + program * width + columns, grad_w_u, mask=inside)
+    if HAS_Y:
+        tl.store(grad_w_y_ptr + program * width + columns, grad_w_y, mask=inside)
+
+
+@dataclass(frozen=True)
+class AddNormGradients:
+    """Gradients of `add_norm`, and where asked for `y_TD` once more.
+
+    Where there is no y, the gradient of x is that of out, unchanged, and not repeated.
+    """
+
+    x_TD: Tensor | None
+    u_TD: Tensor | None
+    w_u_D: Tensor | None
+    w_y_D: Tensor | None
+    y_TD: Tensor | None
+
+
+def add_norm(
+    x_TD: Tensor, u_TD: Tensor | None, w_u_D: Tensor | None, w_y_D: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None]:
+    """(out_TD, y_TD): x + norm(u) * w_u (x itself without u), and norm(out) * w_y (None without w_y)."""
+    n_rows, width = x_TD.shape
+    block, n_warps = _launch(width)
+    out_TD = x_TD if u_TD is None else torch.empty_like(x_TD)
+    y_TD = None if w_y_D is None else torch.empty_like(x_TD)
+    if n_rows:
+        _add_norm_kernel[(n_rows,)](
+            x_TD, u_TD, w_u_D, w_y_D, out_TD, y_TD, width, eps,
+            HAS_U=u_TD is not None, HAS_Y=w_y_D is not None, BLOCK=block, num_warps=n_warps,
+        )  # fmt: skip
+    return out_TD, y_TD
+
+
+def add_norm_backward(
+    grad_out_TD: Tensor, grad_y_TD: Tensor | None, x_TD: Tensor | None, u_TD: Tensor | None, w_u_D: Tensor | None,
+    w_y_D: Tensor | None, eps: float, remakes_y: bool = False,
+) -> AddNormGradients:  # fmt: skip
+    """From the gradients of out and y, and the inputs of `add_norm`; x is read only where there is a y.
+
+    `remakes_y`: return y as well; it costs one write here, and a pass of its own anywhere else.
+    """
+    n_rows, width = grad_out_TD.shape
+    block, n_warps = _launch(width)
+    n_programs = max(min(n_rows, _PROGRAMS_A_PROCESSOR * _n_processors(grad_out_TD.device)), 1)
+    has_u, has_y = u_TD is not None, w_y_D is not None
+    like = torch.empty_like
+    assert has_y or not remakes_y
+    x_gradient_TD, u_gradient_TD, y_TD = (like(grad_out_TD) if has else None for has in (has_y, has_u, remakes_y))
+    w_u_PD, w_y_PD = (
+        grad_out_TD.new_zeros(n_programs, width, dtype=torch.float32) if has else None for has in (has_u, has_y)
+    )
+    if n_rows:
+        _add_norm_backward_kernel[(n_programs,)](
+            x_TD, u_TD, w_u_D, w_y_D, grad_out_TD, grad_y_TD,
+            x_gradient_TD, u_gradient_TD, y_TD, w_u_PD, w_y_PD, n_rows, width, eps,
+            HAS_U=has_u, HAS_Y=has_y, REMAKES_Y=remakes_y, BLOCK=block, num_warps=n_warps,
+        )  # fmt: skip
+    w_u_gradient_D, w_y_gradient_D = (
+        None if partial is None or weight is None else partial.sum(0).to(weight.dtype)
+        for partial, weight in ((w_u_PD, w_u_D), (w_y_PD, w_y_D))
+    )
+    return AddNormGradients(x_gradient_TD, u_gradient_TD, w_u_gradient_D, w_y_gradient_D, y_TD)
+
+
+def _launch(width: int) -> tuple[int, int]:
+    """Columns of a program (a power of two, all of a row) and its warps: eight columns a thread, a 16-byte load."""
+    block = triton.next_power_of_2(width)
+    return block, min(max(block // 256, 1), 16)
+
+
+def _n_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

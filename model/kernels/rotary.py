@@ -1,0 +1,179 @@
+"""Heads of one product normalised, weighted and rotated in one pass: queries, keys, and the values' weightless norm."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_TOKENS = 8
+_PROGRAMS_A_PROCESSOR = 8
+
+
+@triton.jit
+def _load_halves(pointer, offset_T1, columns_1C, inside_TC, half):
+    first = tl.load(pointer + offset_T1 + columns_1C, mask=inside_TC, other=0.0).to(tl.float32)
+    second = tl.load(pointer + offset_T1 + half + columns_1C, mask=inside_TC, other=0.0).to(tl.float32)
+    return first, second
+
+
+@triton.jit
+def _store_halves(pointer, offset_T1, columns_1C, inside_TC, half, first, second):
+    tl.store(pointer + offset_T1 + columns_1C, first.to(pointer.dtype.element_ty), mask=inside_TC)
+    tl.store(pointer + offset_T1 + half + columns_1C, second.to(pointer.dtype.element_ty), mask=inside_TC)
+
+
+@triton.jit
+def _load_weight(pointer, columns_1C, half):
+    first = tl.load(pointer + columns_1C, mask=columns_1C < half, other=0.0).to(tl.float32)
+    second = tl.load(pointer + half + columns_1C, mask=columns_1C < half, other=0.0).to(tl.float32)
+    return first, second
+
+
+@triton.jit
+def _scale(first, second, half, eps):
+    return tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * half) + eps)[:, None]
+
+
+@triton.jit
+def _rotary_heads(
+    in_ptr, out_ptr, weight_ptr, cos, sin, tokens_T1, columns_1C, inside_TC, first_head, n_heads, n_all, half, eps,
+    ROTATES: tl.constexpr,
+):  # fmt: skip
+    if ROTATES:
+        w_first, w_second = _load_weight(weight_ptr, columns_1C, half)
+    for head in range(n_heads):
+        source = (tokens_T1 * n_all + first_head + head) * (2 * half)
+        first, second = _load_halves(in_ptr, source, columns_1C, inside_TC, half)
+        scale = _scale(first, second, half, eps)
+        first, second = first * scale, second * scale
+        if ROTATES:
+            first, second = first * w_first, second * w_second
+            first, second = first * cos - second * sin, second * cos + first * sin
+        target = (tokens_T1 * n_heads + head) * (2 * half)
+        _store_halves(out_ptr, target, columns_1C, inside_TC, half, first, second)
+
+
+@triton.jit
+def _rotary_kernel(
+    x_ptr, w_q_ptr, w_k_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, n_tokens, n_q, n_kv, half, eps,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    tokens_T1 = (tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None]
+    columns_1C = tl.arange(0, BLOCK)[None, :]
+    inside = (tokens_T1 < n_tokens) & (columns_1C < half)
+    cos = tl.load(cos_ptr + tokens_T1 * half + columns_1C, mask=inside, other=0.0)
+    sin = tl.load(sin_ptr + tokens_T1 * half + columns_1C, mask=inside, other=0.0)
+    n_all = n_q + 2 * n_kv
+    _rotary_heads(x_ptr, q_ptr, w_q_ptr, cos, sin, tokens_T1, columns_1C, inside, 0, n_q, n_all, half, eps, True)
+    _rotary_heads(x_ptr, k_ptr, w_k_ptr, cos, sin, tokens_T1, columns_1C, inside, n_q, n_kv, n_all, half, eps, True)
+    _rotary_heads(
+        x_ptr, v_ptr, w_k_ptr, cos, sin, tokens_T1, columns_1C, inside, n_q + n_kv, n_kv, n_all, half, eps, False
+    )
+
+
+@triton.jit
+def _rotary_heads_backward(
+    in_ptr, grad_ptr, out_ptr, weight_ptr, cos, sin, tokens_T1, columns_1C, inside_TC, sum_first, sum_second,
+    first_head, n_heads, n_all, half, eps, ROTATES: tl.constexpr,
+):  # fmt: skip
+    if ROTATES:
+        w_first, w_second = _load_weight(weight_ptr, columns_1C, half)
+    for head in range(n_heads):
+        source = (tokens_T1 * n_all + first_head + head) * (2 * half)
+        first, second = _load_halves(in_ptr, source, columns_1C, inside_TC, half)
+        scale = _scale(first, second, half, eps)
+        first, second = first * scale, second * scale
+        grad = (tokens_T1 * n_heads + head) * (2 * half)
+        grad_first, grad_second = _load_halves(grad_ptr, grad, columns_1C, inside_TC, half)
+        if ROTATES:
+            grad_first, grad_second = grad_first * cos + grad_second * sin, grad_second * cos - grad_first * sin
+            sum_first += grad_first * first
+            sum_second += grad_second * second
+            grad_first, grad_second = grad_first * w_first, grad_second * w_second
+        mean = ((tl.sum(grad_first * first, 1) + tl.sum(grad_second * second, 1)) / (2 * half))[:, None]
+        grad_first, grad_second = scale * (grad_first - first * mean), scale * (grad_second - second * mean)
+        _store_halves(out_ptr, source, columns_1C, inside_TC, half, grad_first, grad_second)
+    return sum_first, sum_second
+
+
+@triton.jit
+def _rotary_backward_kernel(
+    x_ptr, w_q_ptr, w_k_ptr, cos_ptr, sin_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr, grad_x_ptr, grad_w_ptr,
+    n_tokens, n_q, n_kv, half, eps, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    columns_1C = tl.arange(0, BLOCK)[None, :]
+    n_all = n_q + 2 * n_kv
+    q_first = tl.zeros([TOKENS, BLOCK], tl.float32)
+    q_second = tl.zeros([TOKENS, BLOCK], tl.float32)
+    k_first = tl.zeros([TOKENS, BLOCK], tl.float32)
+    k_second = tl.zeros([TOKENS, BLOCK], tl.float32)
+    program = tl.program_id(0)
+    for block in range(program, tl.cdiv(n_tokens, TOKENS), tl.num_programs(0)):
+        tokens_T1 = (block * TOKENS + tl.arange(0, TOKENS).to(tl.int64))[:, None]
+        inside = (tokens_T1 < n_tokens) & (columns_1C < half)
+        cos = tl.load(cos_ptr + tokens_T1 * half + columns_1C, mask=inside, other=0.0)
+        sin = tl.load(sin_ptr + tokens_T1 * half + columns_1C, mask=inside, other=0.0)
+        q_first, q_second = _rotary_heads_backward(
+            x_ptr, grad_q_ptr, grad_x_ptr, w_q_ptr, cos, sin, tokens_T1, columns_1C, inside, q_first, q_second,
+            0, n_q, n_all, half, eps, True,
+        )  # fmt: skip
+        k_first, k_second = _rotary_heads_backward(
+            x_ptr, grad_k_ptr, grad_x_ptr, w_k_ptr, cos, sin, tokens_T1, columns_1C, inside, k_first, k_second,
+            n_q, n_kv, n_all, half, eps, True,
+        )  # fmt: skip
+        _rotary_heads_backward(
+            x_ptr, grad_v_ptr, grad_x_ptr, w_k_ptr, cos, sin, tokens_T1, columns_1C, inside, k_first, k_second,
+            n_q + n_kv, n_kv, n_all, half, eps, False,
+        )  # fmt: skip
+    sums_ptr = grad_w_ptr + program * (4 * half) + tl.arange(0, BLOCK)
+    kept = tl.arange(0, BLOCK) < half
+    tl.store(sums_ptr, tl.sum(q_first, 0), mask=kept)
+    tl.store(sums_ptr + half, tl.sum(q_second, 0), mask=kept)
+    tl.store(sums_ptr + 2 * half, tl.sum(k_first, 0), mask=kept)
+    tl.store(sums_ptr + 3 * half, tl.sum(k_second, 0), mask=kept)
+
+
+def normed_heads(
+    x_TX: Tensor, w_q_K: Tensor, w_k_K: Tensor | None, cos_TC: Tensor, sin_TC: Tensor, n_heads: int, n_kv_heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(q_THK, k_TGK, v_TGK) of x_TX, which holds the heads' products side by side: H of q, G of k, G of v.
+
+    q and k are rms-normed, weighted and rotated (halves against each other), v is rms-normed. C is half of K;
+    `n_kv_heads` is 0 (and w_k None) for a layer that reads another layer's keys and values.
+    """
+    n_tokens, d_head = len(x_TX), 2 * cos_TC.shape[1]
+    q_THK = x_TX.new_empty(n_tokens, n_heads, d_head)
+    k_TGK, v_TGK = (x_TX.new_empty(n_tokens, n_kv_heads, d_head) for _ in range(2))
+    if n_tokens:
+        _rotary_kernel[(triton.cdiv(n_tokens, _TOKENS),)](
+            x_TX, w_q_K, w_q_K if w_k_K is None else w_k_K, cos_TC, sin_TC, q_THK, k_TGK, v_TGK,
+            n_tokens, n_heads, n_kv_heads, d_head // 2, eps,
+            TOKENS=_TOKENS, BLOCK=triton.next_power_of_2(d_head // 2), num_warps=4,
+        )  # fmt: skip
+    return q_THK, k_TGK, v_TGK
+
+
+def normed_heads_backward(
+    x_TX: Tensor, w_q_K: Tensor, w_k_K: Tensor | None, cos_TC: Tensor, sin_TC: Tensor, grad_q_THK: Tensor,
+    grad_k_TGK: Tensor | None, grad_v_TGK: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Gradients of x_TX, w_q_K and w_k_K from those of q, k and v (None where the layer has no keys and values)."""
+    n_tokens, n_heads, d_head = grad_q_THK.shape
+    n_kv_heads = 0 if grad_k_TGK is None else grad_k_TGK.shape[1]
+    processors = torch.cuda.get_device_properties(x_TX.device).multi_processor_count if x_TX.is_cuda else 1
+    n_programs = max(min(triton.cdiv(n_tokens, _TOKENS), _PROGRAMS_A_PROCESSOR * processors), 1)
+    x_gradient_TX = torch.empty_like(x_TX)
+    partial_P2K = x_TX.new_zeros(n_programs, 2, d_head, dtype=torch.float32)
+    if n_tokens:
+        _rotary_backward_kernel[(n_programs,)](
+            x_TX, w_q_K, w_q_K if w_k_K is None else w_k_K, cos_TC, sin_TC,
+            grad_q_THK, grad_q_THK if grad_k_TGK is None else grad_k_TGK,
+            grad_q_THK if grad_v_TGK is None else grad_v_TGK, x_gradient_TX, partial_P2K,
+            n_tokens, n_heads, n_kv_heads, d_head // 2, eps,
+            TOKENS=_TOKENS, BLOCK=triton.next_power_of_2(d_head // 2), num_warps=4,
+        )  # fmt: skip
+    q_gradient_K, k_gradient_K = partial_P2K.sum(0).unbind(0)
+    return x_gradient_TX, q_gradient_K.to(w_q_K.dtype), None if w_k_K is None else k_gradient_K.to(w_k_K.dtype)

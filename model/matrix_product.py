@@ -1,0 +1,59 @@
+"""Matrix products of training: weights that lie side by side as one, and gradients summed in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def add_product(total_XY: Tensor, left_XT: Tensor, right_TY: Tensor) -> None:
+    """total += left @ right in float32, in place, whatever the factors' dtype."""
+    if left_XT.dtype == total_XY.dtype:
+        total_XY.addmm_(left_XT, right_TY)
+    elif left_XT.device.type == "cuda":
+        torch.addmm(total_XY, left_XT, right_TY, out_dtype=torch.float32, out=total_XY)
+    else:
+        total_XY += left_XT @ right_TY
+
+
+def stacked(matrices: Sequence[Tensor]) -> Tensor:
+    """The matrices (equally wide) below each other: a view where they already lie so in memory, else a copy.
+
+    An engine that keeps all weights in one buffer lays a module's neighbours side by side.
+    """
+    view = _as_one(matrices)
+    return torch.cat(list(matrices)) if view is None else view
+
+
+def weight_gradients(weights: Sequence[Tensor], grad_TX: Tensor, input_TY: Tensor) -> list[Tensor | None]:
+    """The gradients grad^T input of weights stacked along X.
+
+    A weight whose engine keeps its float32 gradient as `main_grad` gets it added there, inside the product, and None
+    is returned for it: no 16-bit gradient is written and read again.
+    """
+    sizes = [len(weight) for weight in weights]
+    sums = [getattr(weight, "main_grad", None) for weight in weights]
+    if any(total is None for total in sums):
+        return list((grad_TX.T @ input_TY).split(sizes))
+    whole_XY = _as_one(sums)
+    if whole_XY is not None:
+        add_product(whole_XY, grad_TX.T, input_TY)
+    else:
+        for total_XY, part_TX in zip(sums, grad_TX.split(sizes, dim=1), strict=True):
+            add_product(total_XY, part_TX.T, input_TY)
+    return [None] * len(weights)
+
+
+def _as_one(matrices: Sequence[Tensor]) -> Tensor | None:
+    """A view of matrices that lie one after the other in one storage; None when they do not."""
+    first, width = matrices[0], matrices[0].shape[1]
+    end = first.storage_offset()
+    for matrix in matrices:
+        same = matrix.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (same and matrix.is_contiguous() and matrix.storage_offset() == end):
+            return None
+        end += matrix.numel()
+    n_rows = sum(len(matrix) for matrix in matrices)
+    return first.detach().as_strided((n_rows, width), (width, 1), first.storage_offset())
