@@ -27,14 +27,15 @@ class Attention(nn.Module):
         self.eps = config.norm_eps
         self.window = config.window if config.layer_kinds[layer] == "S" else None
         self.owns_cache = config.kv_source(layer) == layer
+        # one after the other, so that an engine's flat buffer holds the three as one matrix
         self.w_q = nn.Linear(config.d_model, config.n_heads * config.d_head, bias=False)
-        self.w_o = nn.Linear(config.n_heads * config.d_head, config.d_model, bias=False)
-        # the only scale of the attention logits, so it starts where 1/sqrt(d_head) would be
-        self.q_norm = RMSNorm(config.d_head, config.norm_eps, initial_scale=1 / math.sqrt(config.d_head))
         if self.owns_cache:
             self.w_k = nn.Linear(config.d_model, config.n_kv_heads * config.d_head, bias=False)
             self.w_v = nn.Linear(config.d_model, config.n_kv_heads * config.d_head, bias=False)
             self.k_norm = RMSNorm(config.d_head, config.norm_eps)
+        self.w_o = nn.Linear(config.n_heads * config.d_head, config.d_model, bias=False)
+        # the only scale of the attention logits, so it starts where 1/sqrt(d_head) would be
+        self.q_norm = RMSNorm(config.d_head, config.norm_eps, initial_scale=1 / math.sqrt(config.d_head))
 
     def queries(self, x_TD: Tensor, rope: Rope) -> Tensor:
         """q_THK: projected, normalised, rotated."""

@@ -13,8 +13,8 @@ Execution = Literal["auto", "fused", "plain"]
 Recompute = Literal["none", "elementwise", "block"]
 """What is computed again in the backward pass instead of being kept, in the order of memory saved and time lost.
 
-elementwise: norms and rotations (fused blocks only); block: all of a block but its input (arXiv 1604.06174).
-The gated product of the feed-forward is never kept by a fused block.
+elementwise: norms, rotations and the gated product (fused blocks only); block: all of a block but its input
+(arXiv 1604.06174).
 """
 
 

@@ -70,7 +70,7 @@ class _Form:
 
 @dataclass
 class _Kept:
-    """What the forward pass leaves to the backward one; `normed` and q are None where they are made again."""
+    """What the forward pass leaves to the backward one; None is made again."""
 
     attention_normed_TD: Tensor | None
     heads_TX: Tensor
@@ -80,6 +80,7 @@ class _Kept:
     attention_out_TD: Tensor
     ff_normed_TD: Tensor | None
     gate_in_TX: Tensor
+    product_TF: Tensor | None
     ff_out_TD: Tensor
 
 
@@ -164,11 +165,13 @@ def _run(
     attention_out_TD = F.linear(attended_TX, w.w_o)
     x_TD, ff_normed_TD = add_norm(x_TD, attention_out_TD, w.attention_norm_out, w.ff_norm_in, form.eps)
     gate_in_TX = F.linear(ff_normed_TD, stacked([w.w_gate, w.w_in]))
-    ff_out_TD = F.linear(geglu(gate_in_TX), w.w_out)
+    product_TF = geglu(gate_in_TX)
+    ff_out_TD = F.linear(product_TF, w.w_out)
     out_TD, _ = add_norm(x_TD, ff_out_TD, w.ff_norm_out, None, form.eps)
     kept = _Kept(
         attention_normed_TD if keeps_all else None, heads_TX, q_THK if keeps_all else None, attended_TX,
-        attention_backward, attention_out_TD, ff_normed_TD if keeps_all else None, gate_in_TX, ff_out_TD,
+        attention_backward, attention_out_TD, ff_normed_TD if keeps_all else None, gate_in_TX,
+        product_TF if keeps_all else None, ff_out_TD,
     )  # fmt: skip
     return out_TD, k_TGK, v_TGK, kept
 
@@ -179,10 +182,11 @@ def _feed_forward_backward(
     """Gradients of the sum between attention and feed-forward, and of the attention's output; fills in weights'."""
     end = add_norm_backward(grad_TD, None, None, kept.ff_out_TD, w.ff_norm_out, None, form.eps)
     gradients["ff_norm_out"] = end.w_u_D
-    product_TF = end.u_TD @ w.w_out  # its gradient, until the next line puts the product itself there
-    geglu_backward_(kept.gate_in_TX, product_TF)
+    grad_TF = end.u_TD @ w.w_out
+    geglu_backward_(kept.gate_in_TX, grad_TF, remakes_product=kept.product_TF is None)
+    product_TF = grad_TF if kept.product_TF is None else kept.product_TF  # made again in the gradient's place
     (gradients["w_out"],) = weight_gradients([w.w_out], end.u_TD, product_TF)
-    del product_TF, end
+    del grad_TF, product_TF, end
     grad_normed_TD = kept.gate_in_TX @ stacked([w.w_gate, w.w_in])
     normed_TD = kept.ff_normed_TD
     middle = add_norm_backward(

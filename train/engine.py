@@ -140,6 +140,12 @@ def deepspeed_config(settings: EngineConfig, optimizer: AdamW | Muon, world_size
             "compute_grad_norm": True,
             "load_from_fp32_weights": True,
             "elastic_checkpoint": False,
+            "stage3_max_live_parameters": 1_000_000_000,
+            "stage3_max_reuse_distance": 1_000_000_000,
+            "stage3_prefetch_bucket_size": 50_000_000,
+            # smaller tensors are not sharded; on a CPU all are, so that small tests take the paths of large runs
+            "stage3_param_persistence_threshold": 100_000 if torch.cuda.is_available() else 0,
+            "sub_group_size": 1_000_000_000,
         },
         "zero_allow_untested_optimizer": False,
         "steps_per_print": 1_000_000_000,
@@ -245,6 +251,8 @@ class Engine:
             return {name: snapshot.tensor(tensor.detach()) for name, tensor in state.items()}
         import deepspeed
 
+        # an evaluation may have left weights on their way, which cannot be gathered again before they arrive
+        self._optimizer.parameter_offload.partition_all_parameters()
         weights = {}
         for name, parameter in self.module.named_parameters():  # one at a time: the whole need not fit on a device
             with deepspeed.zero.GatheredParameters([parameter]):

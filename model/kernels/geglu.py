@@ -31,7 +31,7 @@ def _geglu_kernel(gate_in_ptr, out_ptr, d_ff, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _geglu_backward_kernel(gate_in_ptr, grad_ptr, d_ff, BLOCK: tl.constexpr):
+def _geglu_backward_kernel(gate_in_ptr, grad_ptr, d_ff, REMAKES_PRODUCT: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < d_ff
@@ -43,7 +43,8 @@ def _geglu_backward_kernel(gate_in_ptr, grad_ptr, d_ff, BLOCK: tl.constexpr):
     dtype = grad_ptr.dtype.element_ty
     tl.store(gate_ptr, (grad * linear * slope).to(dtype), mask=inside)
     tl.store(linear_ptr, (grad * value).to(dtype), mask=inside)
-    tl.store(grad_ptr + row * d_ff + columns, (value * linear).to(dtype), mask=inside)
+    if REMAKES_PRODUCT:
+        tl.store(grad_ptr + row * d_ff + columns, (value * linear).to(dtype), mask=inside)
 
 
 def geglu(gate_in_TX: Tensor) -> Tensor:
@@ -55,9 +56,10 @@ def geglu(gate_in_TX: Tensor) -> Tensor:
     return product_TF
 
 
-def geglu_backward_(gate_in_TX: Tensor, grad_TF: Tensor) -> None:
-    """In place: gate_in_TX becomes its gradient, and grad_TF (the product's gradient) the product itself."""
+def geglu_backward_(gate_in_TX: Tensor, grad_TF: Tensor, remakes_product: bool) -> None:
+    """In place: gate_in_TX becomes its gradient and, where asked for, grad_TF (the product's gradient) the product."""
     n_tokens, d_ff = grad_TF.shape
     if n_tokens:
-        grid = (n_tokens, triton.cdiv(d_ff, _BLOCK))
-        _geglu_backward_kernel[grid](gate_in_TX, grad_TF, d_ff, BLOCK=_BLOCK, num_warps=4)
+        _geglu_backward_kernel[(n_tokens, triton.cdiv(d_ff, _BLOCK))](
+            gate_in_TX, grad_TF, d_ff, REMAKES_PRODUCT=remakes_product, BLOCK=_BLOCK, num_warps=4
+        )
