@@ -25,6 +25,8 @@ from train.optim import AdamW, Muon, build_optimizer
 from train.snapshot import Snapshot, host_copy
 
 OPTIMIZER_DIRECTORY = "optimizer"
+BUCKET_ELEMENTS = {"cuda": 500_000_000, "cpu": 5_000_000}
+"""Gradients that ZeRO reduces at a time (train/memory.py counts them)."""
 
 
 class EngineConfig(Section):
@@ -110,6 +112,7 @@ def join_world(timeout_minutes: int) -> World:
 def deepspeed_config(settings: EngineConfig, optimizer: AdamW | Muon, world_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration with every value that matters written out."""
     is_bfloat16 = settings.precision == "bfloat16"
+    bucket_elements = BUCKET_ELEMENTS["cuda" if torch.cuda.is_available() else "cpu"]
     return {
         "train_batch_size": world_size,
         "train_micro_batch_size_per_gpu": 1,
@@ -135,8 +138,8 @@ def deepspeed_config(settings: EngineConfig, optimizer: AdamW | Muon, world_size
             "contiguous_gradients": True,
             "overlap_comm": False,
             "reduce_scatter": True,
-            "reduce_bucket_size": 500_000_000 if torch.cuda.is_available() else 5_000_000,
-            "allgather_bucket_size": 500_000_000 if torch.cuda.is_available() else 5_000_000,
+            "reduce_bucket_size": bucket_elements,
+            "allgather_bucket_size": bucket_elements,
             "round_robin_gradients": False,
             "allgather_partitions": True,
             "compute_grad_norm": True,
