@@ -119,7 +119,7 @@ class Load:
         stage, n, size = stage or self.engine.zero_stage, self.counts.total, self.itemsize
         share = math.ceil(n / world_size)
         matrices, others = (math.ceil(sum(x) / world_size) for x in (self.counts.block_matrices, self.counts.others))
-        persistent = sum(count for count in self.counts.each if count <= PERSISTENT_ELEMENTS)
+        persistent = sum(count for count in self.counts.each if count <= PERSISTENT_ELEMENTS) if world_size > 1 else 0
         # ZeRO-1: BF16_Optimizer accumulates the gradients of all parameters; in float32 they are the parameters' .grad
         gradients = 4 * n if stage == 1 else 4 * share
         if stage == 1 and KEEPS_16BIT_GRADIENTS and size == 2:
@@ -135,12 +135,12 @@ class Load:
     def estimate(self, world_size: int, stage: int | None = None) -> Estimate:
         """The moment that needs most memory: the loss, the last block's backward, a reduction, the step, the start."""
         stage = stage or self.engine.zero_stage
-        states = self.states(world_size, stage)
+        states, idle = self.states(world_size, stage), self._idle(stage, world_size)
         moments = [
-            Estimate("loss", **states, activations=self.activations, logits=self._loss_bytes, buffers=self._idle(stage)),
-            self._backward(stage, states),
-            self._reduction(stage, states, world_size),
-            Estimate("step", **states, buffers=self._idle(stage) + self._step_bytes(stage, world_size)),
+            Estimate("loss", **states, activations=self.activations, logits=self._loss_bytes, buffers=idle),
+            self._backward(stage, states, idle),
+            self._reduction(stage, states, idle, world_size),
+            Estimate("step", **states, buffers=idle + self._step_bytes(stage, world_size)),
         ]
         if self.drawn_on_device:
             moments.append(Estimate("start", weights=4 * self.counts.total))
@@ -155,7 +155,7 @@ class Load:
             kept_bytes(config, layer, self.tokens, size, self.engine.recompute, self.compiled)
             for layer in range(config.n_layers)
         )
-        # the final norm's input, output and scale; float32 rotary tables of each kind of layer; tokens, targets, weights
+        # the final norm's input, output and scale, float32 rotary tables of each kind of layer, the batch itself
         ends = self.tokens * (2 * config.d_model * size + 4 + 4 * config.d_head * len(kinds) + 8 + 8 + 4)
         return blocks + ends
 
@@ -170,18 +170,19 @@ class Load:
         hidden = self.tokens * config.d_model * size * (2 if self.loss == "chosen tokens" else 1)
         return live * chunk * config.vocab_size * size + 4 * self.counts.embedding + hidden
 
-    def _idle(self, stage: int) -> int:
+    def _idle(self, stage: int, world_size: int) -> int:
         """Buffers that exist during forward and backward: ZeRO-3's bucket and gathered weights; workspaces."""
         if stage < 3:
             return WORKSPACE_BYTES
-        return WORKSPACE_BYTES + 4 * self.bucket_elements + self.itemsize * self._gathered
+        gathered = self._gathered if world_size > 1 else 0  # one rank's partitions are the weights
+        return WORKSPACE_BYTES + 4 * self.bucket_elements + self.itemsize * gathered
 
     @property
     def _gathered(self) -> int:
         """Elements of whole weights that ZeRO-3 holds where the forward pass turns into the backward pass.
 
-        Blocks are gathered whole (leaf modules), and one gather is copied once more. What is used again within the reuse
-        distance stays: the last blocks, each passed twice. The tied embedding is needed at both ends.
+        Blocks are gathered whole (leaf modules), and one gather is copied once more. What is used again within the
+        reuse distance stays: the last blocks, each passed twice. The tied embedding is needed at both ends.
         """
         counts = self.counts
         persistent = sum(count for count in counts.each if count <= PERSISTENT_ELEMENTS)
@@ -189,11 +190,11 @@ class Load:
         live = min(live, MAX_LIVE_PARAMETERS + counts.block, counts.total - persistent)
         return live + counts.block
 
-    def _backward(self, stage: int, states: dict[str, int]) -> Estimate:
+    def _backward(self, stage: int, states: dict[str, int], idle: int) -> Estimate:
         """The last block's backward: all the others still keep theirs. The loss left its gradient of the embedding."""
         counts, size, recompute = self.counts, self.itemsize, self.engine.recompute
         working = backward_bytes(self.config, self.tokens, size, recompute, self.compiled)
-        buffers = self._idle(stage) + (self._bucket(stage) if self._has_late_bucket(stage) else 0)
+        buffers = idle + (self._bucket(stage) if self._has_late_bucket(stage) else 0)
         if not (size == 4 or (stage == 1 and KEEPS_16BIT_GRADIENTS)):  # else they are among the states
             buffers += size * counts.block
         return Estimate(
@@ -202,25 +203,25 @@ class Load:
         )  # fmt: skip
 
     def _has_late_bucket(self, stage: int) -> bool:
-        """Whether DeepSpeedZeroOptimizer runs, whose bucket exists only from a backward's first gradient to its last."""
+        """Whether DeepSpeedZeroOptimizer runs, whose bucket exists from a backward's first gradient to its last."""
         return stage == 2 or (stage == 1 and self.itemsize == 4)
 
     def _bucket(self, stage: int) -> int:
         return self.bucket_elements * (4 if stage == 3 else self.itemsize)
 
-    def _reduction(self, stage: int, states: dict[str, int], world_size: int) -> Estimate:
+    def _reduction(self, stage: int, states: dict[str, int], idle: int, world_size: int) -> Estimate:
         """A full bucket on its way: copied once in its own precision, once in float32 (ZeRO-2), or once (ZeRO-3).
 
         Blocks whose gradients filled it keep nothing any more. BF16_Optimizer reduces its gradients in place.
         """
         if stage == 1:
-            return Estimate("reduction", **states, buffers=WORKSPACE_BYTES)
+            return Estimate("reduction", **states, buffers=idle)
         counts = self.counts
         filled = min(self.bucket_elements, counts.total)
         left = max(0.0, 1 - filled / counts.total)
         copies = filled * (self.itemsize + (4 if self.itemsize == 2 else 0)) if stage == 2 else filled * 4
         received = 4 * math.ceil(filled / world_size) if stage == 3 else 0
-        buffers = self._idle(stage) + copies + received + (self._bucket(stage) if stage == 2 else 0)
+        buffers = idle + copies + received + (self._bucket(stage) if stage == 2 else 0)
         return Estimate("reduction", **states, activations=int(self.activations * left), buffers=buffers)
 
     def _step_bytes(self, stage: int, world_size: int) -> int:
