@@ -133,17 +133,20 @@ class Load:
         }
 
     def estimate(self, world_size: int, stage: int | None = None) -> Estimate:
-        """The moment that needs most memory: the loss, the last block's backward, a reduction, the step, the start."""
+        """The moment that needs most memory: of a training step, or the start."""
+        start = Estimate("start", weights=4 * self.counts.total if self.drawn_on_device else 0)
+        return max(self.step_estimate(world_size, stage), start, key=lambda moment: moment.total)
+
+    def step_estimate(self, world_size: int, stage: int | None = None) -> Estimate:
+        """The fullest moment of a training step: the loss, the last block's backward, a reduction, or the update."""
         stage = stage or self.engine.zero_stage
         states, idle = self.states(world_size, stage), self._idle(stage, world_size)
         moments = [
             Estimate("loss", **states, activations=self.activations, logits=self._loss_bytes, buffers=idle),
             self._backward(stage, states, idle),
             self._reduction(stage, states, idle, world_size),
-            Estimate("step", **states, buffers=idle + self._step_bytes(stage, world_size)),
+            Estimate("update", **states, buffers=idle + self._step_bytes(stage, world_size)),
         ]
-        if self.drawn_on_device:
-            moments.append(Estimate("start", weights=4 * self.counts.total))
         return max(moments, key=lambda moment: moment.total)
 
     @property

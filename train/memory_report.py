@@ -57,11 +57,12 @@ class Summary:
             cells = [self._cell(row, ranks, row == stage and ranks == size) for ranks in sizes]
             table.add_row(f"ZeRO-{row}", *cells)
         console.print(table)
-        own = self.load.estimate(size)
+        own = self.load.step_estimate(size)
         parts = ", ".join(f"{name} {_gib(value)}" for name, value in own.parts.items())
         host = self.load.host_bytes(size, is_main=True), self.load.host_bytes(size, is_main=False)
         for line in (
             f"* this recipe on {size} rank(s), fullest at the {own.moment}: {parts}",
+            *self._start(size, own),
             f"  recompute {self.load.engine.recompute}; not counted: CUDA's own 0.5 to 1 GiB, NCCL, fragmentation",
             f"  a checkpoint's copy in host memory: {_gib(host[0])} GiB on rank 0, {_gib(host[1])} on the others",
         ):
@@ -85,6 +86,13 @@ class Summary:
             f"({measured / expected.total - 1:+.0%})",
             highlight=False,
         )
+
+    def _start(self, size: int, own: Estimate) -> list[str]:
+        assert self.load
+        start = self.load.estimate(size)
+        if start.total <= own.total:
+            return []
+        return [f"  a step needs {_gib(own.total)}; the weights are drawn whole, in float32: {_gib(start.total)}"]
 
     @property
     def _bound(self) -> str:
