@@ -126,8 +126,7 @@ class Load:
             gradients += size * n
         return {
             "weights": size * (share + persistent) if stage == 3 else size * n,
-            # ZeRO-3 in float32 updates the weights' own partition
-            "master": 0 if stage == 3 and size == 4 else 4 * share,
+            "master": 4 * share,
             "gradients": gradients,
             "moments": (4 if self.optimizer == "muon" else 8) * matrices + 8 * others,
         }

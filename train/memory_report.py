@@ -49,7 +49,7 @@ class Summary:
             return
         size, stage = launched_ranks(), self.load.engine.zero_stage
         sizes = sorted({*WORLD_SIZES, size})
-        table = Table(title=f"GiB of device memory a rank, estimated{self._bound}", title_justify="left")
+        table = Table(title="GiB of device memory a rank, estimated", title_justify="left")
         table.add_column("ranks")
         for ranks in sizes:
             table.add_column(f"{ranks:,}", justify="right")

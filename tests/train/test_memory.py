@@ -44,7 +44,14 @@ TINY = ModelConfig(  # tests/train/steps_on_ranks.py
 )
 ADAMW = {"kind": "adamw", "lr": 3e-3}
 MUON = {"kind": "muon", "lr": 0.02, "adamw_lr": 3e-3}
-STATES = [("bfloat16", 1, ADAMW), ("bfloat16", 2, ADAMW), ("bfloat16", 3, ADAMW), ("bfloat16", 1, MUON)]
+STATES = [
+    ("bfloat16", 1, ADAMW),
+    ("bfloat16", 2, ADAMW),
+    ("bfloat16", 3, ADAMW),
+    ("bfloat16", 1, MUON),
+    ("float32", 1, ADAMW),
+    ("float32", 3, ADAMW),
+]
 
 
 def load_of(path: Path, overrides: list[str]) -> Load:
@@ -79,12 +86,12 @@ def test_states_are_what_deepspeed_holds(
         engine = TypeAdapter(EngineConfig).validate_python({"precision": precision, "zero_stage": stage})
         kind: Any = optimizer["kind"]
         expected = sum(Load(TINY, engine, kind, 64).states(ranks).values())
-        if stage == 3:
+        if stage == 3 or precision == "float32":  # in float32 ZeRO-1's bucket waits for the step
             expected += 4 * BUCKET_ELEMENTS["cpu"]
-        n_small = ParameterCounts.of(TINY).total * 16
         for result in results:
-            # the scorer's head, alignment and step counters come on top
-            assert abs(result["held_bytes"] - expected) < 0.05 * n_small, (name, result["held_bytes"], expected)
+            # the scorer's head, alignment, step counters and ZeRO-2's flags: less than the smallest part of it all
+            held = result[name]["held_bytes"]
+            assert abs(held - expected) < 8192, (name, held, expected)
 
 
 def test_deepspeeds_defaults_are_those_that_are_counted_with() -> None:
