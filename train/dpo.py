@@ -27,7 +27,8 @@ from train.engine import World
 from train.loop import LoopError, Loss, Outcome, Stage, no_grad_sum
 from train.losses import dpo_loss, sequence_logprobs
 from train.pairs import OnPolicyPairs, sample_pairs
-from train.stage import Job, LossModule, TrainingRecipe, load_trunk, run_stage, summarize
+from train.stage import Job, LossModule, TrainingRecipe, load_trunk, run_stage
+from train.summary import summarize
 from train.token_logprobs import token_logprobs
 
 
@@ -281,7 +282,8 @@ def main() -> int:
     inputs = {"init_from": recipe.init_from, "data": recipe.data}
     for number, source in enumerate(recipe.pairs):
         inputs[f"pairs.{number}"] = source.scorer if isinstance(source, OnPolicyPairs) else source.path
-    summary = summarize(recipe, recipe.data)
+    # a row is a pair: the prompt twice, each time with a reply
+    summary = summarize(recipe, recipe.data, loss="chosen tokens", row_tokens=2 * recipe.max_pair_tokens)
     return run_stage(command, inputs, lambda world, console: prepare(recipe, world, console), summary)
 
 

@@ -27,8 +27,8 @@ from train.stage import (
     open_data,
     packed_stage,
     run_stage,
-    summarize,
 )
+from train.summary import summarize
 
 
 class EngagementRecipe(TrainingRecipe):
@@ -112,7 +112,8 @@ def main() -> int:
     command = parse_command_line(EngagementRecipe, description=__doc__)
     recipe: EngagementRecipe = command.recipe
     inputs = {"init_from": recipe.init_from, "data": recipe.data}
-    return run_stage(command, inputs, lambda world, console: prepare(recipe, world), summarize(recipe, recipe.data))
+    summary = summarize(recipe, recipe.data, loss="score")
+    return run_stage(command, inputs, lambda world, console: prepare(recipe, world), summary)
 
 
 if __name__ == "__main__":

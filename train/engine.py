@@ -25,6 +25,12 @@ from train.optim import AdamW, Muon, build_optimizer
 from train.snapshot import Snapshot, host_copy
 
 OPTIMIZER_DIRECTORY = "optimizer"
+BUCKET_ELEMENTS = {"cuda": 500_000_000, "cpu": 5_000_000}
+"""Gradients that ZeRO reduces at a time. train/memory.py counts these and the following."""
+PERSISTENT_ELEMENTS = {"cuda": 100_000, "cpu": 0}
+"""ZeRO-3 shards larger tensors; on a CPU all, so that small tests take the paths of large runs."""
+PREFETCH_ELEMENTS, MAX_LIVE_PARAMETERS, MAX_REUSE_DISTANCE = 50_000_000, 1_000_000_000, 1_000_000_000
+SUB_GROUP_ELEMENTS = 1_000_000_000
 
 
 class EngineConfig(Section):
@@ -108,6 +114,7 @@ def join_world(timeout_minutes: int) -> World:
 def deepspeed_config(settings: EngineConfig, optimizer: AdamW | Muon, world_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration with every value that matters written out."""
     is_bfloat16 = settings.precision == "bfloat16"
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
     return {
         "train_batch_size": world_size,
         "train_micro_batch_size_per_gpu": 1,
@@ -133,19 +140,18 @@ def deepspeed_config(settings: EngineConfig, optimizer: AdamW | Muon, world_size
             "contiguous_gradients": True,
             "overlap_comm": False,
             "reduce_scatter": True,
-            "reduce_bucket_size": 500_000_000 if torch.cuda.is_available() else 5_000_000,
-            "allgather_bucket_size": 500_000_000 if torch.cuda.is_available() else 5_000_000,
+            "reduce_bucket_size": BUCKET_ELEMENTS[kind],
+            "allgather_bucket_size": BUCKET_ELEMENTS[kind],
             "round_robin_gradients": False,
             "allgather_partitions": True,
             "compute_grad_norm": True,
             "load_from_fp32_weights": True,
             "elastic_checkpoint": False,
-            "stage3_max_live_parameters": 1_000_000_000,
-            "stage3_max_reuse_distance": 1_000_000_000,
-            "stage3_prefetch_bucket_size": 50_000_000,
-            # smaller tensors are not sharded; on a CPU all are, so that small tests take the paths of large runs
-            "stage3_param_persistence_threshold": 100_000 if torch.cuda.is_available() else 0,
-            "sub_group_size": 1_000_000_000,
+            "stage3_max_live_parameters": MAX_LIVE_PARAMETERS,
+            "stage3_max_reuse_distance": MAX_REUSE_DISTANCE,
+            "stage3_prefetch_bucket_size": PREFETCH_ELEMENTS,
+            "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS[kind],
+            "sub_group_size": SUB_GROUP_ELEMENTS,
         },
         "zero_allow_untested_optimizer": False,
         "steps_per_print": 1_000_000_000,

@@ -30,8 +30,8 @@ from train.stage import (
     open_data,
     packed_stage,
     run_stage,
-    summarize,
 )
+from train.summary import summarize
 
 
 class PretrainRecipe(TrainingRecipe):

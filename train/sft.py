@@ -23,8 +23,8 @@ from train.stage import (
     open_data,
     packed_stage,
     run_stage,
-    summarize,
 )
+from train.summary import summarize
 
 
 class SFTRecipe(TrainingRecipe):
@@ -70,7 +70,8 @@ def main() -> int:
     command = parse_command_line(SFTRecipe, description=__doc__)
     recipe: SFTRecipe = command.recipe
     inputs = {"init_from": recipe.init_from, "data": recipe.data}
-    return run_stage(command, inputs, lambda world, console: prepare(recipe, world), summarize(recipe, recipe.data))
+    summary = summarize(recipe, recipe.data, loss="chosen tokens")
+    return run_stage(command, inputs, lambda world, console: prepare(recipe, world), summary)
 
 
 if __name__ == "__main__":

@@ -25,10 +25,9 @@ from eval.scoring import spread_rows
 from model.attention_ops import Backend, Documents, choose_backend
 from model.config import ModelConfig
 from model.execution import shape_blocks
-from model.portability import describe
 from model.scalar_head import ScalarHead
 from model.transformer import Transformer
-from model.weights import load_config, load_model, save_model
+from model.weights import load_model, save_model
 from recipes.loader import CommandLine, Section, dump_recipe
 from recipes.run_directory import MayChange, RunState, finish_run, prepare_run_directory
 from train.background import on_main
@@ -36,6 +35,7 @@ from train.checkpoint import CheckpointError, Checkpoints, CheckpointState, Writ
 from train.elastic import universal_form
 from train.engine import Engine, EngineConfig, World, join_world
 from train.loop import LoopConfig, LoopError, Loss, Outcome, Stage, TrainingError, no_grad_sum, train
+from train.memory_report import Summary
 from train.metrics import Metrics, WandbConfig, plot_metrics
 from train.optim import Muon, Optimizer
 from train.schedule import Schedule
@@ -148,7 +148,7 @@ def packed_stage(
 
 
 def run_stage(
-    command: CommandLine, inputs: Mapping[str, str], prepare: Callable[[World, Console], Job], summary: list[str]
+    command: CommandLine, inputs: Mapping[str, str], prepare: Callable[[World, Console], Job], summary: Summary
 ) -> int:
     """Run one training stage of a recipe to its end; the exit code.
 
@@ -158,8 +158,8 @@ def run_stage(
     console = Console()
     if command.dry_run:
         console.print(dump_recipe(recipe), highlight=False, markup=False)
-        for line in summary:
-            console.print(line, highlight=False)
+        summary.print(console)
+        summary.print_memory(console)
         return 0
     _die_with_parent()
     stop = _StopRequest()
@@ -189,7 +189,7 @@ def _run(
     recipe: TrainingRecipe,
     inputs: dict[str, str],
     prepare: Callable[[World, Console], Job],
-    summary: list[str],
+    summary: Summary,
     world: World,
     console: Console,
     stop: _StopRequest,
@@ -202,8 +202,8 @@ def _run(
         if finished:
             console.print(f"{run_dir} is finished already, with this recipe and these inputs")
             return 0
-        for line in summary:
-            console.print(line, highlight=False)
+        summary.print(console)
+        summary.warn(console, world)
         job = prepare(world, console)
         backend = choose_backend(recipe.attention, world.device, recipe.engine.dtype)
         settings = recipe.engine
@@ -239,6 +239,7 @@ def _run(
                 kept = "without a checkpoint (loop.save_every: null)"
             console.print(f"stopped at step {outcome.step} {kept}")
             return 130 if stop.by_keyboard else 0
+        summary.compare(console, world)
         _save_weights(engine, job, run_dir)
         key_figure, figures = job.finish(engine, outcome, console)
         if world.is_main:
@@ -335,37 +336,3 @@ def _die_with_parent() -> None:
     """On Linux, end with the launcher: a killed torchrun must not leave ranks that hold the run directory."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
-
-def summarize(recipe: TrainingRecipe, data: str | SyntheticData, config: ModelConfig | None = None) -> list[str]:
-    """The lines printed before training and by --dry-run: the model's cost, and how many tokens are ahead.
-
-    `config` is the recipe's own architecture, or None when it comes with the weights of `init_from`.
-    """
-    if config is None:
-        weights = Path(getattr(recipe, "init_from")) / "model"  # noqa: B009 (only some stages have it)
-        config = load_config(weights) if (weights / "config.json").exists() else None
-    lines = describe(config) if config else [("model", f"not there yet: {weights}")]
-    steps, rows_per_step = recipe.loop.max_steps, recipe.loop.rows_per_step
-    size = _size_of(data)
-    if size is None:
-        lines += [("data", f"not there yet: {data}; run python -m data.prepare first")]
-    else:
-        n_rows, row_length = size
-        tokens = rows_per_step * row_length
-        lines += [
-            ("data", f"{n_rows:,} rows of {row_length} tokens in {data}"),
-            ("tokens a step", f"{tokens:,} ({rows_per_step} rows)"),
-            ("tokens in all", f"{tokens * steps:,} in {steps} steps, {rows_per_step * steps / n_rows:.2f} epochs"),
-        ]
-    return [f"{name:<24}{value}" for name, value in lines]
-
-
-def _size_of(data: str | SyntheticData) -> tuple[int, int] | None:
-    """(rows, tokens a row) of training data; None when it is not there yet."""
-    if isinstance(data, SyntheticData):
-        return data.n_rows, data.row_length
-    if not (Path(data) / "train" / "manifest.json").exists():
-        return None
-    dataset = PackedDataset(Path(data) / "train", verify="sizes")
-    return dataset.n_rows, dataset.row_length

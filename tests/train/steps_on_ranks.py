@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -81,21 +82,53 @@ def settings_in_use(engine: Engine) -> dict[str, Any]:
     }
 
 
+def held_bytes(engine: Engine) -> int:
+    """Bytes of all distinct tensors that the module and DeepSpeed's optimizer object hold."""
+    storages: dict[int, int] = {}
+    seen: set[int] = set()
+    todo: list[Any] = [engine._optimizer, *engine.module.parameters()]
+    while todo:
+        value = todo.pop()
+        if id(value) in seen or isinstance(value, type | str | bytes):
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+            todo += [value.grad] if value.is_leaf and value.grad is not None else []
+            todo += [part for name, part in vars(value).items() if name in ("ds_tensor", "grad_accum")]
+        elif isinstance(value, dict):
+            todo += value.values()
+        elif isinstance(value, list | tuple | set | deque):
+            todo += value
+        elif isinstance(value, torch.optim.Optimizer):
+            todo += value.state.values()
+        elif type(value).__module__.startswith("deepspeed.runtime") and hasattr(value, "__dict__"):
+            todo += vars(value).values()
+    return sum(storages.values())
+
+
 def run(case: dict[str, Any], world: World) -> dict[str, Any]:
     """The steps of one case."""
     module = LossModule(Transformer(CONFIG, "sdpa", seed=3), loss, ScalarHead(CONFIG.d_model))
     optimizer = TypeAdapter(Optimizer).validate_python(case["optimizer"])
     engine = Engine(module, EngineConfig(**case["engine"]), optimizer, world)
-    held, norms = [masters(engine.module)], []
+    held, norms, held_in_memory = [masters(engine.module)], [], 0
     for _ in range(case.get("steps", 1)):
         batches = [[document(number) for number in numbers] for numbers in case["micro_batches"][world.rank]]
         (n_counted,) = world.sum([float(sum(map(count, batches)))])
         for batch in batches:
             engine.accumulate(engine.forward(batch).total / n_counted)
+        held_in_memory = held_bytes(engine)
         norms.append(engine.step(case.get("lr_multiplier", 1.0))[0])
         held.append(masters(engine.module))
     weights = {name: tensor.clone() for name, tensor in engine.module.state_dict().items()}
-    return {"masters": held, "weights": weights, "norms": norms, "settings": settings_in_use(engine)}
+    return {
+        "masters": held,
+        "weights": weights,
+        "norms": norms,
+        "settings": settings_in_use(engine),
+        "held_bytes": held_in_memory,
+    }
 
 
 def main(cases: dict[str, dict[str, Any]], out: Path) -> None:

@@ -1,0 +1,71 @@
+"""The summary of a training recipe: the model's cost, the tokens ahead, and what a rank will hold in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data.shards import PackedDataset
+from data.synthetic import SyntheticData
+from model.config import ModelConfig
+from model.portability import describe
+from model.weights import load_config
+from train.memory import Load, LossKind
+from train.memory_report import Summary
+from train.stage import TrainingRecipe
+
+
+def summarize(
+    recipe: TrainingRecipe,
+    data: str | SyntheticData,
+    config: ModelConfig | None = None,
+    loss: LossKind = "every token",
+    row_tokens: int | None = None,
+) -> Summary:
+    """What is printed before training and by --dry-run.
+
+    `config` is the recipe's own architecture, or None when it comes with the weights of `init_from`; `row_tokens`: the
+    most tokens a row can have, where rows are not those of `data`.
+    """
+    starts_anew = config is not None
+    if config is None:
+        weights = Path(getattr(recipe, "init_from")) / "model"  # noqa: B009 (only some stages have it)
+        config = load_config(weights) if (weights / "config.json").exists() else None
+    lines = describe(config) if config else [("model", f"not there yet: {weights}")]
+    size = size_of(data)
+    lines += _data_lines(recipe, data, size)
+    rows, bound = recipe.loop.rows_per_micro_batch, ""
+    if row_tokens:
+        bound = f"at most: every row of {row_tokens:,} tokens"
+    elif size:
+        row_tokens = size[1]
+    elif config:
+        row_tokens, bound = config.max_length, f"at most: rows as long as max_length, {config.max_length:,}"
+    load = None
+    if config and row_tokens:
+        load = Load(config, recipe.engine, recipe.optimizer.kind, rows * row_tokens, loss, drawn_on_device=starts_anew)
+    return Summary([f"{name:<24}{value}" for name, value in lines], load, rows, bound)
+
+
+def _data_lines(
+    recipe: TrainingRecipe, data: str | SyntheticData, size: tuple[int, int] | None
+) -> list[tuple[str, str]]:
+    steps, rows_per_step = recipe.loop.max_steps, recipe.loop.rows_per_step
+    if size is None:
+        return [("data", f"not there yet: {data}; run python -m data.prepare first")]
+    n_rows, row_length = size
+    tokens = rows_per_step * row_length
+    return [
+        ("data", f"{n_rows:,} rows of {row_length} tokens in {data}"),
+        ("tokens a step", f"{tokens:,} ({rows_per_step} rows)"),
+        ("tokens in all", f"{tokens * steps:,} in {steps} steps, {rows_per_step * steps / n_rows:.2f} epochs"),
+    ]
+
+
+def size_of(data: str | SyntheticData) -> tuple[int, int] | None:
+    """(rows, tokens a row) of training data; None when it is not there yet."""
+    if isinstance(data, SyntheticData):
+        return data.n_rows, data.row_length
+    if not (Path(data) / "train" / "manifest.json").exists():
+        return None
+    dataset = PackedDataset(Path(data) / "train", verify="sizes")
+    return dataset.n_rows, dataset.row_length
