@@ -207,10 +207,11 @@ def flex_attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: Docum
 
 
 @cache
-def _flex_kernel(device_type: str) -> Callable[..., Tensor]:
+def _flex_kernel(device_type: str) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention as kernel
 
-    return torch.compile(kernel) if device_type == "cuda" else kernel
+    run: Any = kernel
+    return torch.compile(run) if device_type == "cuda" else run
 
 
 AttentionBackward = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
@@ -231,8 +232,8 @@ def attend_with_backward(
         out_THK, normalizer_HT = flash_forward(q_THK, k_TGK, v_TGK, *extent)
         return out_THK, lambda grad, q, k, v: flash_backward(grad, q, k, v, out_THK, normalizer_HT, *extent)
     with torch.enable_grad():
-        leaves = tuple(x.detach().requires_grad_() for x in (q_THK, k_TGK, v_TGK))
-        traced_THK = attend(*leaves, documents, window)
+        leaves = [x.detach().requires_grad_() for x in (q_THK, k_TGK, v_TGK)]
+        traced_THK = attend(leaves[0], leaves[1], leaves[2], documents, window)
     return traced_THK.detach(), lambda grad, q, k, v: torch.autograd.grad(traced_THK, leaves, grad)
 
 

@@ -72,7 +72,11 @@ class FlashAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_THK: Tensor) -> tuple[Any, ...]:
-        return (*flash_backward(grad_THK, *ctx.saved_tensors, ctx.max_length, ctx.window), None, None, None)
+        q_THK, k_TGK, v_TGK, out_THK, normalizer_HT, boundaries = ctx.saved_tensors
+        gradients = flash_backward(
+            grad_THK, q_THK, k_TGK, v_TGK, out_THK, normalizer_HT, boundaries, ctx.max_length, ctx.window
+        )
+        return (*gradients, None, None, None)
 
 
 def _window(window: int | None) -> dict[str, int]:

@@ -110,7 +110,8 @@ def fused_block(
         ff_norm_out=block.ff_norm_out.weight,
     )
     k_TGK, v_TGK = shared or (None, None)
-    out_TD, k_TGK, v_TGK = _FusedBlock.apply(x_TD, k_TGK, v_TGK, *rope, form, *(getattr(weights, name) for name in _NAMES))
+    tensors = (getattr(weights, name) for name in _NAMES)
+    out_TD, k_TGK, v_TGK = _FusedBlock.apply(x_TD, k_TGK, v_TGK, *rope, form, *tensors)
     return out_TD, shared or (k_TGK, v_TGK)
 
 
@@ -122,7 +123,9 @@ class _FusedBlock(torch.autograd.Function):
         ctx: Any, x_TD: Tensor, k_TGK: Tensor | None, v_TGK: Tensor | None, cos_TC: Tensor, sin_TC: Tensor,
         form: _Form, *weights: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-        out_TD, k_TGK, v_TGK, kept = _run(x_TD, k_TGK, v_TGK, (cos_TC, sin_TC), form, _Weights(*weights))  # type: ignore[arg-type]
+        shared = None if k_TGK is None or v_TGK is None else (k_TGK, v_TGK)
+        named = _Weights(*weights)  # type: ignore[arg-type]
+        out_TD, k_TGK, v_TGK, kept = _run(x_TD, shared, (cos_TC, sin_TC), form, named)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x_TD, k_TGK, v_TGK, cos_TC, sin_TC, *weights)
         ctx.form, ctx.kept = form, None if form.recompute == "block" else kept
@@ -137,8 +140,8 @@ class _FusedBlock(torch.autograd.Function):
         form, weights, rope = ctx.form, _Weights(*tensors), (cos_TC, sin_TC)
         kept, ctx.kept = ctx.kept, None
         if kept is None:
-            shared = (None, None) if form.owns_cache else (k_TGK, v_TGK)
-            *_, kept = _run(x_TD, *shared, rope, form, weights)
+            shared = None if form.owns_cache else (k_TGK, v_TGK)
+            *_, kept = _run(x_TD, shared, rope, form, weights)
         gradients: _Gradients = {}
         gated_TD, attention_TD = _feed_forward_backward(grad_TD, x_TD, form, weights, kept, gradients)
         out = _attention_backward(
@@ -148,22 +151,23 @@ class _FusedBlock(torch.autograd.Function):
 
 
 def _run(
-    x_TD: Tensor, k_TGK: Tensor | None, v_TGK: Tensor | None, rope: Rope, form: _Form, w: _Weights
+    x_TD: Tensor, shared: KeyValue | None, rope: Rope, form: _Form, w: _Weights
 ) -> tuple[Tensor, Tensor, Tensor, _Kept]:
     """The block's output, the keys and values it read, and what is kept."""
     keeps_all = form.recompute == "none"
     _, attention_normed_TD = add_norm(x_TD, None, None, w.attention_norm_in, form.eps)
+    assert attention_normed_TD is not None
     heads_TX = F.linear(attention_normed_TD, stacked(w.heads))
-    q_THK, own_k_TGK, own_v_TGK = _normed_heads(heads_TX, rope, form, w)
-    if form.owns_cache:
-        k_TGK, v_TGK = own_k_TGK, own_v_TGK
-    assert k_TGK is not None and v_TGK is not None
+    q_THK, k_TGK, v_TGK = _normed_heads(heads_TX, rope, form, w)
+    if shared is not None:
+        k_TGK, v_TGK = shared
     attended_THK, attention_backward = attend_with_backward(
         form.attend, q_THK, k_TGK, v_TGK, form.documents, form.window
     )
     attended_TX = attended_THK.flatten(1)
     attention_out_TD = F.linear(attended_TX, w.w_o)
     x_TD, ff_normed_TD = add_norm(x_TD, attention_out_TD, w.attention_norm_out, w.ff_norm_in, form.eps)
+    assert ff_normed_TD is not None
     gate_in_TX = F.linear(ff_normed_TD, stacked([w.w_gate, w.w_in]))
     product_TF = geglu(gate_in_TX)
     ff_out_TD = F.linear(product_TF, w.w_out)
@@ -181,6 +185,7 @@ def _feed_forward_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the sum between attention and feed-forward, and of the attention's output; fills in weights'."""
     end = add_norm_backward(grad_TD, None, None, kept.ff_out_TD, w.ff_norm_out, None, form.eps)
+    assert end.u_TD is not None
     gradients["ff_norm_out"] = end.w_u_D
     grad_TF = end.u_TD @ w.w_out
     geglu_backward_(kept.gate_in_TX, grad_TF, remakes_product=kept.product_TF is None)
@@ -194,6 +199,7 @@ def _feed_forward_backward(
         remakes_y=normed_TD is None,
     )  # fmt: skip
     normed_TD = middle.y_TD if normed_TD is None else normed_TD
+    assert middle.x_TD is not None and middle.u_TD is not None and normed_TD is not None
     gradients["attention_norm_out"], gradients["ff_norm_in"] = middle.w_u_D, middle.w_y_D
     gradients["w_gate"], gradients["w_in"] = weight_gradients([w.w_gate, w.w_in], kept.gate_in_TX, normed_TD)
     return middle.x_TD, middle.u_TD
@@ -202,7 +208,7 @@ def _feed_forward_backward(
 def _attention_backward(
     grad_out_TD: Tensor, grad_sum_TD: Tensor, x_TD: Tensor, key_value: KeyValue, rope: Rope, form: _Form, w: _Weights,
     kept: _Kept, gradients: _Gradients, k_grad_TGK: Tensor | None, v_grad_TGK: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of x and of shared keys and values, from those of the attention's output and of the sum it goes to.
 
     `k_grad_TGK`, `v_grad_TGK`: what other layers that read this one's keys and values ask of them.
@@ -224,13 +230,12 @@ def _attention_backward(
         grad_sum_TD, heads_grad_TX @ stacked(w.heads), x_TD, None, None, w.attention_norm_in, form.eps,
         remakes_y=normed_TD is None,
     )  # fmt: skip
+    normed_TD = start.y_TD if normed_TD is None else normed_TD
+    assert start.x_TD is not None and normed_TD is not None
     gradients["attention_norm_in"] = start.w_y_D
-    head_gradients = weight_gradients(w.heads, heads_grad_TX, start.y_TD if normed_TD is None else normed_TD)
-    gradients["w_q"] = head_gradients[0]
-    if form.owns_cache:
-        gradients["w_k"], gradients["w_v"] = head_gradients[1:]
-        return start.x_TD, None, None
-    return start.x_TD, *key_value_grads
+    names = ("w_q", "w_k", "w_v") if form.owns_cache else ("w_q",)
+    gradients.update(zip(names, weight_gradients(w.heads, heads_grad_TX, normed_TD), strict=True))
+    return start.x_TD, *((None, None) if form.owns_cache else key_value_grads)
 
 
 def _normed_heads(heads_TX: Tensor, rope: Rope, form: _Form, w: _Weights) -> tuple[Tensor, Tensor, Tensor]:

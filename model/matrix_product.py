@@ -34,8 +34,8 @@ def weight_gradients(weights: Sequence[Tensor], grad_TX: Tensor, input_TY: Tenso
     is returned for it: no 16-bit gradient is written and read again.
     """
     sizes = [len(weight) for weight in weights]
-    sums = [getattr(weight, "main_grad", None) for weight in weights]
-    if any(total is None for total in sums):
+    sums: list[Tensor] = [weight.main_grad for weight in weights if hasattr(weight, "main_grad")]
+    if len(sums) < len(weights):
         return list((grad_TX.T @ input_TY).split(sizes))
     whole_XY = _as_one(sums)
     if whole_XY is not None:

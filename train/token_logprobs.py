@@ -42,9 +42,12 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden_gradient_TD = torch.empty_like(hidden_TD)
         embed_gradient_VD = torch.zeros_like(embed_VD, dtype=torch.float32)
         chunks = (x.split(ctx.n_tokens) for x in (hidden_TD, hidden_gradient_TD, targets_T, normalizer_T, *gradients_T))
-        for hidden_CD, hidden_gradient_CD, *rest_C in zip(*chunks, strict=True):
+        for hidden_CD, hidden_gradient_CD, targets_C, normalizer_C, *gradients_C in zip(*chunks, strict=True):
             logits_CV = hidden_CD @ embed_VD.T if ctx.kept_CV is None else ctx.kept_CV
-            gradient_CV = _logit_gradient_(logits_CV, *rest_C, ctx.softcap)
+            logprob_gradient_C, normalizer_gradient_C = gradients_C
+            gradient_CV = _logit_gradient_(
+                logits_CV, targets_C, normalizer_C, logprob_gradient_C, normalizer_gradient_C, ctx.softcap
+            )
             torch.mm(gradient_CV, embed_VD, out=hidden_gradient_CD)
             add_product(embed_gradient_VD, gradient_CV.T, hidden_CD)
         return hidden_gradient_TD, embed_gradient_VD.to(embed_VD.dtype), None, None
