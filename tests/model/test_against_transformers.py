@@ -200,7 +200,7 @@ def test_every_length_of_tail(layers: str, n_kv_heads: int) -> None:
 
 
 def sixteen_bit_case(seed: int) -> Transformer:
-    """One of many architectures with weights that bfloat16 holds exactly. A window of 1 leaves no gradient to q and k."""
+    """One of many architectures, in bfloat16. No window of 1: it leaves queries and keys without a gradient."""
     generator = torch.Generator().manual_seed(seed)
 
     def one_of(*choices: Any) -> Any:
