@@ -6,8 +6,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data.shards import PackedDataset
-
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -70,12 +68,13 @@ class RowOrder:
             start, count = start + len(part), count - len(part)
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
-    def rank_rows(self, start: int, count: int, rank: int, world_size: int) -> np.ndarray:
-        """Rank's share of `rows(start, count)`: a contiguous slice, so the ranks' shares in order are the whole."""
-        assert rank in range(world_size), (rank, world_size)
-        assert count % world_size == 0, (count, world_size)
-        share = count // world_size
-        return self.rows(start + rank * share, share)
+
+def rows_of_rank(rows: np.ndarray, rows_per_micro_batch: int, rank: int, world_size: int) -> list[np.ndarray]:
+    """A rank's micro-batches of a step's rows. The ranks' first micro-batches are the step's first rows, and so on,
+
+    so the step's rows, and their order, are the same for every number of ranks.
+    """
+    return list(rows.reshape(-1, world_size, rows_per_micro_batch)[:, rank])
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,31 +85,6 @@ class DataPosition:
     epoch: int
     tokens_consumed: int
     fingerprint: str
-
-    @classmethod
-    def start(cls, dataset: PackedDataset, seed: int) -> "DataPosition":
-        """The position before the first row."""
-        return cls(seed=seed, epoch=0, tokens_consumed=0, fingerprint=dataset.fingerprint)
-
-    def advanced(self, dataset: PackedDataset, n_rows: int) -> "DataPosition":
-        """The position after `n_rows` more rows (over all ranks)."""
-        consumed = self.tokens_consumed + n_rows * dataset.row_length
-        epoch = consumed // (dataset.n_rows * dataset.row_length)
-        return DataPosition(self.seed, epoch, consumed, self.fingerprint)
-
-    def rows_consumed(self, dataset: PackedDataset) -> int:
-        """Where `RowOrder.rows` goes on. Raises DataPositionError when the position is of other data."""
-        if self.fingerprint != dataset.fingerprint:
-            raise DataPositionError(
-                f"the checkpoint was trained on data {self.fingerprint[:12]}, but {dataset.directory} is "
-                f"{dataset.fingerprint[:12]}; point the recipe at the same data, or start a new run"
-            )
-        rows, rest = divmod(self.tokens_consumed, dataset.row_length)
-        if rest:
-            raise DataPositionError(
-                f"tokens_consumed is {self.tokens_consumed}, not a multiple of the row length {dataset.row_length}"
-            )
-        return rows
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -123,3 +97,8 @@ class DataPosition:
             if not isinstance(values.get(key), kind):
                 raise DataPositionError(f"data position: {key} is {values.get(key)!r}, expected {kind.__name__}")
         return cls(**{key: values[key] for key in expected})
+
+
+def position_after(n_rows: int, rows: Rows, seed: int) -> DataPosition:
+    """The whole state of the data order after `n_rows` consumed rows."""
+    return DataPosition(seed, n_rows // rows.n_rows, n_rows * rows.row_length, rows.fingerprint)

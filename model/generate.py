@@ -87,25 +87,10 @@ def generate(
     `on_step` is called after every decoding step with the number of sequences still running.
     Raises ValueError for an empty prompt or one that leaves no room below the model's max_length.
     """
-    for number, prompt in enumerate(prompts):
-        if not 0 < len(prompt) < model.config.max_length:
-            raise ValueError(
-                f"prompt {number} has {len(prompt)} tokens; it must have 1 to {model.config.max_length - 1} "
-                f"(max_length of the model is {model.config.max_length})"
-            )
     if not prompts:
         return []
     device = model.embed_tokens.weight.device
-    longest = [min(len(p) + sampling.max_new_tokens, model.config.max_length) for p in prompts]
-    per_sample = [-(-length // page_size) for length in longest]
-    cache = PagedKVCache(
-        model.config,
-        n_pages=sum(pages * n_samples for pages in per_sample),
-        page_size=page_size,
-        dtype=model.embed_tokens.weight.dtype,
-        device=device,
-    )
-    prompt_pages = [cache.allocator.allocate(cache.pages_for(len(prompt))) for prompt in prompts]
+    cache, prompt_pages, longest = _prepare(model, prompts, sampling, n_samples, page_size)
     step = CacheStep.build([(prompt, 0, pages) for prompt, pages in zip(prompts, prompt_pages, strict=True)], device)
     logits_BV = model.logits(model.extend(step, cache))
 
@@ -135,6 +120,26 @@ def generate(
         reason: FinishReason = "stop" if sequence.tokens[-1] in sampling.stop_ids else "length"
         completions[sequence.prompt].append(Completion(sequence.tokens, sequence.logprobs, reason))
     return completions
+
+
+def _prepare(
+    model: Transformer, prompts: Sequence[Sequence[int]], sampling: Sampling, n_samples: int, page_size: int
+) -> tuple[PagedKVCache, list[list[int]], list[int]]:
+    """A cache with room for all samples, pages for every prompt, and the length that each prompt's samples may reach.
+
+    Raises ValueError for a prompt that is empty or too long.
+    """
+    max_length, weight = model.config.max_length, model.embed_tokens.weight
+    for number, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < max_length:
+            raise ValueError(
+                f"prompt {number} has {len(prompt)} tokens; it must have 1 to {max_length - 1} "
+                f"(max_length of the model is {max_length})"
+            )
+    longest = [min(len(prompt) + sampling.max_new_tokens, max_length) for prompt in prompts]
+    n_pages = sum(-(-length // page_size) * n_samples for length in longest)
+    cache = PagedKVCache(model.config, n_pages, page_size, weight.dtype, weight.device)
+    return cache, [cache.allocator.allocate(cache.pages_for(len(prompt))) for prompt in prompts], longest
 
 
 @dataclass

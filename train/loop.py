@@ -15,7 +15,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from data.sampler import DataPosition, RowOrder, Rows
+from data.sampler import RowOrder, Rows, position_after, rows_of_rank
 from recipes.loader import Section
 from recipes.run_directory import MayChange
 from train.checkpoint import Checkpoints, CheckpointState, Write
@@ -84,14 +84,6 @@ class Outcome:
     finished: bool
     last_evaluation: dict[str, float]
     skipped_steps: int
-
-
-def rows_of_rank(rows: np.ndarray, rows_per_micro_batch: int, world: World) -> list[np.ndarray]:
-    """This rank's micro-batches of a step's rows. The ranks' first micro-batches are the step's first rows, and so on,
-
-    so the step's rows, and their order, are the same for every number of ranks.
-    """
-    return list(rows.reshape(-1, world.size, rows_per_micro_batch)[:, world.rank])
 
 
 def train(
@@ -181,7 +173,7 @@ class StepReader:
 
     def _read(self, step: int) -> tuple[np.ndarray, list[Batch]]:
         rows = self._order.rows(step * self._config.rows_per_step, self._config.rows_per_step)
-        parts = rows_of_rank(rows, self._config.rows_per_micro_batch, self._world)
+        parts = rows_of_rank(rows, self._config.rows_per_micro_batch, self._world.rank, self._world.size)
         return rows, [self._stage.collate(part) for part in parts]
 
 
@@ -195,11 +187,6 @@ def accumulate(engine: Engine, batches: list[Any], count: float) -> dict[str, Te
         # a loss that is not finite must make a gradient that is not finite: that step is then refused
         engine.accumulate(loss.total * torch.where(sums["loss"].isfinite(), 1 / max(count, 1), float("nan")))
     return sums
-
-
-def position_after(n_rows: int, rows: Rows, seed: int) -> DataPosition:
-    """The whole state of the data order after `n_rows` consumed rows."""
-    return DataPosition(seed, n_rows // rows.n_rows, n_rows * rows.row_length, rows.fingerprint)
 
 
 def _give_up(run_dir: Path, step: int, rows: np.ndarray, in_a_row: int, world: World) -> None:

@@ -1,23 +1,29 @@
 """The order of rows: a pure function of (seed, rows consumed), whatever the ranks, micro-batches and restarts."""
 
-from collections.abc import Callable
-from pathlib import Path
+import json
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.sampler import DataPosition, DataPositionError, RowOrder, permutation
-from data.shards import PackedDataset
-
-WriteRows = Callable[..., Path]
+from data.sampler import DataPosition, DataPositionError, RowOrder, permutation, position_after, rows_of_rank
 
 
 @given(n_rows=st.integers(1, 50), seed=st.integers(-(2**31), 2**63 - 1), epoch=st.integers(0, 5))
 def test_every_epoch_is_a_permutation(n_rows: int, seed: int, epoch: int) -> None:
     assert sorted(permutation(n_rows, seed, epoch)) == list(range(n_rows))
     assert np.array_equal(RowOrder(n_rows, seed).rows(epoch * n_rows, n_rows), permutation(n_rows, seed, epoch))
+
+
+@dataclass(frozen=True)
+class Numbered:
+    """Rows that are nothing but numbers."""
+
+    n_rows: int
+    row_length: int = 16
+    fingerprint: str = "f"
 
 
 @given(
@@ -35,23 +41,26 @@ def test_restarts_do_not_change_the_order(n_rows: int, seed: int, start: int, co
     assert np.array_equal(np.concatenate(parts), whole)
 
 
-@given(
-    n_rows=st.integers(1, 20),
-    start=st.integers(0, 60),
-    world_size=st.sampled_from([1, 2, 3, 4]),
-    micro_steps=st.sampled_from([1, 2, 3]),
-)
-def test_world_size_and_micro_batch_do_not_change_the_order(
-    n_rows: int, start: int, world_size: int, micro_steps: int
-) -> None:
-    order, count = RowOrder(n_rows, 5), 24
-    per_micro_step = count // micro_steps - (count // micro_steps) % world_size
-    consumed = [
-        order.rank_rows(start + m * per_micro_step, per_micro_step, rank, world_size)
-        for m in range(micro_steps)
-        for rank in range(world_size)
-    ]
-    assert np.array_equal(np.concatenate(consumed), order.rows(start, per_micro_step * micro_steps))
+@given(n_steps=st.integers(1, 4), world_size=st.integers(1, 5), micro_batch=st.integers(1, 4))
+def test_a_steps_rows_in_order_whatever_the_ranks(n_steps: int, world_size: int, micro_batch: int) -> None:
+    """Micro-step after micro-step, the ranks' shares one after the other are the rows; every share has one size."""
+    rows = np.arange(100, 100 + n_steps * world_size * micro_batch)
+    shares = [rows_of_rank(rows, micro_batch, rank, world_size) for rank in range(world_size)]
+    assert {len(share) for share in shares} == {n_steps}
+    in_order = [batch for micro_step in zip(*shares, strict=True) for batch in micro_step]
+    assert {len(batch) for batch in in_order} == {micro_batch}
+    assert np.concatenate(in_order).tolist() == rows.tolist()
+
+
+@given(n_rows=st.integers(1, 20), seed=st.integers(0, 9), consumed=st.integers(0, 90))
+def test_a_position_says_how_often_every_row_was_seen(n_rows: int, seed: int, consumed: int) -> None:
+    data = Numbered(n_rows)
+    position = position_after(consumed, data, seed)
+    assert position.tokens_consumed == consumed * data.row_length
+    seen = np.bincount(RowOrder(n_rows, position.seed).rows(0, consumed), minlength=n_rows)
+    # the epoch is the number of whole passes: every row that often, and some of them once more
+    assert set(seen) <= {position.epoch, position.epoch + 1} and seen.min() == position.epoch
+    assert DataPosition.from_dict(json.loads(json.dumps(position.to_dict()))) == position
 
 
 def test_order_is_fixed_for_ever() -> None:
@@ -68,22 +77,7 @@ def test_orders_look_random() -> None:
     assert np.all(np.abs(counts - 125) < 60), "some row prefers some place"
 
 
-def test_position_round_trip_and_epoch(write_rows: WriteRows) -> None:
-    dataset = PackedDataset(write_rows(n_rows=7))
-    position = DataPosition.start(dataset, seed=3)
-    for _ in range(5):
-        position = position.advanced(dataset, 3)
-    assert (position.tokens_consumed, position.epoch) == (15 * 16, 2)
-    assert DataPosition.from_dict(position.to_dict()) == position
-    assert position.rows_consumed(dataset) == 15
-
-
-def test_positions_of_other_data_are_refused(write_rows: WriteRows) -> None:
-    dataset, other = PackedDataset(write_rows(name="a")), PackedDataset(write_rows(name="b", seed=1))
-    with pytest.raises(DataPositionError, match="same data"):
-        DataPosition.start(other, 0).rows_consumed(dataset)
-    with pytest.raises(DataPositionError, match="multiple"):
-        DataPosition(0, 0, 5, dataset.fingerprint).rows_consumed(dataset)
+def test_damaged_positions_and_empty_data_are_named() -> None:
     with pytest.raises(DataPositionError, match="tokens_consumed is None"):
         DataPosition.from_dict({"seed": 0, "epoch": 0})
     with pytest.raises(DataPositionError, match="0 rows"):

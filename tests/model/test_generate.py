@@ -21,10 +21,10 @@ SHARINGS: list[KVSharing] = [
 ]
 
 
-def tiny(sharing: KVSharing, n_kv_heads: int = 1) -> Transformer:
+def tiny(sharing: KVSharing, n_kv_heads: int = 1, layers: str = "SSG", window: int = 5) -> Transformer:
     config = ModelConfig(
-        vocab_size=41, d_model=24, n_layers=6, n_heads=4, n_kv_heads=n_kv_heads, d_head=8, d_ff=32, layers="SSG",
-        window=5, kv_sharing=sharing, final_logit_softcap=20.0, max_length=64,
+        vocab_size=41, d_model=24, n_layers=6, n_heads=4, n_kv_heads=n_kv_heads, d_head=8, d_ff=32, layers=layers,
+        window=window, kv_sharing=sharing, final_logit_softcap=20.0, max_length=64,
     )  # fmt: skip
     return Transformer(config, seed=3).double().eval()
 
@@ -37,14 +37,18 @@ def uncached_logits(model: Transformer, tokens: list[int]) -> torch.Tensor:
 @given(
     sharing=st.sampled_from(SHARINGS),
     n_kv_heads=st.sampled_from([1, 2]),
+    layers=st.sampled_from(["SSG", "SGG", "G", "GSSSSG"]),
+    window=st.sampled_from([1, 5, 30]),
     chunks=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=4),
     page_size=st.sampled_from([1, 3, 4]),
     seed=st.integers(0, 9),
 )
 def test_extend_in_any_chunks_equals_one_pass(
-    sharing: KVSharing, n_kv_heads: int, chunks: list[list[int]], page_size: int, seed: int
+    sharing: KVSharing, n_kv_heads: int, layers: str, window: int, chunks: list[list[int]], page_size: int, seed: int
 ) -> None:
-    model = tiny(sharing, n_kv_heads)
+    if layers == "GSSSSG" and isinstance(sharing, TailSharing):
+        sharing = TailSharing(kind="tail", n_layers=2)
+    model = tiny(sharing, n_kv_heads, layers, window)
     generator = torch.Generator().manual_seed(seed)
     cache = PagedKVCache(model.config, n_pages=200, page_size=page_size, dtype=torch.float64)
     for pool in (*cache.k_SGK.values(), *cache.v_SGK.values()):

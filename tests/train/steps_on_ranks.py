@@ -2,7 +2,8 @@
 
     torchrun --standalone --nproc-per-node 2 tests/train/steps_on_ranks.py SPEC.json OUT
 
-SPEC holds cases by name: engine, optimizer, number of steps, and per rank its micro-batches as lists of documents.
+SPEC holds cases by name: engine, optimizer, number of steps, per rank its micro-batches as lists of documents, and how
+much higher the documents' numbers are in each further step.
 """
 
 from __future__ import annotations
@@ -113,8 +114,9 @@ def run(case: dict[str, Any], world: World) -> dict[str, Any]:
     optimizer = TypeAdapter(Optimizer).validate_python(case["optimizer"])
     engine = Engine(module, EngineConfig(**case["engine"]), optimizer, world)
     held, norms, held_in_memory = [masters(engine.module)], [], 0
-    for _ in range(case.get("steps", 1)):
-        batches = [[document(number) for number in numbers] for numbers in case["micro_batches"][world.rank]]
+    for step in range(case.get("steps", 1)):
+        first = step * case.get("documents_apart", 0)
+        batches = [[document(first + number) for number in numbers] for numbers in case["micro_batches"][world.rank]]
         (n_counted,) = world.sum([float(sum(map(count, batches)))])
         for batch in batches:
             engine.accumulate(engine.forward(batch).total / n_counted)

@@ -76,13 +76,36 @@ def test_no_tokens_are_a_loss_of_nothing() -> None:
     assert hidden_TD.grad is not None and not hidden_TD.grad.any()
 
 
-def test_z_loss_adds_the_squared_log_normalizer() -> None:
-    model = Transformer(CONFIG, seed=1)
-    tokens_T, targets_T = torch.randint(23, (2, 12))
-    hidden_TD = model(tokens_T, Documents.from_lengths([12]))
-    extra = 0.5 * model.logits(hidden_TD).logsumexp(-1).square().sum()
-    plain, with_z = (next_token_loss(model, hidden_TD, targets_T, None, z) for z in (0.0, 0.5))
-    torch.testing.assert_close(with_z - plain, extra, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("z_loss", [0.0, 0.5])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("chunk", [5, 100])
+def test_z_loss_adds_the_squared_log_normalizer(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, softcap: float | None, z_loss: float
+) -> None:
+    """The stages' own loss, and its gradients, against -log p + z (log Z)^2 written out over capped logits."""
+    monkeypatch.setattr(token_logprobs_module, "LOGIT_CHUNK_ELEMENTS", chunk * 23)
+    model = Transformer(CONFIG.model_copy(update={"final_logit_softcap": softcap}), seed=1)
+    generator = torch.Generator().manual_seed(2)
+    hidden_TD = torch.randn(12, 16, generator=generator).mul(3).requires_grad_()
+    targets_T = torch.randint(23, (12,), generator=generator)
+    counted_T = torch.rand(12, generator=generator) < 0.7
+
+    exact_TD = hidden_TD.detach().double().requires_grad_()
+    embed_VD = model.embed_tokens.weight.detach().double().requires_grad_()
+    logits_TV = exact_TD @ embed_VD.T
+    if softcap is not None:
+        logits_TV = softcap * (logits_TV / softcap).tanh()
+    normalizer_T = logits_TV.exp().sum(-1).log()
+    losses_T = normalizer_T - logits_TV[torch.arange(12), targets_T] + z_loss * normalizer_T**2
+    expected = losses_T[counted_T].sum()
+
+    found = next_token_loss(model, hidden_TD, targets_T, counted_T, z_loss)
+    torch.testing.assert_close(found, expected, check_dtype=False, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        torch.autograd.grad(3 * found, (hidden_TD, model.embed_tokens.weight)),
+        torch.autograd.grad(3 * expected, (exact_TD, embed_VD)),
+        check_dtype=False, rtol=1e-4, atol=1e-5,
+    )  # fmt: skip
 
 
 def test_continuation_loss_is_binary_cross_entropy_at_labels() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -48,7 +49,7 @@ def ranks(request: pytest.FixtureRequest, steps_on_ranks: Callable[[int, dict[st
     """All cases, on one rank and on two."""
     batches = ON_ONE if request.param == 1 else ON_TWO
     cases = {
-        "muon": {**case(MUON, BFLOAT16, batches), "steps": 2},
+        "muon": {**case(MUON, BFLOAT16, batches), "steps": 2, "documents_apart": 100},
         "muon_clipped": case(MUON, BFLOAT16, batches, gradient_clipping=0.05),
         "muon_decayed": case(MUON, BFLOAT16, batches, weight_decay=0.5),
         "muon_halved": {**case(MUON, BFLOAT16, batches), "lr_multiplier": 0.5},
@@ -90,6 +91,43 @@ def test_exactly_the_blocks_matrices_are_orthogonalised(ranks: Results) -> None:
             assert relative(step, 3e-3 * gradients[name].sign()) < 0.05, name
     assert orthogonalised == {name for name in muon if is_block_matrix(name)}
     assert len(orthogonalised) == 3 * 7
+
+
+def plain_gradients(weights: dict[str, Tensor], numbers: range) -> dict[str, Tensor]:
+    """By autograd alone, of documents in one batch at these weights rounded to bfloat16; clipped to a norm of one."""
+    spec = importlib.util.spec_from_file_location("steps_on_ranks", Path(__file__).with_name("steps_on_ranks.py"))
+    assert spec is not None and spec.loader is not None
+    steps = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(steps)
+    trunk = Transformer(steps.CONFIG, "reference")
+    module = LossModule(trunk, steps.loss, ScalarHead(steps.CONFIG.d_model))
+    module.load_state_dict({name: weight.bfloat16().float() for name, weight in weights.items()})
+    documents = [steps.document(number) for number in numbers]
+    (module(documents).total / steps.count(documents)).backward()
+    gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    return {name: gradient / norm.clamp(min=1) for name, gradient in gradients.items()}
+
+
+def nearest_orthogonal(matrix: Tensor) -> Tensor:
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left @ right
+
+
+def test_muons_second_step_follows_its_momentum(ranks: Results) -> None:
+    """Nesterov's momentum of both steps' gradients (other documents in each), made orthogonal: nothing simpler."""
+    first = plain_gradients(ranks[0]["muon"]["masters"][0], range(12))
+    second = plain_gradients(ranks[0]["muon"]["masters"][1], range(100, 112))
+    beta, cosines = 0.95, []
+    for name, step in update(ranks[0]["muon"], 1).items():
+        if is_block_matrix(name):
+            momentum = beta * (1 - beta) * first[name] + (1 - beta) * second[name]
+            blended = beta * momentum + (1 - beta) * second[name]
+            candidates = [nearest_orthogonal(matrix) for matrix in (blended, momentum, second[name], first[name])]
+            cosines.append([-float((step * c).sum() / step.norm() / c.norm()) for c in candidates])
+    right, *wrong = torch.tensor(cosines).mean(0).tolist()
+    assert right > 0.95
+    assert right > max(wrong) + 0.03, (right, wrong)
 
 
 def test_the_size_of_an_update_does_not_depend_on_clipping(ranks: Results) -> None:

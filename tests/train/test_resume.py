@@ -1,4 +1,4 @@
-"""A killed run continues and ends with the same bits; damage and changed data are named; two ranks see one order."""
+"""A killed run continues and ends with the same bits; damage and changed data are named; two ranks train as one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -22,7 +21,6 @@ from data.sampler import DataPosition
 from data.shards import PackedDataset
 from train.checkpoint import CheckpointError, Checkpoints, CheckpointState
 from train.engine import Engine, World
-from train.loop import rows_of_rank
 from train.stage import resume
 
 ROOT = Path(__file__).parents[2]
@@ -132,11 +130,3 @@ def test_two_ranks_train_as_one(pretrain_recipe: Path, tmp_path: Path) -> None:
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert one.keys() == two.keys() == {1, 2, 3, 4}
     assert all(one[step] == pytest.approx(two[step], rel=1e-4) for step in one)
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_a_step_has_the_same_rows_for_every_number_of_ranks(ranks: int) -> None:
-    rows = np.arange(100, 124)
-    shares = [rows_of_rank(rows, 3, World(rank, ranks, torch.device("cpu"))) for rank in range(ranks)]
-    in_order = [batch for micro in zip(*shares, strict=True) for batch in micro]
-    assert np.concatenate(in_order).tolist() == rows.tolist()
