@@ -2,8 +2,8 @@
 
     python -m recipes.sweep recipes/ablation/*.yaml --vary optimizer.lr=1e-3,2e-3,4e-3 --jobs 3 --devices 0,1
 
-A run's directory is its recipe's with the values behind it (`runs/ablation/mqa_lr_1e-3`), its output is in a file beside
-that (`runs/ablation/mqa_lr_1e-3.log`). Further arguments `dotted.key=value` replace a value in every recipe.
+A run's directory is its recipe's with the values behind it (`runs/ablation/mqa_lr_1e-3`), its output is in a file
+beside that (`runs/ablation/mqa_lr_1e-3.log`). Further arguments `dotted.key=value` replace a value in every recipe.
 """
 
 from __future__ import annotations
@@ -154,7 +154,8 @@ def _plan_run(path: Path, chosen: Sequence[tuple[str, str]], overrides: Sequence
 
 def slots_of(devices: Sequence[str], jobs: int) -> list[str | None]:
     """`jobs` places on every device, the devices in turn; without devices, `jobs` places that choose none."""
-    return [device for _ in range(jobs) for device in (devices or [None])]
+    each: list[str | None] = list(devices) or [None]
+    return [device for _ in range(jobs) for device in each]
 
 
 def child_environment(device: str | None, n_slots: int) -> dict[str, str]:
@@ -213,7 +214,8 @@ def _failure(one: Running) -> str:
     assert ended is not None
     how = f"failed with exit code {ended.code}" if ended.code else "ended before it was finished"
     where = "" if one.device is None else f"CUDA_VISIBLE_DEVICES={one.device} "
-    return f"{planned.name} {how} after {minutes(ended.seconds)}; to run it alone: {where}{planned.typed()}\n{one.run.log}:"
+    again = f"to run it alone: {where}{planned.typed()}"
+    return f"{planned.name} {how} after {minutes(ended.seconds)}; {again}\n{one.run.log}:"
 
 
 def _tell_end(runs: Sequence[SweepRun], console: Console) -> None:
@@ -232,7 +234,9 @@ def _tell_plan(runs: Sequence[SweepRun], slots: Sequence[str | None], console: C
     table = Table("run", "state", "command", title="what would run", title_justify="left")
     for run in runs:
         state, differences = inspect_run_directory(run.planned.run_dir, run.planned.written)
-        table.add_row(run.planned.name, "of another recipe or inputs" if differences else state.value, run.planned.typed())
+        table.add_row(
+            run.planned.name, "of another recipe or inputs" if differences else state.value, run.planned.typed()
+        )
     console.print(table)
     devices = ", ".join(str(device) for device in dict.fromkeys(slots) if device is not None)
     console.print(f"{len(runs)} runs, {len(slots)} at a time" + (f", on devices {devices}" if devices else ""))

@@ -1,4 +1,4 @@
-"""What a sweep shows while it runs: a table of the runs in progress and the time left; lines where there is no terminal."""
+"""What a sweep shows while it runs: the runs in progress and the time left; lines where there is no terminal."""
 
 from __future__ import annotations
 
