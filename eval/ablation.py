@@ -214,7 +214,11 @@ def run(recipe: AblationRecipe, console: Console) -> None:
     started, run_dir = time.monotonic(), Path(recipe.run_dir)
     with prepare_run_directory(run_dir, recipe, recipe.inputs()) as state:
         if state is RunState.FINISHED:
-            console.print(f"{run_dir} is finished: {(read_done(run_dir) or {}).get('key_figure')}", highlight=False)
+            console.print(
+                f"{run_dir} is finished: {(read_done(run_dir) or {}).get('key_figure')}",
+                highlight=False,
+                soft_wrap=True,
+            )
             return
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)

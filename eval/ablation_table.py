@@ -9,14 +9,17 @@ Report = Mapping[str, Any]
 
 
 def key_figure(report: Report) -> str:
-    """One line: the largest and the smallest cache, and what the smaller one costs."""
-    against = report["against"]
-    cheapest = min(report["arms"], key=lambda name: report["arms"][name]["kv_bytes_per_token"])
-    share = report["arms"][against]["kv_bytes_per_token"] / report["arms"][cheapest]["kv_bytes_per_token"]
-    if cheapest == against:
+    """One line: what the smallest cache of a long conversation costs."""
+    against, arms = report["against"], report["arms"]
+    length = list(arms[against]["kv_bytes"])[-1]
+    smallest = min(arms, key=lambda name: arms[name]["kv_bytes"][length])
+    if smallest == against:
         return f"{against} {number_text(report['loss']['arms'][against]['loss']['value'], 3)} nats"
-    difference = report["loss"]["arms"][cheapest]["difference"]
-    return f"{cheapest} {_signed(difference)} nats against {against}, {share:.0f} times less cache a token"
+    share = arms[against]["kv_bytes"][length] / arms[smallest]["kv_bytes"][length]
+    difference = report["loss"]["arms"][smallest]["difference"]
+    return (
+        f"{smallest} {_signed(difference)} nats against {against}, cache of {length} tokens {share:.0f} times smaller"
+    )
 
 
 def render_table(report: Report) -> str:

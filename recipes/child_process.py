@@ -70,7 +70,7 @@ class Child:
                 _kill_tree(self.process.pid)
             else:
                 _ask_to_stop(self.process.pid, stops.received[0], self._distributed)
-            self._passed_on = len(stops.received)
+            self._passed_on += 1  # one at a time: a second request may have come while the first was passed on
         if measure:
             self._peak = max(self._peak, _tree_bytes(self.process.pid))
         return None

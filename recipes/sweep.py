@@ -1,9 +1,10 @@
 """Run recipes with every value of some keys, several at a time on each device; what is finished is kept.
 
-    python -m recipes.sweep recipes/ablation/*.yaml --vary optimizer.lr=1e-3,2e-3,4e-3 --jobs 3 --devices 0,1
+    python -m recipes.sweep recipes/ablation --vary optimizer.lr=1e-3,2e-3,4e-3 --jobs 3 --devices 0,1
 
-A run's directory is its recipe's with the values behind it (`runs/ablation/mqa_lr_1e-3`), its output is in a file
-beside that (`runs/ablation/mqa_lr_1e-3.log`). Further arguments `dotted.key=value` replace a value in every recipe.
+A folder stands for the recipes in it; those of stages that train nothing are left out. A run's directory is its
+recipe's with the values behind it (`runs/ablation/mqa_lr_1e-3`), its output is in a file beside that
+(`runs/ablation/mqa_lr_1e-3.log`). Further arguments `dotted.key=value` replace a value in every recipe.
 """
 
 from __future__ import annotations
@@ -105,6 +106,11 @@ class Running:
         return "\n".join(lines[-_LOG_LINES_SHOWN:])
 
 
+def recipe_files(paths: Sequence[Path]) -> list[Path]:
+    """`paths` with every folder replaced by its YAML files, in the order of their names."""
+    return [file for path in paths for file in (sorted(path.glob("*.yaml")) if path.is_dir() else [path])]
+
+
 def plan(
     paths: Sequence[Path], variations: Sequence[Variation], overrides: Sequence[str]
 ) -> tuple[list[SweepRun], list[str]]:
@@ -121,7 +127,8 @@ def plan(
         else:
             left_out.append(f"{path} (stage {stage}: it trains nothing)")
     if not trained:
-        raise RecipeError(f"no recipe of a training stage among {', '.join(map(str, paths))}")
+        found = ", ".join(map(str, paths)) or "no file"
+        raise RecipeError(f"found {found}, expected at least one recipe of a stage that trains")
     runs, problems = [], []
     for values in itertools.product(*(variation.values for variation in variations)):
         chosen = [(variation.key, value) for variation, value in zip(variations, values, strict=True)]
@@ -244,7 +251,9 @@ def _tell_plan(runs: Sequence[SweepRun], slots: Sequence[str | None], console: C
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipes", nargs="+", metavar="recipe.yaml or dotted.key=value", help="recipes, and overrides")
+    parser.add_argument(
+        "recipes", nargs="+", metavar="recipe.yaml, folder or dotted.key=value", help="recipes, and overrides"
+    )
     parser.add_argument("--vary", action="append", default=[], metavar="dotted.key=value,value", help="may be repeated")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time on each device (default 1)")
     parser.add_argument("--devices", default="", metavar="0,1", help="GPUs, as CUDA_VISIBLE_DEVICES names them")
@@ -259,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.jobs < 1:
             raise RecipeError(f"--jobs {arguments.jobs}: expected 1 or more")
-        paths = [Path(word) for word in arguments.recipes if "=" not in word]
+        paths = recipe_files([Path(word) for word in arguments.recipes if "=" not in word])
         overrides = [word for word in arguments.recipes if "=" in word]
         runs, left_out = plan(paths, [Variation.parse(text) for text in arguments.vary], overrides)
         for line in left_out:

@@ -17,7 +17,7 @@ from recipes.child_process import StopRequests
 from recipes.loader import RecipeError
 from recipes.run_directory import read_done
 from recipes.stages import STAGES, Stage
-from recipes.sweep import Variation, child_environment, main, plan, slots_of
+from recipes.sweep import Variation, child_environment, main, plan, recipe_files, slots_of
 from recipes.sweep_display import Progress, read_progress
 
 ROOT = Path(__file__).parents[2]
@@ -189,8 +189,14 @@ def test_mistakes_are_told_before_anything_runs(
 
 
 def test_recipes_that_train_nothing_are_refused(folder: Path) -> None:
-    with pytest.raises(RecipeError, match="no recipe of a training stage"):
+    with pytest.raises(RecipeError, match=r"found data\.yaml, expected at least one recipe of a stage that trains"):
         plan([Path("data.yaml")], [], [])
+
+
+def test_a_folder_stands_for_its_recipes(folder: Path) -> None:
+    assert recipe_files([folder, Path("a.yaml")]) == [folder / f"{n}.yaml" for n in ("a", "b", "data")] + [
+        Path("a.yaml")
+    ]
 
 
 def test_runs_that_begin_together_are_of_different_recipes(folder: Path) -> None:
