@@ -45,10 +45,14 @@ def probes(dialogues: list[Dialogue], fact_tokenizer: DialogueTokenizer) -> list
 
 
 class Copying(nn.Module):
-    """A model whose logit is STRENGTH for every token among the last `window` of its document, and 0 for others."""
+    """A model whose logit is raised by STRENGTH for every token among the last `window` of its document.
 
-    def __init__(self, vocab_size: int, window: int):
+    `prior`: how much more it likes some tokens than others, whatever was said.
+    """
+
+    def __init__(self, vocab_size: int, window: int, prior: float = 0.0):
         super().__init__()
+        self.prior_V = prior * (torch.arange(vocab_size) % 7)
         self.embed_tokens = nn.Embedding(1, 1)
         self.window = window
         self.config = type("Config", (), {"vocab_size": vocab_size})
@@ -63,7 +67,7 @@ class Copying(nn.Module):
         return hidden_TV
 
     def logits(self, hidden_TV: Tensor) -> Tensor:
-        return hidden_TV
+        return hidden_TV + self.prior_V
 
 
 def test_distances_are_what_they_say(probes: list[RecallProbe], fact_tokenizer: DialogueTokenizer) -> None:
@@ -112,6 +116,13 @@ def test_a_model_that_copies_gains_what_it_copies(probes: list[RecallProbe], fac
     assert gains(sees)[0] == pytest.approx(STRENGTH, abs=1e-4)
     assert gains(blind)[0] == pytest.approx(0.0, abs=1e-6)
     assert first_ranks(blind)[0] == pytest.approx(1 / SECTION.n_candidates)
+
+
+def test_what_a_model_likes_anyway_is_no_gain(probes: list[RecallProbe], fact_tokenizer: DialogueTokenizer) -> None:
+    """The normaliser's change cancels between the two values, so the gain is the same with any prior."""
+    biased = candidate_logprobs(Copying(fact_tokenizer.vocab_size, 10**6, prior=1.0), probes, 4096)
+    assert gains(biased) == pytest.approx(STRENGTH, abs=1e-4)
+    assert first_ranks(biased).mean() < 1  # while the rank shows it
 
 
 def test_a_window_shows_in_the_summary(probes: list[RecallProbe], fact_tokenizer: DialogueTokenizer) -> None:
