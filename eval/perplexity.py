@@ -35,12 +35,14 @@ class PerplexitySection(Section):
 
 @dataclass(frozen=True)
 class ScoredTargets:
-    """Every scored held-out target N: its loss, role, turn (1 for the first message) and document."""
+    """Every scored held-out target N: its loss, role, turn (1 for the first message), document, and how many tokens of
+    that document come before it (what a model could have read)."""
 
     nats_N: FloatArray
     role_N: IntArray
     turn_N: IntArray
     document_N: IntArray
+    context_N: IntArray
     bytes_D: IntArray  # UTF-8 bytes of the text of each document's targets
     characters_D: IntArray
 
@@ -84,7 +86,8 @@ def targets_of_batch(
         role_N = np.where(control_L[target_L], CONTROL, np.where(answer_T[at_T], CHARACTER, PARTNER))
         text = tokenizer.decode(tokens_T[at_T + 1].tolist())
         size, length = np.array([len(text.encode())]), np.array([len(text)])
-        out.append(ScoredTargets(nats_T[at_T], role_N, number_L[target_L], np.zeros(at_T.size, np.int64), size, length))
+        document_N = np.zeros(at_T.size, np.int64)
+        out.append(ScoredTargets(nats_T[at_T], role_N, number_L[target_L], document_N, target_L, size, length))
     return out
 
 
@@ -119,6 +122,7 @@ def score_dataset(
         np.concatenate([p.role_N for p in parts]),
         np.concatenate([p.turn_N for p in parts]),
         np.repeat(np.arange(len(parts)), [p.nats_N.size for p in parts]),
+        np.concatenate([p.context_N for p in parts]),
         np.concatenate([p.bytes_D for p in parts]),
         np.concatenate([p.characters_D for p in parts]),
     )
@@ -145,18 +149,19 @@ def summarise(targets: ScoredTargets, bootstrap: Bootstrap) -> dict[str, Any]:
             {
                 "turns": turn_label(low, high),
                 "first": low,
-                "character": loss(text_N & _in_bin(targets, low, high) & (targets.role_N == CHARACTER)),
-                "partner": loss(text_N & _in_bin(targets, low, high) & (targets.role_N == PARTNER)),
+                "character": loss(text_N & in_turns(targets, low, high) & (targets.role_N == CHARACTER)),
+                "partner": loss(text_N & in_turns(targets, low, high) & (targets.role_N == PARTNER)),
             }
             for low, high in TURN_BINS
         ],
     }
 
 
-def paired_difference(first: ScoredTargets, second: ScoredTargets, role: int, bootstrap: Bootstrap) -> Estimate:
-    """Loss of `first` less that of `second` on the same targets of one role, in nats a token."""
+def paired_difference(
+    first: ScoredTargets, second: ScoredTargets, chosen_N: NDArray[np.bool_], bootstrap: Bootstrap
+) -> Estimate:
+    """Loss of `first` less that of `second` on the same chosen targets, in nats a token."""
     assert np.array_equal(first.document_N, second.document_N) and np.array_equal(first.role_N, second.role_N)
-    chosen_N = first.role_N == role
     difference_N = first.nats_N[chosen_N] - second.nats_N[chosen_N]
     return bootstrap.ratio(difference_N, np.ones_like(difference_N), first.document_N[chosen_N])
 
@@ -168,5 +173,6 @@ def turn_label(low: int, high: int) -> str:
     return f"{low}+" if high >= 10**9 else f"{low}-{high}"
 
 
-def _in_bin(targets: ScoredTargets, low: int, high: int) -> NDArray[np.bool_]:
+def in_turns(targets: ScoredTargets, low: int, high: int) -> NDArray[np.bool_]:
+    """Which targets lie in messages number `low` to `high`."""
     return np.asarray((targets.turn_N >= low) & (targets.turn_N <= high))

@@ -28,7 +28,8 @@ def series_colours(models: Sequence[str]) -> dict[str, str]:
     return {name: MODEL_COLOURS[i % len(MODEL_COLOURS)] for i, name in enumerate(models)} | {HUMAN: HUMAN_COLOUR}
 
 
-def _figure(width: float, height: float, n_columns: int = 1) -> tuple["Figure", list["Axes"]]:
+def new_figure(width: float, height: float, n_columns: int = 1) -> tuple["Figure", list["Axes"]]:
+    """An empty figure (inches) and its axes side by side, in the report's style."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -45,17 +46,17 @@ def _figure(width: float, height: float, n_columns: int = 1) -> tuple["Figure", 
     return figure, axes
 
 
-def _titles(ax: "Axes", title: str, x: str = "", y: str = "") -> None:
+def set_titles(ax: "Axes", title: str, x: str = "", y: str = "") -> None:
     ax.set_title(title, loc="left", fontsize=10.5, color=INK, fontweight="bold", pad=10)
     ax.set_xlabel(x, fontsize=9, color=SOFT)
     ax.set_ylabel(y, fontsize=9, color=SOFT)
 
 
-def _legend(ax: "Axes", **options: Any) -> None:
+def set_legend(ax: "Axes", **options: Any) -> None:
     ax.legend(frameon=False, fontsize=9, labelcolor=INK, handlelength=1.4, **options)
 
 
-def _whisker(ax: "Axes", estimate: Mapping[str, Any], y: float, colour: str) -> None:
+def draw_whisker(ax: "Axes", estimate: Mapping[str, Any], y: float, colour: str) -> None:
     """A dot with its interval, lying flat."""
     if estimate["value"] is None:
         return
@@ -64,14 +65,14 @@ def _whisker(ax: "Axes", estimate: Mapping[str, Any], y: float, colour: str) -> 
     ax.plot([estimate["value"]], [y], "o", color=colour, markersize=7, markeredgecolor=PAPER, markeredgewidth=1.2)
 
 
-def _rows(ax: "Axes", labels: Sequence[str], headroom: float = 0.6) -> None:
+def label_rows(ax: "Axes", labels: Sequence[str], headroom: float = 0.6) -> None:
     """Label one row a system, the first on top; `headroom` in rows leaves place for the names of reference lines."""
     ax.set_yticks(range(len(labels)), labels, fontsize=9.5, color=INK)
     ax.set_ylim(len(labels) - 0.4, -headroom)
     ax.grid(False, axis="y")
 
 
-def _reference(ax: "Axes", x: float, label: str) -> None:
+def draw_reference(ax: "Axes", x: float, label: str) -> None:
     ax.axvline(x, color=SOFT, linewidth=1.1, linestyle=(0, (4, 3)))
     ax.annotate(
         label, (x, 1), xycoords=("data", "axes fraction"), xytext=(4, -2), textcoords="offset points",
@@ -90,16 +91,16 @@ def draw_loss(report: Report) -> "Figure | None":
     rows = [(label, plain(part["ngrams"][name]), SOFT) for name, label in NGRAM_LABELS.items()]
     colours = series_colours(list(report["models"]))
     rows += [(name, figures["loss"], colours[name]) for name, figures in part["models"].items()]
-    figure, (ax,) = _figure(8.6, 0.7 + 0.34 * len(rows))
+    figure, (ax,) = new_figure(8.6, 0.7 + 0.34 * len(rows))
     for y, (_, estimate, colour) in enumerate(rows):
-        _whisker(ax, estimate, y, colour)
+        draw_whisker(ax, estimate, y, colour)
         ax.annotate(
             f"{estimate['value']:.2f}", (estimate["value"], y), xytext=(0, 7), textcoords="offset points",
             fontsize=8.5, color=INK, ha="center",
         )  # fmt: skip
-    _rows(ax, [label for label, *_ in rows])
+    label_rows(ax, [label for label, *_ in rows])
     ax.margins(x=0.08)
-    _titles(ax, "", "nats a token (lower is better)")
+    set_titles(ax, "", "nats a token (lower is better)")
     return figure
 
 
@@ -113,7 +114,7 @@ NGRAM_LABELS = {
 def draw_turns(report: Report) -> "Figure | None":
     """Loss by turn, on the character's text and on the partner's."""
     models = report["perplexity"]["models"]
-    figure, axes = _figure(8.6, 3.0, 2)
+    figure, axes = new_figure(8.6, 3.0, 2)
     colours = series_colours(list(report["models"]))
     for ax, side in zip(axes, ("character", "partner"), strict=True):
         for name, figures in models.items():
@@ -127,12 +128,12 @@ def draw_turns(report: Report) -> "Figure | None":
                 color=colours[name], alpha=0.14, linewidth=0,
             )  # fmt: skip
             ax.set_xticks(places, [b["turns"] for b in bins])
-        _titles(ax, f"The {side}'s text", "number of the message", "nats a token" if side == "character" else "")
+        set_titles(ax, f"The {side}'s text", "number of the message", "nats a token" if side == "character" else "")
     low = min(ax.get_ylim()[0] for ax in axes)
     high = max(ax.get_ylim()[1] for ax in axes)
     for ax in axes:
         ax.set_ylim(low, high)
-    _legend(axes[1])
+    set_legend(axes[1])
     return figure
 
 
@@ -140,14 +141,14 @@ def draw_ranking(report: Report) -> "Figure | None":
     """Recall@1 by model and by score, with chance and the better of the two length-only rankings."""
     part = report["ranking"]
     labels = {"mean_logprob": "mean log-probability", "sum_logprob": "summed", "context_gain": "gain from context"}
-    figure, axes = _figure(8.6, 0.9 + 0.34 * len(part["models"]), 3)
+    figure, axes = new_figure(8.6, 0.9 + 0.34 * len(part["models"]), 3)
     colours = series_colours(list(report["models"]))
     for ax, (score, label) in zip(axes, labels.items(), strict=True):
         for y, (name, figures) in enumerate(part["models"].items()):
-            _whisker(ax, figures[score]["recall_at_1"], y, colours[name])
-        _rows(ax, list(part["models"]) if ax is axes[0] else [""] * len(part["models"]), headroom=1.0)
-        _reference(ax, part["chance"]["recall_at_1"], "chance")
-        _titles(ax, label, "recall@1")
+            draw_whisker(ax, figures[score]["recall_at_1"], y, colours[name])
+        label_rows(ax, list(part["models"]) if ax is axes[0] else [""] * len(part["models"]), headroom=1.0)
+        draw_reference(ax, part["chance"]["recall_at_1"], "chance")
+        set_titles(ax, label, "recall@1")
     right = max(ax.get_xlim()[1] for ax in axes)
     for ax in axes:
         ax.set_xlim(0, right)
@@ -159,12 +160,12 @@ def draw_scorer(report: Report) -> "Figure | None":
     part = report["engagement"]
     if part["roc"] is None or part["calibration"] is None:
         return None
-    figure, (roc, calibration, auc) = _figure(9.6, 3.1, 3)
+    figure, (roc, calibration, auc) = new_figure(9.6, 3.1, 3)
     colour = MODEL_COLOURS[1]
     roc.plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle=(0, (4, 3)))
     rates = part["roc"]
     roc.plot(rates["false_positive_rate"], rates["true_positive_rate"], color=colour, linewidth=2)
-    _titles(roc, "ROC", "false positives", "true positives")
+    set_titles(roc, "ROC", "false positives", "true positives")
     roc.set_aspect("equal")
     calibration.plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle=(0, (4, 3)))
     for b in part["calibration"]["bins"]:
@@ -180,14 +181,14 @@ def draw_scorer(report: Report) -> "Figure | None":
     calibration.set_xlim(min(edges) - pad, max(edges) + pad)
     calibration.set_ylim(min(edges) - pad, max(edges) + pad)
     calibration.set_aspect("equal")
-    _titles(calibration, "Calibration", "predicted", "observed")
+    set_titles(calibration, "Calibration", "predicted", "observed")
     rows = [("scorer", part["auc"])]
     rows += [(BASELINE_LABELS[name], figures["auc"]) for name, figures in part["baselines"].items()]
     for y, (name, estimate) in enumerate(rows):
-        _whisker(auc, estimate, y, colour if name == "scorer" else SOFT)
-    _rows(auc, [name for name, _ in rows])
-    _reference(auc, 0.5, "")
-    _titles(auc, "AUC", "0.5 is chance")
+        draw_whisker(auc, estimate, y, colour if name == "scorer" else SOFT)
+    label_rows(auc, [name for name, _ in rows])
+    draw_reference(auc, 0.5, "")
+    set_titles(auc, "AUC", "0.5 is chance")
     return figure
 
 
@@ -210,16 +211,16 @@ def draw_preference(report: Report) -> "Figure | None":
         (f"{against} over human", part["other_win_rate_against_human"], colours[against]),
         ("longer reply over shorter", part["longer_reply_wins"], SOFT),
     ]
-    figure, (ax,) = _figure(8.6, 2.7)
+    figure, (ax,) = new_figure(8.6, 2.7)
     for y, (_, estimate, colour) in enumerate(rows):
-        _whisker(ax, estimate, y, colour)
-    _rows(ax, [label for label, *_ in rows], headroom=1.1)
+        draw_whisker(ax, estimate, y, colour)
+    label_rows(ax, [label for label, *_ in rows], headroom=1.1)
     ax.axvspan(part["over_optimisation_threshold"], 2, color=GRID, alpha=0.55, linewidth=0)
-    _reference(ax, 0.5, "no difference")
-    _reference(ax, part["over_optimisation_threshold"], "suspect")
+    draw_reference(ax, 0.5, "no difference")
+    draw_reference(ax, part["over_optimisation_threshold"], "suspect")
     ends = [e[k] for _, e, _ in rows for k in ("value", "low", "high") if e[k] is not None]
     ax.set_xlim(min([0.3, *ends]) - 0.03, max([0.72, *ends]) + 0.03)
-    _titles(ax, "The scorer prefers", "win rate")
+    set_titles(ax, "The scorer prefers", "win rate")
     return figure
 
 
@@ -227,7 +228,7 @@ def draw_quality(report: Report) -> "Figure | None":
     """Length distribution, and four shares side by side."""
     systems = report["quality"]["systems"]
     colours = series_colours(list(report["models"]))
-    figure, axes = _figure(9.6, 2.9, 4)
+    figure, axes = new_figure(9.6, 2.9, 4)
     for name, figures in systems.items():
         lengths = sorted(figures["lengths"])
         if lengths:
@@ -236,24 +237,24 @@ def draw_quality(report: Report) -> "Figure | None":
     axes[0].set_xlim(
         0, max([10, *(sorted(f["lengths"])[int(0.98 * (len(f["lengths"]) - 1))] for f in systems.values())])
     )
-    _titles(axes[0], "Reply length", "words", "share at most this long")
-    _legend(axes[0], loc="lower right")
+    set_titles(axes[0], "Reply length", "words", "share at most this long")
+    set_legend(axes[0], loc="lower right")
     shown = {"distinct_2": "Distinct bigrams", "repetition": "Repeats itself", "stop_rate": "Ends by itself"}
     for ax, (key, title) in zip(axes[1:], shown.items(), strict=True):
         for y, (name, figures) in enumerate(systems.items()):
-            _whisker(ax, figures[key], y, colours[name])
-        _rows(ax, list(systems) if ax is axes[1] else [""] * len(systems))
+            draw_whisker(ax, figures[key], y, colours[name])
+        label_rows(ax, list(systems) if ax is axes[1] else [""] * len(systems))
         ax.margins(x=0.12)
         ax.locator_params(axis="x", nbins=4)
         ax.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
-        _titles(ax, title)
+        set_titles(ax, title)
     return figure
 
 
 def draw_sensitivity(report: Report) -> "Figure | None":
     """How much a replaced message moves the next token, by how far back it stands."""
     part = report["user_sensitivity"]["models"]
-    figure, axes = _figure(8.6, 2.8, len(part))
+    figure, axes = new_figure(8.6, 2.8, len(part))
     colours = series_colours(list(report["models"]))
     top = 0.0
     for ax, (name, figures) in zip(axes, part.items(), strict=True):
@@ -267,11 +268,11 @@ def draw_sensitivity(report: Report) -> "Figure | None":
                 if e["low"] is not None:
                     ax.plot([d, d], [e["low"], e["high"]], color=colours[name] if side == "user" else SOFT, linewidth=1)
                     top = max(top, e["high"])
-        _titles(ax, name, "messages back from the reply", "KL, nats" if ax is axes[0] else "")
+        set_titles(ax, name, "messages back from the reply", "KL, nats" if ax is axes[0] else "")
         ax.set_xticks(range(1, 5))
     for ax in axes:
         ax.set_ylim(0, top * 1.3 or 1)
-    _legend(axes[-1])
+    set_legend(axes[-1])
     return figure
 
 
@@ -280,16 +281,16 @@ def draw_training(report: Report) -> "Figure | None":
     curves = report["training_curves"]
     if not curves:
         return None
-    figure, axes = _figure(min(9.6, 3.2 * len(curves)), 2.7, len(curves))
+    figure, axes = new_figure(min(9.6, 3.2 * len(curves)), 2.7, len(curves))
     for number, (ax, (stage, curve)) in enumerate(zip(axes, curves.items(), strict=True)):
         colour = MODEL_COLOURS[number % len(MODEL_COLOURS)]
         ax.plot(curve["step"], curve["loss"], color=colour, linewidth=1.1, alpha=0.9, label="training")
         if curve["heldout_step"]:
             ax.plot(curve["heldout_step"], curve["heldout_loss"], "o-", color=INK, markersize=3.5, linewidth=1.4,
                     label="held-out")  # fmt: skip
-        _titles(ax, stage, "step", "loss" if number == 0 else "")
+        set_titles(ax, stage, "step", "loss" if number == 0 else "")
         if curve["heldout_step"]:
-            _legend(ax)
+            set_legend(ax)
     return figure
 
 

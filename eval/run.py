@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from eval.context import human_replies, sample_replies
 from eval.dialogue_quality import summarise_quality
@@ -26,7 +25,7 @@ from eval.report import interval_text, number_text, to_json, write_report
 from eval.scoring import OnProgress, share_of, sigmoid, spread_rows
 from eval.training_curve import training_curves
 from eval.user_sensitivity import evaluate_user_sensitivity
-from eval.workspace import EvalRecipe, Workspace, check_finished, open_workspace
+from eval.workspace import EvalRecipe, Workspace, open_workspace, print_inputs
 from recipes.loader import dump_recipe, parse_command_line
 from recipes.run_directory import RunState, finish_run, prepare_run_directory, read_done
 
@@ -56,7 +55,9 @@ def perplexity_part(space: Workspace, on_progress: OnProgress) -> dict[str, Any]
             {
                 "model": name,
                 "against": first,
-                "character": paired_difference(scored[name], scored[first], CHARACTER, space.bootstrap),
+                "character": paired_difference(
+                    scored[name], scored[first], scored[first].role_N == CHARACTER, space.bootstrap
+                ),
             }
             for name in later
         ],
@@ -255,15 +256,7 @@ def run(recipe: EvalRecipe, console: Console) -> None:
 def print_plan(recipe: EvalRecipe, console: Console) -> None:
     """What a run would evaluate, and which of its inputs are there."""
     console.print(dump_recipe(recipe), highlight=False, markup=False)
-    table = Table("input", "run directory", "state")
-    for name, path in recipe.inputs().items():
-        try:
-            check_finished(name, path)
-            state = "ready"
-        except ValueError as error:
-            state = str(error).removeprefix(f"{name}: ").removeprefix(path).strip()
-        table.add_row(name, path, state)
-    console.print(table)
+    print_inputs(recipe.inputs(), console)
     console.print(f"parts: {', '.join(recipe.parts())}", highlight=False)
     console.print(f"report: {Path(recipe.run_dir) / 'report.html'}", highlight=False)
 

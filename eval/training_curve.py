@@ -1,10 +1,16 @@
-"""Training curves for the report, read from the metrics.jsonl of each stage that kept one."""
+"""Training curves and their spikes, read from the metrics.jsonl of each run that kept one."""
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field, PositiveFloat
+
+from recipes.loader import Section
 
 METRICS = "metrics.jsonl"
 MAX_POINTS = 400
@@ -30,12 +36,7 @@ def read_curve(path: Path) -> dict[str, list[float]]:
     """step and loss (thinned by averaging to at most MAX_POINTS), heldout_step and heldout_loss."""
     training: list[tuple[float, float]] = []
     heldout: list[tuple[float, float]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            record: dict[str, Any] = json.loads(line)
-            step = float(record["step"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise MetricsError(f"{path}:{number}: expected a JSON object with `step`, found {line[:80]!r}") from error
+    for step, record in _records(path):
         for key, points in (("loss", training), ("heldout_loss", heldout)):
             value = record.get(key)
             if value is not None and math.isfinite(value):
@@ -47,6 +48,66 @@ def read_curve(path: Path) -> dict[str, list[float]]:
         "heldout_step": [step for step, _ in heldout],
         "heldout_loss": [loss for _, loss in heldout],
     }
+
+
+def _records(path: Path) -> Iterator[tuple[float, dict[str, Any]]]:
+    """(step, values) of every line."""
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record: dict[str, Any] = json.loads(line)
+            step = float(record["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise MetricsError(f"{path}:{number}: expected a JSON object with `step`, found {line[:80]!r}") from error
+        yield step, record
+
+
+class SpikeSection(Section):
+    """A step is a spike when its value exceeds the mean of the `window` steps before it by `sigma` deviations."""
+
+    window: Annotated[int, Field(ge=2)] = 128
+    sigma: PositiveFloat = 6.0
+
+
+@dataclass(frozen=True)
+class Spikes:
+    """Of the `n_steps` that have a whole window before them, how many are spikes; the largest value / window mean."""
+
+    n_steps: int
+    count: int
+    max_ratio: float | None
+
+
+def spikes_of_run(path: Path, section: SpikeSection) -> dict[str, Spikes]:
+    """Spikes of the training loss and of the gradient norm in a metrics.jsonl that has a line for every step.
+
+    Raises MetricsError where steps are missing: spikes between logged steps would go unseen.
+    """
+    series: dict[str, list[float]] = {"loss": [], "gradient_norm": []}
+    steps: list[float] = []
+    for step, record in _records(path):
+        if "loss" in record and "gradient_norm" in record:
+            steps.append(step)
+            for key, values in series.items():
+                values.append(float(record[key]))
+    if steps and steps != [float(step) for step in range(1, len(steps) + 1)]:
+        raise MetricsError(
+            f"{path}: not every step is logged, so spikes cannot be counted; train with loop.log_every=1"
+        )
+    return {key: find_spikes(values, section) for key, values in series.items()}
+
+
+def find_spikes(values: Sequence[float], section: SpikeSection) -> Spikes:
+    """Spikes of a series, one value a step. A value that is not finite is one, and enters no window."""
+    value_T = np.asarray(values, dtype=np.float64)
+    if value_T.size <= section.window:
+        return Spikes(0, 0, None)
+    finite_T = np.where(np.isfinite(value_T), value_T, np.nan)
+    before_TW = np.lib.stride_tricks.sliding_window_view(finite_T, section.window)[:-1]
+    mean_T, deviation_T = np.nanmean(before_TW, axis=1), np.nanstd(before_TW, axis=1)
+    now_T = finite_T[section.window :]
+    is_spike_T = np.isnan(now_T) | (now_T > mean_T + section.sigma * deviation_T)
+    ratios = now_T / mean_T
+    return Spikes(now_T.size, int(is_spike_T.sum()), float(np.nanmax(ratios)) if np.isfinite(ratios).any() else None)
 
 
 def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

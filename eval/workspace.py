@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from rich.console import Console
+from rich.table import Table
 
 from data.dialogue import read_dialogues
 from data.shards import PackedDataset
@@ -183,14 +185,32 @@ def check_finished(name: str, path: str) -> None:
         raise RunDirectoryError(f"{name}: {path} is not finished (it has no done.json); run its stage to the end first")
 
 
+def print_inputs(inputs: Mapping[str, str], console: Console) -> None:
+    """Which of these run directories are there and finished."""
+    table = Table("input", "run directory", "state")
+    for name, path in inputs.items():
+        try:
+            check_finished(name, path)
+            state = "ready"
+        except ValueError as error:
+            state = str(error).removeprefix(f"{name}: ").removeprefix(path).strip()
+        table.add_row(name, path, state)
+    console.print(table)
+
+
+def check_tokenizer(name: str, path: str, tokenizer: DialogueTokenizer, data: str) -> None:
+    """Raise EvalError unless the model in run directory `path` was trained with the tokenizer of `data`."""
+    own = Path(path) / "model" / MODEL_FILE
+    if not own.is_file() or own.read_bytes() != tokenizer.model_bytes:
+        found = f"{own} does not exist" if not own.is_file() else f"{own} is another tokenizer"
+        raise EvalError(f"{name}: {found}, expected that of data: {data}; evaluate a model on its own data")
+
+
 def check_fits(
     name: str, path: str, config: ModelConfig, tokenizer: DialogueTokenizer, recipe: EvalRecipe, row_length: int
 ) -> None:
     """Raise EvalError where a model was trained with another tokenizer or is too short for what is asked of it."""
-    own = Path(path) / "model" / MODEL_FILE
-    if not own.is_file() or own.read_bytes() != tokenizer.model_bytes:
-        found = f"{own} does not exist" if not own.is_file() else f"{own} is another tokenizer"
-        raise EvalError(f"{name}: {found}, expected that of data: {recipe.data}; evaluate a model on its own data")
+    check_tokenizer(name, path, tokenizer, recipe.data)
     longest = max(row_length, recipe.contexts.max_prompt_tokens + recipe.replies.max_new_tokens)
     if longest > config.max_length:
         raise EvalError(

@@ -73,6 +73,7 @@ def sample(
     return token_B, logits_BV.log_softmax(-1).gather(1, token_B[:, None])[:, 0]
 
 
+@torch.no_grad()
 def generate(
     model: Transformer,
     prompts: Sequence[Sequence[int]],

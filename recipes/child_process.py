@@ -1,4 +1,4 @@
-"""Run one stage as a child: stopped when we are asked to stop, killed when we are killed, its memory measured."""
+"""Run stages as children: stopped when we are asked to stop, killed when we are killed, its memory measured."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import IO
 
 import psutil
 
@@ -35,32 +36,57 @@ class StopRequests:
             signal.signal(number, lambda number, frame: self.received.append(number))
 
 
+class Child:
+    """A running child with a session of its own, so that a Ctrl-C in the terminal reaches it once, through `look`.
+
+    Of a `distributed` child (torchrun) the ranks are asked to stop instead of the launcher, which would give them 30
+    seconds. `log`: a file that takes its output, or None where it shares ours.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        distributed: bool = False,
+        log: IO[bytes] | None = None,
+    ):
+        self._began, self._distributed = time.monotonic(), distributed
+        self._passed_on = self._peak = 0
+        self.process = subprocess.Popen(
+            list(command), env=dict(environment), start_new_session=True, preexec_fn=_dies_with(os.getpid()),
+            stdout=log, stderr=log,
+        )  # fmt: skip
+
+    def look(self, stops: StopRequests, measure: bool = True) -> Ended | None:
+        """How it ended, or None while it runs; a first stop request is passed on, a second one kills.
+
+        `measure` its memory too (it takes milliseconds).
+        """
+        code = self.process.poll()
+        if code is not None:
+            return Ended(code, time.monotonic() - self._began, self._peak)
+        if len(stops.received) > self._passed_on:
+            if self._passed_on:
+                _kill_tree(self.process.pid)
+            else:
+                _ask_to_stop(self.process.pid, stops.received[0], self._distributed)
+            self._passed_on += 1  # one at a time: a second request may have come while the first was passed on
+        if measure:
+            self._peak = max(self._peak, _tree_bytes(self.process.pid))
+        return None
+
+
 def run_child(
     command: Sequence[str], environment: Mapping[str, str], stops: StopRequests, distributed: bool = False
 ) -> Ended:
-    """Run `command` to its end. The first stop request is passed on, a second one kills.
-
-    The child has a session of its own, so that a Ctrl-C in the terminal reaches it once, through here. Of a
-    `distributed` child (torchrun) the ranks are asked instead of the launcher, which would give them 30 seconds.
-    """
-    began = time.monotonic()
-    passed_on, peak = 0, 0
-    child = subprocess.Popen(
-        list(command), env=dict(environment), start_new_session=True, preexec_fn=_dies_with(os.getpid())
-    )
-    while child.poll() is None:
-        if len(stops.received) > passed_on:
-            if passed_on:
-                _kill_tree(child.pid)
-            else:
-                _ask_to_stop(child.pid, stops.received[0], distributed)
-            passed_on = len(stops.received)
-        peak = max(peak, _tree_bytes(child.pid))
+    """Run `command` to its end. The first stop request is passed on, a second one kills."""
+    child = Child(command, environment, distributed)
+    while (ended := child.look(stops)) is None:
         try:
-            child.wait(_SECONDS_BETWEEN_LOOKS)
+            child.process.wait(_SECONDS_BETWEEN_LOOKS)
         except subprocess.TimeoutExpired:
             continue
-    return Ended(child.returncode, time.monotonic() - began, peak)
+    return ended
 
 
 def _dies_with(parent: int) -> Callable[[], None] | None:

@@ -143,8 +143,12 @@ def _moved(node: Any, old: str, new: str, key: str = "") -> Iterator[str]:
         for name, value in node.items() if isinstance(node, dict) else enumerate(node):
             yield from _moved(value, old, new, f"{key}.{name}" if key else str(name))
     elif isinstance(node, str) and (node == old or node.startswith(f"{old}/")):
-        path = new.rstrip("/") + node.removeprefix(old)
-        yield f"{key}={path if _PLAIN_PATH.fullmatch(path) else json.dumps(path)}"
+        yield path_override(key, new.rstrip("/") + node.removeprefix(old))
+
+
+def path_override(key: str, path: str) -> str:
+    """The override that sets `key` to this path, quoted where YAML would read it as something else."""
+    return f"{key}={path if _PLAIN_PATH.fullmatch(path) else json.dumps(path)}"
 
 
 def schema_of(stage: str) -> type[BaseModel]:
@@ -178,7 +182,7 @@ def run(stages: Sequence[Planned], console: Console, stops: StopRequests) -> int
     """Run what is not finished, in order; the exit code. Raises RunDirectoryError."""
     rows = []
     for number, planned in enumerate(stages, 1):
-        state = _make_room(planned, console)
+        state = make_room(planned, console)
         ended = None
         if state is not RunState.FINISHED:
             how = "continues" if state is RunState.UNFINISHED else "starts"
@@ -198,7 +202,7 @@ def run(stages: Sequence[Planned], console: Console, stops: StopRequests) -> int
     return 0
 
 
-def _make_room(planned: Planned, console: Console) -> RunState:
+def make_room(planned: Planned, console: Console) -> RunState:
     """The state of the stage's run directory, once a run of another recipe or other inputs is out of the way."""
     state, differences = inspect_run_directory(planned.run_dir, planned.written)
     if not differences:
@@ -228,7 +232,7 @@ def stage_environment(nproc_per_node: int) -> dict[str, str]:
 
 def _tell_failure(planned: Planned, ended: Ended, console: Console) -> int:
     how = f"failed with exit code {ended.code}" if ended.code else "ended before it was finished"
-    console.print(f"\n[bold red]{planned.name} {how}[/] after {_minutes(ended.seconds)}", highlight=False)
+    console.print(f"\n[bold red]{planned.name} {how}[/] after {minutes(ended.seconds)}", highlight=False)
     console.print(
         f"to run it alone: {planned.typed()}\nto continue:     the same command again",
         highlight=False, markup=False, soft_wrap=True,
@@ -242,14 +246,14 @@ def _tell_end(stages: Sequence[Planned], rows: Sequence[Row], console: Console) 
     table.add_column("peak memory", justify="right")
     for row in rows:
         measured = (
-            (_minutes(row.ended.seconds), f"{row.ended.peak_bytes / 2**30:.2f} GiB") if row.ended else ("kept", "")
+            (minutes(row.ended.seconds), f"{row.ended.peak_bytes / 2**30:.2f} GiB") if row.ended else ("kept", "")
         )
         table.add_row(row.name, row.key_figure, *measured)
     ran = [row.ended for row in rows if row.ended]
     if ran:
         peak = max(ended.peak_bytes for ended in ran) / 2**30
         table.add_section()
-        table.add_row("[bold]all[/]", "", _minutes(sum(ended.seconds for ended in ran)), f"{peak:.2f} GiB")
+        table.add_row("[bold]all[/]", "", minutes(sum(ended.seconds for ended in ran)), f"{peak:.2f} GiB")
     console.print(table)
     run_dirs: Mapping[str, Path] = {planned.written["stage"]: planned.run_dir for planned in stages}
     if "eval" in run_dirs:
@@ -268,7 +272,8 @@ def _texts(node: Any) -> Iterator[str]:
         yield node
 
 
-def _minutes(seconds: float) -> str:
+def minutes(seconds: float) -> str:
+    """`m:ss`."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 

@@ -26,5 +26,6 @@ STAGES: dict[str, Stage] = {
     "engagement": Stage("train.engagement", distributed=True),
     "dpo": Stage("train.dpo", distributed=True),
     "eval": Stage("eval.run"),
+    "ablation": Stage("eval.ablation"),
     "export": Stage("serving_export.export"),
 }

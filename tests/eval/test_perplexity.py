@@ -60,6 +60,11 @@ def test_scored_loss_and_roles(
     ends = sum(m.speaker == "Sam" for d in dialogues[:6] for m in d.messages)
     assert int((targets.role_N == PARTNER).sum()) >= 2 * ends
     assert len(targets.bytes_D) == 6
+    # The k-th target of a document has k tokens before it, <bos> among them.
+    for document in range(6):
+        assert targets.context_N[targets.document_N == document].tolist() == list(
+            range(1, 1 + int((targets.document_N == document).sum()))
+        )
     # The sum of the losses is the plain cross-entropy of each dialogue alone.
     total = 0.0
     for dialogue in dialogues[:6]:
@@ -92,7 +97,7 @@ def test_count_models_see_the_same_targets(dialogues: list[Dialogue], dataset_of
 def targets_with(nats: list[float], role: list[int], turn: list[int], document: list[int]) -> ScoredTargets:
     n = max(document) + 1
     arrays = (np.array(nats), np.array(role), np.array(turn), np.array(document))
-    return ScoredTargets(*arrays, np.full(n, 10), np.full(n, 5))
+    return ScoredTargets(*arrays, np.ones(len(nats), np.int64), np.full(n, 10), np.full(n, 5))
 
 
 def test_summary_of_known_losses() -> None:
@@ -114,7 +119,7 @@ def test_paired_difference_has_a_narrow_interval() -> None:
     document = np.repeat(np.arange(20), 10).tolist()
     base = rng.gamma(2, 2, 200)
     first, second = (targets_with(list(base + shift), [0] * 200, [1] * 200, document) for shift in (0.5, 0.0))
-    difference = paired_difference(first, second, CHARACTER, BOOTSTRAP)
+    difference = paired_difference(first, second, first.role_N == CHARACTER, BOOTSTRAP)
     assert difference.value == pytest.approx(0.5)
 
 

@@ -30,7 +30,8 @@ def random_targets(rng: np.random.Generator, level: float) -> ScoredTargets:
     turn_N = np.tile(np.repeat(np.arange(1, 21), 3), 40)
     role_N = np.tile(np.array([2, 0, 1] * 20), 40)
     nats_N = rng.gamma(2, level / 2, documents.size) * (1.2 - 0.1 * np.log(turn_N))
-    return ScoredTargets(nats_N, role_N, turn_N, documents, np.full(40, 200), np.full(40, 190))
+    context_N = np.tile(np.arange(1, 61), 40)
+    return ScoredTargets(nats_N, role_N, turn_N, documents, context_N, np.full(40, 200), np.full(40, 190))
 
 
 def random_replies(rng: np.random.Generator, n: int, length: float) -> list[Reply]:
@@ -103,7 +104,7 @@ def random_report(seed: int = 0) -> dict[str, Any]:
     steps = list(range(1, 400, 4))
     curve = {"step": steps, "loss": [3.6 + 4 * float(np.exp(-s / 90)) + 0.05 * float(rng.normal()) for s in steps],
              "heldout_step": [100, 200, 300], "heldout_loss": [5.0, 4.2, 3.95]}  # fmt: skip
-    difference = paired_difference(scored["sft"], scored["pretrain"], 0, BOOTSTRAP)
+    difference = paired_difference(scored["sft"], scored["pretrain"], scored["sft"].role_N == 0, BOOTSTRAP)
     sensitivity = summarise_changes(changes, kl_N, BOOTSTRAP)
     return {
         "title": "Dramatis evaluation: demo",

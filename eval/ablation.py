@@ -1,0 +1,250 @@
+"""Hold the arms of an architecture ablation against each other: `python -m eval.ablation recipes/ablation/eval.yaml`.
+
+Writes table.md, report.json and plots/ into the recipe's run_dir.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from data.dialogue import Dialogue, read_dialogues
+from data.shards import PackedDataset
+from data.tokenizer import DialogueTokenizer
+from eval.ablation_plots import draw_ablation
+from eval.ablation_runs import AblationRecipe, Arm, describe_arm, read_arms, unseen_rows
+from eval.ablation_table import key_figure, render_table
+from eval.context import select_contexts
+from eval.decode_speed import device_name, measure_speed, speed_prompts
+from eval.perplexity import CONTROL, TURN_BINS, ScoredTargets, in_turns, paired_difference, score_dataset, turn_label
+from eval.ranking import evaluate_ranking
+from eval.recall import build_probes, candidate_logprobs, summarise_recall
+from eval.report import to_json
+from eval.scoring import OnProgress, share_of
+from eval.statistics import Bootstrap
+from eval.workspace import EvalError, check_finished, print_inputs
+from model.transformer import Transformer
+from model.weights import load_model
+from recipes.loader import dump_recipe, parse_command_line
+from recipes.run_directory import RunState, finish_run, prepare_run_directory, read_done, write_atomically
+
+# Tokens of its document that a target can read. 128 is the window of the ablation's local layers.
+CONTEXT_BINS = ((1, 31), (32, 63), (64, 127), (128, 255), (256, 511), (512, 10**9))
+
+
+@dataclass
+class Ablation:
+    """Everything loaded once; the models are those of the arms' best runs, in float32."""
+
+    recipe: AblationRecipe
+    tokenizer: DialogueTokenizer
+    heldout: PackedDataset
+    dialogues: list[Dialogue]
+    arms: dict[str, Arm]
+    models: dict[str, Transformer]
+    device: torch.device
+    bootstrap: Bootstrap
+
+
+def open_ablation(recipe: AblationRecipe) -> Ablation:
+    """Load data, arms and models. Raises EvalError, or the errors of the readers, naming what is wrong."""
+    check_finished("data", recipe.data)
+    data = Path(recipe.data)
+    tokenizer, heldout = DialogueTokenizer.load(data), PackedDataset(data / "heldout")
+    longest = max(heldout.row_length, recipe.contexts.max_prompt_tokens, max(recipe.recall.distances))
+    arms = read_arms(recipe, tokenizer, max(longest, recipe.speed.prompt_tokens + recipe.speed.new_tokens))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    models = {name: load_model(Path(arm.best.run_dir) / "model", device) for name, arm in arms.items()}
+    dialogues = list(read_dialogues(data / "dialogues" / "heldout.jsonl"))
+    bootstrap = Bootstrap(recipe.bootstrap.n_resamples, recipe.bootstrap.confidence_level, recipe.seed)
+    return Ablation(recipe, tokenizer, heldout, dialogues, arms, models, device, bootstrap)
+
+
+def loss_part(space: Ablation, on_progress: OnProgress) -> dict[str, Any]:
+    """Held-out loss of every arm and its difference to the first on the same targets: overall, by context, by turn."""
+    rows = unseen_rows(list(space.arms.values()), space.heldout.n_rows, space.recipe.heldout_rows)
+    scored = {
+        name: score_dataset(
+            model, space.heldout, space.tokenizer, rows, space.recipe.batch_tokens,
+            share_of(on_progress, number, len(space.models)),
+        )
+        for number, (name, model) in enumerate(space.models.items())
+    }  # fmt: skip
+    base = scored[space.recipe.against]
+    return {
+        "n_rows": int(rows.size),
+        "n_targets": int(base.nats_N.size),
+        "n_documents": int(base.bytes_D.size),
+        "arms": {name: _loss_figures(targets, base, space.bootstrap) for name, targets in scored.items()},
+    }
+
+
+def _loss_figures(targets: ScoredTargets, base: ScoredTargets, bootstrap: Bootstrap) -> dict[str, Any]:
+    def figures(chosen_N: NDArray[np.bool_]) -> dict[str, Any]:
+        nats_N = targets.nats_N[chosen_N]
+        return {
+            "loss": bootstrap.mean(nats_N, targets.document_N[chosen_N]),
+            "difference": None if targets is base else paired_difference(targets, base, chosen_N, bootstrap),
+        }
+
+    text_N = targets.role_N != CONTROL
+    return {
+        **figures(np.ones(targets.nats_N.size, dtype=bool)),
+        "by_context": [
+            {"tokens": turn_label(*limits), "first": limits[0], **figures(_has_context(targets, *limits))}
+            for limits in CONTEXT_BINS
+        ],
+        "by_turn": [
+            {"turns": turn_label(*limits), "first": limits[0], **figures(text_N & in_turns(targets, *limits))}
+            for limits in TURN_BINS
+        ],
+    }
+
+
+def _has_context(targets: ScoredTargets, low: int, high: int) -> NDArray[np.bool_]:
+    return np.asarray((targets.context_N >= low) & (targets.context_N <= high))
+
+
+def ranking_part(space: Ablation, on_progress: OnProgress) -> dict[str, Any]:
+    """The true next reply among distractors."""
+    recipe = space.recipe
+    contexts = select_contexts(
+        space.dialogues, space.tokenizer, len(space.dialogues), recipe.seed,
+        recipe.contexts.max_prompt_tokens, recipe.contexts.min_messages,
+    )  # fmt: skip
+    if recipe.ranking.n_contexts > len(contexts):
+        raise EvalError(f"ranking.n_contexts: {recipe.ranking.n_contexts} asked for, {len(contexts)} found; lower it")
+    return evaluate_ranking(
+        space.models, space.tokenizer, contexts, recipe.ranking, recipe.seed, recipe.batch_tokens, space.bootstrap,
+        on_progress,
+    )  # fmt: skip
+
+
+def recall_part(space: Ablation, on_progress: OnProgress) -> dict[str, Any]:
+    """A fact stated early and asked later, by distance."""
+    probes = build_probes(space.dialogues, space.tokenizer, space.recipe.recall, space.recipe.seed)
+    longest = max(len(probe.prompts[0]) + len(probe.candidates[0]) for probe in probes)
+    for name, arm in space.arms.items():
+        if longest > arm.config.max_length:
+            raise EvalError(
+                f"recall.distances: {max(space.recipe.recall.distances)} makes prompts of {longest} tokens, the "
+                f"max_length of arms.{name} is {arm.config.max_length}; lower it"
+            )
+    logprobs = {
+        name: candidate_logprobs(
+            model, probes, space.recipe.batch_tokens, share_of(on_progress, number, len(space.models))
+        )
+        for number, (name, model) in enumerate(space.models.items())
+    }
+    return summarise_recall(probes, logprobs, space.recipe.against, space.bootstrap)
+
+
+def speed_part(space: Ablation, on_progress: OnProgress) -> dict[str, Any]:
+    """Decoding speed of every arm, in the precision that the recipe names."""
+    section = space.recipe.speed
+    dtype = getattr(torch, section.precision)
+    models = {n: load_model(Path(arm.best.run_dir) / "model", space.device, dtype) for n, arm in space.arms.items()}
+    figures = measure_speed(models, speed_prompts(space.heldout, section), section, on_progress)
+    return {**section.model_dump(), "device": device_name(space.device), "arms": figures}
+
+
+PARTS: dict[str, Callable[[Ablation, OnProgress], dict[str, Any]]] = {
+    "loss": loss_part,
+    "ranking": ranking_part,
+    "recall": recall_part,
+    "speed": speed_part,
+}
+
+
+def evaluate(space: Ablation, console: Console) -> dict[str, Any]:
+    """Run every part with a progress line each; the report's content."""
+    columns = (TextColumn("[bold]{task.description:<8}"), BarColumn(bar_width=30), TimeElapsedColumn(),
+               TextColumn("ETA"), TimeRemainingColumn())  # fmt: skip
+    results, seconds = dict[str, Any](), dict[str, float]()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        for name, part in PARTS.items():
+            started = time.monotonic()
+            task = progress.add_task(name, total=None)
+            results[name] = part(space, partial(_advance, progress, task))
+            progress.update(task, total=1, completed=1)
+            seconds[name] = round(time.monotonic() - started, 2)
+            if not console.is_terminal:
+                console.print(f"{name}: {seconds[name]:.1f} s", highlight=False)
+    recipe = space.recipe
+    return {
+        "title": recipe.title,
+        "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "device": device_name(space.device),
+        "torch": torch.__version__,
+        "seed": recipe.seed,
+        "bootstrap": recipe.bootstrap.model_dump(),
+        "data": {"run_dir": recipe.data, "fingerprint": space.heldout.fingerprint},
+        "against": recipe.against,
+        "spikes": recipe.spikes.model_dump(),
+        "arms": {name: describe_arm(arm, recipe.conversation_lengths) for name, arm in space.arms.items()},
+        **results,
+        "seconds": seconds,
+    }
+
+
+def _advance(progress: Progress, task: TaskID, done: int, total: int) -> None:
+    progress.update(task, total=total, completed=done)
+
+
+def write_outputs(run_dir: Path, report: dict[str, Any]) -> None:
+    """Write plots/*.png, report.json and table.md; `report` as plain JSON values."""
+    draw_ablation(report, run_dir / "plots")
+    write_atomically(run_dir / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(run_dir / "table.md", render_table(report))
+
+
+def run(recipe: AblationRecipe, console: Console) -> None:
+    """Evaluate into recipe.run_dir, or say that it is done already."""
+    started, run_dir = time.monotonic(), Path(recipe.run_dir)
+    with prepare_run_directory(run_dir, recipe, recipe.inputs()) as state:
+        if state is RunState.FINISHED:
+            console.print(
+                f"{run_dir} is finished: {(read_done(run_dir) or {}).get('key_figure')}",
+                highlight=False,
+                soft_wrap=True,
+            )
+            return
+        if recipe.threads is not None:
+            torch.set_num_threads(recipe.threads)
+        report = to_json({"schema_version": 1, **evaluate(open_ablation(recipe), console)})
+        write_outputs(run_dir, report)
+        finish_run(run_dir, recipe, recipe.inputs(), key_figure(report), time.monotonic() - started)
+    console.print(render_table(report), highlight=False, markup=False, soft_wrap=True)
+    console.print(f"table: {run_dir / 'table.md'}  plots: {run_dir / 'plots'}", highlight=False, soft_wrap=True)
+
+
+def main() -> int:
+    """Entry point: 0 when the report is there, 2 for a problem the user can mend."""
+    command = parse_command_line(AblationRecipe, description=__doc__)
+    console = Console()
+    try:
+        if command.dry_run:
+            console.print(dump_recipe(command.recipe), highlight=False, markup=False)
+            print_inputs(command.recipe.inputs(), console)
+        else:
+            run(command.recipe, console)
+    except (ValueError, FileNotFoundError) as error:
+        message = f"[bold red]{type(error).__name__}[/]: {str(error).replace('[', chr(92) + '[')}"
+        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""Decoding speed of models through our own runtime (model/generate.py): a reference, not a serving engine."""
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, PositiveInt
+
+from data.shards import PackedDataset
+from eval.scoring import OnProgress, silent
+from model.generate import Sampling, generate
+from model.transformer import Transformer
+from recipes.loader import Section
+
+
+class SpeedSection(Section):
+    """Prompts of `prompt_tokens`, `new_tokens` drawn greedily for each of a batch, the median of `repeats` passes."""
+
+    prompt_tokens: PositiveInt
+    new_tokens: Annotated[int, Field(ge=3)]
+    batches: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+    repeats: PositiveInt
+    precision: Literal["float32", "bfloat16"]
+
+
+def speed_prompts(dataset: PackedDataset, section: SpeedSection) -> list[list[int]]:
+    """As many prompts as the largest batch has: the beginnings of rows, in turn."""
+    numbers = [number % dataset.n_rows for number in range(max(section.batches))]
+    tokens_RL = dataset.gather(numbers)[0]
+    return tokens_RL[:, : section.prompt_tokens].tolist()
+
+
+def time_generation(model: Transformer, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[float, float]:
+    """(seconds to the first token of all prompts, seconds of a decoding step after it).
+
+    `generate` reads every step's tokens back before it reports the step, so a moment taken there waits for the device.
+    """
+    moments = [time.perf_counter()]
+    sampling = Sampling(new_tokens, stop_ids=(), temperature=0.0)
+    generate(model, prompts, sampling, on_step=lambda n_running: moments.append(time.perf_counter()))
+    return moments[1] - moments[0], (moments[-1] - moments[1]) / (len(moments) - 2)
+
+
+def measure_speed(
+    models: Mapping[str, Transformer],
+    prompts: Sequence[Sequence[int]],
+    section: SpeedSection,
+    on_progress: OnProgress = silent,
+) -> dict[str, list[dict[str, Any]]]:
+    """For each model and batch size: tokens a second (median, slowest, fastest), milliseconds to the first token.
+
+    The models are measured in turn, pass by pass, after one pass that is not counted: a machine that slows down or is
+    shared slows all of them.
+    """
+    figures: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
+    done, total = 0, len(section.batches) * (section.repeats + 1) * len(models)
+    for batch in section.batches:
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+        for number in range(section.repeats + 1):
+            for name, model in models.items():
+                taken = time_generation(model, prompts[:batch], section.new_tokens)
+                if number:
+                    times[name].append(taken)
+                done += 1
+                on_progress(done, total)
+        for name, taken_by in times.items():
+            rates = [batch / step for _, step in taken_by]
+            figures[name].append(
+                {
+                    "batch": batch,
+                    "tokens_per_second": statistics.median(rates),
+                    "slowest": min(rates),
+                    "fastest": max(rates),
+                    "first_token_ms": 1000 * statistics.median(first for first, _ in taken_by),
+                }
+            )
+    return figures
+
+
+def device_name(device: torch.device) -> str:
+    """What a figure of speed was measured on."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

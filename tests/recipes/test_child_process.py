@@ -1,0 +1,47 @@
+"""Stop requests reach a child one at a time, however closely they follow each other."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from recipes.child_process import Child, StopRequests
+
+
+@pytest.fixture
+def stops() -> StopRequests:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    requests = StopRequests()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return requests
+
+
+def test_two_requests_between_two_looks_kill_what_does_not_listen(stops: StopRequests, tmp_path: Path) -> None:
+    deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        child = Child([sys.executable, "-c", deaf], os.environ, log=file)
+    while log.read_text() != "deaf\n":
+        time.sleep(0.02)
+    assert child.look(stops) is None
+    stops.received += [signal.SIGTERM, signal.SIGTERM]
+    assert child.look(stops) is None  # asks
+    assert child.look(stops) is None  # kills
+    child.process.wait(30)
+    ended = child.look(stops)
+    assert ended is not None
+    assert ended.code == -signal.SIGKILL
+    assert ended.peak_bytes > 0
+
+
+def test_what_need_not_be_measured_is_not(stops: StopRequests) -> None:
+    child = Child([sys.executable, "-c", "import time; time.sleep(0.2)"], os.environ)
+    while (ended := child.look(stops, measure=False)) is None:
+        time.sleep(0.02)
+    assert (ended.code, ended.peak_bytes) == (0, 0)
