@@ -29,12 +29,16 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """What a checkpoint knows besides tensors: all that decides which data comes next, and who wrote it."""
+    """What a checkpoint knows besides tensors: all that decides which data comes next, and who wrote it.
+
+    recent_steps: what `loop.skip_spikes` judges the next step by.
+    """
 
     step: int
     position: DataPosition
     world_size: int
     skipped_steps: int = 0
+    recent_steps: dict[str, list[float]] | None = None
 
 
 @dataclass

@@ -6,7 +6,9 @@ import hashlib
 import io
 import logging
 import os
-from contextlib import redirect_stdout
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -187,15 +189,17 @@ class Engine:
         """Add the gradient of `loss`. Ranks' gradients are summed (DeepSpeed averages them)."""
         self._deepspeed.backward(loss * self.world.size, scale_wrt_gas=False)
 
-    def step(self, lr_multiplier: float) -> tuple[float, bool]:
+    def step(self, lr_multiplier: float, accepts: Callable[[float], bool] | None = None) -> tuple[float, bool]:
         """Update the weights. Returns the gradient norm before clipping, and whether the step was taken.
 
-        A step with a non-finite gradient is not taken and leaves weights and optimizer state as they were.
+        A step with a non-finite gradient is not taken, nor one whose norm `accepts` (asked on every rank) answers with
+        False; weights and optimizer state are then as they were.
         """
         for group, peak_lr in zip(self._optimizer.param_groups, self._peak_lrs, strict=True):
             group["lr"] = peak_lr * lr_multiplier
-        self._deepspeed.step()
-        norm = float(self._deepspeed.get_global_grad_norm() or 0.0)
+        with _norm_check(self._optimizer, accepts) as refused:
+            self._deepspeed.step()
+        norm = refused[0] if refused else float(self._deepspeed.get_global_grad_norm() or 0.0)
         return norm, bool(self._deepspeed.was_step_applied())
 
     def snapshot(self) -> Snapshot:
@@ -250,6 +254,37 @@ class Engine:
                 if self.world.is_main:
                     weights[name] = host_copy(parameter.detach())
         return weights
+
+
+@contextmanager
+def _norm_check(optimizer: Any, accepts: Callable[[float], bool] | None) -> Iterator[list[float]]:
+    """Let `accepts` judge the gradient's norm too, where DeepSpeed looks whether it is finite; yields a refused one.
+
+    BF16_Optimizer and both ZeRO optimizers ask `is_invalid_grad_norm` of the global norm, the same on all ranks, before
+    they touch weights or state, and then clear the gradients and return. ZeRO-1/2 asks again when it clips.
+    """
+    refused: list[float] = []
+    if accepts is None:
+        yield refused
+        return
+    module = sys.modules[type(optimizer).__module__]
+    is_invalid, answers = module.is_invalid_grad_norm, {}
+
+    def is_refused(norm: Tensor | float) -> bool:
+        if is_invalid(norm):
+            return True
+        value = float(norm)
+        if value not in answers:
+            answers[value] = accepts(value)
+            if not answers[value]:
+                refused.append(value)
+        return not answers[value]
+
+    module.is_invalid_grad_norm = is_refused  # type: ignore[attr-defined]
+    try:
+        yield refused
+    finally:
+        module.is_invalid_grad_norm = is_invalid  # type: ignore[attr-defined]
 
 
 def _add_gradient(optimizer: Any, weight: nn.Parameter, group: int, number: int, clear_lp_grads: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +21,7 @@ from train.checkpoint import Checkpoints, CheckpointState, Write
 from train.engine import Engine, World
 from train.metrics import Metrics
 from train.schedule import Schedule
+from train.skipping import RecentSteps, SkippedSteps, SkipSpikes
 from train.throughput import Throughput
 
 
@@ -37,10 +37,9 @@ class LoopConfig(Section):
     keep: MayChange[PositiveInt] = 2
     log_every: MayChange[PositiveInt] = 1
     max_skipped_steps: MayChange[NonNegativeInt] = 10
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on."""
+    """In a row; one more ends the training."""
+    skip_spikes: SkipSpikes | None = None
+    """null: only steps that are not finite are skipped."""
 
 
 class LoopError(ValueError):
@@ -116,7 +115,9 @@ def train(
             f"{config.rows_per_micro_batch} x {world.size} rank(s); change one of them"
         )
     reader = StepReader(stage, config, seed, world)
-    step, skipped, skipped_in_a_row = (start.step, start.skipped_steps, 0) if start else (0, 0, 0)
+    step = start.step if start else 0
+    skipped = SkippedSteps(config.max_skipped_steps, run_dir, world, start.skipped_steps if start else 0)
+    recent = RecentSteps(config.skip_spikes, world, start.recent_steps if start else None)
     fresh, evaluation, clock, tokens_since_log = True, {}, time.perf_counter(), 0
     while True:
         is_last = step == config.max_steps
@@ -130,26 +131,27 @@ def train(
         is_due = config.save_every is not None and (step % config.save_every == 0 or is_last or n_stops)
         if is_due and not (fresh and (start or not n_stops)):
             position = position_after(step * config.rows_per_step, stage.rows, seed)
-            checkpoints.save(CheckpointState(step, position, world.size, skipped), snapshot)
+            state = CheckpointState(step, position, world.size, skipped.total, recent.state())
+            checkpoints.save(state, snapshot)
             clock = time.perf_counter()
         if is_last or n_stops:
             checkpoints.finish()
-            return Outcome(step, is_last, evaluation or (stage.evaluate(engine) if is_last else {}), skipped)
+            return Outcome(step, is_last, evaluation or (stage.evaluate(engine) if is_last else {}), skipped.total)
 
         rows, batches = reader.batches(step)
         (count,) = world.sum([float(sum(stage.count(batch) for batch in batches))])
         tokens_since_log += sum(len(batch.tokens_T) for batch in batches) * world.size
         sums = accumulate(engine, batches, count)
-        gradient_norm, taken = engine.step(schedule.multiplier(step, config.max_steps))
+        accepts = recent.judge(sums["loss"], count)
+        gradient_norm, taken = engine.step(schedule.multiplier(step, config.max_steps), accepts)
         starting = metrics.first_step() if metrics and fresh else {}
         step, fresh = step + 1, False
 
-        skipped_in_a_row = 0 if taken else skipped_in_a_row + 1
-        skipped += not taken
-        if skipped_in_a_row > config.max_skipped_steps:
+        reason = skipped.note(taken, recent.refusal)
+        if skipped.too_many:
             checkpoints.finish()
-            _give_up(run_dir, step, rows, skipped_in_a_row, world)
-        if step % config.log_every == 0 or not taken:
+            skipped.give_up(step, rows)
+        if step % config.log_every == 0 or reason:
             names = sorted(sums)
             totals = world.sum(torch.stack([sums[name] for name in names]).tolist())
             if metrics:
@@ -159,7 +161,9 @@ def train(
                 values["gradient_norm"] = gradient_norm
                 values |= throughput.figures(tokens_since_log, seconds)
                 tokens_since_log = 0
-                metrics.log(step, {**values, **starting, **({} if taken else {"skipped_steps": skipped})})
+                metrics.log(
+                    step, {**values, **starting, **({"skipped_steps": skipped.total} if reason else {})}, reason
+                )
 
 
 class StepReader:
@@ -200,16 +204,6 @@ def accumulate(engine: Engine, batches: list[Any], count: float) -> dict[str, Te
 def position_after(n_rows: int, rows: Rows, seed: int) -> DataPosition:
     """The whole state of the data order after `n_rows` consumed rows."""
     return DataPosition(seed, n_rows // rows.n_rows, n_rows * rows.row_length, rows.fingerprint)
-
-
-def _give_up(run_dir: Path, step: int, rows: np.ndarray, in_a_row: int, world: World) -> None:
-    path = run_dir / "bad_step.json"
-    if world.is_main:
-        path.write_text(json.dumps({"step": step, "rows": rows.tolist()}) + "\n")
-    raise TrainingError(
-        f"{in_a_row} steps in a row had a loss or gradient that is not finite, the last at step {step}; its data rows "
-        f"are in {path}. Lower optimizer.lr, or look at these rows; the weights of the last checkpoint are sound"
-    )
 
 
 def no_grad_sum(engine: Engine, batches: list[Any], count: Callable[[Any], int]) -> dict[str, float]:

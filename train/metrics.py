@@ -59,10 +59,20 @@ class Metrics:
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Record the values of a step: a line in metrics.jsonl, a point in wandb, the progress line."""
-        self._file.write(json.dumps({"step": step, **{k: round(v, 6) for k, v in values.items()}}) + "\n")
+    def log(self, step: int, values: dict[str, float], skipped: str | None = None) -> None:
+        """Record the values of a step: a line in metrics.jsonl, a point in wandb, the progress line.
+
+        `skipped`: why the step was not taken.
+        """
+        line = {
+            "step": step,
+            **{k: round(v, 6) for k, v in values.items()},
+            **({"skipped": skipped} if skipped else {}),
+        }
+        self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+        if skipped:
+            self._console.print(f"step {step} was not taken: {skipped}", highlight=False, markup=False)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
         figures = "  ".join(f"{name} {_short(value)}" for name, value in values.items() if name in _ON_SCREEN)

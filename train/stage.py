@@ -35,10 +35,11 @@ from train.background import on_main
 from train.checkpoint import CheckpointError, Checkpoints, CheckpointState, Write
 from train.elastic import universal_form
 from train.engine import Engine, EngineConfig, World, join_world
-from train.loop import LoopConfig, LoopError, Loss, Outcome, Stage, TrainingError, no_grad_sum, train
+from train.loop import LoopConfig, LoopError, Loss, Outcome, Stage, no_grad_sum, train
 from train.metrics import Metrics, WandbConfig, plot_metrics
 from train.optim import Muon, Optimizer
 from train.schedule import Schedule
+from train.skipping import TrainingError
 from train.snapshot import Snapshot
 from train.throughput import Throughput
 
