@@ -175,8 +175,11 @@ def digest_inputs(inputs: Mapping[str, str | Path]) -> dict[str, dict[str, str]]
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by a file holding `text`, durably: after a crash it is the old or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Replace `path` by a file holding `text`, durably: after a crash it is the old or the new one, never a part.
+
+    Only by the process that holds the directory. The temporary name is always the same: a killed process leaves one.
+    """
+    temporary = path.with_name(f".{path.name}.writing")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

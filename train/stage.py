@@ -272,6 +272,7 @@ def resume(checkpoints: Checkpoints, engine: Engine, rows: Rows, console: Consol
     Raises CheckpointError when it was trained on data with another fingerprint.
     """
     found = checkpoints.newest()
+    checkpoints.tidy(found[0] if found else None)
     if found is None:
         return None
     path, state = found

@@ -42,7 +42,8 @@ seed: 1
 model: {vocab_size: 320, d_model: 32, n_layers: 3, n_heads: 2, d_head: 16, d_ff: 48, layers: SSG, window: 8,
   kv_sharing: {kind: none}, max_length: 64}
 threads: 1
-loop: {max_steps: 24, rows_per_step: 4, rows_per_micro_batch: 2, evaluate_every: 4, save_every: 2, keep: 2}
+loop: {max_steps: 24, rows_per_step: 4, rows_per_micro_batch: 2, evaluate_every: 4, save_every: 2, keep: 2,
+  skip_spikes: {sigma: 1.5, window: 8}}
 optimizer: {kind: adamw, lr: 3e-3}
 schedule: {kind: wsd, warmup_steps: 2}
 engine: {precision: float32, zero_stage: 1}
@@ -206,6 +207,8 @@ class Reference:
             raise SurvivalError(f"{ours.path}: the weights are not those of an uninterrupted run")
         if _figures(ours) != _figures(self.directory):
             raise SurvivalError(f"{ours.path}: the metrics are not those of an uninterrupted run")
+        if (ours.checkpoints / "latest").read_text() != (self.directory.checkpoints / "latest").read_text():
+            raise SurvivalError(f"{ours.checkpoints / 'latest'} does not name the newest checkpoint")
         for part in (lambda run: run.path, lambda run: run.checkpoints):
             names, expected_names = ({path.name for path in part(run).iterdir()} for run in (ours, self.directory))
             if names != expected_names:
