@@ -9,14 +9,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from model.compilation import Recompute
@@ -25,6 +25,7 @@ from recipes.loader import Section
 from recipes.run_directory import MayChange
 from train.optim import AdamW, Muon, build_optimizer
 from train.snapshot import Snapshot, host_copy
+from train.watchdog import Progress
 
 OPTIMIZER_DIRECTORY = "optimizer"
 
@@ -34,7 +35,8 @@ class EngineConfig(Section):
 
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     zero_stage: Literal[1, 2, 3] = 1
-    timeout_minutes: MayChange[PositiveInt] = 10
+    timeout_minutes: MayChange[PositiveFloat] = 10.0
+    """A rank that does not go on for so long while others wait ends the job (train/watchdog.py)."""
     compile: MayChange[Literal["auto", "blocks", "none"]] = "auto"
     """torch.compile of every block; auto: on a GPU."""
     recompute: MayChange[Recompute] = "none"
@@ -60,6 +62,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    progress: Progress = field(default_factory=Progress, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -71,7 +74,9 @@ class World:
             return values
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(total)
-        return total.tolist()
+        values = total.tolist()
+        self.progress.tick()
+        return values
 
     def first_text(self, text: str | None) -> str:
         """The text of the first rank that has one, with its number."""
@@ -86,7 +91,7 @@ class World:
             torch.distributed.barrier()
 
 
-def join_world(timeout_minutes: int) -> World:
+def join_world(timeout_minutes: float) -> World:
     """Join the process group that torchrun describes; alone when started without it."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -105,7 +110,9 @@ def join_world(timeout_minutes: int) -> World:
         backend = "nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-    comm.init_distributed(backend, verbose=False, timeout=timedelta(minutes=timeout_minutes))
+    # longer than the watchdog's, which says more
+    timeout = timedelta(minutes=1.25 * timeout_minutes + 0.5)
+    comm.init_distributed(backend, verbose=False, timeout=timeout)
     return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
 
 

@@ -119,29 +119,38 @@ def train(
     skipped = SkippedSteps(config.max_skipped_steps, run_dir, world, start.skipped_steps if start else 0)
     recent = RecentSteps(config.skip_spikes, world, start.recent_steps if start else None)
     fresh, evaluation, clock, tokens_since_log = True, {}, time.perf_counter(), 0
+    at = world.progress.at
     while True:
+        world.progress.begin(step)
         is_last = step == config.max_steps
         if (step % config.evaluate_every == 0 or is_last) and not (fresh and start):
+            at("evaluating", may_last=True)
             evaluation = stage.evaluate(engine)
             if metrics:
                 metrics.log(step, evaluation)
             clock = time.perf_counter()
+        at("agreeing whether to save and to stop")
         n_stops, n_busy, n_failed = world.sum([float(should_stop()), *checkpoints.report()])
         checkpoints.advance(n_busy, n_failed)
         is_due = config.save_every is not None and (step % config.save_every == 0 or is_last or n_stops)
         if is_due and not (fresh and (start or not n_stops)):
+            at("saving", may_last=True)
             position = position_after(step * config.rows_per_step, stage.rows, seed)
             state = CheckpointState(step, position, world.size, skipped.total, recent.state())
             checkpoints.save(state, snapshot)
             clock = time.perf_counter()
         if is_last or n_stops:
+            at("waiting for the save", may_last=True)
             checkpoints.finish()
             return Outcome(step, is_last, evaluation or (stage.evaluate(engine) if is_last else {}), skipped.total)
 
+        at("reading")
         rows, batches = reader.batches(step)
+        at("counting tokens")
         (count,) = world.sum([float(sum(stage.count(batch) for batch in batches))])
         tokens_since_log += sum(len(batch.tokens_T) for batch in batches) * world.size
         sums = accumulate(engine, batches, count)
+        at("optimizer step")
         accepts = recent.judge(sums["loss"], count)
         gradient_norm, taken = engine.step(schedule.multiplier(step, config.max_steps), accepts)
         starting = metrics.first_step() if metrics and fresh else {}
@@ -151,6 +160,7 @@ def train(
         if skipped.too_many:
             checkpoints.finish()
             skipped.give_up(step, rows)
+        at("logging")
         if step % config.log_every == 0 or reason:
             names = sorted(sums)
             totals = world.sum(torch.stack([sums[name] for name in names]).tolist())
@@ -192,11 +202,13 @@ class StepReader:
 def accumulate(engine: Engine, batches: list[Any], count: float) -> dict[str, Tensor]:
     """Add the gradient of sum(loss) / count over micro-batches. The sums stay on the device: nothing waits for it."""
     sums: dict[str, Tensor] = {}
-    for batch in batches:
+    for number, batch in enumerate(batches, 1):
+        engine.world.progress.at(f"micro-batch {number} of {len(batches)}, forward")
         loss: Loss = engine.forward(batch)
         for name, value in {"loss": loss.total, **loss.sums}.items():
             sums[name] = sums.get(name, 0.0) + value.detach().float()
         # a loss that is not finite must make a gradient that is not finite: that step is then refused
+        engine.world.progress.at(f"micro-batch {number} of {len(batches)}, backward")
         engine.accumulate(loss.total * torch.where(sums["loss"].isfinite(), 1 / max(count, 1), float("nan")))
     return sums
 
@@ -218,7 +230,9 @@ def no_grad_sum(engine: Engine, batches: list[Any], count: Callable[[Any], int])
             for name, value in {"loss": loss.total, **loss.sums}.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
             counted += count(batch)
+            engine.world.progress.tick()
     engine.module.train()
+    engine.world.progress.at("adding up the evaluation", may_last=True)
     names = sorted(totals)
     *sums, counted = engine.world.sum([*(totals[name] for name in names), counted])
     return {f"heldout_{name}": total / max(counted, 1) for name, total in zip(names, sums, strict=True)}

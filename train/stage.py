@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import signal
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -41,7 +38,9 @@ from train.optim import Muon, Optimizer
 from train.schedule import Schedule
 from train.skipping import TrainingError
 from train.snapshot import Snapshot
+from train.stopping import StopRequest, die_with_parent
 from train.throughput import Throughput
+from train.watchdog import EXIT_CODE, Watchdog
 
 
 class TrainingRecipe(Section):
@@ -155,7 +154,8 @@ def run_stage(
 ) -> int:
     """Run one training stage of a recipe to its end; the exit code.
 
-    SIGTERM saves and exits 0; Ctrl-C saves and exits 130; user errors print one message and exit 2.
+    SIGTERM saves and exits 0; Ctrl-C saves and exits 130; user errors print one message and exit 2; a training that
+    cannot go on and files that cannot be written exit 1, a rank that has failed exits 3.
     """
     recipe: TrainingRecipe = command.recipe
     console = Console()
@@ -164,18 +164,27 @@ def run_stage(
         for line in summary:
             console.print(line, highlight=False)
         return 0
-    _die_with_parent()
-    stop = _StopRequest()
+    die_with_parent()
+    stop = StopRequest()
     world = join_world(recipe.engine.timeout_minutes)
     if not world.is_main:
         console = Console(quiet=True)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     try:
-        return _run(recipe, dict(inputs), prepare, summary, world, console, stop)
+        with Watchdog(world.progress, world.rank, world.size, 60 * recipe.engine.timeout_minutes) as watchdog:
+            try:
+                return _run(recipe, dict(inputs), prepare, summary, world, console, stop)
+            except RuntimeError as error:
+                if isinstance(error, TrainingError | CheckpointError) or not watchdog.explains(error):
+                    raise
+                return EXIT_CODE
     except (ValueError, FileNotFoundError) as error:
         _tell(error)
         return 2
+    except OSError as error:  # a full disk, a broken one: wherever files are written that are no checkpoint
+        _tell(error)
+        return 1
     except (TrainingError, CheckpointError) as error:  # raised on every rank alike, so told once
         if world.is_main:
             _tell(error)
@@ -195,7 +204,7 @@ def _run(
     summary: list[str],
     world: World,
     console: Console,
-    stop: _StopRequest,
+    stop: StopRequest,
 ) -> int:
     began = time.monotonic()
     run_dir = Path(recipe.run_dir)
@@ -207,6 +216,7 @@ def _run(
             return 0
         for line in summary:
             console.print(line, highlight=False)
+        world.progress.at("preparing data and model")
         job = prepare(world, console)
         backend = choose_backend(recipe.attention, world.device, recipe.engine.dtype)
         console.print(
@@ -218,6 +228,7 @@ def _run(
         _shape_blocks(job, recipe.engine, world.device)
         engine = Engine(job.module, recipe.engine, recipe.optimizer, world)
         checkpoints = Checkpoints(run_dir / "checkpoints", recipe.loop.keep, world, console)
+        world.progress.at("looking for a checkpoint")
         start = resume(checkpoints, engine, job.stage.rows, console)
         metrics = None
         if world.is_main:
@@ -240,7 +251,9 @@ def _run(
                 kept = "without a checkpoint (loop.save_every: null)"
             console.print(f"stopped at step {outcome.step} {kept}")
             return 130 if stop.by_keyboard else 0
+        world.progress.at("writing the model", may_last=True)
         _save_weights(engine, job, run_dir)
+        world.progress.at("finishing", may_last=True)
         key_figure, figures = job.finish(engine, outcome, console)
         if world.is_main:
             plot_metrics(run_dir, figures.get("baselines"))
@@ -328,29 +341,6 @@ def _write_model(job: Job, weights: Mapping[str, torch.Tensor], directory: Path)
     config = job.module.trunk.config
     beside = {"tokenizer.model": job.tokenizer} if job.tokenizer else {}
     save_model(directory, config, parts["trunk"], parts["head"] or None, beside)
-
-
-class _StopRequest:
-    """Set by SIGTERM or Ctrl-C; a second Ctrl-C leaves at once."""
-
-    def __init__(self) -> None:
-        self._requested = self.by_keyboard = False
-        signal.signal(signal.SIGTERM, self._handle)
-        signal.signal(signal.SIGINT, self._handle)
-
-    def requested(self) -> bool:
-        return self._requested
-
-    def _handle(self, number: int, frame: object) -> None:
-        if self._requested and number == signal.SIGINT:
-            sys.exit(130)
-        self._requested, self.by_keyboard = True, number == signal.SIGINT
-
-
-def _die_with_parent() -> None:
-    """On Linux, end with the launcher: a killed torchrun must not leave ranks that hold the run directory."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def summarize(recipe: TrainingRecipe, data: str | SyntheticData, config: ModelConfig | None = None) -> list[str]:

@@ -1,0 +1,283 @@
+"""A rank that is stuck, frozen or gone ends the job with a message that names it, instead of a collective's timeout.
+
+Every rank says in an attribute where it is (`Progress`); a thread of each publishes that in the store that torchrun
+started, and reads what the others say. The rules:
+
+- A rank has failed whose process is gone (looked up on its own host), or that has published nothing for the timeout.
+- A rank that publishes but has not moved for the timeout has failed if a peer is further on, which waits for it then.
+- If none has moved for the timeout and all are in one phase of a step, those have failed that are not in a collective.
+  Phases that may take their time are left alone by this rule: all of them until the first step is taken (checking data,
+  compiling), evaluating, saving, and what comes after the last step.
+- Every finished sum over the ranks is a move: whoever waits by polling, for a save or for rank 0, is never stuck.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from types import TracebackType
+from typing import Self
+
+import psutil
+from torch.distributed import TCPStore
+
+EXIT_CODE = 3
+LOST_PEER_SECONDS = 10.0
+"""How long to look for the peer that made a collective fail."""
+
+
+@dataclass
+class Progress:
+    """Where a rank is in the run. The phases of a run follow each other in the same order on all ranks."""
+
+    step: int = 0
+    phase: str = "starting"
+    n_phases: int = 0
+    may_last: bool = True
+    moved: float = field(default_factory=time.monotonic)
+    _first_step: int | None = None
+
+    def begin(self, step: int) -> None:
+        """A turn of the training loop begins."""
+        self.step = step
+        self._first_step = step if self._first_step is None else self._first_step
+
+    def at(self, phase: str, may_last: bool = False) -> None:
+        """A phase begins."""
+        self.phase = phase
+        self.may_last = may_last or self._first_step is None or self.step == self._first_step
+        self.n_phases += 1
+        self.moved = time.monotonic()
+
+    def tick(self) -> None:
+        """Something was done within the phase; how often may differ between ranks."""
+        self.moved = time.monotonic()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rank publishes.
+
+    beat: grows with each report; seconds: since it has moved; line: where its main thread is; in_collective: whether
+    that is a collective; has_left: it ends by itself, and tells why if there is something to tell.
+    """
+
+    rank: int
+    host: str
+    pid: int
+    beat: int = 0
+    step: int = 0
+    phase: str = "starting"
+    n_phases: int = 0
+    may_last: bool = True
+    seconds: float = 0.0
+    line: str = ""
+    in_collective: bool = False
+    has_left: bool = False
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (pid {self.pid} on {self.host})"
+
+    @property
+    def place(self) -> str:
+        return f"step {self.step}, {self.phase}"
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A rank's last report, how long ago it came, and whether its process is known to be gone."""
+
+    report: Report
+    silent_seconds: float = 0.0
+    is_gone: bool = False
+
+    @property
+    def idle_seconds(self) -> float:
+        return self.report.seconds + self.silent_seconds
+
+
+def verdict(ranks: Sequence[Heard], timeout_seconds: float, silence_seconds: float) -> str | None:
+    """What to tell when a rank has failed by the rules above; None while none has.
+
+    silence_seconds: of a rank that has published nothing for so long it is not known whether it is stuck.
+    """
+    there = [heard for heard in ranks if not heard.report.has_left]
+    failed = _lost(there, timeout_seconds)
+    # while one is silent, those behind others may be waiting for it; it will be named when its time is up
+    if not failed and all(heard.silent_seconds <= silence_seconds for heard in there):
+        failed = _stuck(there, timeout_seconds)
+    if not failed:
+        return None
+    waiting: dict[str, list[Heard]] = defaultdict(list)
+    for heard in there:
+        if heard.report.rank not in failed:
+            waiting[heard.report.place].append(heard)
+    lines = [failed[rank] for rank in sorted(failed)]
+    for place, those in waiting.items():
+        names = ", ".join(str(heard.report.rank) for heard in those)
+        longest = max(heard.idle_seconds for heard in those)
+        lines.append(f"waiting at {place}, for {longest:.0f} s: rank {names}")
+    return "\n".join(lines)
+
+
+def _lost(there: list[Heard], timeout_seconds: float) -> dict[int, str]:
+    """Ranks that are gone or silent, and what to say of each."""
+    lost = {}
+    for heard in there:
+        report = heard.report
+        if heard.is_gone:
+            lost[report.rank] = f"{report} is gone: its process has ended. Last seen at {report.place}"
+        elif heard.silent_seconds > timeout_seconds:
+            lost[report.rank] = (
+                f"{report} has given no sign of life for {heard.silent_seconds:.0f} s: it is frozen, or its machine is "
+                f"gone or cannot be reached. Last seen at {report.place}"
+            )
+    return lost
+
+
+def _stuck(there: list[Heard], timeout_seconds: float) -> dict[int, str]:
+    """Ranks that are alive and do not move, and what to say of each."""
+    last = min((heard.report.n_phases for heard in there), default=0)
+    behind = [heard for heard in there if heard.report.n_phases == last]
+    if any(heard.idle_seconds <= timeout_seconds for heard in behind):
+        return {}
+    if len(behind) == len(there):
+        if any(heard.report.may_last for heard in there):
+            return {}
+        behind = [heard for heard in there if not heard.report.in_collective] or there
+    return {
+        heard.report.rank: f"{heard.report} is alive, but stuck for {heard.idle_seconds:.0f} s at "
+        f"{heard.report.place}; its program is in {heard.report.line}"
+        for heard in behind
+    }
+
+
+class Watchdog:
+    """The thread of a rank that publishes its progress and looks at the others', while inside `with`.
+
+    It ends the process with EXIT_CODE when a rank has failed, after one rank has told which; torchrun then ends the
+    others. A rank alone is not watched.
+    """
+
+    def __init__(self, progress: Progress, rank: int, size: int, timeout_seconds: float):
+        self._progress, self._rank, self._size, self._timeout = progress, rank, size, timeout_seconds
+        self._period = min(5.0, timeout_seconds / 10)
+        self._me = Report(rank, socket.gethostname(), os.getpid())
+        self._main_thread = threading.get_ident()
+        self._heard: dict[int, tuple[Report, float]] = {}
+        self._stop, self._looks = threading.Event(), threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        if self._size > 1:
+            # a connection of its own: a call on the process group's may block for as long as a collective
+            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            timeout = timedelta(seconds=max(30.0, 3 * self._period))
+            self._store = TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timeout)
+            self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._stop.set()
+        if self._thread:
+            self._thread.join()
+            try:
+                self._publish(has_left=True)
+            except RuntimeError:  # the store's host has left before
+                return
+
+    def explains(self, error: RuntimeError) -> bool:
+        """Whether a failed collective is the doing of a peer that has ended; it is named, unless it told why itself."""
+        if self._thread is None or ("gloo" not in str(error).lower() and "nccl" not in str(error).lower()):
+            return False
+        until = time.monotonic() + LOST_PEER_SECONDS
+        while time.monotonic() < until:
+            try:
+                ranks = self._look()
+            except RuntimeError:
+                return False
+            if message := verdict(ranks, self._timeout, silence_seconds=self._timeout):
+                self._tell(message)
+                return True
+            if any(heard.report.has_left for heard in ranks):
+                return True
+            time.sleep(0.2)
+        return False
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._period):
+            try:
+                self._publish()
+                message = verdict(self._look(), self._timeout, silence_seconds=4 * self._period)
+            except RuntimeError as error:  # of torch's store
+                if not self._stop.is_set():
+                    print(f"rank {self._rank}: the other ranks cannot be watched any more: {error}", file=sys.stderr)
+                return
+            if message and not self._stop.is_set():
+                self._tell(message)
+                os._exit(EXIT_CODE)
+
+    def _publish(self, has_left: bool = False) -> None:
+        now, progress = time.monotonic(), self._progress
+        beat = self._me.beat + 1
+        self._me = Report(
+            self._rank, self._me.host, self._me.pid, beat, progress.step, progress.phase, progress.n_phases,
+            progress.may_last, now - progress.moved, *self._line(), has_left,
+        )  # fmt: skip
+        self._store.set(f"progress_{self._rank}", json.dumps(asdict(self._me)))
+
+    def _look(self) -> list[Heard]:
+        """Read all ranks' reports."""
+        ranks = []
+        with self._looks:
+            for rank in range(self._size):
+                key = f"progress_{rank}"
+                if not self._store.check([key]):
+                    continue  # it joined, so it will
+                report = Report(**json.loads(self._store.get(key)))
+                known = self._heard.get(rank)
+                if known is None or known[0].beat != report.beat:
+                    self._heard[rank] = known = (report, time.monotonic())
+                gone = not report.has_left and report.host == self._me.host and not _is_running(report.pid)
+                ranks.append(Heard(report, time.monotonic() - known[1], gone))
+        return ranks
+
+    def _line(self) -> tuple[str, bool]:
+        """Where the main thread is, and whether that is inside a collective."""
+        frame = sys._current_frames().get(self._main_thread)
+        if frame is None:
+            return "?", False
+        file = frame.f_code.co_filename
+        in_collective = f"torch{os.sep}distributed{os.sep}" in file or f"deepspeed{os.sep}comm{os.sep}" in file
+        return f"{file}:{frame.f_lineno} ({frame.f_code.co_name})", in_collective
+
+    def _tell(self, message: str) -> None:
+        """Print it, unless another rank does."""
+        try:
+            is_first = self._store.add("has_told", 1) == 1
+        except RuntimeError:
+            is_first = True
+        if is_first:
+            print(
+                f"\nA rank has failed, so the job ends (engine.timeout_minutes={self._timeout / 60:g}).\n{message}\n"
+                "The same command continues from the last checkpoint.",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+        else:
+            time.sleep(1.0)  # torchrun ends all ranks when the first one has ended: let the other speak
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
