@@ -8,6 +8,7 @@ started, and reads what the others say. The rules:
 - If none has moved for the timeout and all are in one phase of a step, those have failed that are not in a collective.
   Phases that may take their time are left alone by this rule: all of them until the first step is taken (checking data,
   compiling), evaluating, saving, and what comes after the last step.
+- A rank that has ended by itself has told why; it is named if all others then wait for the timeout.
 - Every finished sum over the ranks is a move: whoever waits by polling, for a save or for rank 0, is never stuck.
 """
 
@@ -82,6 +83,7 @@ class Report:
     line: str = ""
     in_collective: bool = False
     has_left: bool = False
+    pid_namespace: str = ""
 
     def __str__(self) -> str:
         return f"rank {self.rank} (pid {self.pid} on {self.host})"
@@ -111,6 +113,9 @@ def verdict(ranks: Sequence[Heard], timeout_seconds: float, silence_seconds: flo
     """
     there = [heard for heard in ranks if not heard.report.has_left]
     failed = _lost(there, timeout_seconds)
+    if there and all(heard.idle_seconds > timeout_seconds and not heard.report.may_last for heard in there):
+        ended = [heard.report for heard in ranks if heard.report.has_left]
+        failed |= {report.rank: f"{report} has ended by itself at {report.place}, and said why" for report in ended}
     # while one is silent, those behind others may be waiting for it; it will be named when its time is up
     if not failed and all(heard.silent_seconds <= silence_seconds for heard in there):
         failed = _stuck(there, timeout_seconds)
@@ -170,7 +175,9 @@ class Watchdog:
     def __init__(self, progress: Progress, rank: int, size: int, timeout_seconds: float):
         self._progress, self._rank, self._size, self._timeout = progress, rank, size, timeout_seconds
         self._period = min(5.0, timeout_seconds / 10)
-        self._me = Report(rank, socket.gethostname(), os.getpid())
+        # two containers of one machine may have its name, and each its own process numbers
+        namespace = os.readlink("/proc/self/ns/pid") if sys.platform == "linux" else ""
+        self._me = Report(rank, socket.gethostname(), os.getpid(), pid_namespace=namespace)
         self._main_thread = threading.get_ident()
         self._heard: dict[int, tuple[Report, float]] = {}
         self._stop, self._looks = threading.Event(), threading.Lock()
@@ -232,6 +239,7 @@ class Watchdog:
         self._me = Report(
             self._rank, self._me.host, self._me.pid, beat, progress.step, progress.phase, progress.n_phases,
             progress.may_last, now - progress.moved, *self._line(), has_left,
+            self._me.pid_namespace,
         )  # fmt: skip
         self._store.set(f"progress_{self._rank}", json.dumps(asdict(self._me)))
 
@@ -247,7 +255,8 @@ class Watchdog:
                 known = self._heard.get(rank)
                 if known is None or known[0].beat != report.beat:
                     self._heard[rank] = known = (report, time.monotonic())
-                gone = not report.has_left and report.host == self._me.host and not _is_running(report.pid)
+                is_near = (report.host, report.pid_namespace) == (self._me.host, self._me.pid_namespace)
+                gone = is_near and not report.has_left and not _is_running(report.pid)
                 ranks.append(Heard(report, time.monotonic() - known[1], gone))
         return ranks
 
