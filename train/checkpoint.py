@@ -166,9 +166,13 @@ class Checkpoints:
 
     def _write_part(self, staging: Path, write: Write) -> None:
         hashes = {}
-        for path in write(staging):
-            sync_path(path)
-            hashes[str(path.relative_to(staging))] = file_sha256(path)
+        try:
+            for path in write(staging):
+                sync_path(path)
+                hashes[str(path.relative_to(staging))] = file_sha256(path)
+        except RuntimeError:
+            _try_to_write(staging)
+            raise
         write_json(_part(staging, self._world.rank), hashes)
 
     def _complete(self, pending: _Pending) -> None:
@@ -222,6 +226,12 @@ def _read_state(path: Path) -> CheckpointState:
 def _remove(checkpoint: Path) -> None:
     # out of sight first: a half-removed directory must not look like a checkpoint
     shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".removing_{checkpoint.name}")))
+
+
+def _try_to_write(directory: Path) -> None:
+    """Raise the OSError that a write there meets now: torch's writer of files says nothing of a full disk."""
+    with (directory / ".trial").open("wb") as file:
+        file.write(bytes(1 << 20))
 
 
 def _part(staging: Path, rank: int) -> Path:

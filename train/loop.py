@@ -157,9 +157,6 @@ def train(
         step, fresh = step + 1, False
 
         reason = skipped.note(taken, recent.refusal)
-        if skipped.too_many:
-            checkpoints.finish()
-            skipped.give_up(step, rows)
         at("logging")
         if step % config.log_every == 0 or reason:
             names = sorted(sums)
@@ -174,6 +171,9 @@ def train(
                 metrics.log(
                     step, {**values, **starting, **({"skipped_steps": skipped.total} if reason else {})}, reason
                 )
+        if skipped.too_many:
+            checkpoints.finish()
+            skipped.give_up(step, rows)
 
 
 class StepReader:

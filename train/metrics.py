@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -55,7 +56,8 @@ class Metrics:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._progress.stop()
-        self._file.close()
+        with nullcontext() if kind is None else suppress(OSError):  # what could not be written is tried once more
+            self._file.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
@@ -69,10 +71,13 @@ class Metrics:
             **{k: round(v, 6) for k, v in values.items()},
             **({"skipped": skipped} if skipped else {}),
         }
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:  # of a full disk, which does not say what was written
+            raise OSError(error.errno, error.strerror, str(self._run_dir / METRICS)) from error
         if skipped:
-            self._console.print(f"step {step} was not taken: {skipped}", highlight=False, markup=False)
+            self._console.print(f"step {step} was not taken: {skipped}", highlight=False, markup=False, soft_wrap=True)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
         figures = "  ".join(f"{name} {_short(value)}" for name, value in values.items() if name in _ON_SCREEN)

@@ -182,8 +182,9 @@ def run_stage(
     except (ValueError, FileNotFoundError) as error:
         _tell(error)
         return 2
-    except OSError as error:  # a full disk, a broken one: wherever files are written that are no checkpoint
+    except OSError as error:  # a full disk, or a broken one, where files are written that are no checkpoint
         _tell(error)
+        Console(stderr=True).print("the same command continues from the last checkpoint, once that is mended")
         return 1
     except (TrainingError, CheckpointError) as error:  # raised on every rank alike, so told once
         if world.is_main:
@@ -299,7 +300,8 @@ def resume(checkpoints: Checkpoints, engine: Engine, rows: Rows, console: Consol
     else:
         with universal_form(path, engine.world, console) as universal:
             engine.load(path, universal)
-    console.print(f"resuming from {path}: {state.position.tokens_consumed:,} tokens consumed", highlight=False)
+    tokens = f"{state.position.tokens_consumed:,} tokens consumed"
+    console.print(f"resuming from {path}: {tokens}", highlight=False, soft_wrap=True)
     return state
 
 

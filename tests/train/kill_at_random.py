@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # a program of the tests, run by its path
 
+from recipes.run_directory import read_done  # noqa: E402
 from train.checkpoint import damage  # noqa: E402
 from train.metrics import METRICS, read_metrics  # noqa: E402
 
@@ -229,6 +230,8 @@ class Tally:
     kills: Counter[str] = field(default_factory=Counter)
     starts: int = 0
     runs: int = 0
+    skipped_steps: int = 0
+    """Of each run: loop.skip_spikes judges by what it has to remember."""
 
 
 def uninterrupted(recipe: Path, path: Path, ranks: int) -> Reference:
@@ -315,6 +318,9 @@ def kill_many(recipe: Path, folder: Path, kills: int, ranks: int, seed: int, con
     """Kill runs of a recipe `kills` times. Raises SurvivalError at the first thing that is."""
     rng, tally = random.Random(seed), Tally()
     reference = uninterrupted(recipe, folder / "uninterrupted", ranks)
+    done = read_done(reference.directory.path)
+    assert done is not None
+    tally.skipped_steps = done["figures"]["skipped_steps"]
     columns = (TextColumn("kills"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[where]}"))
     # no thread that refreshes it: this process forks
     progress = Progress(
@@ -363,7 +369,7 @@ def main() -> int:
     shutil.rmtree(folder)
     console.print(
         f"{tally.kills.total()} kills ({describe(tally)}), {tally.starts} starts, {tally.runs} runs with the bits of "
-        f"an uninterrupted one, {time.monotonic() - began:.0f} s",
+        f"an uninterrupted one, {tally.skipped_steps} steps skipped in each, {time.monotonic() - began:.0f} s",
         soft_wrap=True, highlight=False,
     )  # fmt: skip
     return 0
