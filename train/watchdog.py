@@ -4,10 +4,9 @@ Every rank says in an attribute where it is (`Progress`); a thread of each publi
 started, and reads what the others say. The rules:
 
 - A rank has failed whose process is gone (looked up on its own host), or that has published nothing for the timeout.
-- A rank that publishes but has not moved for the timeout has failed if a peer is further on, which waits for it then.
-- If none has moved for the timeout and all are in one phase of a step, those have failed that are not in a collective.
-  Phases that may take their time are left alone by this rule: all of them until the first step is taken (checking data,
-  compiling), evaluating, saving, and what comes after the last step.
+- When none has moved for the timeout, those have failed that are furthest behind: the others wait for them. If all are
+  in the same phase, it is those that are not in a collective; but then a phase that may last is left alone: any of them
+  until the first step is taken (checking data, compiling), evaluating, saving, and what comes after the last step.
 - A rank that has ended by itself has told why; it is named if all others then wait for the timeout.
 - Every finished sum over the ranks is a move: whoever waits by polling, for a save or for rank 0, is never stuck.
 """
@@ -31,6 +30,7 @@ import psutil
 from torch.distributed import TCPStore
 
 EXIT_CODE = 3
+_TOLD = "has_told"
 LOST_PEER_SECONDS = 10.0
 """How long to look for the peer that made a collective fail."""
 
@@ -150,10 +150,10 @@ def _lost(there: list[Heard], timeout_seconds: float) -> dict[int, str]:
 
 def _stuck(there: list[Heard], timeout_seconds: float) -> dict[int, str]:
     """Ranks that are alive and do not move, and what to say of each."""
+    if any(heard.idle_seconds <= timeout_seconds for heard in there):
+        return {}
     last = min((heard.report.n_phases for heard in there), default=0)
     behind = [heard for heard in there if heard.report.n_phases == last]
-    if any(heard.idle_seconds <= timeout_seconds for heard in behind):
-        return {}
     if len(behind) == len(there):
         if any(heard.report.may_last for heard in there):
             return {}
@@ -179,6 +179,8 @@ class Watchdog:
         namespace = os.readlink("/proc/self/ns/pid") if sys.platform == "linux" else ""
         self._me = Report(rank, socket.gethostname(), os.getpid(), pid_namespace=namespace)
         self._main_thread = threading.get_ident()
+        first = rank - int(os.environ.get("LOCAL_RANK", rank))
+        self._near = sorted({0, *range(first, min(size, first + int(os.environ.get("LOCAL_WORLD_SIZE", size))))})
         self._heard: dict[int, tuple[Report, float]] = {}
         self._stop, self._looks = threading.Event(), threading.Lock()
         self._thread: threading.Thread | None = None
@@ -209,7 +211,7 @@ class Watchdog:
         until = time.monotonic() + LOST_PEER_SECONDS
         while time.monotonic() < until:
             try:
-                ranks = self._look()
+                ranks = self._look(range(self._size))
             except RuntimeError:
                 return False
             if message := verdict(ranks, self._timeout, silence_seconds=self._timeout):
@@ -224,14 +226,34 @@ class Watchdog:
         while not self._stop.wait(self._period):
             try:
                 self._publish()
-                message = verdict(self._look(), self._timeout, silence_seconds=4 * self._period)
+                message = self._watch()
+                has_told = self._store.check([_TOLD])
             except RuntimeError as error:  # of torch's store
                 if not self._stop.is_set():
                     print(f"rank {self._rank}: the other ranks cannot be watched any more: {error}", file=sys.stderr)
                 return
-            if message and not self._stop.is_set():
+            if self._stop.is_set():
+                return
+            if message:
                 self._tell(message)
                 os._exit(EXIT_CODE)
+            if has_told:
+                time.sleep(1.0)  # torchrun ends all ranks when the first one has ended: let the other speak
+                os._exit(EXIT_CODE)
+
+    def _watch(self) -> str | None:
+        """What to tell, or None. Rank 0 looks at all, the others at it and at those of their machine, or at all then.
+
+        Reading everything on every rank would be too much for one store when there are a thousand.
+        """
+        silence = 4 * self._period
+        if self._rank != 0:
+            near = self._look(self._near)
+            if all(
+                heard.silent_seconds <= silence and not heard.is_gone and not heard.report.has_left for heard in near
+            ):
+                return None
+        return verdict(self._look(range(self._size)), self._timeout, silence)
 
     def _publish(self, has_left: bool = False) -> None:
         now, progress = time.monotonic(), self._progress
@@ -243,22 +265,22 @@ class Watchdog:
         )  # fmt: skip
         self._store.set(f"progress_{self._rank}", json.dumps(asdict(self._me)))
 
-    def _look(self) -> list[Heard]:
-        """Read all ranks' reports."""
-        ranks = []
+    def _look(self, ranks: Sequence[int]) -> list[Heard]:
+        """Read the reports of some ranks, in one round trip once all have made one."""
+        keys = [f"progress_{rank}" for rank in ranks]
+        if not self._store.check(keys):
+            keys = [key for key in keys if self._store.check([key])]
+        found = []
         with self._looks:
-            for rank in range(self._size):
-                key = f"progress_{rank}"
-                if not self._store.check([key]):
-                    continue  # it joined, so it will
-                report = Report(**json.loads(self._store.get(key)))
-                known = self._heard.get(rank)
+            for text in self._store.multi_get(keys):
+                report = Report(**json.loads(text))
+                known = self._heard.get(report.rank)
                 if known is None or known[0].beat != report.beat:
-                    self._heard[rank] = known = (report, time.monotonic())
+                    self._heard[report.rank] = known = (report, time.monotonic())
                 is_near = (report.host, report.pid_namespace) == (self._me.host, self._me.pid_namespace)
                 gone = is_near and not report.has_left and not _is_running(report.pid)
-                ranks.append(Heard(report, time.monotonic() - known[1], gone))
-        return ranks
+                found.append(Heard(report, time.monotonic() - known[1], gone))
+        return found
 
     def _line(self) -> tuple[str, bool]:
         """Where the main thread is, and whether that is inside a collective."""
@@ -272,7 +294,7 @@ class Watchdog:
     def _tell(self, message: str) -> None:
         """Print it, unless another rank does."""
         try:
-            is_first = self._store.add("has_told", 1) == 1
+            is_first = self._store.add(_TOLD, 1) == 1
         except RuntimeError:
             is_first = True
         if is_first:
@@ -282,7 +304,7 @@ class Watchdog:
                 file=sys.stderr, flush=True,
             )  # fmt: skip
         else:
-            time.sleep(1.0)  # torchrun ends all ranks when the first one has ended: let the other speak
+            time.sleep(1.0)
 
 
 def _is_running(pid: int) -> bool:

@@ -44,7 +44,7 @@ model: {vocab_size: 320, d_model: 32, n_layers: 3, n_heads: 2, d_head: 16, d_ff:
   kv_sharing: {kind: none}, max_length: 64}
 threads: 1
 loop: {max_steps: 24, rows_per_step: 4, rows_per_micro_batch: 2, evaluate_every: 4, save_every: 2, keep: 2,
-  skip_spikes: {sigma: 1.5, window: 8}}
+  skip_spikes: {sigma: 0.5, window: 6}}
 optimizer: {kind: adamw, lr: 3e-3}
 schedule: {kind: wsd, warmup_steps: 2}
 engine: {precision: float32, zero_stage: 1}

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from rich.console import Console
 
 from data.sampler import DataPosition
 from data.shards import PackedDataset
-from train.checkpoint import CheckpointError, Checkpoints, CheckpointState
+from train.checkpoint import CheckpointError, Checkpoints, CheckpointState, damage
 from train.engine import Engine, World
 from train.loop import rows_of_rank
 from train.stage import resume
@@ -93,6 +94,32 @@ def test_sigterm_saves_and_damage_is_named(pretrain_recipe: Path, tmp_path: Path
     refused = run(pretrain_recipe, "loop.max_steps=100000", "loop.save_every=50000", "optimizer.lr=1e-3")
     assert refused.returncode == 2
     assert "optimizer.lr" in refused.stderr
+
+
+@pytest.mark.parametrize("whom", ["launcher", "one rank"])
+def test_sigterm_to_two_ranks_saves_and_the_same_command_continues(
+    pretrain_recipe: Path, tmp_path: Path, whom: str
+) -> None:
+    """A signal to one rank stops all, and torchrun exits 0; one to torchrun stops all, but itself it then exits 1."""
+    overrides = ("loop.max_steps=100000", "loop.save_every=50000", "ngram_baselines=false")
+    job = subprocess.Popen(
+        command(pretrain_recipe, *overrides, ranks=2), cwd=ROOT, env=environment(), stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    metrics, began = tmp_path / "run" / "metrics.jsonl", time.monotonic()
+    while not (metrics.exists() and metrics.stat().st_size > 400):
+        assert time.monotonic() - began < 120
+        assert job.poll() is None
+        time.sleep(0.02)
+    ranks = [child for child in psutil.Process(job.pid).children() if "train.pretrain" in child.cmdline()]
+    assert len(ranks) == 2
+    (job if whom == "launcher" else ranks[1]).send_signal(signal.SIGTERM)
+    output, _ = job.communicate(timeout=60)
+    assert (job.returncode == 0) == (whom == "one rank"), output
+    assert "the same command continues" in output
+    assert "A rank has failed" not in output
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step_*")
+    assert damage(checkpoint) is None
 
 
 def test_a_checkpoint_of_other_data_is_refused(data_dir: Path, tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ def test_a_stuck_rank_is_the_one_that_is_furthest_behind() -> None:
     "ranks",
     [
         [rank(0, 9, 700), rank(1, 8, 599)],  # the one behind has moved
+        [rank(0, 9, 599), rank(1, 8, 700)],  # nobody has waited long for it
         [rank(0, 8, 700, may_last=True), rank(1, 8, 700)],  # all compile, say
         [rank(0, 8, 700), rank(1, 8, 1, in_collective=True)],  # one of them has just come
         [rank(0, 9, 700, may_last=True), rank(1, 10, 700, has_left=True)],  # the first one still writes its files
@@ -97,34 +98,46 @@ def test_phases_may_last_until_the_first_step_is_taken() -> None:
     assert progress.n_phases == 4
 
 
-@pytest.mark.parametrize(
-    ("how", "says"),
-    [
-        ("loop", r"rank 1 \(pid \d+ on .+\) is alive, but stuck for \d+ s at step 2, optimizer step.+turn_for_ever"),
-        ("freeze", r"rank 1 \(pid \d+ on .+\) has given no sign of life for \d+ s: it is frozen"),
-        ("kill", r"rank 1 \(pid \d+ on .+\) is gone: its process has ended"),
-    ],
-)
-def test_a_failing_rank_ends_the_job_and_is_named(pretrain_recipe: Path, how: str, says: str) -> None:
-    program = [str(Path(__file__).with_name("fail_at.py")), how, str(pretrain_recipe), "engine.timeout_minutes=0.05"]
-    job = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program],
+def start(how: str, failing: int, recipe: Path, *overrides: str) -> subprocess.Popen[str]:
+    """The program fail_at.py on two ranks, which wait three seconds for each other."""
+    program = [str(Path(__file__).with_name("fail_at.py")), how, str(failing), str(recipe)]
+    overrides = ("engine.timeout_minutes=0.05", *overrides)
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program, *overrides],
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         env={
             **os.environ, "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
         },
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("how", "failing", "says"),
+    [
+        ("loop", 1, r"rank 1 \(pid \d+ on .+\) is alive, but stuck for \d+ s at step 2, optimizer step.+turn_for_ever"),
+        ("freeze", 0, r"rank 0 \(pid \d+ on .+\) has given no sign of life for \d+ s: it is frozen"),
+        ("kill", 1, r"rank 1 \(pid \d+ on .+\) is gone: its process has ended"),
+    ],
+)
+def test_a_failing_rank_ends_the_job_and_is_named(pretrain_recipe: Path, how: str, failing: int, says: str) -> None:
+    job = start(how, failing, pretrain_recipe)
     assert job.stderr is not None
     said, ends = "", time.monotonic() + 120
     for line in job.stderr:  # until the job has ended
         assert time.monotonic() < ends
         said += line
-        if how == "freeze" and (frozen := re.search(r"rank 1 \(pid (\d+)", line)):
+        if how == "freeze" and (frozen := re.search(r"rank 0 \(pid (\d+)", line)):
             os.kill(int(frozen[1]), signal.SIGKILL)  # torchrun would wait half a minute before it does
     assert job.wait(60) != 0
     assert len(re.findall(says, said)) == 1, said
     assert said.count("A rank has failed, so the job ends (engine.timeout_minutes=0.05)") == 1
-    assert re.search(r"waiting at step 2, optimizer step, for \d+ s: rank 0\n", said) or how == "kill"
+    assert re.search(rf"waiting at step 2, optimizer step, for \d+ s: rank {1 - failing}\n", said) or how == "kill"
     if how != "kill":
         assert f"exitcode  : {EXIT_CODE}" in said
+
+
+def test_ranks_that_wait_for_a_slow_disk_or_for_rank_0_to_prepare_are_left_alone(pretrain_recipe: Path) -> None:
+    job = start("slow", 0, pretrain_recipe, "loop.max_steps=4", "loop.save_every=4", "ngram_baselines=false")
+    _, said = job.communicate(timeout=180)
+    assert job.returncode == 0, said
