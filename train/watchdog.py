@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import Self
 
 import psutil
-from torch.distributed import TCPStore
+from torch.distributed import PrefixStore, TCPStore
 
 EXIT_CODE = 3
 _TOLD = "has_told"
@@ -190,7 +190,9 @@ class Watchdog:
             # a connection of its own: a call on the process group's may block for as long as a collective
             address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             timeout = timedelta(seconds=max(30.0, 3 * self._period))
-            self._store = TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timeout)
+            store = TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timeout)
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            self._store = PrefixStore(f"watchdog_{attempt}", store)  # not what an earlier attempt has told
             self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
             self._thread.start()
         return self
