@@ -138,12 +138,13 @@ def _lost(there: list[Heard], timeout_seconds: float) -> dict[int, str]:
     lost = {}
     for heard in there:
         report = heard.report
+        last = f"Last heard of {heard.silent_seconds:.0f} s ago, at {report.place}"
         if heard.is_gone:
-            lost[report.rank] = f"{report} is gone: its process has ended. Last seen at {report.place}"
+            lost[report.rank] = f"{report} is gone: its process has ended. {last}"
         elif heard.silent_seconds > timeout_seconds:
             lost[report.rank] = (
                 f"{report} has given no sign of life for {heard.silent_seconds:.0f} s: it is frozen, or its machine is "
-                f"gone or cannot be reached. Last seen at {report.place}"
+                f"gone or cannot be reached. {last}"
             )
     return lost
 

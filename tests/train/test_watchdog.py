@@ -73,6 +73,7 @@ def test_a_silent_rank_and_one_that_is_gone_are_named_wherever_they_are() -> Non
     silent, gone, *waiting = message.splitlines()
     assert silent.startswith("rank 1 (pid 4001 on node1) has given no sign of life for 601 s")
     assert gone.startswith("rank 2 (pid 4002 on node2) is gone")
+    assert gone.endswith("Last heard of 0 s ago, at step 7, phase 5")
     assert [line.split()[0] for line in waiting] == ["waiting", "waiting"]
 
 
