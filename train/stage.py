@@ -219,13 +219,7 @@ def _run(
             console.print(line, highlight=False)
         world.progress.at("preparing data and model")
         job = prepare(world, console)
-        backend = choose_backend(recipe.attention, world.device, recipe.engine.dtype)
-        console.print(
-            f"attention {backend}, {world.size} rank(s), {torch.get_num_threads()} thread(s) each, "
-            f"{recipe.engine.precision}, ZeRO-{recipe.engine.zero_stage}"
-            + (", compiled blocks" if recipe.engine.compiles(world.device) else ""),
-            highlight=False,
-        )
+        _tell_how(recipe, world, console)
         _shape_blocks(job, recipe.engine, world.device)
         engine = Engine(job.module, recipe.engine, recipe.optimizer, world)
         checkpoints = Checkpoints(run_dir / "checkpoints", recipe.loop.keep, world, console)
@@ -264,6 +258,16 @@ def _run(
             console.print(f"[bold]{key_figure}[/]  -> {run_dir / 'model'}", highlight=False)
         world.barrier()
     return 0
+
+
+def _tell_how(recipe: TrainingRecipe, world: World, console: Console) -> None:
+    backend = choose_backend(recipe.attention, world.device, recipe.engine.dtype)
+    console.print(
+        f"attention {backend}, {world.size} rank(s), {torch.get_num_threads()} thread(s) each, "
+        f"{recipe.engine.precision}, ZeRO-{recipe.engine.zero_stage}"
+        + (", compiled blocks" if recipe.engine.compiles(world.device) else ""),
+        highlight=False,
+    )
 
 
 def _shape_blocks(job: Job, settings: EngineConfig, device: torch.device) -> None:
