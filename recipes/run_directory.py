@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from enum import Enum
 from importlib import metadata
@@ -74,15 +74,21 @@ def prepare_run_directory(
     }
     if run_dir.exists() and not run_dir.is_dir():
         raise RunDirectoryError(f"run_dir {run_dir}: a file, expected a directory; choose another run_dir")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with _lock(run_dir):
-        state = _state(run_dir, recipe, asked["inputs"], asked["may_change"])
-        if state is not RunState.FINISHED:
-            starts = _read_json(run_dir / "environment.json") or {"starts": []}
-            starts["starts"].append(describe_environment())
-            write_atomically(run_dir / "environment.json", _to_json(starts))
-            write_atomically(run_dir / "run.json", _to_json(asked))
-            write_atomically(run_dir / "recipe.yaml", dump_recipe(recipe))
+    with ExitStack() as held:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(_lock(run_dir))
+            state = _state(run_dir, recipe, asked["inputs"], asked["may_change"])
+            if state is not RunState.FINISHED:
+                starts = _read_json(run_dir / "environment.json") or {"starts": []}
+                starts["starts"].append(describe_environment())
+                write_atomically(run_dir / "environment.json", _to_json(starts))
+                write_atomically(run_dir / "run.json", _to_json(asked))
+                write_atomically(run_dir / "recipe.yaml", dump_recipe(recipe))
+        except OSError as error:
+            raise RunDirectoryError(
+                f"run_dir {run_dir} cannot be written ({error}); make room or choose another run_dir"
+            ) from error
         yield state
 
 
@@ -175,8 +181,11 @@ def digest_inputs(inputs: Mapping[str, str | Path]) -> dict[str, dict[str, str]]
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by a file holding `text`, durably: after a crash it is the old or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Replace `path` by a file holding `text`, durably: after a crash it is the old or the new one, never a part.
+
+    Only by the process that holds the directory. The temporary name is always the same: a killed process leaves one.
+    """
+    temporary = path.with_name(f".{path.name}.writing")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

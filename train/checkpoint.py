@@ -29,12 +29,16 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """What a checkpoint knows besides tensors: all that decides which data comes next, and who wrote it."""
+    """What a checkpoint knows besides tensors: all that decides which data comes next, and who wrote it.
+
+    recent_steps: what `loop.skip_spikes` judges the next step by.
+    """
 
     step: int
     position: DataPosition
     world_size: int
     skipped_steps: int = 0
+    recent_steps: dict[str, list[float]] | None = None
 
 
 @dataclass
@@ -117,6 +121,21 @@ class Checkpoints:
         path = self.directory / f"step_{int(number):08d}"
         return path, _read_state(path)
 
+    def tidy(self, newest: Path | None) -> None:
+        """Do what a killed process has left undone, given the newest sound checkpoint (called on every rank).
+
+        It may have been the last one to save: half a checkpoint goes, as do those beyond `keep`; `latest` is put right.
+        """
+
+        def work() -> None:
+            self._remove_leftovers()
+            if newest:
+                self._make_newest(newest)
+
+        _, failure = on_main(self._world, work)
+        if failure:
+            raise CheckpointError(f"{self.directory} could not be tidied: {failure}")
+
     def _newest_sound(self) -> float:
         found = sorted(self.directory.glob("step_*"), reverse=True)
         for path in found:
@@ -138,15 +157,22 @@ class Checkpoints:
         )
 
     def _make_room(self, staging: Path) -> None:
-        for leftover in self.directory.glob(".*_step_*"):  # of a process that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
+        self._remove_leftovers()
         staging.mkdir(parents=True)
+
+    def _remove_leftovers(self) -> None:
+        for leftover in self.directory.glob(".*_step_*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def _write_part(self, staging: Path, write: Write) -> None:
         hashes = {}
-        for path in write(staging):
-            sync_path(path)
-            hashes[str(path.relative_to(staging))] = file_sha256(path)
+        try:
+            for path in write(staging):
+                sync_path(path)
+                hashes[str(path.relative_to(staging))] = file_sha256(path)
+        except RuntimeError:
+            _try_to_write(staging)
+            raise
         write_json(_part(staging, self._world.rank), hashes)
 
     def _complete(self, pending: _Pending) -> None:
@@ -162,11 +188,19 @@ class Checkpoints:
         if target.exists():
             _remove(target)
         staging.rename(target)
-        with atomic_file(self.directory / LATEST, "w") as file:
-            file.write(target.name + "\n")
-        there = sorted(self.directory.glob("step_*"))
-        later = [path for path in there if path > target]  # damaged ones that a resume has passed over
-        for path in later + [path for path in there if path <= target][: -self._keep]:
+        for path in self.directory.glob("step_*"):
+            if path > target:  # a damaged one that a resume has passed over
+                _remove(path)
+        self._make_newest(target)
+
+    def _make_newest(self, target: Path) -> None:
+        """Let `latest` name `target`, and remove what is older than the `keep` up to it."""
+        latest = self.directory / LATEST
+        if not latest.exists() or latest.read_text() != target.name + "\n":
+            with atomic_file(latest, "w") as file:
+                file.write(target.name + "\n")
+        there = sorted(path for path in self.directory.glob("step_*") if path <= target)
+        for path in there[: -self._keep]:
             _remove(path)
 
 
@@ -192,6 +226,12 @@ def _read_state(path: Path) -> CheckpointState:
 def _remove(checkpoint: Path) -> None:
     # out of sight first: a half-removed directory must not look like a checkpoint
     shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".removing_{checkpoint.name}")))
+
+
+def _try_to_write(directory: Path) -> None:
+    """Raise the OSError that a write there meets now: torch's writer of files says nothing of a full disk."""
+    with (directory / ".trial").open("wb") as file:
+        file.write(bytes(1 << 20))
 
 
 def _part(staging: Path, rank: int) -> Path:

@@ -6,15 +6,17 @@ import hashlib
 import io
 import logging
 import os
-from contextlib import redirect_stdout
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 
 from model.execution import Execution, Recompute
@@ -23,6 +25,7 @@ from recipes.loader import Section
 from recipes.run_directory import MayChange
 from train.optim import AdamW, Muon, build_optimizer
 from train.snapshot import Snapshot, host_copy
+from train.watchdog import Progress
 
 OPTIMIZER_DIRECTORY = "optimizer"
 BUCKET_ELEMENTS = {"cuda": 500_000_000, "cpu": 5_000_000}
@@ -38,7 +41,8 @@ class EngineConfig(Section):
 
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     zero_stage: Literal[1, 2, 3] = 1
-    timeout_minutes: MayChange[PositiveInt] = 10
+    timeout_minutes: MayChange[PositiveFloat] = 10.0
+    """A rank that does not go on for so long while others wait ends the job (train/watchdog.py)."""
     blocks: MayChange[Execution] = "auto"
     """auto: fused blocks where their kernels run, which is on a GPU."""
     recompute: MayChange[Recompute] = "none"
@@ -62,6 +66,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    progress: Progress = field(default_factory=Progress, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -73,7 +78,9 @@ class World:
             return values
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(total)
-        return total.tolist()
+        values = total.tolist()
+        self.progress.tick()
+        return values
 
     def first_text(self, text: str | None) -> str:
         """The text of the first rank that has one, with its number."""
@@ -88,7 +95,7 @@ class World:
             torch.distributed.barrier()
 
 
-def join_world(timeout_minutes: int) -> World:
+def join_world(timeout_minutes: float) -> World:
     """Join the process group that torchrun describes; alone when started without it."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -107,7 +114,9 @@ def join_world(timeout_minutes: int) -> World:
         backend = "nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-    comm.init_distributed(backend, verbose=False, timeout=timedelta(minutes=timeout_minutes))
+    # longer than the watchdog's, which says more
+    timeout = timedelta(minutes=1.25 * timeout_minutes + 0.5)
+    comm.init_distributed(backend, verbose=False, timeout=timeout)
     return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
 
 
@@ -200,15 +209,17 @@ class Engine:
         if hasattr(self._optimizer, "fp32_groups_has_gradients"):
             _mark_gradient_sums(self._optimizer)
 
-    def step(self, lr_multiplier: float) -> tuple[float, bool]:
+    def step(self, lr_multiplier: float, accepts: Callable[[float], bool] | None = None) -> tuple[float, bool]:
         """Update the weights. Returns the gradient norm before clipping, and whether the step was taken.
 
-        A step with a non-finite gradient is not taken and leaves weights and optimizer state as they were.
+        A step with a non-finite gradient is not taken, nor one whose norm `accepts` (asked on every rank) answers with
+        False; weights and optimizer state are then as they were.
         """
         for group, peak_lr in zip(self._optimizer.param_groups, self._peak_lrs, strict=True):
             group["lr"] = peak_lr * lr_multiplier
-        self._deepspeed.step()
-        norm = float(self._deepspeed.get_global_grad_norm() or 0.0)
+        with _norm_check(self._optimizer, accepts) as refused:
+            self._deepspeed.step()
+        norm = refused[0] if refused else float(self._deepspeed.get_global_grad_norm() or 0.0)
         return norm, bool(self._deepspeed.was_step_applied())
 
     def snapshot(self) -> Snapshot:
@@ -265,6 +276,37 @@ class Engine:
                 if self.world.is_main:
                     weights[name] = host_copy(parameter.detach())
         return weights
+
+
+@contextmanager
+def _norm_check(optimizer: Any, accepts: Callable[[float], bool] | None) -> Iterator[list[float]]:
+    """Let `accepts` judge the gradient's norm too, where DeepSpeed looks whether it is finite; yields a refused one.
+
+    BF16_Optimizer and both ZeRO optimizers ask `is_invalid_grad_norm` of the global norm, the same on all ranks, before
+    they touch weights or state, and then clear the gradients and return. ZeRO-1/2 asks again when it clips.
+    """
+    refused: list[float] = []
+    if accepts is None:
+        yield refused
+        return
+    module = sys.modules[type(optimizer).__module__]
+    is_invalid, answers = module.is_invalid_grad_norm, {}
+
+    def is_refused(norm: Tensor | float) -> bool:
+        if is_invalid(norm):
+            return True
+        value = float(norm)
+        if value not in answers:
+            answers[value] = accepts(value)
+            if not answers[value]:
+                refused.append(value)
+        return not answers[value]
+
+    module.is_invalid_grad_norm = is_refused  # type: ignore[attr-defined]
+    try:
+        yield refused
+    finally:
+        module.is_invalid_grad_norm = is_invalid  # type: ignore[attr-defined]
 
 
 def _add_gradient(optimizer: Any, weight: nn.Parameter, group: int, number: int, clear_lp_grads: bool) -> None:

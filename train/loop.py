@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +21,7 @@ from train.checkpoint import Checkpoints, CheckpointState, Write
 from train.engine import Engine, World
 from train.metrics import Metrics
 from train.schedule import Schedule
+from train.skipping import RecentSteps, SkippedSteps, SkipSpikes
 from train.throughput import Throughput
 
 
@@ -37,10 +37,9 @@ class LoopConfig(Section):
     keep: MayChange[PositiveInt] = 2
     log_every: MayChange[PositiveInt] = 1
     max_skipped_steps: MayChange[NonNegativeInt] = 10
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on."""
+    """In a row; one more ends the training."""
+    skip_spikes: SkipSpikes | None = None
+    """null: only steps that are not finite are skipped."""
 
 
 class LoopError(ValueError):
@@ -108,40 +107,50 @@ def train(
             f"{config.rows_per_micro_batch} x {world.size} rank(s); change one of them"
         )
     reader = StepReader(stage, config, seed, world)
-    step, skipped, skipped_in_a_row = (start.step, start.skipped_steps, 0) if start else (0, 0, 0)
+    step = start.step if start else 0
+    skipped = SkippedSteps(config.max_skipped_steps, run_dir, world, start.skipped_steps if start else 0)
+    recent = RecentSteps(config.skip_spikes, world, start.recent_steps if start else None)
     fresh, evaluation, clock, tokens_since_log = True, {}, time.perf_counter(), 0
+    at = world.progress.at
     while True:
+        world.progress.begin(step)
         is_last = step == config.max_steps
         if (step % config.evaluate_every == 0 or is_last) and not (fresh and start):
+            at("evaluating", may_last=True)
             evaluation = stage.evaluate(engine)
             if metrics:
                 metrics.log(step, evaluation)
             clock = time.perf_counter()
+        at("agreeing whether to save and to stop")
         n_stops, n_busy, n_failed = world.sum([float(should_stop()), *checkpoints.report()])
         checkpoints.advance(n_busy, n_failed)
         is_due = config.save_every is not None and (step % config.save_every == 0 or is_last or n_stops)
         if is_due and not (fresh and (start or not n_stops)):
+            at("saving", may_last=True)
             position = position_after(step * config.rows_per_step, stage.rows, seed)
-            checkpoints.save(CheckpointState(step, position, world.size, skipped), snapshot)
+            state = CheckpointState(step, position, world.size, skipped.total, recent.state())
+            checkpoints.save(state, snapshot)
             clock = time.perf_counter()
         if is_last or n_stops:
+            at("waiting for the save", may_last=True)
             checkpoints.finish()
-            return Outcome(step, is_last, evaluation or (stage.evaluate(engine) if is_last else {}), skipped)
+            return Outcome(step, is_last, evaluation or (stage.evaluate(engine) if is_last else {}), skipped.total)
 
+        at("reading")
         rows, batches = reader.batches(step)
+        at("counting tokens")
         (count,) = world.sum([float(sum(stage.count(batch) for batch in batches))])
         tokens_since_log += sum(len(batch.tokens_T) for batch in batches) * world.size
         sums = accumulate(engine, batches, count)
-        gradient_norm, taken = engine.step(schedule.multiplier(step, config.max_steps))
+        at("optimizer step")
+        accepts = recent.judge(sums["loss"], count)
+        gradient_norm, taken = engine.step(schedule.multiplier(step, config.max_steps), accepts)
         starting = metrics.first_step() if metrics and fresh else {}
         step, fresh = step + 1, False
 
-        skipped_in_a_row = 0 if taken else skipped_in_a_row + 1
-        skipped += not taken
-        if skipped_in_a_row > config.max_skipped_steps:
-            checkpoints.finish()
-            _give_up(run_dir, step, rows, skipped_in_a_row, world)
-        if step % config.log_every == 0 or not taken:
+        reason = skipped.note(taken, recent.refusal)
+        at("logging")
+        if step % config.log_every == 0 or reason:
             names = sorted(sums)
             totals = world.sum(torch.stack([sums[name] for name in names]).tolist())
             if metrics:
@@ -151,7 +160,12 @@ def train(
                 values["gradient_norm"] = gradient_norm
                 values |= throughput.figures(tokens_since_log, seconds)
                 tokens_since_log = 0
-                metrics.log(step, {**values, **starting, **({} if taken else {"skipped_steps": skipped})})
+                metrics.log(
+                    step, {**values, **starting, **({"skipped_steps": skipped.total} if reason else {})}, reason
+                )
+        if skipped.too_many:
+            checkpoints.finish()
+            skipped.give_up(step, rows)
 
 
 class StepReader:
@@ -180,23 +194,17 @@ class StepReader:
 def accumulate(engine: Engine, batches: list[Any], count: float) -> dict[str, Tensor]:
     """Add the gradient of sum(loss) / count over micro-batches. The sums stay on the device: nothing waits for it."""
     sums: dict[str, Tensor] = {}
-    for batch in batches:
+    for number, batch in enumerate(batches, 1):
+        engine.world.progress.at(f"micro-batch {number} of {len(batches)}, forward")
         loss: Loss = engine.forward(batch)
         for name, value in {"loss": loss.total, **loss.sums}.items():
             sums[name] = sums.get(name, 0.0) + value.detach().float()
         # a loss that is not finite must make a gradient that is not finite: that step is then refused
+        engine.world.progress.at(f"micro-batch {number} of {len(batches)}, backward")
         engine.accumulate(loss.total * torch.where(sums["loss"].isfinite(), 1 / max(count, 1), float("nan")))
     return sums
 
 
-def _give_up(run_dir: Path, step: int, rows: np.ndarray, in_a_row: int, world: World) -> None:
-    path = run_dir / "bad_step.json"
-    if world.is_main:
-        path.write_text(json.dumps({"step": step, "rows": rows.tolist()}) + "\n")
-    raise TrainingError(
-        f"{in_a_row} steps in a row had a loss or gradient that is not finite, the last at step {step}; its data rows "
-        f"are in {path}. Lower optimizer.lr, or look at these rows; the weights of the last checkpoint are sound"
-    )
 
 
 def no_grad_sum(engine: Engine, batches: list[Any], count: Callable[[Any], int]) -> dict[str, float]:
@@ -211,7 +219,9 @@ def no_grad_sum(engine: Engine, batches: list[Any], count: Callable[[Any], int])
             for name, value in {"loss": loss.total, **loss.sums}.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
             counted += count(batch)
+            engine.world.progress.tick()
     engine.module.train()
+    engine.world.progress.at("adding up the evaluation", may_last=True)
     names = sorted(totals)
     *sums, counted = engine.world.sum([*(totals[name] for name in names), counted])
     return {f"heldout_{name}": total / max(counted, 1) for name, total in zip(names, sums, strict=True)}

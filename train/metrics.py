@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -55,14 +56,28 @@ class Metrics:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._progress.stop()
-        self._file.close()
+        with nullcontext() if kind is None else suppress(OSError):  # what could not be written is tried once more
+            self._file.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Record the values of a step: a line in metrics.jsonl, a point in wandb, the progress line."""
-        self._file.write(json.dumps({"step": step, **{k: round(v, 6) for k, v in values.items()}}) + "\n")
-        self._file.flush()
+    def log(self, step: int, values: dict[str, float], skipped: str | None = None) -> None:
+        """Record the values of a step: a line in metrics.jsonl, a point in wandb, the progress line.
+
+        `skipped`: why the step was not taken.
+        """
+        line = {
+            "step": step,
+            **{k: round(v, 6) for k, v in values.items()},
+            **({"skipped": skipped} if skipped else {}),
+        }
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:  # of a full disk, which does not say what was written
+            raise OSError(error.errno, error.strerror, str(self._run_dir / METRICS)) from error
+        if skipped:
+            self._console.print(f"step {step} was not taken: {skipped}", highlight=False, markup=False, soft_wrap=True)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
         figures = "  ".join(f"{name} {_short(value)}" for name, value in values.items() if name in _ON_SCREEN)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import signal
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -34,13 +31,16 @@ from train.background import on_main
 from train.checkpoint import CheckpointError, Checkpoints, CheckpointState, Write
 from train.elastic import universal_form
 from train.engine import Engine, EngineConfig, World, join_world
-from train.loop import LoopConfig, LoopError, Loss, Outcome, Stage, TrainingError, no_grad_sum, train
+from train.loop import LoopConfig, LoopError, Loss, Outcome, Stage, no_grad_sum, train
 from train.memory_report import Summary
 from train.metrics import Metrics, WandbConfig, plot_metrics
 from train.optim import Muon, Optimizer
 from train.schedule import Schedule
+from train.skipping import TrainingError
 from train.snapshot import Snapshot
+from train.stopping import StopRequest, die_with_parent
 from train.throughput import Throughput
+from train.watchdog import EXIT_CODE, Watchdog
 
 
 class TrainingRecipe(Section):
@@ -152,7 +152,8 @@ def run_stage(
 ) -> int:
     """Run one training stage of a recipe to its end; the exit code.
 
-    SIGTERM saves and exits 0; Ctrl-C saves and exits 130; user errors print one message and exit 2.
+    SIGTERM saves and exits 0; Ctrl-C saves and exits 130; user errors print one message and exit 2; a training that
+    cannot go on and files that cannot be written exit 1, a rank that has failed exits 3.
     """
     recipe: TrainingRecipe = command.recipe
     console = Console()
@@ -161,18 +162,28 @@ def run_stage(
         summary.print(console)
         summary.print_memory(console)
         return 0
-    _die_with_parent()
-    stop = _StopRequest()
+    die_with_parent()
+    stop = StopRequest()
     world = join_world(recipe.engine.timeout_minutes)
     if not world.is_main:
         console = Console(quiet=True)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     try:
-        return _run(recipe, dict(inputs), prepare, summary, world, console, stop)
+        with Watchdog(world.progress, world.rank, world.size, 60 * recipe.engine.timeout_minutes) as watchdog:
+            try:
+                return _run(recipe, dict(inputs), prepare, summary, world, console, stop)
+            except RuntimeError as error:
+                if isinstance(error, TrainingError | CheckpointError) or not watchdog.explains(error):
+                    raise
+                return EXIT_CODE
     except (ValueError, FileNotFoundError) as error:
         _tell(error)
         return 2
+    except OSError as error:  # a full disk, or a broken one, where files are written that are no checkpoint
+        _tell(error)
+        Console(stderr=True).print("the same command continues from the last checkpoint, once that is mended")
+        return 1
     except (TrainingError, CheckpointError) as error:  # raised on every rank alike, so told once
         if world.is_main:
             _tell(error)
@@ -192,7 +203,7 @@ def _run(
     summary: Summary,
     world: World,
     console: Console,
-    stop: _StopRequest,
+    stop: StopRequest,
 ) -> int:
     began = time.monotonic()
     run_dir = Path(recipe.run_dir)
@@ -204,19 +215,12 @@ def _run(
             return 0
         summary.print(console)
         summary.warn(console, world)
+        world.progress.at("preparing data and model")
         job = prepare(world, console)
-        backend = choose_backend(recipe.attention, world.device, recipe.engine.dtype)
-        settings = recipe.engine
-        execution = shape_blocks(
-            job.module.trunk.blocks, settings.blocks, settings.recompute, settings.recompute_blocks, world.device
-        )
-        console.print(
-            f"attention {backend}, {execution} blocks, {world.size} rank(s), {torch.get_num_threads()} thread(s) each, "
-            f"{settings.precision}, ZeRO-{settings.zero_stage}",
-            highlight=False,
-        )
+        _set_up_blocks(job, recipe, world, console)
         engine = Engine(job.module, recipe.engine, recipe.optimizer, world)
         checkpoints = Checkpoints(run_dir / "checkpoints", recipe.loop.keep, world, console)
+        world.progress.at("looking for a checkpoint")
         start = resume(checkpoints, engine, job.stage.rows, console)
         metrics = None
         if world.is_main:
@@ -240,7 +244,9 @@ def _run(
             console.print(f"stopped at step {outcome.step} {kept}")
             return 130 if stop.by_keyboard else 0
         summary.compare(console, world)
+        world.progress.at("writing the model", may_last=True)
         _save_weights(engine, job, run_dir)
+        world.progress.at("finishing", may_last=True)
         key_figure, figures = job.finish(engine, outcome, console)
         if world.is_main:
             plot_metrics(run_dir, figures.get("baselines"))
@@ -252,12 +258,27 @@ def _run(
     return 0
 
 
+def _set_up_blocks(job: Job, recipe: TrainingRecipe, world: World, console: Console) -> None:
+    """Choose how blocks are run, and say so."""
+    backend = choose_backend(recipe.attention, world.device, recipe.engine.dtype)
+    settings = recipe.engine
+    execution = shape_blocks(
+        job.module.trunk.blocks, settings.blocks, settings.recompute, settings.recompute_blocks, world.device
+    )
+    console.print(
+        f"attention {backend}, {execution} blocks, {world.size} rank(s), {torch.get_num_threads()} thread(s) each, "
+        f"{settings.precision}, ZeRO-{settings.zero_stage}",
+        highlight=False,
+    )
+
+
 def resume(checkpoints: Checkpoints, engine: Engine, rows: Rows, console: Console) -> CheckpointState | None:
     """Load the newest sound checkpoint into `engine`; None when there is none.
 
     Raises CheckpointError when it was trained on data with another fingerprint.
     """
     found = checkpoints.newest()
+    checkpoints.tidy(found[0] if found else None)
     if found is None:
         return None
     path, state = found
@@ -271,7 +292,8 @@ def resume(checkpoints: Checkpoints, engine: Engine, rows: Rows, console: Consol
     else:
         with universal_form(path, engine.world, console) as universal:
             engine.load(path, universal)
-    console.print(f"resuming from {path}: {state.position.tokens_consumed:,} tokens consumed", highlight=False)
+    tokens = f"{state.position.tokens_consumed:,} tokens consumed"
+    console.print(f"resuming from {path}: {tokens}", highlight=False, soft_wrap=True)
     return state
 
 
@@ -315,24 +337,3 @@ def _write_model(job: Job, weights: Mapping[str, torch.Tensor], directory: Path)
     save_model(directory, config, parts["trunk"], parts["head"] or None, beside)
 
 
-class _StopRequest:
-    """Set by SIGTERM or Ctrl-C; a second Ctrl-C leaves at once."""
-
-    def __init__(self) -> None:
-        self._requested = self.by_keyboard = False
-        signal.signal(signal.SIGTERM, self._handle)
-        signal.signal(signal.SIGINT, self._handle)
-
-    def requested(self) -> bool:
-        return self._requested
-
-    def _handle(self, number: int, frame: object) -> None:
-        if self._requested and number == signal.SIGINT:
-            sys.exit(130)
-        self._requested, self.by_keyboard = True, number == signal.SIGINT
-
-
-def _die_with_parent() -> None:
-    """On Linux, end with the launcher: a killed torchrun must not leave ranks that hold the run directory."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)

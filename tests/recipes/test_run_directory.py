@@ -187,9 +187,10 @@ def test_a_damaged_record_is_named(run_dir: Path, name: str, content: str) -> No
 def test_what_a_crash_leaves_while_preparing_does_not_make_it_a_run(run_dir: Path) -> None:
     state_of(run_dir, recipe_of(run_dir))
     (run_dir / "recipe.yaml").unlink()
-    (run_dir / ".recipe.yaml.123").write_text("sta")
+    (run_dir / ".recipe.yaml.writing").write_text("sta")
     assert read_begun(run_dir) is None
     assert state_of(run_dir, recipe_of(run_dir, steps=7)) is RunState.NEW
+    assert [path.name for path in run_dir.glob(".*")] == [".lock"], "leftovers do not pile up"
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

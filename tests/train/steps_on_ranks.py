@@ -3,7 +3,8 @@
     torchrun --standalone --nproc-per-node 2 tests/train/steps_on_ranks.py SPEC.json OUT
 
 SPEC holds cases by name: engine, optimizer, number of steps, per rank its micro-batches as lists of documents, and how
-much higher the documents' numbers are in each further step.
+much higher the documents' numbers are in each further step; spoilt: {step: what is added to the loss of each rank},
+which changes no gradient; refused: steps that are not accepted.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from model.config import ModelConfig
 from model.scalar_head import ScalarHead
 from model.transformer import Transformer
 from train.engine import Engine, EngineConfig, World, join_world
-from train.loop import Loss
+from train.loop import Loss, accumulate
 from train.losses import next_token_loss
 from train.optim import Optimizer
 from train.stage import LossModule
@@ -31,6 +32,9 @@ from train.stage import LossModule
 CONFIG = ModelConfig(
     vocab_size=61, d_model=32, n_layers=3, n_heads=2, d_head=16, d_ff=48, layers="SSG", window=4, max_length=64
 )
+
+SPOILT = {"by": 0.0}
+"""What is added to the loss now."""
 
 
 def document(number: int) -> Tensor:
@@ -47,7 +51,7 @@ def loss(module: LossModule, documents: list[Tensor]) -> Loss:
     counted_T = torch.cat([torch.arange(len(tokens)) < len(tokens) - 1 for tokens in documents])
     assert module.head is not None
     scores = module.head(hidden_TD).float().add(1).square().sum()
-    return Loss(next_token_loss(module.trunk, hidden_TD, tokens_T.roll(-1), counted_T) + scores)
+    return Loss(next_token_loss(module.trunk, hidden_TD, tokens_T.roll(-1), counted_T) + scores + SPOILT["by"])
 
 
 def count(documents: list[Tensor]) -> int:
@@ -113,21 +117,25 @@ def run(case: dict[str, Any], world: World) -> dict[str, Any]:
     module = LossModule(Transformer(CONFIG, "sdpa", seed=3), loss, ScalarHead(CONFIG.d_model))
     optimizer = TypeAdapter(Optimizer).validate_python(case["optimizer"])
     engine = Engine(module, EngineConfig(**case["engine"]), optimizer, world)
-    held, norms, held_in_memory = [masters(engine.module)], [], 0
+    held, norms, taken, held_in_memory = [masters(engine.module)], [], [], 0
     for step in range(case.get("steps", 1)):
+        SPOILT["by"] = case.get("spoilt", {}).get(str(step), [0.0] * world.size)[world.rank]
         first = step * case.get("documents_apart", 0)
         batches = [[document(first + number) for number in numbers] for numbers in case["micro_batches"][world.rank]]
         (n_counted,) = world.sum([float(sum(map(count, batches)))])
-        for batch in batches:
-            engine.accumulate(engine.forward(batch).total / n_counted)
+        accumulate(engine, batches, n_counted)
         held_in_memory = held_bytes(engine)
-        norms.append(engine.step(case.get("lr_multiplier", 1.0))[0])
+        refuses = {"accepts": lambda norm: False} if step in case.get("refused", []) else {}
+        norm, was_taken = engine.step(case.get("lr_multiplier", 1.0), **refuses)
+        norms.append(norm)
+        taken.append(was_taken)
         held.append(masters(engine.module))
     weights = {name: tensor.clone() for name, tensor in engine.module.state_dict().items()}
     return {
         "masters": held,
         "weights": weights,
         "norms": norms,
+        "taken": taken,
         "settings": settings_in_use(engine),
         "held_bytes": held_in_memory,
     }

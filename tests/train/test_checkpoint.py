@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from pathlib import Path
 
@@ -147,3 +148,20 @@ def test_half_written_directories_are_never_read(checkpoints: Checkpoints) -> No
     assert found[1].step == 5
     save(checkpoints, 10)
     assert not half.exists()
+
+
+@pytest.mark.parametrize("last_done", ["rename", "latest"])
+def test_the_last_save_of_all_is_completed_by_a_resume(checkpoints: Checkpoints, last_done: str) -> None:
+    """A process killed in it leaves its checkpoint in place, and the rest to be done by one that never saves again."""
+    for step in (5, 10):
+        save(checkpoints, step)
+    shutil.copytree(checkpoints.directory / "step_00000010", checkpoints.directory / "step_00000015")
+    if last_done == "latest":
+        (checkpoints.directory / "latest").write_text("step_00000015\n")
+        (checkpoints.directory / ".removing_step_00000000").mkdir()
+    found = checkpoints.newest()
+    assert found is not None
+    checkpoints.tidy(found[0])
+    names = sorted(path.name for path in checkpoints.directory.iterdir())
+    assert names == ["latest", "step_00000010", "step_00000015"]
+    assert (checkpoints.directory / "latest").read_text() == "step_00000015\n"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from recipes.loader import RecipeError, load_recipe
 from train.engine import EngineConfig, deepspeed_config
@@ -22,6 +24,7 @@ WRAPPERS = {  # optimizer, precision, stage: the class that DeepSpeed must choos
     ("adamw", "float32", 1): "DeepSpeedZeroOptimizer",
     ("adamw", "float32", 3): "DeepSpeedZeroOptimizer_Stage3",
 }
+EVERY_WAY = [*WRAPPERS, ("adamw", "bfloat16", 3), ("adamw", "float32", 2)]
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +64,46 @@ def test_deepspeed_runs_with_what_is_written(in_use: dict[str, Any], kind: str, 
     assert {"check_grad_overflow", "immediate_grad_update"} <= written["bf16"].keys()
     assert {"stage", "overlap_comm", "reduce_scatter", "contiguous_gradients"} <= written["zero_optimization"].keys()
     assert {"gradient_clipping", "communication_data_type", "data_types"} <= written.keys()
+
+
+@pytest.fixture(scope="module")
+def refusals(steps_on_ranks: Callable[[int, dict[str, Any]], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Of each rank, by "kind precision stage how": two steps, and between them none or one that is not to be taken."""
+    between = {
+        "none": {"steps": 2},
+        "nan": {"steps": 3, "spoilt": {"1": [0.0, math.nan]}},
+        "infinite": {"steps": 3, "spoilt": {"1": [math.inf, 0.0]}},
+        "refused": {"steps": 3, "refused": [1]},
+    }
+    cases = {
+        f"{kind} {precision} {stage} {how}": {
+            "optimizer": MUON if kind == "muon" else ADAMW,
+            "engine": {"precision": precision, "zero_stage": stage},
+            "micro_batches": [[[0], [1]], [[2], [3]]],
+            **steps,
+        }
+        for kind, precision, stage in EVERY_WAY
+        for how, steps in between.items()
+    }
+    return steps_on_ranks(2, cases)
+
+
+@pytest.mark.parametrize("how", ["nan", "infinite", "refused"])
+@pytest.mark.parametrize(("kind", "precision", "stage"), EVERY_WAY)
+def test_a_step_that_is_not_taken_leaves_all_as_it_was(
+    refusals: list[dict[str, Any]], kind: str, precision: str, stage: int, how: str
+) -> None:
+    """The gradient itself is finite: what is added to one rank's loss is a constant."""
+    for of_rank in refusals:
+        expected, found = (of_rank[f"{kind} {precision} {stage} {name}"] for name in ("none", how))
+        assert found["taken"] == [True, False, True]
+        before, after = found["masters"][1:3]
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        # the step after it finds weights, optimizer state and gradients as if it had not been
+        assert all(torch.equal(found["weights"][name], expected["weights"][name]) for name in expected["weights"])
+        assert all(torch.equal(found["masters"][3][name], expected["masters"][2][name]) for name in before)
+        assert [found["norms"][0], found["norms"][2]] == expected["norms"]
+        assert math.isfinite(found["norms"][1]) == (how == "refused")
 
 
 @pytest.mark.parametrize("engine", ["{precision: float32}", "{zero_stage: 2}", "{zero_stage: 3}"])

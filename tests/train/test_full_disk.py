@@ -1,0 +1,109 @@
+"""A disk that is really full, or read-only, ends a run with one clear error, and costs nothing saved before."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from data.sampler import RowOrder
+from data.shards import PackedDataset
+from train.checkpoint import damage
+from train.metrics import Metrics, WandbConfig
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+PRETRAIN = [sys.executable, "-m", "train.pretrain"]
+IN_A_NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c"]
+
+
+def can_mount() -> bool:
+    try:
+        return subprocess.run([*IN_A_NAMESPACE, "mount -t tmpfs none /mnt"], capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not can_mount(), reason="no namespace of its own to mount a small file system in")
+def test_a_full_and_a_read_only_file_system(pretrain_recipe: Path, tmp_path: Path) -> None:
+    """The first checkpoint fits, the second does not; then it is read-only; then it is large enough."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    train = shlex.join([*PRETRAIN, str(pretrain_recipe), f"run_dir={disk / 'run'}", "ngram_baselines=false"])
+    log = shlex.quote(str(tmp_path))
+    script = f"""
+        mount -t tmpfs -o size=1000k none {shlex.quote(str(disk))} && cd {shlex.quote(str(ROOT))}
+        start() {{ {train} > {log}/$1.log 2>&1; echo $? >> {log}/$1.log; }}
+        start full
+        ls -A {disk}/run/checkpoints > {log}/left.txt
+        mount -o remount,ro {disk}
+        start read_only
+        mount -o remount,rw,size=50m {disk}
+        start room
+    """
+    subprocess.run([*IN_A_NAMESPACE, script], env=ENVIRONMENT, check=True, timeout=300)
+    full, read_only, room = ((tmp_path / f"{name}.log").read_text() for name in ("full", "read_only", "room"))
+    assert full.endswith("\n1\n")
+    assert re.search(r"CheckpointError: checkpoint \S+step_00000004 could not be written: .*No space left", full)
+    assert "Traceback" not in full + read_only + room
+    assert (tmp_path / "left.txt").read_text().split() == ["latest", "step_00000002"]
+    assert read_only.endswith("\n2\n")
+    assert re.search(r"RunDirectoryError: run_dir \S+run cannot be written .*Read-only file system", read_only)
+    assert room.endswith("\n0\n")
+    assert re.search(r"resuming from \S+step_00000002", room)
+
+
+def test_a_save_that_fails_on_two_ranks_is_told_once(pretrain_recipe: Path, tmp_path: Path) -> None:
+    """No file may grow to what their optimizer states need."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *PRETRAIN[1:]]
+    command += [str(pretrain_recipe), "ngram_baselines=false", "loop.evaluate_every=100"]
+    checkpoints = tmp_path / "run" / "checkpoints"
+
+    def start(*overrides: str, file_bytes: int = resource.RLIM_INFINITY) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *overrides], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY)),
+        )  # fmt: skip
+
+    limited = start("loop.save_every=4", file_bytes=100_000)
+    assert "exitcode  : 1 " in limited.stderr, limited.stderr
+    assert (
+        len(re.findall(r"CheckpointError: checkpoint \S+step_00000004 could not be .*File too large", limited.stderr))
+        == 1
+    )
+    assert list(checkpoints.iterdir()) == []
+    assert start("loop.save_every=4", "loop.max_steps=12").returncode == 0
+    assert [damage(path) for path in checkpoints.glob("step_*")] == [None, None]
+
+
+def test_metrics_that_cannot_be_written_say_which_file(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, Console(quiet=True), WandbConfig(mode="disabled"), {}, start=-1, max_steps=3)
+    metrics._file = open("/dev/full", "w")  # noqa: SIM115 (Metrics closes it)
+    with pytest.raises(OSError, match=r"No space left on device: '\S+metrics.jsonl'"), metrics:
+        metrics.log(1, {"loss": 1.0})
+
+
+def test_steps_that_are_never_finite_end_the_run(pretrain_recipe: Path, data_dir: Path, tmp_path: Path) -> None:
+    """Through the command line, with a learning rate that no weight survives."""
+    done = subprocess.run(
+        [*PRETRAIN, str(pretrain_recipe), "optimizer.lr=1e30", "loop.max_skipped_steps=2", "loop.save_every=1"],
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "TrainingError: 3 steps in a row were not taken: 3 had a loss or gradient that is not finite" in done.stderr
+    assert "Traceback" not in done.stderr
+    bad = json.loads((tmp_path / "run" / "bad_step.json").read_text())
+    dataset = PackedDataset(data_dir / "train")
+    rows = RowOrder(dataset.n_rows, seed=1).rows((bad["step"] - 1) * 4, 4)
+    assert np.array_equal(bad["rows"], rows)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped_steps"] for line in lines if "skipped" in line] == [1, 2, 3]

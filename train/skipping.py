@@ -1,0 +1,130 @@
+"""Steps that are not taken, as not finite or out of all proportion to those before: judged, counted, told."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, deque
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Annotated, NoReturn
+
+import numpy as np
+from pydantic import Field, PositiveFloat
+from torch import Tensor
+
+from recipes.loader import Section
+from train.engine import World
+
+NOT_FINITE, SPIKE = "a loss or gradient that is not finite", "a spike of the loss or the gradient norm"
+_ADVICE = {
+    NOT_FINITE: "Lower optimizer.lr, or look at these rows",
+    SPIKE: "If the loss has only moved to another level, raise loop.skip_spikes.sigma (in a new run); else lower "
+    "optimizer.lr, or look at these rows",
+}
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on."""
+
+
+class SkipSpikes(Section):
+    """Do not take a step whose loss or gradient norm is more than `sigma` deviations above the last `window` steps'.
+
+    As OLMo-core's SkipStepOptimizer, and with its values: https://github.com/allenai/OLMo-core. Here the window holds
+    accepted steps only, so that a spike does not widen the bounds it is held against.
+    """
+
+    sigma: PositiveFloat = 6.0
+    window: Annotated[int, Field(ge=4)] = 128
+
+
+class RecentSteps:
+    """Losses and gradient norms of the last accepted steps, and the judgement of the next one by them.
+
+    While fewer than half of `window` are known, every step is accepted. The same values give the same judgement, so
+    `state` is all that a checkpoint has to keep. Without settings it keeps nothing and costs nothing.
+    """
+
+    def __init__(self, settings: SkipSpikes | None, world: World, state: dict[str, list[float]] | None = None):
+        self._settings, self._world = settings, world
+        self._values: dict[str, deque[float]] = {}
+        if settings:
+            state = state or {"loss": [], "gradient_norm": []}
+            self._values = {name: deque(values, settings.window) for name, values in state.items()}
+        self.refusal: str | None = None
+        """Why the last step was not accepted."""
+
+    def state(self) -> dict[str, list[float]] | None:
+        """A copy of the windows, oldest first, to be given to `__init__`."""
+        return {name: list(values) for name, values in self._values.items()} or None
+
+    def judge(self, loss: Tensor, count: float) -> Callable[[float], bool] | None:
+        """For `Engine.step`: whether a step with this loss and a gradient norm is accepted. All ranks answer alike.
+
+        `loss` is the sum over this rank's share of the step's `count` tokens, on the device.
+        """
+        if not self._settings:
+            return None
+        (total,) = self._world.sum([float(loss)])
+        self.refusal = None
+
+        def accepts(gradient_norm: float) -> bool:
+            found = {"loss": total / max(count, 1), "gradient_norm": gradient_norm}
+            reasons = [reason for name, value in found.items() if (reason := self._reason(name, value))]
+            # their values could differ in the last bit, and then one rank alone would take the step
+            (n_refusing,) = self._world.sum([float(bool(reasons))])
+            if n_refusing:
+                self.refusal = "; ".join(reasons) or "refused by another rank"
+                return False
+            for name, value in found.items():
+                self._values[name].append(value)
+            return True
+
+        return accepts
+
+    def _reason(self, name: str, value: float) -> str | None:
+        assert self._settings
+        values = self._values[name]
+        if len(values) < self._settings.window // 2:
+            return None
+        mean, deviation = fmean(values), stdev(values)
+        if value <= mean + self._settings.sigma * deviation:
+            return None
+        above = f"{(value - mean) / deviation:.1f}" if deviation else "infinitely many"
+        return f"{name} {value:.4g} is {above} standard deviations above the mean {mean:.4g} of {len(values)} steps"
+
+
+class SkippedSteps:
+    """Counts the steps that were not taken, and ends the training when too many follow each other."""
+
+    def __init__(self, most_in_a_row: int, run_dir: Path, world: World, total: int):
+        self._most_in_a_row, self._run_dir, self._world = most_in_a_row, run_dir, world
+        self.total = total
+        self._in_a_row: list[str] = []
+        self._reason = ""
+
+    def note(self, taken: bool, refusal: str | None) -> str | None:
+        """Why a step was not taken: `refusal`, that of `RecentSteps`, or that it was not finite. None: it was."""
+        if taken:
+            self._in_a_row.clear()
+            return None
+        self.total += 1
+        self._in_a_row.append(SPIKE if refusal else NOT_FINITE)
+        self._reason = refusal or NOT_FINITE
+        return self._reason
+
+    @property
+    def too_many(self) -> bool:
+        return len(self._in_a_row) > self._most_in_a_row
+
+    def give_up(self, step: int, rows: np.ndarray) -> NoReturn:
+        """Leave the last step's data rows in bad_step.json, and raise TrainingError with what to do about them."""
+        path = self._run_dir / "bad_step.json"
+        if self._world.is_main:
+            path.write_text(json.dumps({"step": step, "rows": rows.tolist(), "reason": self._reason}) + "\n")
+        had = " and ".join(f"{n} had {kind}" for kind, n in Counter(self._in_a_row).items())
+        raise TrainingError(
+            f"{len(self._in_a_row)} steps in a row were not taken: {had}. The last was step {step} ({self._reason}); "
+            f"its data rows are in {path}. {_ADVICE[self._in_a_row[-1]]}; the weights of the last checkpoint are sound"
+        )
