@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_PROGRAMS_A_PROCESSOR = 4
+_PROGRAMS_A_PROCESSOR = 8  # of 4 warps at width 2048: the fastest on an H100 of 2, 4, 8 and 4, 8, 16
 
 
 @triton.jit
@@ -148,9 +148,9 @@ def add_norm_backward(
 
 
 def _launch(width: int) -> tuple[int, int]:
-    """Columns of a program (a power of two, all of a row) and its warps: eight columns a thread, a 16-byte load."""
+    """Columns of a program (a power of two, all of a row) and its warps: sixteen columns a thread, two wide loads."""
     block = triton.next_power_of_2(width)
-    return block, min(max(block // 256, 1), 16)
+    return block, min(max(block // 512, 1), 16)
 
 
 def _n_processors(device: torch.device) -> int:

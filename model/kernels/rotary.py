@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TOKENS = 8
-_PROGRAMS_A_PROCESSOR = 8
+_TOKENS, _PROGRAMS_A_PROCESSOR = 16, 8  # the fastest on an H100 of 4 to 32 and 4 to 16
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -46,10 +47,10 @@ def run(model: Transformer, lengths: list[int]) -> list[Tensor]:
     return [hidden_TD.detach(), *torch.autograd.grad(total, parameters)]
 
 
-def distance(found: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest difference of two lists of tensors, as a share of a tensor's norm."""
+def distances(found: list[Tensor], expected: list[Tensor]) -> list[float]:
+    """The difference of each pair of tensors, as a share of the expected one's norm."""
     pairs = zip(found, expected, strict=True)
-    return max(float((ours.double() - theirs.double()).norm() / theirs.double().norm()) for ours, theirs in pairs)
+    return [float((ours.double() - theirs.double()).norm() / theirs.double().norm()) for ours, theirs in pairs]
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
@@ -57,7 +58,7 @@ def distance(found: list[Tensor], expected: list[Tensor]) -> float:
 def test_it_computes_what_the_plain_block_does(sharing: Any, recompute: Recompute) -> None:
     lengths = [7, 0, 13, 1, 8]
     expected = run(model_of(sharing, fused=False), lengths)
-    assert distance(run(model_of(sharing, fused=True, recompute=recompute), lengths), expected) < 2e-5
+    assert max(distances(run(model_of(sharing, fused=True, recompute=recompute), lengths), expected)) < 2e-5
 
 
 @pytest.mark.parametrize("adjacent_sums", [True, False])
@@ -103,8 +104,9 @@ def test_sixteen_bits_are_no_further_from_float32_than_the_plain_block(sharing: 
     exact = run(models[0].float(), lengths)
     for model in models.values():
         model.attention_backend = backend
-    plain, fused = (distance(run(models[number].bfloat16(), lengths), exact) for number in (0, 1))
-    assert fused <= 1.1 * plain
+    # over all tensors: one alone may be nearer by chance
+    plain, fused = (mean(distances(run(models[number].bfloat16(), lengths), exact)) for number in (0, 1))
+    assert fused <= 1.05 * plain
 
 
 def test_what_cannot_be_is_said() -> None:
