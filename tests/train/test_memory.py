@@ -24,6 +24,7 @@ from train.summary import summarize
 ROOT = Path(__file__).parents[2]
 BENCH = ROOT / "recipes" / "bench"
 MEASURED = [  # BENCHMARKS.md, "Pre-training on one GPU": torch.cuda.max_memory_allocated in GiB
+    ("mqa_1b_global", [], 44.4),
     ("mqa_1b_global", ["engine.recompute=elementwise"], 35.8),
     ("mqa_1b_global", ["engine.recompute=elementwise", "engine.recompute_blocks=6"], 32.2),
 ]
