@@ -76,35 +76,42 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A decoder of `config`, initialised from `seed`; parameters are float32 until cast."""
+    """A decoder of `config`, initialised from `seed`, its parameters in `dtype`."""
 
-    def __init__(self, config: ModelConfig, attention: Backend = "auto", seed: int = 0):
+    def __init__(
+        self, config: ModelConfig, attention: Backend = "auto", seed: int = 0, dtype: torch.dtype = torch.float32
+    ):
         super().__init__()
         self.config = config
         self.attention_backend: Backend = attention
-        self.embed_tokens = Embedding(config)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.final_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.initialize(seed)
+        device = torch.get_default_device()
+        with torch.device("meta"):
+            self.embed_tokens = Embedding(config)
+            self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+            self.final_norm = RMSNorm(config.d_model, config.norm_eps)
+        if device.type != "meta":
+            self.initialize(seed, device, dtype)
 
-    def initialize(self, seed: int) -> None:
-        """Fill the weights: matrices at std 1/sqrt(fan_in), norms at their scale, embeddings at std d_model^(-5/8).
+    def initialize(self, seed: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Make the weights: matrices at std 1/sqrt(fan_in), norms at their scale, embeddings at std d_model^(-5/8).
 
         The embeddings are tied, so the logit of the token that was just read is sqrt(d_model) times the cosine between
         its embedding and the last hidden state. Were they as large as what the layers add, a wide model would start out
         certain that every token repeats itself (loss 23 instead of 9 at width 1024). They enter at d_model^(-1/8), and
         the layers add d_model^(1/8) in all: that logit, and the loss beyond ln(vocab_size), start small at any width.
         """
-        if self.embed_tokens.weight.is_meta:
-            return
-        generator = torch.Generator(self.embed_tokens.weight.device).manual_seed(seed)
-        with torch.no_grad():
-            for module in self.modules():
-                if isinstance(module, RMSNorm):
-                    module.weight.fill_(module.initial_scale)
-                elif isinstance(module, nn.Linear | Embedding):
-                    exponent = -0.5 if isinstance(module, nn.Linear) else -0.625
-                    module.weight.normal_(0, module.weight.shape[1] ** exponent, generator=generator)
+        generator = torch.Generator(device).manual_seed(seed)
+        for module in self.modules():
+            if not isinstance(module, RMSNorm | nn.Linear | Embedding):
+                continue
+            # float32 whatever the dtype, so that the draw is the same; one at a time, so that it costs nothing
+            weight = torch.empty(module.weight.shape, dtype=torch.float32, device=device)
+            if isinstance(module, RMSNorm):
+                weight.fill_(module.initial_scale)
+            else:
+                exponent = -0.5 if isinstance(module, nn.Linear) else -0.625
+                weight.normal_(0, weight.shape[1] ** exponent, generator=generator)
+            module.weight = nn.Parameter(weight.to(dtype))
 
     def forward(self, tokens_T: Tensor, documents: Documents) -> Tensor:
         """hidden_TD after the final norm, for packed documents."""

@@ -99,8 +99,6 @@ class Load:
     optimizer: Literal["adamw", "muon"]
     tokens: int
     loss: LossKind = "every token"
-    drawn_on_device: bool = False
-    """Whether the weights start as float32 on the device (pre-training), not as a file in host memory."""
     bucket_elements: int = BUCKET_ELEMENTS["cuda"]
     persistent_elements: int = PERSISTENT_ELEMENTS["cuda"]
 
@@ -132,8 +130,8 @@ class Load:
         }
 
     def estimate(self, world_size: int, stage: int | None = None) -> Estimate:
-        """The moment that needs most memory: of a training step, or the start."""
-        start = Estimate("start", weights=4 * self.counts.total if self.drawn_on_device else 0)
+        """The moment that needs most memory: of a training step, or the start, when every rank has whole weights."""
+        start = Estimate("start", weights=self.itemsize * self.counts.total, master=4 * max(self.counts.each))
         return max(self.step_estimate(world_size, stage), start, key=lambda moment: moment.total)
 
     def step_estimate(self, world_size: int, stage: int | None = None) -> Estimate:

@@ -76,7 +76,7 @@ def prepare(recipe: PretrainRecipe, world: World, console: Console) -> Job:
         return figure, {"heldout_loss": loss, "baselines": baselines}
 
     with world.device:  # the weights are drawn where they will lie
-        trunk = Transformer(recipe.model, recipe.attention, recipe.seed)
+        trunk = Transformer(recipe.model, recipe.attention, recipe.seed, recipe.engine.dtype)
     return Job(
         module=LossModule(trunk, partial(language_model_loss, z_loss=recipe.z_loss)),
         stage=packed_stage(

@@ -26,7 +26,6 @@ def summarize(
     `config` is the recipe's own architecture, or None when it comes with the weights of `init_from`; `row_tokens`: the
     most tokens a row can have, where rows are not those of `data`.
     """
-    starts_anew = config is not None
     if config is None:
         weights = Path(getattr(recipe, "init_from")) / "model"  # noqa: B009 (only some stages have it)
         config = load_config(weights) if (weights / "config.json").exists() else None
@@ -42,7 +41,7 @@ def summarize(
         row_tokens, bound = config.max_length, f"at most: rows as long as max_length, {config.max_length:,}"
     load = None
     if config and row_tokens:
-        load = Load(config, recipe.engine, recipe.optimizer.kind, rows * row_tokens, loss, drawn_on_device=starts_anew)
+        load = Load(config, recipe.engine, recipe.optimizer.kind, rows * row_tokens, loss)
     return Summary([f"{name:<24}{value}" for name, value in lines], load, rows, bound)
 
 
