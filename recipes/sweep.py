@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import re
 import sys
 import time
@@ -116,8 +115,8 @@ def plan(
 ) -> tuple[list[SweepRun], list[str]]:
     """Every recipe with every combination of values, and what of `paths` is left out, with the reason.
 
-    All recipes with the first values come first: runs that begin together then compile different code, and the next
-    ones find theirs in the compiler's cache. Raises RecipeError.
+    All recipes with the first values come first: stopped halfway, a sweep has compared all at one value. Raises
+    RecipeError.
     """
     trained, left_out = [], []
     for path in paths:
@@ -166,10 +165,8 @@ def slots_of(devices: Sequence[str], jobs: int) -> list[str | None]:
 
 
 def child_environment(device: str | None, n_slots: int) -> dict[str, str]:
-    """The environment of a run: its share of the cores (for the compiler's workers too), and its device alone."""
+    """The environment of a run: its share of the cores, and its device alone."""
     environment = stage_environment(n_slots)
-    cores = os.cpu_count() or 1
-    environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, cores // n_slots)))
     return environment if device is None else environment | {"CUDA_VISIBLE_DEVICES": device}
 
 
