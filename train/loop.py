@@ -111,6 +111,7 @@ def train(
     skipped = SkippedSteps(config.max_skipped_steps, run_dir, world, start.skipped_steps if start else 0)
     recent = RecentSteps(config.skip_spikes, world, start.recent_steps if start else None)
     fresh, evaluation, clock, tokens_since_log = True, {}, time.perf_counter(), 0
+    extra: dict[str, float] = {}  # figures of what happens now and then, for the next line
     at = world.progress.at
     while True:
         world.progress.begin(step)
@@ -129,8 +130,9 @@ def train(
             at("saving", may_last=True)
             position = position_after(step * config.rows_per_step, stage.rows, seed)
             state = CheckpointState(step, position, world.size, skipped.total, recent.state())
-            checkpoints.save(state, snapshot)
             clock = time.perf_counter()
+            checkpoints.save(state, snapshot)
+            extra, clock = {"save_seconds": time.perf_counter() - clock}, time.perf_counter()
         if is_last or n_stops:
             at("waiting for the save", may_last=True)
             checkpoints.finish()
@@ -145,7 +147,8 @@ def train(
         at("optimizer step")
         accepts = recent.judge(sums["loss"], count)
         gradient_norm, taken = engine.step(schedule.multiplier(step, config.max_steps), accepts)
-        starting = metrics.first_step() if metrics and fresh else {}
+        if metrics and fresh:
+            extra |= metrics.first_step()
         step, fresh = step + 1, False
 
         reason = skipped.note(taken, recent.refusal)
@@ -160,9 +163,8 @@ def train(
                 values["gradient_norm"] = gradient_norm
                 values |= throughput.figures(tokens_since_log, seconds)
                 tokens_since_log = 0
-                metrics.log(
-                    step, {**values, **starting, **({"skipped_steps": skipped.total} if reason else {})}, reason
-                )
+                metrics.log(step, {**values, **extra, **({"skipped_steps": skipped.total} if reason else {})}, reason)
+            extra = {}
         if skipped.too_many:
             checkpoints.finish()
             skipped.give_up(step, rows)

@@ -59,7 +59,7 @@ PATIENCE_SECONDS = 180
 POLL_SECONDS = 0.001
 AIMS = {"start-up": 2, "training": 2, "saving": 3, "completing": 3, "finishing": 1}
 """What a kill waits for, and how often; where it falls is told from the files afterwards."""
-CLOCKS = {"tokens_per_second", "mfu", "memory_gib", "seconds_to_first_step"}
+CLOCKS = {"tokens_per_second", "mfu", "memory_gib", "seconds_to_first_step", "save_seconds"}
 
 
 class SurvivalError(AssertionError):
