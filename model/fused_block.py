@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from model.attention_ops import AttentionBackward, AttentionOp, Documents, attend_with_backward
 from model.kernels.geglu import geglu, geglu_backward_
-from model.kernels.norm import add_norm, add_norm_backward
+from model.kernels.norm import Scales, add_norm, add_norm_backward
 from model.kernels.rotary import normed_heads, normed_heads_backward
-from model.matrix_product import stacked, weight_gradients
+from model.matrix_product import stacked, vector_gradient, weight_gradients
 
 if TYPE_CHECKING:
     from model.attention import KeyValue, Rope
@@ -73,15 +73,18 @@ class _Kept:
     """What the forward pass leaves to the backward one; None is made again."""
 
     attention_normed_TD: Tensor | None
+    start_scales: Scales
     heads_TX: Tensor
     q_THK: Tensor | None
     attended_TX: Tensor
     attention_backward: AttentionBackward
     attention_out_TD: Tensor
+    middle_scales: Scales
     ff_normed_TD: Tensor | None
     gate_in_TX: Tensor
     product_TF: Tensor | None
     ff_out_TD: Tensor
+    end_scales: Scales
 
 
 def fused_block(
@@ -155,7 +158,7 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor, _Kept]:
     """The block's output, the keys and values it read, and what is kept."""
     keeps_all = form.recompute == "none"
-    _, attention_normed_TD = add_norm(x_TD, None, None, w.attention_norm_in, form.eps)
+    _, attention_normed_TD, start_scales = add_norm(x_TD, None, None, w.attention_norm_in, form.eps)
     assert attention_normed_TD is not None
     heads_TX = F.linear(attention_normed_TD, stacked(w.heads))
     q_THK, k_TGK, v_TGK = _normed_heads(heads_TX, rope, form, w)
@@ -166,17 +169,29 @@ def _run(
     )
     attended_TX = attended_THK.flatten(1)
     attention_out_TD = F.linear(attended_TX, w.w_o)
-    x_TD, ff_normed_TD = add_norm(x_TD, attention_out_TD, w.attention_norm_out, w.ff_norm_in, form.eps)
+    x_TD, ff_normed_TD, middle_scales = add_norm(
+        x_TD, attention_out_TD, w.attention_norm_out, w.ff_norm_in, form.eps
+    )
     assert ff_normed_TD is not None
     gate_in_TX = F.linear(ff_normed_TD, stacked([w.w_gate, w.w_in]))
     product_TF = geglu(gate_in_TX)
     ff_out_TD = F.linear(product_TF, w.w_out)
-    out_TD, _ = add_norm(x_TD, ff_out_TD, w.ff_norm_out, None, form.eps)
+    out_TD, _, end_scales = add_norm(x_TD, ff_out_TD, w.ff_norm_out, None, form.eps)
     kept = _Kept(
-        attention_normed_TD if keeps_all else None, heads_TX, q_THK if keeps_all else None, attended_TX,
-        attention_backward, attention_out_TD, ff_normed_TD if keeps_all else None, gate_in_TX,
-        product_TF if keeps_all else None, ff_out_TD,
-    )  # fmt: skip
+        attention_normed_TD=attention_normed_TD if keeps_all else None,
+        start_scales=start_scales,
+        heads_TX=heads_TX,
+        q_THK=q_THK if keeps_all else None,
+        attended_TX=attended_TX,
+        attention_backward=attention_backward,
+        attention_out_TD=attention_out_TD,
+        middle_scales=middle_scales,
+        ff_normed_TD=ff_normed_TD if keeps_all else None,
+        gate_in_TX=gate_in_TX,
+        product_TF=product_TF if keeps_all else None,
+        ff_out_TD=ff_out_TD,
+        end_scales=end_scales,
+    )
     return out_TD, k_TGK, v_TGK, kept
 
 
@@ -184,9 +199,9 @@ def _feed_forward_backward(
     grad_TD: Tensor, x_TD: Tensor, form: _Form, w: _Weights, kept: _Kept, gradients: _Gradients
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the sum between attention and feed-forward, and of the attention's output; fills in weights'."""
-    end = add_norm_backward(grad_TD, None, None, kept.ff_out_TD, w.ff_norm_out, None, form.eps)
-    assert end.u_TD is not None
-    gradients["ff_norm_out"] = end.w_u_D
+    end = add_norm_backward(grad_TD, None, None, kept.ff_out_TD, w.ff_norm_out, None, kept.end_scales)
+    assert end.u_TD is not None and end.w_u_D is not None
+    gradients["ff_norm_out"] = vector_gradient(w.ff_norm_out, end.w_u_D)
     grad_TF = end.u_TD @ w.w_out
     geglu_backward_(kept.gate_in_TX, grad_TF, remakes_product=kept.product_TF is None)
     product_TF = grad_TF if kept.product_TF is None else kept.product_TF  # made again in the gradient's place
@@ -195,12 +210,14 @@ def _feed_forward_backward(
     grad_normed_TD = kept.gate_in_TX @ stacked([w.w_gate, w.w_in])
     normed_TD = kept.ff_normed_TD
     middle = add_norm_backward(
-        grad_TD, grad_normed_TD, x_TD, kept.attention_out_TD, w.attention_norm_out, w.ff_norm_in, form.eps,
+        grad_TD, grad_normed_TD, x_TD, kept.attention_out_TD, w.attention_norm_out, w.ff_norm_in, kept.middle_scales,
         remakes_y=normed_TD is None,
     )  # fmt: skip
     normed_TD = middle.y_TD if normed_TD is None else normed_TD
     assert middle.x_TD is not None and middle.u_TD is not None and normed_TD is not None
-    gradients["attention_norm_out"], gradients["ff_norm_in"] = middle.w_u_D, middle.w_y_D
+    assert middle.w_u_D is not None and middle.w_y_D is not None
+    gradients["attention_norm_out"] = vector_gradient(w.attention_norm_out, middle.w_u_D)
+    gradients["ff_norm_in"] = vector_gradient(w.ff_norm_in, middle.w_y_D)
     gradients["w_gate"], gradients["w_in"] = weight_gradients([w.w_gate, w.w_in], kept.gate_in_TX, normed_TD)
     return middle.x_TD, middle.u_TD
 
@@ -222,17 +239,20 @@ def _attention_backward(
         asked = (k_grad_TGK, v_grad_TGK)
         key_value_grads = [ours if more is None else ours + more for ours, more in zip(key_value_grads, asked)]
         k_grad_TGK, v_grad_TGK = (grad.contiguous() for grad in key_value_grads)
-    heads_grad_TX, gradients["q_norm"], gradients["k_norm"] = normed_heads_backward(
+    heads_grad_TX, q_norm_grad_K, k_norm_grad_K = normed_heads_backward(
         kept.heads_TX, w.q_norm, w.k_norm, *rope, q_grad_THK.contiguous(), k_grad_TGK, v_grad_TGK, form.eps
     )
+    gradients["q_norm"] = vector_gradient(w.q_norm, q_norm_grad_K)
+    if w.k_norm is not None and k_norm_grad_K is not None:
+        gradients["k_norm"] = vector_gradient(w.k_norm, k_norm_grad_K)
     normed_TD = kept.attention_normed_TD
     start = add_norm_backward(
-        grad_sum_TD, heads_grad_TX @ stacked(w.heads), x_TD, None, None, w.attention_norm_in, form.eps,
+        grad_sum_TD, heads_grad_TX @ stacked(w.heads), x_TD, None, None, w.attention_norm_in, kept.start_scales,
         remakes_y=normed_TD is None,
     )  # fmt: skip
     normed_TD = start.y_TD if normed_TD is None else normed_TD
-    assert start.x_TD is not None and normed_TD is not None
-    gradients["attention_norm_in"] = start.w_y_D
+    assert start.x_TD is not None and start.w_y_D is not None and normed_TD is not None
+    gradients["attention_norm_in"] = vector_gradient(w.attention_norm_in, start.w_y_D)
     names = ("w_q", "w_k", "w_v") if form.owns_cache else ("w_q",)
     gradients.update(zip(names, weight_gradients(w.heads, heads_grad_TX, normed_TD), strict=True))
     return start.x_TD, *((None, None) if form.owns_cache else key_value_grads)

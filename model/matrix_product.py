@@ -1,4 +1,4 @@
-"""Matrix products of training: weights that lie side by side as one, and gradients summed in float32."""
+"""Products with weights that lie side by side as with one, and weights' gradients summed in float32."""
 
 from __future__ import annotations
 
@@ -44,6 +44,14 @@ def weight_gradients(weights: Sequence[Tensor], grad_TX: Tensor, input_TY: Tenso
         for total_XY, part_TX in zip(sums, grad_TX.split(sizes, dim=1), strict=True):
             add_product(total_XY, part_TX.T, input_TY)
     return [None] * len(weights)
+
+
+def vector_gradient(weight: Tensor, gradient_D: Tensor) -> Tensor | None:
+    """The same for a vector's float32 gradient: None when it was added to `main_grad`, else in the weight's dtype."""
+    if hasattr(weight, "main_grad"):
+        weight.main_grad.add_(gradient_D)
+        return None
+    return gradient_D.to(weight.dtype)
 
 
 def _as_one(matrices: Sequence[Tensor]) -> Tensor | None:

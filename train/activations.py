@@ -55,7 +55,8 @@ def kept_tensors(config: ModelConfig, owns_cache: bool, itemsize: int) -> list[K
         Kept("activated gate", _PLAIN, d_ff),
         Kept("gated product", _MADE_AGAIN, d_ff),
         Kept("feed-forward's output", _ALL, d_model),
-        Kept("scales of the norms", _PLAIN, width32=4 + config.n_heads + key_norms),
+        Kept("scales of the norms", _ALL, width32=4),
+        Kept("scales of the heads' norms", _PLAIN, width32=config.n_heads + key_norms),
     ]
 
 

@@ -322,12 +322,11 @@ def _add_gradient(optimizer: Any, weight: nn.Parameter, group: int, number: int,
 
 
 def _offer_gradient_sums(optimizer: Any) -> None:
-    """Give every matrix its float32 gradient sum as `main_grad`: fused blocks add to it inside their products."""
+    """Give every weight its float32 gradient sum as `main_grad`: fused blocks add to it, inside their products."""
     for weights, sums in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):
         for weight, total in zip(weights, sums, strict=True):
             weight._hp_grad = total  # where DeepSpeed's own accessors look
-            if weight.ndim == 2:
-                weight.main_grad = total.view(weight.shape)
+            weight.main_grad = total.view(weight.shape)
 
 
 def _mark_gradient_sums(optimizer: Any) -> None:

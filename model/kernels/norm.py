@@ -22,7 +22,7 @@ def _load(pointer, row, columns, width):
 
 @triton.jit
 def _add_norm_kernel(
-    x_ptr, u_ptr, w_u_ptr, w_y_ptr, out_ptr, y_ptr, width, eps,
+    x_ptr, u_ptr, w_u_ptr, w_y_ptr, out_ptr, y_ptr, u_scale_ptr, out_scale_ptr, width, eps,
     HAS_U: tl.constexpr, HAS_Y: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -31,19 +31,23 @@ def _add_norm_kernel(
     x = _load(x_ptr, row, columns, width)
     if HAS_U:
         u = _load(u_ptr, row, columns, width)
-        u = u * tl.rsqrt(tl.sum(u * u) / width + eps)
+        u_scale = tl.rsqrt(tl.sum(u * u) / width + eps)
+        tl.store(u_scale_ptr + row, u_scale)
+        u = u * u_scale
         rounded = (x + u * _load(w_u_ptr, 0, columns, width)).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + row * width + columns, rounded, mask=inside)
         x = rounded.to(tl.float32)
     if HAS_Y:
-        y = x * tl.rsqrt(tl.sum(x * x) / width + eps) * _load(w_y_ptr, 0, columns, width)
+        out_scale = tl.rsqrt(tl.sum(x * x) / width + eps)
+        tl.store(out_scale_ptr + row, out_scale)
+        y = x * out_scale * _load(w_y_ptr, 0, columns, width)
         tl.store(y_ptr + row * width + columns, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _add_norm_backward_kernel(
-    x_ptr, u_ptr, w_u_ptr, w_y_ptr, grad_out_ptr, grad_y_ptr,
-    grad_x_ptr, grad_u_ptr, y_ptr, grad_w_u_ptr, grad_w_y_ptr, n_rows, width, eps,
+    x_ptr, u_ptr, w_u_ptr, w_y_ptr, u_scale_ptr, out_scale_ptr, grad_out_ptr, grad_y_ptr,
+    grad_x_ptr, grad_u_ptr, y_ptr, grad_w_u_ptr, grad_w_y_ptr, n_rows, width,
     HAS_U: tl.constexpr, HAS_Y: tl.constexpr, REMAKES_Y: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK)
@@ -59,21 +63,20 @@ def _add_norm_backward_kernel(
         row = row_number + tl.full([], 0, tl.int64)  # offsets may exceed 32 bits
         grad = _load(grad_out_ptr, row, columns, width)
         if HAS_U:
-            u = _load(u_ptr, row, columns, width)
-            u_scale = tl.rsqrt(tl.sum(u * u) / width + eps)
-            u = u * u_scale
+            u_scale = tl.load(u_scale_ptr + row)
+            u = _load(u_ptr, row, columns, width) * u_scale
         if HAS_Y:
             x = _load(x_ptr, row, columns, width)
             if HAS_U:  # the sum as the forward pass rounded it
                 x = (x + u * w_u).to(x_ptr.dtype.element_ty).to(tl.float32)
-            x_scale = tl.rsqrt(tl.sum(x * x) / width + eps)
-            x = x * x_scale
+            out_scale = tl.load(out_scale_ptr + row)
+            x = x * out_scale
             if REMAKES_Y:
                 tl.store(y_ptr + row * width + columns, (x * w_y).to(y_ptr.dtype.element_ty), mask=inside)
             grad_y = _load(grad_y_ptr, row, columns, width)
             grad_w_y += grad_y * x
             grad_y = grad_y * w_y
-            grad += x_scale * (grad_y - x * (tl.sum(grad_y * x) / width))
+            grad += out_scale * (grad_y - x * (tl.sum(grad_y * x) / width))
             tl.store(grad_x_ptr + row * width + columns, grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
         if HAS_U:
             grad_w_u += grad * u
@@ -87,8 +90,16 @@ def _add_norm_backward_kernel(
 
 
 @dataclass(frozen=True)
+class Scales:
+    """1 / rms of every row of `u` and of `out`, float32, for the backward pass; None where that is not normed."""
+
+    u_T: Tensor | None
+    out_T: Tensor | None
+
+
+@dataclass(frozen=True)
 class AddNormGradients:
-    """Gradients of `add_norm`, and where asked for `y_TD` once more.
+    """Gradients of `add_norm`, those of the weights in float32, and where asked for `y_TD` once more.
 
     Where there is no y, the gradient of x is that of out, unchanged, and not repeated.
     """
@@ -102,23 +113,25 @@ class AddNormGradients:
 
 def add_norm(
     x_TD: Tensor, u_TD: Tensor | None, w_u_D: Tensor | None, w_y_D: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor | None]:
-    """(out_TD, y_TD): x + norm(u) * w_u (x itself without u), and norm(out) * w_y (None without w_y)."""
+) -> tuple[Tensor, Tensor | None, Scales]:
+    """(out_TD, y_TD, scales): x + norm(u) * w_u (x itself without u), and norm(out) * w_y (None without w_y)."""
     n_rows, width = x_TD.shape
     block, n_warps = _launch(width)
-    out_TD = x_TD if u_TD is None else torch.empty_like(x_TD)
-    y_TD = None if w_y_D is None else torch.empty_like(x_TD)
+    has_u, has_y = u_TD is not None, w_y_D is not None
+    out_TD = torch.empty_like(x_TD) if has_u else x_TD
+    y_TD = torch.empty_like(x_TD) if has_y else None
+    scales = Scales(*(x_TD.new_empty(n_rows, dtype=torch.float32) if has else None for has in (has_u, has_y)))
     if n_rows:
         _add_norm_kernel[(n_rows,)](
-            x_TD, u_TD, w_u_D, w_y_D, out_TD, y_TD, width, eps,
-            HAS_U=u_TD is not None, HAS_Y=w_y_D is not None, BLOCK=block, num_warps=n_warps,
+            x_TD, u_TD, w_u_D, w_y_D, out_TD, y_TD, scales.u_T, scales.out_T, width, eps,
+            HAS_U=has_u, HAS_Y=has_y, BLOCK=block, num_warps=n_warps,
         )  # fmt: skip
-    return out_TD, y_TD
+    return out_TD, y_TD, scales
 
 
 def add_norm_backward(
     grad_out_TD: Tensor, grad_y_TD: Tensor | None, x_TD: Tensor | None, u_TD: Tensor | None, w_u_D: Tensor | None,
-    w_y_D: Tensor | None, eps: float, remakes_y: bool = False,
+    w_y_D: Tensor | None, scales: Scales, remakes_y: bool = False,
 ) -> AddNormGradients:  # fmt: skip
     """From the gradients of out and y, and the inputs of `add_norm`; x is read only where there is a y.
 
@@ -126,25 +139,22 @@ def add_norm_backward(
     """
     n_rows, width = grad_out_TD.shape
     block, n_warps = _launch(width)
-    n_programs = max(min(n_rows, _PROGRAMS_A_PROCESSOR * _n_processors(grad_out_TD.device)), 1)
+    n_programs = min(n_rows, _PROGRAMS_A_PROCESSOR * _n_processors(grad_out_TD.device))
     has_u, has_y = u_TD is not None, w_y_D is not None
-    like = torch.empty_like
     assert has_y or not remakes_y
-    x_gradient_TD, u_gradient_TD, y_TD = (like(grad_out_TD) if has else None for has in (has_y, has_u, remakes_y))
-    w_u_PD, w_y_PD = (
-        grad_out_TD.new_zeros(n_programs, width, dtype=torch.float32) if has else None for has in (has_u, has_y)
+    x_gradient_TD, u_gradient_TD, y_TD = (
+        torch.empty_like(grad_out_TD) if has else None for has in (has_y, has_u, remakes_y)
     )
+    partial_2PD = grad_out_TD.new_empty(2, n_programs, width, dtype=torch.float32)
     if n_rows:
         _add_norm_backward_kernel[(n_programs,)](
-            x_TD, u_TD, w_u_D, w_y_D, grad_out_TD, grad_y_TD,
-            x_gradient_TD, u_gradient_TD, y_TD, w_u_PD, w_y_PD, n_rows, width, eps,
+            x_TD, u_TD, w_u_D, w_y_D, scales.u_T, scales.out_T, grad_out_TD, grad_y_TD,
+            x_gradient_TD, u_gradient_TD, y_TD, partial_2PD[0], partial_2PD[1], n_rows, width,
             HAS_U=has_u, HAS_Y=has_y, REMAKES_Y=remakes_y, BLOCK=block, num_warps=n_warps,
         )  # fmt: skip
-    w_u_gradient_D, w_y_gradient_D = (
-        None if partial is None or weight is None else partial.sum(0).to(weight.dtype)
-        for partial, weight in ((w_u_PD, w_u_D), (w_y_PD, w_y_D))
-    )
-    return AddNormGradients(x_gradient_TD, u_gradient_TD, w_u_gradient_D, w_y_gradient_D, y_TD)
+    first, last = (0 if has_u else 1), (2 if has_y else 1)
+    sums = dict(zip(range(first, last), partial_2PD[first:last].sum(1).unbind(0), strict=True))
+    return AddNormGradients(x_gradient_TD, u_gradient_TD, sums.get(0), sums.get(1), y_TD)
 
 
 def _launch(width: int) -> tuple[int, int]:

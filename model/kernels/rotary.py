@@ -159,13 +159,13 @@ def normed_heads_backward(
     x_TX: Tensor, w_q_K: Tensor, w_k_K: Tensor | None, cos_TC: Tensor, sin_TC: Tensor, grad_q_THK: Tensor,
     grad_k_TGK: Tensor | None, grad_v_TGK: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Gradients of x_TX, w_q_K and w_k_K from those of q, k and v (None where the layer has no keys and values)."""
+    """Gradients of x_TX, and in float32 of w_q_K and w_k_K, from those of q, k and v (None where there are no keys)."""
     n_tokens, n_heads, d_head = grad_q_THK.shape
     n_kv_heads = 0 if grad_k_TGK is None else grad_k_TGK.shape[1]
     processors = torch.cuda.get_device_properties(x_TX.device).multi_processor_count if x_TX.is_cuda else 1
-    n_programs = max(min(triton.cdiv(n_tokens, _TOKENS), _PROGRAMS_A_PROCESSOR * processors), 1)
+    n_programs = min(triton.cdiv(n_tokens, _TOKENS), _PROGRAMS_A_PROCESSOR * processors)
     x_gradient_TX = torch.empty_like(x_TX)
-    partial_P2K = x_TX.new_zeros(n_programs, 2, d_head, dtype=torch.float32)
+    partial_P2K = x_TX.new_empty(n_programs, 2, d_head, dtype=torch.float32)
     if n_tokens:
         _rotary_backward_kernel[(n_programs,)](
             x_TX, w_q_K, w_q_K if w_k_K is None else w_k_K, cos_TC, sin_TC,
@@ -175,4 +175,4 @@ def normed_heads_backward(
             TOKENS=_TOKENS, BLOCK=triton.next_power_of_2(d_head // 2), num_warps=4,
         )  # fmt: skip
     q_gradient_K, k_gradient_K = partial_P2K.sum(0).unbind(0)
-    return x_gradient_TX, q_gradient_K.to(w_q_K.dtype), None if w_k_K is None else k_gradient_K.to(w_k_K.dtype)
+    return x_gradient_TX, q_gradient_K, None if w_k_K is None else k_gradient_K

@@ -62,16 +62,16 @@ def test_it_computes_what_the_plain_block_does(sharing: Any, recompute: Recomput
 
 
 @pytest.mark.parametrize("adjacent_sums", [True, False])
-def test_matrices_are_added_to_the_engines_float32_sums(adjacent_sums: bool) -> None:
+def test_gradients_are_added_to_the_engines_float32_sums(adjacent_sums: bool) -> None:
     """Where an engine offers `main_grad`, twice the gradient is there after two passes, and no `.grad`."""
     lengths = [9, 12]
     expected = run(model_of(NoSharing(), fused=True), lengths)[1:]
     model = model_of(NoSharing(), fused=True)
-    matrices = [parameter for block in model.blocks for parameter in block.parameters() if parameter.ndim == 2]
-    flat = torch.zeros(sum(matrix.numel() for matrix in matrices), device=DEVICE)
-    for matrix, part in zip(matrices, flat.split([matrix.numel() for matrix in matrices]), strict=True):
-        total = part.view(matrix.shape) if adjacent_sums else torch.zeros_like(matrix)
-        matrix.main_grad = total  # type: ignore[attr-defined]
+    weights = [parameter for block in model.blocks for parameter in block.parameters()]
+    flat = torch.zeros(sum(weight.numel() for weight in weights), device=DEVICE)
+    for weight, part in zip(weights, flat.split([weight.numel() for weight in weights]), strict=True):
+        total = part.view(weight.shape) if adjacent_sums else torch.zeros_like(weight)
+        weight.main_grad = total  # type: ignore[attr-defined]
     for _ in range(2):
         generator = torch.Generator().manual_seed(3)
         tokens_T = torch.randint(1, 37, (21,), generator=generator).to(DEVICE)

@@ -13,6 +13,7 @@ from model import fused_block
 from model.attention_ops import Documents
 from model.config import ModelConfig, TailSharing
 from model.execution import Recompute
+from model.kernels.norm import Scales
 from model.transformer import Block
 from train.activations import kept_bytes
 
@@ -84,7 +85,9 @@ def test_a_fused_block_keeps_what_is_counted(
     x_TD, rope, shared, documents = inputs_of(layer, torch.float32)
     out_TD, _ = block(x_TD, rope, shared, documents, attention)
     context: Any = out_TD.grad_fn
-    held = [] if context.kept is None else [x for x in vars(context.kept).values() if isinstance(x, Tensor)]
+    values = [] if context.kept is None else list(vars(context.kept).values())
+    values += [scale for value in values if isinstance(value, Scales) for scale in vars(value).values()]
+    held = [value for value in values if isinstance(value, Tensor)]
     held += [tensor for tensor in context.saved_tensors if tensor is not None]
     held += [] if recompute == "block" else [*outputs, normalizer_HT]
     expected = kept_bytes(CONFIG, layer, TOKENS, 4, recompute, fused=True)

@@ -32,9 +32,9 @@ def test_values_and_gradients(n_rows: int, width: int, branch: bool, normed: boo
     x_grad, u_grad, w_u_grad, w_y_grad = torch.autograd.grad(total, leaves, allow_unused=True)
 
     inputs = (u_TD if branch else None, w_u_D if branch else None, w_y_D if normed else None)
-    found_out_TD, found_y_TD = add_norm(x_TD, *inputs, EPS)
+    found_out_TD, found_y_TD, scales = add_norm(x_TD, *inputs, EPS)
     found = add_norm_backward(
-        grad_out_TD, grad_y_TD if normed else None, x_TD, *inputs, EPS, remakes_y=normed and remakes_y
+        grad_out_TD, grad_y_TD if normed else None, x_TD, *inputs, scales, remakes_y=normed and remakes_y
     )
     torch.testing.assert_close(found_out_TD, out_TD.detach(), rtol=1e-5, atol=1e-5)
     pairs = [(found.u_TD, u_grad, branch), (found.w_u_D, w_u_grad, branch), (found.x_TD, x_grad, normed)]
@@ -51,7 +51,7 @@ def test_sixteen_bits_round_the_sum_once_and_norm_what_was_rounded() -> None:
     torch.manual_seed(0)
     x_TD, u_TD = (torch.randn(5, 48, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     w_D = torch.randn(48, device=DEVICE, dtype=torch.bfloat16)
-    out_TD, y_TD = add_norm(x_TD, u_TD, w_D, w_D, EPS)
+    out_TD, y_TD, _ = add_norm(x_TD, u_TD, w_D, w_D, EPS)
     exact_TD = x_TD.double() + F.rms_norm(u_TD.double(), (48,), w_D.double(), EPS)
     assert (out_TD.double() - exact_TD).abs().max() <= exact_TD.abs().max() * 2**-8
     assert y_TD is not None
