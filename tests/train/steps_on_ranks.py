@@ -4,7 +4,8 @@
 
 SPEC holds cases by name: engine, optimizer, number of steps, per rank its micro-batches as lists of documents, and how
 much higher the documents' numbers are in each further step; spoilt: {step: what is added to the loss of each rank},
-which changes no gradient; refused: steps that are not accepted.
+which changes no gradient; refused: steps that are not accepted;
+fused: whether blocks are.
 """
 
 from __future__ import annotations
@@ -115,6 +116,8 @@ def held_bytes(engine: Engine) -> int:
 def run(case: dict[str, Any], world: World) -> dict[str, Any]:
     """The steps of one case."""
     module = LossModule(Transformer(CONFIG, "sdpa", seed=3), loss, ScalarHead(CONFIG.d_model))
+    for block in module.trunk.blocks:
+        block.fused = case.get("fused", False)
     optimizer = TypeAdapter(Optimizer).validate_python(case["optimizer"])
     engine = Engine(module, EngineConfig(**case["engine"]), optimizer, world)
     held, norms, taken, held_in_memory = [masters(engine.module)], [], [], 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -20,9 +21,12 @@ ON_TWO = [[[0, 1, 2, 3, 4, 5], [6], [7]], [[8], [9], [10]]]
 Run = Callable[[int, dict[str, Any]], list[dict[str, Any]]]
 
 
-def case(micro_batches: Any, optimizer: dict[str, Any] = GRADIENT, stage: int = 1) -> dict[str, Any]:
-    engine = {"precision": "float32", "zero_stage": stage}
-    return {"optimizer": optimizer, "engine": engine, "micro_batches": micro_batches}
+def case(
+    micro_batches: Any, optimizer: dict[str, Any] = GRADIENT, stage: int = 1, precision: str = "float32",
+    fused: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    engine = {"precision": precision, "zero_stage": stage}
+    return {"optimizer": optimizer, "engine": engine, "micro_batches": micro_batches, "fused": fused}
 
 
 def gradient(result: dict[str, Any]) -> dict[str, Tensor]:
@@ -41,7 +45,11 @@ def alone(steps_on_ranks: Run) -> dict[str, Any]:
 def on_two(steps_on_ranks: Run) -> dict[str, Any]:
     """Two ranks, three micro-steps each, at every ZeRO stage."""
     stages = {f"stage_{stage}": case(ON_TWO, stage=stage) for stage in (1, 2, 3)}
-    return steps_on_ranks(2, {**stages, "clipped": case(ON_TWO, CLIPPED)})[0]
+    cases = {**stages, "clipped": case(ON_TWO, CLIPPED)}
+    if find_spec("triton"):
+        cases |= {f"fused_{stage}": case(ON_TWO, stage=stage, fused=True) for stage in (1, 3)}
+        cases |= {f"bf16_{stage}": case(ON_TWO, stage=stage, precision="bfloat16", fused=True) for stage in (1, 2, 3)}
+    return steps_on_ranks(2, cases)[0]
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -60,6 +68,21 @@ def test_micro_steps_are_one_batch(alone: dict[str, Any]) -> None:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_two_ranks_are_one_batch(alone: dict[str, Any], on_two: dict[str, Any], stage: int) -> None:
     assert_same(on_two[f"stage_{stage}"], alone["whole"])
+
+
+@pytest.mark.skipif(not find_spec("triton"), reason="fused blocks need Triton")
+@pytest.mark.parametrize("stage", [1, 3])
+def test_fused_blocks_are_one_batch_too(alone: dict[str, Any], on_two: dict[str, Any], stage: int) -> None:
+    assert_same(on_two[f"fused_{stage}"], alone["whole"])
+
+
+@pytest.mark.skipif(not find_spec("triton"), reason="fused blocks need Triton")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_sums_inside_the_products_are_those_of_sixteen_bit_gradients(on_two: dict[str, Any], stage: int) -> None:
+    """ZeRO-1 adds a fused block's gradients to its float32 sums inside the products, the others after rounding them."""
+    ours, theirs = gradient(on_two["bf16_1"]), gradient(on_two[f"bf16_{stage}"])
+    for name in theirs:
+        assert (ours[name] - theirs[name]).norm() <= 2**-7 * theirs[name].norm(), name
 
 
 def test_the_whole_gradient_is_clipped(alone: dict[str, Any], on_two: dict[str, Any]) -> None:
