@@ -1,70 +1,141 @@
 """The peer of recipes/bench/mqa_1b_global.yaml: transformers' Llama of the same shape, each block compiled.
 
-python -m eval.speed.transformers_peer [--steps 14]
+python -m eval.speed.transformers_peer [--accumulate 8] [--deepspeed]
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-BATCH, LENGTH, VOCABULARY = 4, 4096, 32768
 PEAK_FLOPS = 989e12
 
 
-def build() -> Any:
-    """1.11 billion parameters: 24 layers, width 2048, 16 query heads, 1 key/value head, tied embeddings."""
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the model and of a micro-batch; as they are, 1.11 billion parameters, tied embeddings."""
+
+    n_layers: int = 24
+    d_model: int = 2048
+    n_heads: int = 16
+    d_head: int = 128
+    d_ff: int = 5632
+    vocab_size: int = 32768
+    batch: int = 4
+    length: int = 4096
+
+
+def build(shape: Shape, device: torch.device) -> Any:
+    """The model in bfloat16, one key/value head, its blocks compiled on a GPU."""
     from transformers import LlamaForCausalLM
     from transformers.models.llama.configuration_llama import LlamaConfig
 
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=24,
-        num_attention_heads=16,
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.d_model,
+        intermediate_size=shape.d_ff,
+        num_hidden_layers=shape.n_layers,
+        num_attention_heads=shape.n_heads,
         num_key_value_heads=1,
-        head_dim=128,
+        head_dim=shape.d_head,
         tie_word_embeddings=True,
-        max_position_embeddings=LENGTH,
+        max_position_embeddings=shape.length,
         use_cache=False,
     )
     config._attn_implementation = "sdpa"
-    with torch.device("cuda"):
+    with device:
         model = LlamaForCausalLM(config)
     model.bfloat16()
-    for block in model.model.layers:
-        block.compile()
+    if device.type == "cuda":
+        for block in model.model.layers:
+            block.compile()
     return model
+
+
+def bare_step(model: Any, accumulate: int) -> Callable[[list[Tensor]], None]:
+    """A step of fused AdamW in 16 bits: the gradients of `accumulate` micro-batches are added in 16 bits too."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
+
+    def step(batches: list[Tensor]) -> None:
+        for tokens_BL in batches:
+            (model(input_ids=tokens_BL, labels=tokens_BL).loss / accumulate).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def deepspeed_step(model: Any, accumulate: int, batch: int) -> Callable[[list[Tensor]], None]:
+    """A step under ZeRO-1 with float32 master weights and gradients, as ours is; DeepSpeed's other values are default."""
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    import deepspeed
+
+    settings = {
+        "train_micro_batch_size_per_gpu": batch,
+        "gradient_accumulation_steps": accumulate,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {"stage": 1},
+        "steps_per_print": 1_000_000,
+    }
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+
+    def step(batches: list[Tensor]) -> None:
+        for tokens_BL in batches:
+            engine.backward(engine(input_ids=tokens_BL, labels=tokens_BL).loss)
+            engine.step()
+
+    return step
+
+
+def measure(shape: Shape, device: torch.device, steps: int, accumulate: int, deepspeed: bool) -> tuple[float, int]:
+    """Tokens a second (the median of the steps after the fourth), and the number of parameters."""
+    model = build(shape, device)
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    step = deepspeed_step(model, accumulate, shape.batch) if deepspeed else bare_step(model, accumulate)
+    generator = torch.Generator(device).manual_seed(1)
+    seconds = []
+    for _ in range(steps):
+        size = (accumulate, shape.batch, shape.length)
+        batches = list(torch.randint(shape.vocab_size, size, device=device, generator=generator))
+        _wait(device)
+        began = time.perf_counter()
+        step(batches)
+        _wait(device)
+        seconds.append(time.perf_counter() - began)
+    median = sorted(seconds[4:])[len(seconds[4:]) // 2]
+    return accumulate * shape.batch * shape.length / median, n_parameters
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=14)
-    steps = parser.parse_args().steps
-    model = build()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
-    n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    flops_per_token = 6 * n_parameters + 6 * 24 * 16 * 128 * LENGTH
-    generator = torch.Generator("cuda").manual_seed(1)
-    seconds = []
-    for _ in range(steps):
-        tokens_BL = torch.randint(VOCABULARY, (BATCH, LENGTH), device="cuda", generator=generator)
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        model(input_ids=tokens_BL, labels=tokens_BL).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    median = sorted(seconds[4:])[len(seconds[4:]) // 2]
-    rate = BATCH * LENGTH / median
+    parser.add_argument("--steps", type=int, default=14, help="the first four are not counted")
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches a step")
+    parser.add_argument("--deepspeed", action="store_true", help="under ZeRO-1, float32 gradients and master weights")
+    arguments = parser.parse_args()
+    shape = Shape()
+    rate, n_parameters = measure(
+        shape, torch.device("cuda"), arguments.steps, arguments.accumulate, arguments.deepspeed
+    )
+    flops_per_token = 6 * n_parameters + 6 * shape.n_layers * shape.n_heads * shape.d_head * shape.length
     print(
-        f"transformers, blocks compiled: {rate:,.0f} tokens/s, MFU {rate * flops_per_token / PEAK_FLOPS:.1%}, "
+        f"transformers, blocks compiled{', DeepSpeed ZeRO-1' * arguments.deepspeed}, {arguments.accumulate} "
+        f"micro-batch(es) a step: {rate:,.0f} tokens/s, MFU {rate * flops_per_token / PEAK_FLOPS:.1%}, "
         f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, {n_parameters:,} parameters"
     )
 

@@ -1,0 +1,60 @@
+"""Whether runs trained alike: their training losses, step by step, against the first one's.
+
+python -m eval.speed.compare_losses runs/bench/zero_1 runs/bench/zero_2 runs/bench/zero_3
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+
+class CompareError(ValueError):
+    """Runs that cannot be compared."""
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """Training loss by step, of a run's metrics.jsonl."""
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        raise CompareError(f"{path} does not exist; expected the directory of a training run")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return {int(line["step"]): float(line["loss"]) for line in lines if "loss" in line}
+
+
+def largest_difference(ours: dict[int, float], theirs: dict[int, float]) -> tuple[float, int, int]:
+    """The largest |ours - theirs| / theirs over common steps, the step where it is, and how many there are."""
+    common = sorted(ours.keys() & theirs.keys())
+    if not common:
+        raise CompareError("the runs have no step in common; log every step of both (loop.log_every: 1)")
+    differences = {step: abs(ours[step] - theirs[step]) / abs(theirs[step]) for step in common}
+    worst = max(differences, key=lambda step: differences[step])
+    return differences[worst], worst, len(common)
+
+
+def main() -> int:
+    """Entry point: 0, or 2 where runs cannot be compared."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="run_dir", help="the first one is the reference")
+    first, *others = parser.parse_args().runs
+    console = Console()
+    table = Table("run", "steps", "largest relative difference", "at step", title=f"training loss against {first}")
+    try:
+        reference = losses(first)
+        for run_dir in others:
+            difference, step, n_steps = largest_difference(losses(run_dir), reference)
+            table.add_row(str(run_dir), str(n_steps), f"{difference:.1e}", str(step))
+    except CompareError as error:
+        Console(stderr=True).print(f"[bold red]CompareError[/]: {error}", highlight=False, soft_wrap=True)
+        return 2
+    console.print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
