@@ -73,7 +73,7 @@ def bare_step(model: Any, accumulate: int) -> Callable[[list[Tensor]], None]:
 
 
 def deepspeed_step(model: Any, accumulate: int, batch: int) -> Callable[[list[Tensor]], None]:
-    """A step under ZeRO-1 with float32 master weights and gradients, as ours is; DeepSpeed's other values are default."""
+    """A step under ZeRO-1 with float32 master weights and gradients, as ours is; all else as DeepSpeed has it."""
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     import deepspeed
 
