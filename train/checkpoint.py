@@ -31,13 +31,15 @@ class CheckpointError(RuntimeError):
 class CheckpointState:
     """What a checkpoint knows besides tensors: all that decides which data comes next, and who wrote it.
 
-    recent_steps: what `loop.skip_spikes` judges the next step by.
+    skipped_in_a_row: why each of the last steps was not taken; recent_steps: what `loop.skip_spikes` judges the next
+    step by.
     """
 
     step: int
     position: DataPosition
     world_size: int
     skipped_steps: int = 0
+    skipped_in_a_row: tuple[str, ...] = ()
     recent_steps: dict[str, list[float]] | None = None
 
 
@@ -220,7 +222,8 @@ def damage(path: Path) -> str | None:
 
 def _read_state(path: Path) -> CheckpointState:
     content = json.loads((path / STATE).read_text())
-    return CheckpointState(**{**content, "position": DataPosition.from_dict(content["position"])})
+    position, in_a_row = DataPosition.from_dict(content["position"]), tuple(content["skipped_in_a_row"])
+    return CheckpointState(**{**content, "position": position, "skipped_in_a_row": in_a_row})
 
 
 def _remove(checkpoint: Path) -> None:

@@ -108,7 +108,9 @@ def train(
         )
     reader = StepReader(stage, config, seed, world)
     step = start.step if start else 0
-    skipped = SkippedSteps(config.max_skipped_steps, run_dir, world, start.skipped_steps if start else 0)
+    skipped = SkippedSteps(
+        config.max_skipped_steps, run_dir, world, *((start.skipped_steps, start.skipped_in_a_row) if start else (0,))
+    )
     recent = RecentSteps(config.skip_spikes, world, start.recent_steps if start else None)
     fresh, evaluation, clock, tokens_since_log = True, {}, time.perf_counter(), 0
     extra: dict[str, float] = {}  # figures of what happens now and then, for the next line
@@ -129,7 +131,7 @@ def train(
         if is_due and not (fresh and (start or not n_stops)):
             at("saving", may_last=True)
             position = position_after(step * config.rows_per_step, stage.rows, seed)
-            state = CheckpointState(step, position, world.size, skipped.total, recent.state())
+            state = CheckpointState(step, position, world.size, skipped.total, skipped.in_a_row, recent.state())
             clock = time.perf_counter()
             checkpoints.save(state, snapshot)
             extra, clock = {"save_seconds": time.perf_counter() - clock}, time.perf_counter()

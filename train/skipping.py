@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Annotated, NoReturn
@@ -98,10 +98,10 @@ class RecentSteps:
 class SkippedSteps:
     """Counts the steps that were not taken, and ends the training when too many follow each other."""
 
-    def __init__(self, most_in_a_row: int, run_dir: Path, world: World, total: int):
+    def __init__(self, most_in_a_row: int, run_dir: Path, world: World, total: int, in_a_row: Sequence[str] = ()):
         self._most_in_a_row, self._run_dir, self._world = most_in_a_row, run_dir, world
         self.total = total
-        self._in_a_row: list[str] = []
+        self._in_a_row = list(in_a_row)
         self._reason = ""
 
     def note(self, taken: bool, refusal: str | None) -> str | None:
@@ -113,6 +113,11 @@ class SkippedSteps:
         self._in_a_row.append(SPIKE if refusal else NOT_FINITE)
         self._reason = refusal or NOT_FINITE
         return self._reason
+
+    @property
+    def in_a_row(self) -> tuple[str, ...]:
+        """The kinds of the last steps, as far back as none was taken, to be given to `__init__`."""
+        return tuple(self._in_a_row)
 
     @property
     def too_many(self) -> bool:

@@ -18,7 +18,8 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 
 def state(step: int) -> CheckpointState:
-    return CheckpointState(step, DataPosition(seed=1, epoch=0, tokens_consumed=step * 8, fingerprint="f"), 1)
+    position = DataPosition(seed=1, epoch=0, tokens_consumed=step * 8, fingerprint="f")
+    return CheckpointState(step, position, 1, 4, ("a spike",), {"loss": [1.5]})
 
 
 def write(staging: Path) -> list[Path]:

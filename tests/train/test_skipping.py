@@ -86,6 +86,17 @@ def test_a_resumed_window_judges_as_if_nothing_had_happened(values: list[float],
     assert recent.state() == whole.state()
 
 
+def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
+    before = SkippedSteps(most_in_a_row=2, run_dir=tmp_path, world=ALONE, total=0)
+    for _ in range(2):
+        before.note(False, None)
+    after = SkippedSteps(2, tmp_path, ALONE, before.total, before.in_a_row)
+    assert not after.too_many
+    after.note(False, "loss 9 is high")
+    assert after.too_many
+    assert (after.total, len(after.in_a_row)) == (3, 3)
+
+
 def test_too_many_in_a_row_end_the_training_and_say_which_kind(tmp_path: Path) -> None:
     skipped = SkippedSteps(most_in_a_row=2, run_dir=tmp_path, world=ALONE, total=5)
     for refusal in (None, "loss 9 is high", None):
