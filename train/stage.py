@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -226,16 +227,12 @@ def _run(
         if world.is_main:
             first = start.step if start else -1
             metrics = Metrics(run_dir, console, recipe.wandb, recipe.model_dump(), first, recipe.loop.max_steps)
-
-        def snapshot() -> Write:
-            return _snapshot(engine, job)
-
         flops_per_token = job.module.trunk.config.flops_per_token(job.stage.rows.row_length)
         throughput = Throughput(flops_per_token, world.device, world.size)
         with metrics or nullcontext():
             outcome = train(
                 job.stage, engine, recipe.loop, recipe.schedule, recipe.seed, start,
-                checkpoints, snapshot, metrics, stop.requested, run_dir, throughput,
+                checkpoints, partial(_snapshot, engine, job), metrics, stop.requested, run_dir, throughput,
             )  # fmt: skip
         if not outcome.finished:
             kept = "with a checkpoint; the same command continues from it"
