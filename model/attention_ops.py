@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any, Literal, get_args
@@ -271,15 +271,6 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
     except ImportError as error:
         return f"import {_FLASH_MODULES[backend]} failed ({error}); install the gpu extra"
     return None
-
-
-def prepare_masks(backend: str, documents: Documents, windows: Iterable[int | None]) -> None:
-    """Make the masks that a back end will ask `documents` for, before the compiled code that reads them."""
-    for window in windows:
-        if backend == "flex":
-            documents.block_mask(window)
-        elif backend == "sdpa" and documents.row_length is not None:
-            documents.mask_B1LL(window)
 
 
 def choose_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> str:

@@ -56,16 +56,20 @@ _Gradients = dict[str, "Tensor | None"]
 
 @dataclass(frozen=True)
 class _Form:
-    """What a block is beside its weights. `owns_cache`: it makes keys and values, rather than reading another's."""
+    """What a block is beside its weights. `n_kv_heads` is 0 where it reads another layer's keys and values."""
 
     n_heads: int
     n_kv_heads: int
-    owns_cache: bool
     window: int | None
     eps: float
     attend: AttentionOp
     documents: Documents
     recompute: str
+
+    @property
+    def owns_cache(self) -> bool:
+        """Whether the block makes keys and values, rather than reading another's."""
+        return self.n_kv_heads > 0
 
 
 @dataclass
@@ -92,11 +96,11 @@ def fused_block(
 ) -> tuple[Tensor, KeyValue]:
     """What `Block` computes, in fewer passes; norms and rotations are rounded once where the block rounds thrice."""
     attention, feed_forward = block.attention, block.feed_forward
-    form = _Form(
-        attention.n_heads, attention.n_kv_heads if attention.owns_cache else 0, attention.owns_cache,
-        attention.window, attention.eps, attend, documents, block.recompute,
-    )  # fmt: skip
     has_own = attention.owns_cache
+    n_kv_heads = attention.n_kv_heads if has_own else 0
+    form = _Form(
+        attention.n_heads, n_kv_heads, attention.window, attention.eps, attend, documents, block.recompute
+    )
     weights = _Weights(
         attention_norm_in=block.attention_norm_in.weight,
         w_q=attention.w_q.weight,
@@ -230,7 +234,7 @@ def _attention_backward(
 
     `k_grad_TGK`, `v_grad_TGK`: what other layers that read this one's keys and values ask of them.
     """
-    grad_attended_THK = (grad_out_TD @ w.w_o).view(*_shape(kept.attended_TX, form))
+    grad_attended_THK = (grad_out_TD @ w.w_o).unflatten(1, (form.n_heads, -1))
     (gradients["w_o"],) = weight_gradients([w.w_o], grad_out_TD, kept.attended_TX)
     q_THK = kept.q_THK if kept.q_THK is not None else _normed_heads(kept.heads_TX, rope, form, w)[0]
     q_grad_THK, *key_value_grads = kept.attention_backward(grad_attended_THK, q_THK, *key_value)
@@ -260,7 +264,3 @@ def _attention_backward(
 
 def _normed_heads(heads_TX: Tensor, rope: Rope, form: _Form, w: _Weights) -> tuple[Tensor, Tensor, Tensor]:
     return normed_heads(heads_TX, w.q_norm, w.k_norm, *rope, form.n_heads, form.n_kv_heads, form.eps)
-
-
-def _shape(attended_TX: Tensor, form: _Form) -> tuple[int, int, int]:
-    return len(attended_TX), form.n_heads, attended_TX.shape[1] // form.n_heads

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from model.attention import Attention, KeyValue, Rope, store
-from model.attention_ops import BACKENDS, AttentionOp, Backend, Documents, choose_backend, prepare_masks
+from model.attention_ops import BACKENDS, AttentionOp, Backend, Documents, choose_backend
 from model.config import LayerKind, ModelConfig
 from model.feed_forward import FeedForward
 from model.kv_cache import CacheStep, PagedKVCache, QueryPlan, plan_queries
@@ -118,7 +118,6 @@ class Transformer(nn.Module):
         x_TD = self.embed_tokens(tokens_T)
         backend = choose_backend(self.attention_backend, x_TD.device, x_TD.dtype)
         attend = BACKENDS[backend]
-        prepare_masks(backend, documents, self._windows().values())
         ropes = self._ropes(documents.positions_T)
         stored: dict[int, KeyValue] = {}
         for layer, block, kind in self._layers():

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -193,7 +192,7 @@ class Engine:
                 dist_init_required=False,
             )
         if hasattr(self._optimizer, "_update_hp_grad"):
-            self._optimizer._update_hp_grad = partial(_add_gradient, self._optimizer)
+            self._optimizer._update_hp_grad = _add_gradient
             _offer_gradient_sums(self._optimizer)
         self.module: nn.Module = self._deepspeed.module
         # kept here, since a loaded checkpoint brings the rates of its own step into the groups
@@ -206,8 +205,6 @@ class Engine:
     def accumulate(self, loss: Tensor) -> None:
         """Add the gradient of `loss`. Ranks' gradients are summed (DeepSpeed averages them)."""
         self._deepspeed.backward(loss * self.world.size, scale_wrt_gas=False)
-        if hasattr(self._optimizer, "fp32_groups_has_gradients"):
-            _mark_gradient_sums(self._optimizer)
 
     def step(self, lr_multiplier: float, accepts: Callable[[float], bool] | None = None) -> tuple[float, bool]:
         """Update the weights. Returns the gradient norm before clipping, and whether the step was taken.
@@ -217,6 +214,8 @@ class Engine:
         """
         for group, peak_lr in zip(self._optimizer.param_groups, self._peak_lrs, strict=True):
             group["lr"] = peak_lr * lr_multiplier
+        if hasattr(self._optimizer, "fp32_groups_has_gradients"):
+            _mark_gradient_sums(self._optimizer)
         with _norm_check(self._optimizer, accepts) as refused:
             self._deepspeed.step()
         norm = refused[0] if refused else float(self._deepspeed.get_global_grad_norm() or 0.0)
@@ -309,20 +308,17 @@ def _norm_check(optimizer: Any, accepts: Callable[[float], bool] | None) -> Iter
         module.is_invalid_grad_norm = is_invalid  # type: ignore[attr-defined]
 
 
-def _add_gradient(optimizer: Any, weight: nn.Parameter, group: int, number: int, clear_lp_grads: bool) -> None:
+def _add_gradient(weight: nn.Parameter, group: int, number: int, clear_lp_grads: bool) -> None:
     """BF16_Optimizer's own, without its float32 copy of every gradient (2% of a step of a billion parameters)."""
     if weight.grad is None:
         return
-    total = optimizer.fp32_groups_gradients[group][number]
-    total.add_(weight.grad.view(total.shape))
-    weight._hp_grad = total  # type: ignore[attr-defined]
-    optimizer.fp32_groups_has_gradients[group][number] = True
+    weight.main_grad.add_(weight.grad)  # type: ignore[attr-defined]
     if clear_lp_grads:
         weight.grad.zero_()
 
 
 def _offer_gradient_sums(optimizer: Any) -> None:
-    """Give every weight its float32 gradient sum as `main_grad`: fused blocks add to it, inside their products."""
+    """Give every weight its float32 gradient sum as `main_grad`, which fused blocks and `_add_gradient` add to."""
     for weights, sums in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):
         for weight, total in zip(weights, sums, strict=True):
             weight._hp_grad = total  # where DeepSpeed's own accessors look
@@ -330,7 +326,7 @@ def _offer_gradient_sums(optimizer: Any) -> None:
 
 
 def _mark_gradient_sums(optimizer: Any) -> None:
-    """BF16_Optimizer notes in its hooks who has a gradient, and those added to `main_grad` have run none."""
+    """BF16_Optimizer's own hooks note who has a gradient; here every weight has one."""
     for group, weights in enumerate(optimizer.bf16_groups):
         optimizer.fp32_groups_has_gradients[group] = [True] * len(weights)
 

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.kernels.launch import n_processors
+
 _PROGRAMS_A_PROCESSOR = 8  # of 4 warps at width 2048: the fastest on an H100 of 2, 4, 8 and 4, 8, 16
 
 
@@ -139,7 +141,7 @@ def add_norm_backward(
     """
     n_rows, width = grad_out_TD.shape
     block, n_warps = _launch(width)
-    n_programs = min(n_rows, _PROGRAMS_A_PROCESSOR * _n_processors(grad_out_TD.device))
+    n_programs = min(n_rows, _PROGRAMS_A_PROCESSOR * n_processors(grad_out_TD.device))
     has_u, has_y = u_TD is not None, w_y_D is not None
     assert has_y or not remakes_y
     x_gradient_TD, u_gradient_TD, y_TD = (
@@ -161,7 +163,3 @@ def _launch(width: int) -> tuple[int, int]:
     """Columns of a program (a power of two, all of a row) and its warps: sixteen columns a thread, two wide loads."""
     block = triton.next_power_of_2(width)
     return block, min(max(block // 512, 1), 16)
-
-
-def _n_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

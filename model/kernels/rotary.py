@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.kernels.launch import n_processors
+
 _TOKENS, _PROGRAMS_A_PROCESSOR = 16, 8  # the fastest on an H100 of 4 to 32 and 4 to 16
 
 
@@ -31,8 +33,11 @@ def _load_weight(pointer, columns_1C, half):
 
 
 @triton.jit
-def _scale(first, second, half, eps):
-    return tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * half) + eps)[:, None]
+def _load_normed(pointer, offset_T1, columns_1C, inside_TC, half, eps):
+    """Halves of a head divided by its root mean square, and what they were multiplied by."""
+    first, second = _load_halves(pointer, offset_T1, columns_1C, inside_TC, half)
+    scale = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * half) + eps)[:, None]
+    return first * scale, second * scale, scale
 
 
 @triton.jit
@@ -44,9 +49,7 @@ def _rotary_heads(
         w_first, w_second = _load_weight(weight_ptr, columns_1C, half)
     for head in range(n_heads):
         source = (tokens_T1 * n_all + first_head + head) * (2 * half)
-        first, second = _load_halves(in_ptr, source, columns_1C, inside_TC, half)
-        scale = _scale(first, second, half, eps)
-        first, second = first * scale, second * scale
+        first, second, _ = _load_normed(in_ptr, source, columns_1C, inside_TC, half, eps)
         if ROTATES:
             first, second = first * w_first, second * w_second
             first, second = first * cos - second * sin, second * cos + first * sin
@@ -81,9 +84,7 @@ def _rotary_heads_backward(
         w_first, w_second = _load_weight(weight_ptr, columns_1C, half)
     for head in range(n_heads):
         source = (tokens_T1 * n_all + first_head + head) * (2 * half)
-        first, second = _load_halves(in_ptr, source, columns_1C, inside_TC, half)
-        scale = _scale(first, second, half, eps)
-        first, second = first * scale, second * scale
+        first, second, scale = _load_normed(in_ptr, source, columns_1C, inside_TC, half, eps)
         grad = (tokens_T1 * n_heads + head) * (2 * half)
         grad_first, grad_second = _load_halves(grad_ptr, grad, columns_1C, inside_TC, half)
         if ROTATES:
@@ -162,8 +163,7 @@ def normed_heads_backward(
     """Gradients of x_TX, and in float32 of w_q_K and w_k_K, from those of q, k and v (None where there are no keys)."""
     n_tokens, n_heads, d_head = grad_q_THK.shape
     n_kv_heads = 0 if grad_k_TGK is None else grad_k_TGK.shape[1]
-    processors = torch.cuda.get_device_properties(x_TX.device).multi_processor_count if x_TX.is_cuda else 1
-    n_programs = min(triton.cdiv(n_tokens, _TOKENS), _PROGRAMS_A_PROCESSOR * processors)
+    n_programs = min(triton.cdiv(n_tokens, _TOKENS), _PROGRAMS_A_PROCESSOR * n_processors(x_TX.device))
     x_gradient_TX = torch.empty_like(x_TX)
     partial_P2K = x_TX.new_empty(n_programs, 2, d_head, dtype=torch.float32)
     if n_tokens:
