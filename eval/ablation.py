@@ -6,10 +6,8 @@ Writes table.md, report.json and plots/ into the recipe's run_dir.
 import json
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from data.dialogue import Dialogue, read_dialogues
 from data.shards import PackedDataset
@@ -27,6 +24,7 @@ from eval.ablation_runs import AblationRecipe, Arm, describe_arm, read_arms, uns
 from eval.ablation_table import key_figure, render_table
 from eval.context import select_contexts
 from eval.decode_speed import device_name, measure_speed, speed_prompts
+from eval.parts import Part, run_parts
 from eval.perplexity import CONTROL, TURN_BINS, ScoredTargets, in_turns, paired_difference, score_dataset, turn_label
 from eval.ranking import evaluate_ranking
 from eval.recall import build_probes, candidate_logprobs, summarise_recall
@@ -36,7 +34,7 @@ from eval.statistics import Bootstrap
 from eval.workspace import EvalError, check_finished, print_inputs
 from model.transformer import Transformer
 from model.weights import load_model
-from recipes.loader import dump_recipe, parse_command_line
+from recipes.loader import dump_recipe, parse_command_line, tell_error
 from recipes.run_directory import RunState, finish_run, prepare_run_directory, read_done, write_atomically
 
 # Tokens of its document that a target can read. 128 is the window of the ablation's local layers.
@@ -159,7 +157,7 @@ def speed_part(space: Ablation, on_progress: OnProgress) -> dict[str, Any]:
     return {**section.model_dump(), "device": device_name(space.device), "arms": figures}
 
 
-PARTS: dict[str, Callable[[Ablation, OnProgress], dict[str, Any]]] = {
+PARTS: dict[str, Part[Ablation]] = {
     "loss": loss_part,
     "ranking": ranking_part,
     "recall": recall_part,
@@ -169,18 +167,7 @@ PARTS: dict[str, Callable[[Ablation, OnProgress], dict[str, Any]]] = {
 
 def evaluate(space: Ablation, console: Console) -> dict[str, Any]:
     """Run every part with a progress line each; the report's content."""
-    columns = (TextColumn("[bold]{task.description:<8}"), BarColumn(bar_width=30), TimeElapsedColumn(),
-               TextColumn("ETA"), TimeRemainingColumn())  # fmt: skip
-    results, seconds = dict[str, Any](), dict[str, float]()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        for name, part in PARTS.items():
-            started = time.monotonic()
-            task = progress.add_task(name, total=None)
-            results[name] = part(space, partial(_advance, progress, task))
-            progress.update(task, total=1, completed=1)
-            seconds[name] = round(time.monotonic() - started, 2)
-            if not console.is_terminal:
-                console.print(f"{name}: {seconds[name]:.1f} s", highlight=False)
+    results, seconds = run_parts(PARTS, space, console)
     recipe = space.recipe
     return {
         "title": recipe.title,
@@ -196,10 +183,6 @@ def evaluate(space: Ablation, console: Console) -> dict[str, Any]:
         **results,
         "seconds": seconds,
     }
-
-
-def _advance(progress: Progress, task: TaskID, done: int, total: int) -> None:
-    progress.update(task, total=total, completed=done)
 
 
 def write_outputs(run_dir: Path, report: dict[str, Any]) -> None:
@@ -240,8 +223,7 @@ def main() -> int:
         else:
             run(command.recipe, console)
     except (ValueError, FileNotFoundError) as error:
-        message = f"[bold red]{type(error).__name__}[/]: {str(error).replace('[', chr(92) + '[')}"
-        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
+        tell_error(error)
         return 2
     return 0
 

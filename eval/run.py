@@ -2,21 +2,19 @@
 
 import sys
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from eval.context import human_replies, sample_replies
 from eval.dialogue_quality import summarise_quality
 from eval.engagement import score_turns, summarise_scorer, training_turns
 from eval.ngram import ngram_losses
+from eval.parts import Part, run_parts
 from eval.perplexity import CHARACTER, paired_difference, score_dataset, summarise
 from eval.plots import HUMAN
 from eval.preference import drift, score_replies, summarise_preference
@@ -26,10 +24,8 @@ from eval.scoring import OnProgress, share_of, sigmoid, spread_rows
 from eval.training_curve import training_curves
 from eval.user_sensitivity import evaluate_user_sensitivity
 from eval.workspace import EvalRecipe, Workspace, open_workspace, print_inputs
-from recipes.loader import dump_recipe, parse_command_line
+from recipes.loader import dump_recipe, parse_command_line, tell_error
 from recipes.run_directory import RunState, finish_run, prepare_run_directory, read_done
-
-Part = Callable[[Workspace, OnProgress], dict[str, Any] | None]
 
 
 def perplexity_part(space: Workspace, on_progress: OnProgress) -> dict[str, Any] | None:
@@ -140,7 +136,7 @@ def user_sensitivity_part(space: Workspace, on_progress: OnProgress) -> dict[str
     return {"n_contexts": len(contexts), "models": figures}
 
 
-PARTS: dict[str, Part] = {
+PARTS: dict[str, Part[Workspace]] = {
     "perplexity": perplexity_part,
     "ranking": ranking_part,
     "engagement": engagement_part,
@@ -169,24 +165,8 @@ def sample_conversations(space: Workspace) -> list[dict[str, Any]]:
 
 def evaluate(space: Workspace, console: Console) -> dict[str, Any]:
     """Run every part with a progress line each; the report's content."""
-    columns = (TextColumn("[bold]{task.description:<17}"), BarColumn(bar_width=30), TimeElapsedColumn(),
-               TextColumn("ETA"), TimeRemainingColumn())  # fmt: skip
-    results: dict[str, Any] = {}
-    seconds: dict[str, float] = {}
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        for name, part in PARTS.items():
-            started = time.monotonic()
-            task = progress.add_task(name.replace("_", " "), total=None)
-            results[name] = part(space, partial(_advance, progress, task))
-            progress.update(task, total=1, completed=1, visible=results[name] is not None)
-            seconds[name] = round(time.monotonic() - started, 2)
-            if not console.is_terminal and results[name] is not None:
-                console.print(f"{name}: {seconds[name]:.1f} s", highlight=False)
+    results, seconds = run_parts(PARTS, space, console)
     return {**_described(space), **results, "seconds": seconds, "samples": sample_conversations(space)}
-
-
-def _advance(progress: Progress, task: TaskID, done: int, total: int) -> None:
-    progress.update(task, total=total, completed=done)
 
 
 def _described(space: Workspace) -> dict[str, Any]:
@@ -272,8 +252,7 @@ def main() -> int:
     try:
         run(recipe, console)
     except (ValueError, FileNotFoundError) as error:
-        message = f"[bold red]{type(error).__name__}[/]: {str(error).replace('[', chr(92) + '[')}"
-        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
+        tell_error(error)
         return 2
     return 0
 

@@ -36,7 +36,7 @@ def read_curve(path: Path) -> dict[str, list[float]]:
     """step and loss (thinned by averaging to at most MAX_POINTS), heldout_step and heldout_loss."""
     training: list[tuple[float, float]] = []
     heldout: list[tuple[float, float]] = []
-    for step, record in _records(path):
+    for step, record in read_records(path):
         for key, points in (("loss", training), ("heldout_loss", heldout)):
             value = record.get(key)
             if value is not None and math.isfinite(value):
@@ -50,8 +50,8 @@ def read_curve(path: Path) -> dict[str, list[float]]:
     }
 
 
-def _records(path: Path) -> Iterator[tuple[float, dict[str, Any]]]:
-    """(step, values) of every line."""
+def read_records(path: Path) -> Iterator[tuple[float, dict[str, Any]]]:
+    """(step, values) of every line of a metrics.jsonl. Raises MetricsError for one that is none."""
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             record: dict[str, Any] = json.loads(line)
@@ -84,7 +84,7 @@ def spikes_of_run(path: Path, section: SpikeSection) -> dict[str, Spikes]:
     """
     series: dict[str, list[float]] = {"loss": [], "gradient_norm": []}
     steps: list[float] = []
-    for step, record in _records(path):
+    for step, record in read_records(path):
         if "loss" in record and "gradient_norm" in record:
             steps.append(step)
             for key, values in series.items():

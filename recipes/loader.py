@@ -12,6 +12,7 @@ from typing import Any, Generic, NoReturn, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
+from rich.markup import escape
 from rich.syntax import Syntax
 
 from recipes.problems import describe_problems
@@ -78,13 +79,15 @@ def parse_command_line(
     try:
         recipe = load_recipe(schema, arguments.recipe, arguments.overrides)
     except RecipeError as error:
-        Console(stderr=True).print(f"[bold red]RecipeError[/]: {_plain(error)}", highlight=False, soft_wrap=True)
+        tell_error(error)
         sys.exit(2)
     return CommandLine(recipe, Path(arguments.recipe), arguments.dry_run, tuple(arguments.overrides))
 
 
-def _plain(error: RecipeError) -> str:
-    return str(error).replace("[", r"\[")
+def tell_error(error: Exception, title: str | None = None) -> None:
+    """One message for a user on stderr: `title`, or else the kind of the error, and its words as they are."""
+    text = f"[bold red]{title or type(error).__name__}[/]: {escape(str(error))}"
+    Console(stderr=True).print(text, highlight=False, soft_wrap=True)
 
 
 def read_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:

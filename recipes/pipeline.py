@@ -167,9 +167,13 @@ def schema_of(stage: str) -> type[BaseModel]:
 
 
 def check(stages: Sequence[Planned]) -> None:
-    """Load every recipe with its schema, so that no problem of the last stage shows after the first has run."""
+    """Load every recipe that is not finished with its schema, so that no problem of the last one shows after a run.
+
+    Raises RecipeError with all problems, or RunDirectoryError.
+    """
     problems = []
-    for planned in stages:
+    states = [inspect_run_directory(planned.run_dir, planned.written) for planned in stages]
+    for planned in (one for one, state in zip(stages, states, strict=True) if state != (RunState.FINISHED, [])):
         try:
             load_recipe(schema_of(planned.written["stage"]), planned.recipe_path, planned.overrides)
         except RecipeError as error:
@@ -291,6 +295,13 @@ def _tell_plan(stages: Sequence[Planned], console: Console) -> None:
     console.print(table)
 
 
+def tell_problems(error: Exception) -> None:
+    """The kind of an error on a line of its own, and below it its lines."""
+    errors = Console(stderr=True)
+    errors.print(f"[bold red]{type(error).__name__}[/]")
+    errors.print(str(error), highlight=False, markup=False, soft_wrap=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -299,18 +310,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", metavar="DIR", help="where the run directories go, instead of the recipes' own place")
     parser.add_argument("--dry-run", action="store_true", help="check every recipe, say what would run, and stop")
     arguments = parser.parse_intermixed_args(argv)
-    console, errors = Console(), Console(stderr=True)
+    console = Console()
     try:
         stages = plan(arguments.folder, arguments.runs, arguments.overrides)
-        states = [inspect_run_directory(planned.run_dir, planned.written) for planned in stages]
-        check([planned for planned, held in zip(stages, states, strict=True) if held != (RunState.FINISHED, [])])
+        check(stages)
         if arguments.dry_run:
             _tell_plan(stages, console)
             return 0
         return run(stages, console, StopRequests())
     except (RecipeError, RunDirectoryError) as error:
-        errors.print(f"[bold red]{type(error).__name__}[/]")
-        errors.print(str(error), highlight=False, markup=False, soft_wrap=True)
+        tell_problems(error)
         return 2
 
 

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from recipes.child_process import Child, Ended, StopRequests
 from recipes.loader import RecipeError, read_document
-from recipes.pipeline import Planned, check, make_room, minutes, path_override, stage_environment
+from recipes.pipeline import Planned, check, make_room, minutes, path_override, stage_environment, tell_problems
 from recipes.run_directory import RunDirectoryError, RunState, inspect_run_directory, read_done
 from recipes.stages import STAGES
 from recipes.sweep_display import Progress, SweepDisplay, read_progress
@@ -261,7 +261,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     arguments = _parse(argv)
-    console, errors = Console(), Console(stderr=True)
+    console = Console()
     try:
         if arguments.jobs < 1:
             raise RecipeError(f"--jobs {arguments.jobs}: expected 1 or more")
@@ -270,16 +270,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs, left_out = plan(paths, [Variation.parse(text) for text in arguments.vary], overrides)
         for line in left_out:
             console.print(f"left out: {line}", highlight=False, markup=False, soft_wrap=True)
-        held = [inspect_run_directory(run.planned.run_dir, run.planned.written) for run in runs]
-        check([run.planned for run, state in zip(runs, held, strict=True) if state != (RunState.FINISHED, [])])
+        check([run.planned for run in runs])
         slots = slots_of([device for device in arguments.devices.split(",") if device], arguments.jobs)
         if arguments.dry_run:
             _tell_plan(runs, slots, console)
             return 0
         return run_all(runs, slots, console, StopRequests())
     except (RecipeError, RunDirectoryError) as error:
-        errors.print(f"[bold red]{type(error).__name__}[/]")
-        errors.print(str(error), highlight=False, markup=False, soft_wrap=True)
+        tell_problems(error)
         return 2
 
 

@@ -29,7 +29,7 @@ from model.config import ModelConfig
 from model.portability import describe
 from model.transformer import Transformer
 from model.weights import load_config, load_model
-from recipes.loader import Section, dump_recipe, parse_command_line
+from recipes.loader import Section, dump_recipe, parse_command_line, tell_error
 from recipes.run_directory import RunState, finish_run, prepare_run_directory, read_done
 from serving_export.chat_template import chat_template
 from serving_export.hf import hf_config, load_exported_model, state_to_hf
@@ -246,12 +246,9 @@ def main(argv: list[str] | None = None) -> int:
         else:
             run(recipe, console)
     except (ValueError, FileNotFoundError) as error:
-        name = (
-            "the bundle differs from our runtime; nothing was exported" if isinstance(error, ParityError) else "error"
-        )
-        message = f"[bold red]{name}[/]: {str(error).replace('[', chr(92) + '[')}"
-        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
-        return 1 if isinstance(error, ParityError) else 2
+        is_parity = isinstance(error, ParityError)
+        tell_error(error, "the bundle differs from our runtime; nothing was exported" if is_parity else "error")
+        return 1 if is_parity else 2
     return 0
 
 

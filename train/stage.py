@@ -26,7 +26,7 @@ from model.execution import shape_blocks
 from model.scalar_head import ScalarHead
 from model.transformer import Transformer
 from model.weights import load_model, save_model
-from recipes.loader import CommandLine, Section, dump_recipe
+from recipes.loader import CommandLine, Section, dump_recipe, tell_error
 from recipes.run_directory import MayChange, RunState, finish_run, prepare_run_directory
 from train.background import on_main
 from train.checkpoint import CheckpointError, Checkpoints, CheckpointState, Write
@@ -179,22 +179,18 @@ def run_stage(
                     raise
                 return EXIT_CODE
     except (ValueError, FileNotFoundError) as error:
-        _tell(error)
+        tell_error(error)
         return 2
     except OSError as error:  # a full disk, or a broken one, where files are written that are no checkpoint
-        _tell(error)
+        tell_error(error)
         Console(stderr=True).print("the same command continues from the last checkpoint, once that is mended")
         return 1
     except (TrainingError, CheckpointError) as error:  # raised on every rank alike, so told once
         if world.is_main:
-            _tell(error)
+            tell_error(error)
         return 1
     finally:
         torch.distributed.destroy_process_group()
-
-
-def _tell(error: Exception) -> None:
-    Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False, soft_wrap=True)
 
 
 def _run(

@@ -6,12 +6,14 @@ python -m eval.speed.compare_losses runs/bench/zero_1 runs/bench/zero_2 runs/ben
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from eval.training_curve import METRICS, MetricsError, read_records
+from recipes.loader import tell_error
 
 
 class CompareError(ValueError):
@@ -20,11 +22,10 @@ class CompareError(ValueError):
 
 def losses(run_dir: Path) -> dict[int, float]:
     """Training loss by step, of a run's metrics.jsonl."""
-    path = run_dir / "metrics.jsonl"
+    path = run_dir / METRICS
     if not path.is_file():
         raise CompareError(f"{path} does not exist; expected the directory of a training run")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return {int(line["step"]): float(line["loss"]) for line in lines if "loss" in line}
+    return {int(step): float(record["loss"]) for step, record in read_records(path) if "loss" in record}
 
 
 def largest_difference(ours: dict[int, float], theirs: dict[int, float]) -> tuple[float, int, int]:
@@ -49,8 +50,8 @@ def main() -> int:
         for run_dir in others:
             difference, step, n_steps = largest_difference(losses(run_dir), reference)
             table.add_row(str(run_dir), str(n_steps), f"{difference:.1e}", str(step))
-    except CompareError as error:
-        Console(stderr=True).print(f"[bold red]CompareError[/]: {error}", highlight=False, soft_wrap=True)
+    except (CompareError, MetricsError) as error:
+        tell_error(error)
         return 2
     console.print(table)
     return 0
