@@ -63,7 +63,7 @@ class Summary:
         for line in (
             f"* this recipe on {size} rank(s), fullest at the {own.moment}: {parts}",
             *self._start(size, own),
-            f"  recompute {self.load.engine.recompute}; not counted: CUDA's own 0.5 to 1 GiB, NCCL, fragmentation",
+            f"  recompute {self._recompute}; not counted: CUDA's own 0.5 to 1 GiB, NCCL, fragmentation",
             f"  a checkpoint's copy in host memory: {_gib(host[0])} GiB on rank 0, {_gib(host[1])} on the others",
         ):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -92,7 +92,13 @@ class Summary:
         start = self.load.estimate(size)
         if start.total <= own.total:
             return []
-        return [f"  a step needs {_gib(own.total)}; the weights are drawn whole, in float32: {_gib(start.total)}"]
+        return [f"  a step needs {_gib(own.total)}; at the start every rank has whole weights: {_gib(start.total)}"]
+
+    @property
+    def _recompute(self) -> str:
+        assert self.load
+        engine = self.load.engine
+        return engine.recompute + (f", {engine.recompute_blocks} whole blocks" if engine.recompute_blocks else "")
 
     @property
     def _bound(self) -> str:
