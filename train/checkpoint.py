@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,8 +19,8 @@ from train.engine import World
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
 _NONE, _ALL_DAMAGED = -1.0, -2.0
 
-Write = Callable[[Path], Iterable[Path]]
-"""Writes one rank's files below a directory, and says which."""
+Write = Callable[[Path], Mapping[Path, str]]
+"""Writes one rank's files below a directory, synced, and says the sha256 of each."""
 
 
 class CheckpointError(RuntimeError):
@@ -167,15 +167,13 @@ class Checkpoints:
             shutil.rmtree(leftover, ignore_errors=True)
 
     def _write_part(self, staging: Path, write: Write) -> None:
-        hashes = {}
         try:
-            for path in write(staging):
-                sync_path(path)
-                hashes[str(path.relative_to(staging))] = file_sha256(path)
+            hashes = write(staging)
         except RuntimeError:
             _try_to_write(staging)
             raise
-        write_json(_part(staging, self._world.rank), hashes)
+        by_name = {str(path.relative_to(staging)): sha256 for path, sha256 in hashes.items()}
+        write_json(_part(staging, self._world.rank), by_name)
 
     def _complete(self, pending: _Pending) -> None:
         staging, target = pending.staging, pending.target

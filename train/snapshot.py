@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
+
+from train.hashed_file import HashedFile
 
 
 class Snapshot:
@@ -42,18 +44,20 @@ class Snapshot:
         if self._copied:
             self._copied.synchronize()
 
-    def write(self, directory: Path) -> list[Path]:
-        """Write the files below `directory`; their paths."""
+    def write(self, directory: Path) -> dict[Path, str]:
+        """Write the files below `directory`, synced; the sha256 of each."""
         if self._failure:
             raise self._failure
         self.wait()
-        written = []
+        hashes = {}
+        torch.serialization.set_crc32_options(False)  # of every tensor, in one thread; the file's sha256 says more
         for name, content in self._files:
             path = directory / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(content, path)
-            written.append(path)
-        return written
+            with HashedFile(path) as file:
+                torch.save(content, cast(IO[bytes], file))
+            hashes[path] = file.sha256
+        return hashes
 
     def save(self, state_dict: Any, path: str) -> None:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from torch import nn
 
 from data.batch import PackedBatch, PackedRows, collate
 from data.sampler import Rows
-from data.shards import PackedDataset
+from data.shards import PackedDataset, file_sha256
 from data.synthetic import SyntheticData, SyntheticRows
 from eval.scoring import spread_rows
 from model.attention_ops import Backend, Documents, choose_backend
@@ -296,12 +297,17 @@ def _snapshot(engine: Engine, job: Job) -> Write:
     weights = engine.weights(state)
     state.finish()
 
-    def write(directory: Path) -> list[Path]:
-        written = state.write(directory)
-        if engine.world.is_main:
-            _write_model(job, weights, directory / "model")
-            written += (directory / "model").iterdir()
-        return written
+    def write_model(directory: Path) -> dict[Path, str]:
+        if not engine.world.is_main:
+            return {}
+        state.wait()
+        _write_model(job, weights, directory)
+        return {path: file_sha256(path) for path in directory.iterdir()}
+
+    def write(directory: Path) -> dict[Path, str]:
+        with ThreadPoolExecutor(1) as beside:
+            model = beside.submit(write_model, directory / "model")
+            return {**state.write(directory), **model.result()}
 
     return write
 

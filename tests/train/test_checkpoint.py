@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import threading
 from pathlib import Path
@@ -22,11 +23,11 @@ def state(step: int) -> CheckpointState:
     return CheckpointState(step, position, 1, 4, ("a spike",), {"loss": [1.5]})
 
 
-def write(staging: Path) -> list[Path]:
+def write(staging: Path) -> dict[Path, str]:
     (staging / "optimizer").mkdir()
     file = staging / "optimizer" / "state.pt"
     file.write_bytes(bytes(range(200)))
-    return [file]
+    return {file: hashlib.sha256(bytes(range(200))).hexdigest()}
 
 
 def save(checkpoints: Checkpoints, step: int, write: Write = write) -> None:
@@ -83,7 +84,7 @@ def test_all_damaged_is_an_error(checkpoints: Checkpoints) -> None:
 def test_a_write_that_fails_leaves_the_old_checkpoint(checkpoints: Checkpoints) -> None:
     save(checkpoints, 5)
 
-    def full_disk(staging: Path) -> list[Path]:
+    def full_disk(staging: Path) -> dict[Path, str]:
         write(staging)
         raise OSError(28, "No space left on device")
 
@@ -99,7 +100,7 @@ def test_training_goes_on_while_files_are_written(checkpoints: Checkpoints) -> N
     save(checkpoints, 5)
     released = threading.Event()
 
-    def slow_disk(staging: Path) -> list[Path]:
+    def slow_disk(staging: Path) -> dict[Path, str]:
         released.wait(60)
         return write(staging)
 
@@ -117,7 +118,7 @@ def test_training_goes_on_while_files_are_written(checkpoints: Checkpoints) -> N
 
 
 def test_a_failure_in_the_background_ends_the_training(checkpoints: Checkpoints) -> None:
-    def full_disk(staging: Path) -> list[Path]:
+    def full_disk(staging: Path) -> dict[Path, str]:
         raise OSError(28, "No space left on device")
 
     checkpoints.save(state(10), lambda: full_disk)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.shards import file_sha256
 from train.snapshot import Snapshot
 
 
@@ -20,7 +21,8 @@ def test_what_is_written_is_what_was_there(tmp_path: Path) -> None:
     snapshot.finish()
     weights.zero_()
     counter["step"] = 4
-    assert snapshot.write(tmp_path) == [tmp_path / "optimizer" / "state.pt"]
+    file = tmp_path / "optimizer" / "state.pt"
+    assert snapshot.write(tmp_path) == {file: file_sha256(file)}
     found = torch.load(tmp_path / "optimizer" / "state.pt", weights_only=True)
     expected = torch.arange(6.0).view(2, 3)
     assert torch.equal(kept, expected)

@@ -1,0 +1,33 @@
+"""A hashed file holds what was written, with its hash, however it is cut; and errors of the disk are raised."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from train import hashed_file
+from train.hashed_file import HashedFile
+
+
+@given(parts=st.lists(st.binary(max_size=40), max_size=6), piece=st.integers(1, 9), sync_every=st.integers(1, 30))
+def test_content_and_hash(
+    tmp_path_factory: pytest.TempPathFactory, parts: list[bytes], piece: int, sync_every: int
+) -> None:
+    path = tmp_path_factory.mktemp("hashed") / "file"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hashed_file, "_PIECE", piece)
+        patch.setattr(hashed_file, "_SYNC_EVERY", sync_every)
+        with HashedFile(path) as file:
+            for part in parts:
+                assert file.write(memoryview(part)) == len(part)
+    assert path.read_bytes() == b"".join(parts)
+    assert file.sha256 == hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def test_a_full_disk_is_told() -> None:
+    with pytest.raises(OSError, match="No space left"), HashedFile(Path("/dev/full")) as file:
+        file.write(b"x")
