@@ -10,7 +10,7 @@ _BLOCK = 1024
 
 
 @triton.jit
-def gelu_parts(gate):
+def _gelu_parts(gate):
     """gelu(gate) in its tanh form (arXiv 1606.08415), and its derivative."""
     inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
     t = 1 - 2 / (1 + tl.exp(2 * inner))  # tanh, exact to 1e-7 of one
@@ -26,7 +26,7 @@ def _geglu_kernel(gate_in_ptr, out_ptr, d_ff, BLOCK: tl.constexpr):
     inside = columns < d_ff
     gate = tl.load(gate_in_ptr + row * 2 * d_ff + columns, mask=inside, other=0.0).to(tl.float32)
     linear = tl.load(gate_in_ptr + (row * 2 + 1) * d_ff + columns, mask=inside, other=0.0).to(tl.float32)
-    value, _ = gelu_parts(gate)
+    value, _ = _gelu_parts(gate)
     tl.store(out_ptr + row * d_ff + columns, (value * linear).to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -39,7 +39,7 @@ def _geglu_backward_kernel(gate_in_ptr, grad_ptr, d_ff, REMAKES_PRODUCT: tl.cons
     gate = tl.load(gate_ptr, mask=inside, other=0.0).to(tl.float32)
     linear = tl.load(linear_ptr, mask=inside, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + row * d_ff + columns, mask=inside, other=0.0).to(tl.float32)
-    value, slope = gelu_parts(gate)
+    value, slope = _gelu_parts(gate)
     dtype = grad_ptr.dtype.element_ty
     tl.store(gate_ptr, (grad * linear * slope).to(dtype), mask=inside)
     tl.store(linear_ptr, (grad * value).to(dtype), mask=inside)
