@@ -1,5 +1,7 @@
 """The order of training rows as a pure function of (seed, rows consumed), and the position that a checkpoint keeps."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -40,6 +42,15 @@ class Rows(Protocol):
     def fingerprint(self) -> str: ...
 
 
+class Order(Protocol):
+    """Rows in training order, epoch after epoch: a function of the seed that needs to remember nothing."""
+
+    @property
+    def seed(self) -> int: ...
+    def epoch(self, n_places: int) -> int: ...
+    def rows(self, start: int, count: int) -> np.ndarray: ...
+
+
 class RowOrder:
     """Rows in training order, epoch after epoch. Its only memory is a cache of the current epoch's permutation."""
 
@@ -56,6 +67,10 @@ class RowOrder:
         if self._cached is None or self._cached[0] != epoch:
             self._cached = (epoch, permutation(self.n_rows, self.seed, epoch))
         return self._cached[1]
+
+    def epoch(self, n_places: int) -> int:
+        """How often every row has been seen."""
+        return n_places // self.n_rows
 
     def rows(self, start: int, count: int) -> np.ndarray:
         """Row numbers (int64) at places [start, start + count) of the endless order."""
@@ -90,7 +105,7 @@ class DataPosition:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "DataPosition":
+    def from_dict(cls, values: Mapping[str, Any]) -> DataPosition:
         """Inverse of `to_dict`."""
         expected = {"seed": int, "epoch": int, "tokens_consumed": int, "fingerprint": str}
         for key, kind in expected.items():
@@ -99,6 +114,6 @@ class DataPosition:
         return cls(**{key: values[key] for key in expected})
 
 
-def position_after(n_rows: int, rows: Rows, seed: int) -> DataPosition:
+def position_after(n_rows: int, rows: Rows, order: Order) -> DataPosition:
     """The whole state of the data order after `n_rows` consumed rows."""
-    return DataPosition(seed, n_rows // rows.n_rows, n_rows * rows.row_length, rows.fingerprint)
+    return DataPosition(order.seed, order.epoch(n_rows), n_rows * rows.row_length, rows.fingerprint)

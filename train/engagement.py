@@ -13,6 +13,7 @@ from rich.console import Console
 from scipy.stats import mannwhitneyu
 
 from data.batch import PackedBatch
+from data.mixture import MixtureData
 from model.scalar_head import ScalarHead
 from recipes.loader import parse_command_line
 from train.engine import Engine, World
@@ -22,6 +23,7 @@ from train.stage import (
     Job,
     LossModule,
     TrainingRecipe,
+    data_directories,
     documents_of,
     load_trunk,
     open_data,
@@ -36,7 +38,7 @@ class EngagementRecipe(TrainingRecipe):
 
     stage: Literal["engagement"]
     init_from: str
-    data: str
+    data: str | MixtureData
     evaluation_rows: PositiveInt
 
 
@@ -111,7 +113,7 @@ def main() -> int:
     """Entry point."""
     command = parse_command_line(EngagementRecipe, description=__doc__)
     recipe: EngagementRecipe = command.recipe
-    inputs = {"init_from": recipe.init_from, "data": recipe.data}
+    inputs = {"init_from": recipe.init_from, **data_directories(recipe.data)}
     summary = summarize(recipe, recipe.data, loss="score")
     return run_stage(command, inputs, lambda world, console: prepare(recipe, world), summary)
 

@@ -14,7 +14,8 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from data.sampler import RowOrder, Rows, position_after, rows_of_rank
+from data.mixture import training_order
+from data.sampler import DataPosition, Rows, position_after, rows_of_rank
 from recipes.loader import Section
 from recipes.run_directory import MayChange
 from train.checkpoint import Checkpoints, CheckpointState, Write
@@ -130,7 +131,7 @@ def train(
         is_due = config.save_every is not None and (step % config.save_every == 0 or is_last or n_stops)
         if is_due and not (fresh and (start or not n_stops)):
             at("saving", may_last=True)
-            position = position_after(step * config.rows_per_step, stage.rows, seed)
+            position = reader.position(step)
             state = CheckpointState(step, position, world.size, skipped.total, skipped.in_a_row, recent.state())
             clock = time.perf_counter()
             checkpoints.save(state, snapshot)
@@ -176,10 +177,14 @@ class StepReader:
     """Reads the micro-batches of a step, and while the device is busy with them, those of the next step."""
 
     def __init__(self, stage: Stage, config: LoopConfig, seed: int, world: World):
-        self._order = RowOrder(stage.rows.n_rows, seed)
+        self._order = training_order(stage.rows, seed)
         self._stage, self._config, self._world = stage, config, world
         self._thread = ThreadPoolExecutor(1, "reader")
         self._ahead: tuple[int, Future[tuple[np.ndarray, list[Batch]]]] | None = None
+
+    def position(self, step: int) -> DataPosition:
+        """The state of the data order before this step."""
+        return position_after(step * self._config.rows_per_step, self._stage.rows, self._order)
 
     def batches(self, step: int) -> tuple[np.ndarray, list[Batch]]:
         """The rows of a step (all ranks') and this rank's micro-batches of them."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import NonNegativeFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from rich.console import Console
 from rich.table import Table
 
 from data.batch import PackedBatch
+from data.mixture import MixtureData
 from data.shards import PackedDataset
 from data.synthetic import SyntheticData
 from eval.ngram import ngram_losses
@@ -26,6 +27,7 @@ from train.stage import (
     Job,
     LossModule,
     TrainingRecipe,
+    data_directories,
     documents_of,
     open_data,
     packed_stage,
@@ -35,10 +37,10 @@ from train.summary import summarize
 
 
 class PretrainRecipe(TrainingRecipe):
-    """Everything of a pre-training run: the data directory, the architecture, and how to train it."""
+    """A pre-training run: the data (a directory, a mixture of several, or made-up tokens), the model, the training."""
 
     stage: Literal["pretrain"]
-    data: str | SyntheticData
+    data: str | Annotated[SyntheticData | MixtureData, Field(discriminator="kind")]
     evaluation_rows: PositiveInt
     ngram_baselines: bool = True
     z_loss: NonNegativeFloat = 0.0
@@ -46,8 +48,8 @@ class PretrainRecipe(TrainingRecipe):
 
     @model_validator(mode="after")
     def _baselines_have_a_corpus(self) -> PretrainRecipe:
-        if self.ngram_baselines and isinstance(self.data, SyntheticData):
-            raise ValueError("ngram_baselines=true needs a data directory; made-up tokens have no n-grams to learn")
+        if self.ngram_baselines and not isinstance(self.data, str):
+            raise ValueError("ngram_baselines=true needs one data directory to count n-grams in; set it to false")
         return self
 
 
@@ -83,7 +85,7 @@ def prepare(recipe: PretrainRecipe, world: World, console: Console) -> Job:
             dataset, heldout, recipe.evaluation_rows, recipe.loop.rows_per_micro_batch, world,
             count=lambda batch: int(batch.trained_T.sum()),
         ),
-        tokenizer=None if isinstance(recipe.data, SyntheticData) else Path(recipe.data) / "tokenizer.model",
+        tokenizer=next((Path(path) / "tokenizer.model" for path in data_directories(recipe.data).values()), None),
         finish=finish,
     )  # fmt: skip
 
@@ -102,7 +104,7 @@ def main() -> int:
     command = parse_command_line(PretrainRecipe, description=__doc__)
     recipe: PretrainRecipe = command.recipe
     summary = summarize(recipe, recipe.data, recipe.model)
-    inputs = {} if isinstance(recipe.data, SyntheticData) else {"data": recipe.data}
+    inputs = data_directories(recipe.data)
     return run_stage(command, inputs, lambda world, console: prepare(recipe, world, console), summary)
 
 

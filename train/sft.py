@@ -10,6 +10,7 @@ from pydantic import PositiveInt
 from rich.console import Console
 
 from data.batch import PackedBatch, to_device
+from data.mixture import MixtureData
 from recipes.loader import parse_command_line
 from train.engine import Engine, World
 from train.loop import Loss, Outcome
@@ -18,6 +19,7 @@ from train.stage import (
     Job,
     LossModule,
     TrainingRecipe,
+    data_directories,
     documents_of,
     load_trunk,
     open_data,
@@ -32,7 +34,7 @@ class SFTRecipe(TrainingRecipe):
 
     stage: Literal["sft"]
     init_from: str
-    data: str
+    data: str | MixtureData
     evaluation_rows: PositiveInt
 
 
@@ -69,7 +71,7 @@ def main() -> int:
     """Entry point."""
     command = parse_command_line(SFTRecipe, description=__doc__)
     recipe: SFTRecipe = command.recipe
-    inputs = {"init_from": recipe.init_from, "data": recipe.data}
+    inputs = {"init_from": recipe.init_from, **data_directories(recipe.data)}
     summary = summarize(recipe, recipe.data, loss="chosen tokens")
     return run_stage(command, inputs, lambda world, console: prepare(recipe, world), summary)
 

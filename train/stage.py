@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import nn
 
 from data.batch import PackedBatch, PackedRows, collate
+from data.mixture import MixtureData, MixtureRows, open_mixture
 from data.sampler import Rows
 from data.shards import PackedDataset, file_sha256
 from data.synthetic import SyntheticData, SyntheticRows
@@ -100,25 +101,44 @@ def documents_of(batch: PackedBatch) -> Documents:
     return Documents.on_device(batch.document_lengths, len(batch.tokens_T), batch.row_length, batch.row_length)
 
 
-def open_data(data: str | SyntheticData, config: ModelConfig) -> tuple[PackedRows, PackedRows]:
-    """Training and held-out rows of a data directory (or made-up ones), checked to fit the model."""
+def open_data(data: str | SyntheticData | MixtureData, config: ModelConfig) -> tuple[PackedRows, PackedRows]:
+    """Training and held-out rows of a data directory, of several or made up, checked to fit the model."""
     dataset: PackedRows
     heldout: PackedRows
+    shards: PackedDataset | MixtureRows
     if isinstance(data, SyntheticData):
         other_seed = data.model_copy(update={"seed": data.seed + 1})
         dataset, heldout = (SyntheticRows(settings, config.vocab_size) for settings in (data, other_seed))
     else:
-        shards = PackedDataset(Path(data) / "train")
-        dataset, heldout = shards, PackedDataset(Path(data) / "heldout")
+        if isinstance(data, MixtureData):
+            shards, heldout = open_mixture(data, "train"), open_mixture(data, "heldout")
+        else:
+            shards, heldout = PackedDataset(Path(data) / "train"), PackedDataset(Path(data) / "heldout")
+        dataset = shards
         if shards.vocab_size != config.vocab_size:
             raise LoopError(
-                f"the model has vocab_size {config.vocab_size}, the tokenizer of {data} {shards.vocab_size} pieces"
+                f"the model has vocab_size {config.vocab_size}, the tokenizer of {described(data)} "
+                f"{shards.vocab_size} pieces"
             )
     if dataset.row_length > config.max_length:
         raise LoopError(
-            f"rows of {data} have {dataset.row_length} tokens, the model's max_length is {config.max_length}"
+            f"rows of {described(data)} have {dataset.row_length} tokens, the model's max_length is {config.max_length}"
         )
     return dataset, heldout
+
+
+def described(data: str | SyntheticData | MixtureData) -> str:
+    """What to call training data in a sentence."""
+    if isinstance(data, MixtureData):
+        return " + ".join(f"{part.path} ({part.weight:g})" for part in data.parts)
+    return data if isinstance(data, str) else "made-up tokens"
+
+
+def data_directories(data: str | SyntheticData | MixtureData) -> dict[str, str]:
+    """The directories that training data is read from, each under the recipe's key for it."""
+    if isinstance(data, MixtureData):
+        return {f"data.parts.{number}": part.path for number, part in enumerate(data.parts)}
+    return {"data": data} if isinstance(data, str) else {}
 
 
 def load_trunk(run_dir: str, attention: Backend) -> Transformer:
@@ -136,7 +156,10 @@ def packed_stage(
     extra: Callable[[Engine, list[PackedBatch]], dict[str, float]] = lambda engine, batches: {},
 ) -> Stage:
     """A stage over packed shards, evaluated on `evaluation_rows` evenly spread held-out rows (also by `extra`)."""
-    numbers = spread_rows(heldout.n_rows, evaluation_rows)
+    if isinstance(heldout, MixtureRows):
+        numbers = heldout.spread(evaluation_rows)
+    else:
+        numbers = spread_rows(heldout.n_rows, evaluation_rows)
     parts = [numbers[at : at + rows_per_micro_batch] for at in range(0, len(numbers), rows_per_micro_batch)]
     if len(parts) < world.size:
         raise LoopError(f"{len(numbers)} held-out rows are too few for {world.size} ranks; raise evaluation_rows")

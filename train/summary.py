@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from data.mixture import MixtureData, MixtureOrder, open_mixture
 from data.shards import PackedDataset
 from data.synthetic import SyntheticData
 from model.config import ModelConfig
@@ -11,12 +12,12 @@ from model.portability import describe
 from model.weights import load_config
 from train.memory import Load, LossKind
 from train.memory_report import Summary
-from train.stage import TrainingRecipe
+from train.stage import TrainingRecipe, data_directories, described
 
 
 def summarize(
     recipe: TrainingRecipe,
-    data: str | SyntheticData,
+    data: str | SyntheticData | MixtureData,
     config: ModelConfig | None = None,
     loss: LossKind = "every token",
     row_tokens: int | None = None,
@@ -46,25 +47,33 @@ def summarize(
 
 
 def _data_lines(
-    recipe: TrainingRecipe, data: str | SyntheticData, size: tuple[int, int] | None
+    recipe: TrainingRecipe, data: str | SyntheticData | MixtureData, size: tuple[int, int] | None
 ) -> list[tuple[str, str]]:
     steps, rows_per_step = recipe.loop.max_steps, recipe.loop.rows_per_step
     if size is None:
-        return [("data", f"not there yet: {data}; run python -m data.prepare first")]
+        return [("data", f"not there yet: {described(data)}; run python -m data.prepare first")]
     n_rows, row_length = size
     tokens = rows_per_step * row_length
-    return [
-        ("data", f"{n_rows:,} rows of {row_length} tokens in {data}"),
+    lines = [
+        ("data", f"{n_rows:,} rows of {row_length} tokens in {described(data)}"),
         ("tokens a step", f"{tokens:,} ({rows_per_step} rows)"),
-        ("tokens in all", f"{tokens * steps:,} in {steps} steps, {rows_per_step * steps / n_rows:.2f} epochs"),
     ]
+    in_all = f"{tokens * steps:,} in {steps} steps"
+    if not isinstance(data, MixtureData):
+        return [*lines, ("tokens in all", f"{in_all}, {rows_per_step * steps / n_rows:.2f} epochs")]
+    rows = open_mixture(data, "train", verify="sizes")
+    counts = MixtureOrder.of(rows, recipe.seed).counts(rows_per_step * steps)
+    for part, opened, count in zip(data.parts, rows.parts, counts, strict=True):
+        lines.append((f"  {part.path}", f"{count:,} rows: {count / opened.n_rows:.2f} epochs"))
+    return [*lines, ("tokens in all", in_all)]
 
 
-def size_of(data: str | SyntheticData) -> tuple[int, int] | None:
+def size_of(data: str | SyntheticData | MixtureData) -> tuple[int, int] | None:
     """(rows, tokens a row) of training data; None when it is not there yet."""
     if isinstance(data, SyntheticData):
         return data.n_rows, data.row_length
-    if not (Path(data) / "train" / "manifest.json").exists():
+    directories = [Path(path) / "train" for path in data_directories(data).values()]
+    if not all((directory / "manifest.json").exists() for directory in directories):
         return None
-    dataset = PackedDataset(Path(data) / "train", verify="sizes")
-    return dataset.n_rows, dataset.row_length
+    parts = [PackedDataset(directory, verify="sizes") for directory in directories]
+    return sum(part.n_rows for part in parts), parts[0].row_length

@@ -55,7 +55,7 @@ def test_a_steps_rows_in_order_whatever_the_ranks(n_steps: int, world_size: int,
 @given(n_rows=st.integers(1, 20), seed=st.integers(0, 9), consumed=st.integers(0, 90))
 def test_a_position_says_how_often_every_row_was_seen(n_rows: int, seed: int, consumed: int) -> None:
     data = Numbered(n_rows)
-    position = position_after(consumed, data, seed)
+    position = position_after(consumed, data, RowOrder(n_rows, seed))
     assert position.tokens_consumed == consumed * data.row_length
     seen = np.bincount(RowOrder(n_rows, position.seed).rows(0, consumed), minlength=n_rows)
     # the epoch is the number of whole passes: every row that often, and some of them once more
