@@ -195,7 +195,7 @@ def _dry_run(recipe: FeedbackRecipe, console: Console) -> None:
                 bad += 1
                 if bad == 1:
                     console.print(f"first bad line: {path}:{number}: {error}", markup=False, soft_wrap=True)
-    console.print(f"{recipe.events}: {good + bad:,} lines in {len(files)} file(s), {bad:,} bad")
+    console.print(f"{recipe.events}: {good + bad:,} lines in {len(files)} file(s), {bad:,} bad", soft_wrap=True)
     console.print("dry run: nothing was written")
 
 

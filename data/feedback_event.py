@@ -31,6 +31,8 @@ earlier reply, or to write something else, makes a new turn with the same `after
 message of their own, since the candidates before and after answer different things.
 """
 
+import json
+import re
 import reprlib
 from collections.abc import Iterator
 from typing import Any
@@ -40,6 +42,8 @@ from pydantic import Field, FiniteFloat, ValidationError
 from data.dialogue import DialogueError, Message, check_speaker
 from data.sources.source import RecordError, parse_object
 from recipes.loader import Section
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # where a lone one can come from
 
 
 class LoggedMessage(Section):
@@ -90,8 +94,11 @@ class FeedbackEvent(Section):
 
 def read_event(line: bytes) -> FeedbackEvent:
     """The event of a line. Raises RecordError saying what the line is instead."""
+    record = parse_object(line)
+    if _SURROGATE.search(line):
+        _check_encodable(record)
     try:
-        event = FeedbackEvent.model_validate(parse_object(line))
+        event = FeedbackEvent.model_validate(record)
     except ValidationError as error:
         raise RecordError(_explain(error)) from None
     try:
@@ -99,6 +106,15 @@ def read_event(line: bytes) -> FeedbackEvent:
     except DialogueError as error:
         raise RecordError(str(error)) from None
     return event
+
+
+def _check_encodable(record: dict[str, Any]) -> None:
+    text = json.dumps(record, ensure_ascii=False)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        before = text[max(0, error.start - 30) : error.start]
+        raise RecordError(f"holds a lone surrogate after {before!r}: not Unicode text") from None
 
 
 def _check(event: FeedbackEvent) -> None:
@@ -137,7 +153,7 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         known = ", ".join(FeedbackEvent.model_fields) if "." not in key else "the keys of data/feedback_event.py"
         return f"unknown key {key!r}; expected {known}"
-    if first["type"] == "string_unicode":
-        return f"{key} holds a lone surrogate: not Unicode text"
-    expected = first["msg"].removeprefix("Input should be ").removeprefix("Input should ").removeprefix("Tuple should ")
+    expected = first["msg"].removeprefix("Input should be ").removeprefix("Input should ")
+    if first["type"] in ("too_short", "string_too_short"):
+        expected = f"at least {first['ctx']['min_length']}"
     return f"{key} is {reprlib.repr(first['input'])}: expected {expected[0].lower()}{expected[1:]}"

@@ -117,6 +117,8 @@ def other_label(event: FeedbackEvent, number: int, settings: LabelSettings) -> t
     """Of a reply that was shown and not kept."""
     if settings.not_kept_are == "unlabelled":
         return None, "not kept"
+    if event.candidates[number].text == event.candidates[event.kept].text:
+        return None, "the same text as the kept reply"
     seen = event.seen_seconds(number)
     if seen is not None and seen < settings.min_seen_seconds:
         return None, "swiped away unread"

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from data.clean import Ledger
 from data.feedback_conversation import Turn
@@ -119,6 +119,14 @@ class PairSettings(Section):
     # Of more, those with the smallest hash: neither the first nor those of who writes most.
     max_per_turn: int | None = Field(default=None, ge=1)
     max_per_user: int | None = Field(default=None, ge=1)
+
+    @field_validator("rules")
+    @classmethod
+    def _distinct(cls, rules: tuple[PairRule, ...]) -> tuple[PairRule, ...]:
+        for number, rule in enumerate(rules):
+            if rule.kind in [earlier.kind for earlier in rules[:number]]:
+                raise ValueError(f"{rule.kind} twice; each rule stands once")
+        return rules
 
 
 @dataclass(slots=True)

@@ -84,7 +84,7 @@ def print_report(counts: Counts, console: Console) -> None:
         console.print(_count_table(f"comparisons: {rule}", rows))
         console.print(_length_line(of_rule.before_length_filters, of_rule.written), highlight=False, soft_wrap=True)
     labels = counts.labels
-    rows = [("shown", labels.ledger.read), *_excluded(labels.ledger)]
+    rows = [("shown", labels.ledger.read), *_excluded(labels.ledger, "unlabelled")]
     console.print(_count_table("replies", [*rows, *((name, labels.n_by_label[k]) for k, name in _LABELS.items())]))
     lengths = (f"{name} {_number(labels.mean_characters(label))}" for label, name in _LABELS.items())
     console.print(f"mean characters of a reply: {', '.join(lengths)}", highlight=False)
@@ -101,8 +101,8 @@ def _lines(counts: Counts) -> list[tuple[str, int]]:
     ]
 
 
-def _excluded(ledger: Ledger) -> Iterator[tuple[str, int]]:
-    return ((f"not: {reason}", count) for reason, count in sorted(ledger.filtered.items()))
+def _excluded(ledger: Ledger, what: str = "left out") -> Iterator[tuple[str, int]]:
+    return ((f"{what}: {reason}", count) for reason, count in sorted(ledger.filtered.items()))
 
 
 def _count_table(title: str, rows: list[tuple[str, int]]) -> Table:
