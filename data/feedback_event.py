@@ -39,7 +39,7 @@ from typing import Any
 
 from pydantic import Field, FiniteFloat, ValidationError
 
-from data.dialogue import DialogueError, Message, check_speaker
+from data.dialogue import DialogueError, check_speaker
 from data.sources.source import RecordError, parse_object
 from recipes.loader import Section
 
@@ -121,7 +121,7 @@ def _check(event: FeedbackEvent) -> None:
     """What no type says: the speakers can be rendered, `kept` exists, and nothing happens before its cause."""
     check_speaker(event.character)
     for message in event.messages:
-        Message(message.speaker, message.text, message.time)
+        check_speaker(message.speaker)
     if event.kept >= len(event.candidates):
         raise RecordError(f"kept is {event.kept}: expected one of the {len(event.candidates)} candidates, from 0")
     if event.after == event.turn:

@@ -1,5 +1,6 @@
 """A log of events in parts on disk, whole users each, so that memory is that of one part however long the log is."""
 
+import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -8,7 +9,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from data.sources.source import parse_object
 from data.stable_hash import stable_hash
 
 
@@ -44,9 +44,10 @@ class UserParts:
         return self._directory / f"{part:03d}"
 
     def add(self, user: str, file_number: int, number: int, content: bytes) -> None:
-        """Append a line, and its place, to the part of its user."""
+        """Append a line, its user and its place to the part of the user."""
         part = _order(user)[0] * self._n_parts >> 64
-        self._files[part].write(b"%d\t%d\t%s\n" % (file_number, number, content.rstrip(b"\r\n")))
+        fields = (json.dumps(user).encode(), file_number, number, content.rstrip(b"\r\n"))
+        self._files[part].write(b"%s\t%d\t%d\t%s\n" % fields)
 
     def users(self, part: int, files: Sequence[Path]) -> Iterator[tuple[str, list[Line]]]:
         """The users of a part with their lines, in an order that does not depend on the number of parts."""
@@ -54,12 +55,11 @@ class UserParts:
         lines = []
         with open(self._path(part), "rb") as file:
             for stored in file:
-                file_number, number, content = stored.rstrip(b"\n").split(b"\t", 2)
-                order = _order(user_of(parse_object(content)))
-                lines.append(Line(order, str(files[int(file_number)]), int(number), content))
+                user, file_number, number, content = stored.rstrip(b"\n").split(b"\t", 3)
+                lines.append(Line(_order(json.loads(user)), str(files[int(file_number)]), int(number), content))
         lines.sort(key=_order_of)  # stable: a user's lines stay in the order of the log
-        for (_, user), group in groupby(lines, key=_order_of):
-            yield user, list(group)
+        for (_, name), group in groupby(lines, key=_order_of):
+            yield name, list(group)
         self._path(part).unlink()
 
 

@@ -6,6 +6,7 @@ python -m data.inspect runs/demo/data --side heldout --rows 0 17
 """
 
 import argparse
+import difflib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -68,6 +69,11 @@ def _append_document(
 def read_figures(run_dir: Path) -> dict[str, Any]:
     """The manifest of prepared data. Raises ShardError when the directory is not finished."""
     path = run_dir / MANIFEST_FILE
+    if not run_dir.is_dir():
+        beside = [str(found.parent) for found in run_dir.parent.glob(f"*/{MANIFEST_FILE}")]
+        close = difflib.get_close_matches(str(run_dir), beside, n=1)
+        hint = f"did you mean {close[0]}?" if close else "expected the run_dir of a data recipe"
+        raise ShardError(f"{run_dir}: no such directory; {hint}")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         side_table({side: manifest[side] for side in SIDES})

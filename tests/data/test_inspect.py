@@ -103,6 +103,10 @@ def test_errors_are_one_line(
     (tmp_path / "manifest.json").write_text("{}")
     assert main([str(tmp_path)]) == 2
     assert "manifest.json: damaged" in capsys.readouterr().err
+    assert main([str(prepared)[:-1]]) == 2
+    assert f"no such directory; did you mean {prepared}?" in capsys.readouterr().err
+    assert main([str(tmp_path / "nowhere")]) == 2
+    assert "expected the run_dir of a data recipe" in capsys.readouterr().err
     assert main([str(prepared), "--rows", "99999"]) == 2
     assert "--rows 99999: train has the rows 0 to" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
