@@ -2,6 +2,10 @@
 
 A dialogue is `<bos>` then, for each message, `<|message|>{speaker}: {text}<|end|>`. A generation prompt stops after
 `<|message|>{character}:`. A scene or a character definition is a message by the speaker `narrator`.
+
+Two keys of a message's metadata say how a message of the character is supervised, in place of what the dialogue shows:
+`engagement_label` is 1, 0, or null for no label (see `continuation_labels`), and `trained: false` keeps it out of the
+loss of SFT, as a reply that its reader threw away must be. On anybody else's message they are an error.
 """
 
 import json
@@ -18,6 +22,7 @@ NARRATOR = "narrator"
 CONTROL_SURFACES = ("<pad>", "<unk>", "<bos>", "<|message|>", "<|end|>")  # in the order of their ids, 0 to 4
 WORD_JOINER = "\u2060"
 NO_LABEL = -1
+LABEL_KEY, TRAINED_KEY = "engagement_label", "trained"  # of a message's metadata
 
 _SURFACE = re.compile("|".join(re.escape(surface) for surface in CONTROL_SURFACES))
 _JOINERS = re.compile(f"{WORD_JOINER}({WORD_JOINER}?)")
@@ -62,6 +67,18 @@ class Message:
             raise DialogueError(f"time is {self.time!r}: expected a finite number of unix seconds")
         if self.metadata is not None and not isinstance(self.metadata, Mapping):
             raise DialogueError(f"metadata is {type(self.metadata).__name__}: expected an object")
+        if self.metadata:
+            _check_supervision(self.metadata)
+
+    @property
+    def is_supervised(self) -> bool:
+        """Whether the metadata says how the message is supervised."""
+        return bool(self.metadata) and not {LABEL_KEY, TRAINED_KEY}.isdisjoint(self.metadata or ())
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether SFT trains it, if the character wrote it."""
+        return not self.metadata or bool(self.metadata.get(TRAINED_KEY, True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,15 +104,21 @@ class Dialogue:
             raise DialogueError(
                 f"dialogue {self.id!r}: character {self.character!r} writes nothing; speakers: {sorted(speakers)}"
             )
+        for number, message in enumerate(self.messages):
+            if message.metadata and message.is_supervised and message.speaker != self.character:
+                raise DialogueError(
+                    f"message {number}: {LABEL_KEY} or {TRAINED_KEY} on a message by {message.speaker!r}; "
+                    f"only those of the character {self.character!r} are supervised"
+                )
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedDialogue:
     """A dialogue as tokens (length n, int64), with what supervises each of them.
 
-    `trained`: 1 on the character's text and its `<|end|>`. `label`: at the `<|end|>` that closes a turn of the
-    character, 1 when the partner writes again and 0 when not; -1 everywhere else. `message_starts`: positions of
-    `<|message|>`; `text_starts`: positions of the first token after each "speaker:".
+    `trained`: 1 on the character's text and its `<|end|>`, unless its metadata says otherwise. `label`: at the
+    `<|end|>` that closes a message with a label (`continuation_labels`), 0 or 1; -1 everywhere else. `message_starts`:
+    positions of `<|message|>`; `text_starts`: positions of the first token after each "speaker:".
     """
 
     tokens: np.ndarray
@@ -125,6 +148,15 @@ def check_times(messages: Sequence[Message]) -> None:
                 f"message {number}: its time is {latest - message.time:g} s before an earlier message's"
             )
         latest = message.time
+
+
+def _check_supervision(metadata: Mapping[str, Any]) -> None:
+    label = metadata.get(LABEL_KEY)
+    if label is not None and (isinstance(label, bool) or label not in (0, 1)):
+        raise DialogueError(f"metadata.{LABEL_KEY} is {label!r}: expected 1, 0, or null for no label")
+    trained = metadata.get(TRAINED_KEY, True)
+    if not isinstance(trained, bool):
+        raise DialogueError(f"metadata.{TRAINED_KEY} is {trained!r}: expected true or false")
 
 
 def _check_encodable(what: str, text: str) -> None:
@@ -207,6 +239,7 @@ def continuation_labels(dialogue: Dialogue, within_seconds: float | None = None)
 
     It is asked at the last message of each turn of the character; narrator messages are nobody's turn. With
     `within_seconds`, a partner who answers later than that counts as gone, and an unknown time leaves -1.
+    A message whose metadata holds an `engagement_label` has that one, whatever follows it.
     """
     labels = [NO_LABEL] * len(dialogue.messages)
     following: Message | None = None
@@ -216,6 +249,9 @@ def continuation_labels(dialogue: Dialogue, within_seconds: float | None = None)
             continue
         if message.speaker == dialogue.character and (following is None or following.speaker != dialogue.character):
             labels[i] = _continues(message, following, within_seconds)
+        if message.metadata and LABEL_KEY in message.metadata:
+            given = message.metadata[LABEL_KEY]
+            labels[i] = NO_LABEL if given is None else int(given)
         following = message
     return labels
 
@@ -253,7 +289,7 @@ def encode_dialogue(
     label = np.full(len(ids), NO_LABEL, dtype=np.int8)
     for message, first, end, continues in zip(dialogue.messages, text_starts, ends, labels, strict=True):
         label[end - 1] = continues
-        if message.speaker == dialogue.character:
+        if message.speaker == dialogue.character and message.is_trained:
             trained[first:end] = 1
     return EncodedDialogue(np.asarray(ids, dtype=np.int64), trained, label, np.asarray(starts), np.asarray(text_starts))
 

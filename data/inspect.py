@@ -1,25 +1,36 @@
-"""Look at prepared data: its figures, and rows as text with the character's replies and the labels marked.
+"""Look at prepared data: its figures, the lengths of its documents, rows as text with boundaries, loss masks and labels
+marked, and why records were quarantined.
 
+python -m data.inspect runs/demo/data                                  # ten random rows of the training side
 python -m data.inspect runs/demo/data --side heldout --rows 0 17
 """
 
 import argparse
+import difflib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from data.inspect_lengths import length_table, write_histogram
+from data.inspect_quarantine import print_quarantine
+from data.inspect_text import visible
 from data.prepare_report import side_table
 from data.shards import MANIFEST_FILE, PackedDataset, PackedRow, ShardError
 from data.tokenizer import DialogueTokenizer, TokenizerError
+from recipes.loader import tell_error
 
-_ANSWER, _OTHER, _CONTROL, _PADDING = "green", "default", "dim", "dim strike"
-_LABELS = {0: (" [partner leaves]", "bold red"), 1: (" [partner continues]", "bold blue")}
+SIDES = ("train", "heldout")
+HISTOGRAM_FILE = Path("plots") / "document_lengths.png"
+_QUARANTINE_FILE = "quarantine.jsonl"
+_ANSWER, _OTHER, _CONTROL, _PADDING, _BOUNDARY = "green", "default", "dim", "dim strike", "bold magenta"
+_LABELS = {0: (" [label 0]", "bold red"), 1: (" [label 1]", "bold blue")}
 
 
 def row_as_text(row: PackedRow, tokenizer: DialogueTokenizer) -> Text:
@@ -27,14 +38,13 @@ def row_as_text(row: PackedRow, tokenizer: DialogueTokenizer) -> Text:
     text = Text()
     start = 0
     for number, length in enumerate(row.document_lengths.tolist()):
-        tokens = row.tokens_L[start : start + length]
+        tokens, trained = row.tokens_L[start : start + length], row.trained_L[start : start + length]
         if tokens[0] == tokenizer.pad_id:
             text.append(f"{length} x <pad>\n", _PADDING)
             break
-        text.append(f"document {number}: {length} tokens\n", "bold")
-        _append_document(
-            text, tokens, row.trained_L[start : start + length], row.label_L[start : start + length], tokenizer
-        )
+        counts = f"{length} tokens from {start}, {np.count_nonzero(trained)} of them the character's"
+        text.append(f"-- document {number}: {counts}\n", _BOUNDARY)
+        _append_document(text, tokens, trained, row.label_L[start : start + length], tokenizer)
         start += length
     return text
 
@@ -45,46 +55,104 @@ def _append_document(
     is_control = tokens <= tokenizer.end_id
     changes = np.flatnonzero((np.diff(trained.astype(int)) != 0) | is_control[1:] | is_control[:-1]) + 1
     for first, last in zip([0, *changes], [*changes, len(tokens)], strict=True):
-        style = _CONTROL if is_control[first] else _ANSWER if trained[first] else _OTHER
-        text.append(tokenizer.decode(tokens[first:last].tolist(), show_control=True), style)
+        is_trained = bool(trained[first])
+        # a trained control token is a target too: the <|end|> of the character's own messages
+        style = (f"{_CONTROL} {_ANSWER}" if is_trained else _CONTROL) if is_control[first] else ""
+        style = style or (_ANSWER if is_trained else _OTHER)
+        text.append(visible(tokenizer.decode(tokens[first:last].tolist(), show_control=True)), style)
         if int(label[first]) in _LABELS:
             text.append(*_LABELS[int(label[first])])
         if tokens[first] == tokenizer.end_id:
             text.append("\n")
 
 
-def figures(run_dir: Path) -> Table:
-    """The manifest's figures of both sides. Raises ShardError when the directory is not finished."""
+def read_figures(run_dir: Path) -> dict[str, Any]:
+    """The manifest of prepared data. Raises ShardError when the directory is not finished."""
     path = run_dir / MANIFEST_FILE
+    if not run_dir.is_dir():
+        beside = [str(found.parent) for found in run_dir.parent.glob(f"*/{MANIFEST_FILE}")]
+        close = difflib.get_close_matches(str(run_dir), beside, n=1)
+        hint = f"did you mean {close[0]}?" if close else "expected the run_dir of a data recipe"
+        raise ShardError(f"{run_dir}: no such directory; {hint}")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        return side_table({side: manifest[side] for side in ("train", "heldout")})
+        side_table({side: manifest[side] for side in SIDES})
+        record_table(manifest["records"])
     except OSError:
         raise ShardError(f"{path}: missing; prepare the data with: python -m data.prepare <recipe>") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ShardError(f"{path}: damaged ({error!r}); run data.prepare again") from None
+    return manifest
+
+
+def record_table(records: Mapping[str, Any]) -> Table:
+    """Where the records of the sources went, from the manifest."""
+    table = Table("records", "count")
+    table.columns[1].justify = "right"
+    for name, count in records.items():
+        counts = {f"{name}: {reason}": n for reason, n in count.items()} if isinstance(count, dict) else {name: count}
+        for label, n in counts.items():
+            table.add_row(label.replace("_", " "), f"{n:,}")
+    return table
+
+
+def pick_rows(asked: Sequence[int] | None, count: int, seed: int, n_rows: int, side: str) -> list[int]:
+    """The rows asked for, or `count` others drawn by the seed, in their order. Raises ShardError for one that is not
+    there."""
+    if asked is None:
+        return sorted(np.random.default_rng(seed).choice(n_rows, min(count, n_rows), replace=False).tolist())
+    for number in asked:
+        if not 0 <= number < n_rows:
+            raise ShardError(f"--rows {number}: {side} has the rows 0 to {n_rows - 1}")
+    return list(asked)
+
+
+def show(arguments: argparse.Namespace, console: Console) -> None:
+    """Print everything. Raises ShardError or TokenizerError for data that cannot be read, OSError for the plot."""
+    run_dir: Path = arguments.run_dir
+    manifest = read_figures(run_dir)
+    sides = {side: PackedDataset(run_dir / side, verify="sizes") for side in SIDES}
+    tokenizer = DialogueTokenizer.load(run_dir)
+    dataset = sides[arguments.side]
+    rows = pick_rows(arguments.rows, arguments.count, arguments.seed, len(dataset), arguments.side)
+    for number in rows:
+        console.rule(f"{arguments.side} row {number}")
+        console.print(row_as_text(dataset.row(number), tokenizer), soft_wrap=True)
+    if rows:
+        legend = Text("green", _ANSWER).append(": the character's text, which SFT and DPO train; ", "dim")
+        legend.append("-- document", _BOUNDARY).append(": attention and targets do not cross; ", "dim")
+        legend.append("[label 1]", "bold blue").append(": the partner goes on, ", "dim")
+        legend.append("[label 0]", "bold red").append(": does not, as the scorer is to learn", "dim")
+        console.print(legend, soft_wrap=True)
+    console.rule("the whole data")
+    console.print(record_table(manifest["records"]))
+    console.print(side_table({side: manifest[side] for side in SIDES}))
+    lengths = {side: data.document_lengths() for side, data in sides.items()}
+    console.print(length_table(lengths, dataset.row_length))
+    plot = arguments.plot or run_dir / HISTOGRAM_FILE
+    write_histogram(plot, lengths, dataset.row_length)
+    console.print(f"histogram of the document lengths: {plot.resolve()}", highlight=False, soft_wrap=True)
+    print_quarantine(run_dir / _QUARANTINE_FILE, console)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The entry point; the exit code is 0, or 2 for data that cannot be read."""
+    """The entry point; the exit code is 0, 2 for data that cannot be read, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path, help="the run_dir of a data recipe")
-    parser.add_argument("--side", choices=("train", "heldout"), default="train")
-    parser.add_argument("--rows", type=int, nargs="+", default=[0], help="numbers of the rows to show")
+    parser.add_argument("--side", choices=SIDES, default="train")
+    parser.add_argument("--rows", type=int, nargs="+", help="numbers of the rows to show, instead of random ones")
+    parser.add_argument("--count", type=int, default=10, help="how many random rows (default 10)")
+    parser.add_argument("--seed", type=int, default=0, help="which random rows (default 0)")
+    parser.add_argument("--plot", type=Path, help=f"where the histogram goes (default RUN_DIR/{HISTOGRAM_FILE})")
     arguments = parser.parse_args(argv)
-    console = Console()
+    if arguments.count < 0 or arguments.seed < 0:
+        parser.error("--count and --seed: expected numbers of at least 0")
     try:
-        console.print(figures(arguments.run_dir))
-        dataset = PackedDataset(arguments.run_dir / arguments.side)
-        tokenizer = DialogueTokenizer.load(arguments.run_dir)
-        for number in arguments.rows:
-            if not 0 <= number < len(dataset):
-                raise ShardError(f"--rows {number}: {arguments.side} has the rows 0 to {len(dataset) - 1}")
-            console.rule(f"{arguments.side} row {number}")
-            console.print(row_as_text(dataset.row(number), tokenizer), soft_wrap=True)
-        console.print("green: the character's reply, which SFT and DPO train", style="dim")
-    except (ShardError, TokenizerError) as error:
-        Console(stderr=True).print(f"{type(error).__name__}: {error}", style="red", markup=False, soft_wrap=True)
+        show(arguments, Console())
+    except KeyboardInterrupt:
+        return 130
+    except (ShardError, TokenizerError, OSError) as error:
+        tell_error(error)
         return 2
     return 0
 

@@ -307,7 +307,7 @@ def _is_whole(run_dir: Path) -> bool:
 
 
 def _remove_outputs(run_dir: Path) -> None:
-    for name in ("train", "heldout", "dialogues"):
+    for name in ("train", "heldout", "dialogues", "plots"):  # plots: data.inspect's
         shutil.rmtree(run_dir / name, ignore_errors=True)
     for name in ("recipe.yaml", "run.json", MANIFEST_FILE, MODEL_FILE, QUARANTINE_FILE):
         (run_dir / name).unlink(missing_ok=True)

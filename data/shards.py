@@ -165,6 +165,16 @@ class PackedDataset:
     def __len__(self) -> int:
         return self.n_rows
 
+    def document_lengths(self) -> np.ndarray:
+        """The lengths of all documents in the order of the rows, without the rows' padding, int32."""
+        kept = [np.zeros(0, np.int32)]
+        for shard in self._shards:
+            lengths, last = np.asarray(shard["lengths"]), np.asarray(shard["offsets"][1:]) - 1
+            starts = self.row_length - lengths[last]
+            is_padding = shard["tokens"][np.arange(len(last)), starts] == _PAD_ID
+            kept.append(np.delete(lengths, last[is_padding]))
+        return np.concatenate(kept)
+
     def row(self, i: int) -> PackedRow:
         """Row i."""
         tokens, trained, label, lengths = self.gather([i])

@@ -66,12 +66,13 @@ def select_contexts(
 
 
 def _reply_places(dialogue: Dialogue, min_messages: int) -> list[int]:
-    """Indices of the character's messages that answer somebody."""
+    """Indices of the character's messages that answer somebody; one kept out of the loss is no reply to learn from."""
     messages = dialogue.messages
     return [
         i
         for i in range(max(1, min_messages), len(messages))
         if messages[i].speaker == dialogue.character
+        and messages[i].is_trained
         and messages[i - 1].speaker not in (dialogue.character, NARRATOR)
         and messages[i].text.strip()
     ]

@@ -21,6 +21,7 @@ class Stage:
 # The schema of a stage is the Section of its module whose `stage` is this name (tests/recipes/test_recipe_files.py).
 STAGES: dict[str, Stage] = {
     "data": Stage("data.prepare"),
+    "feedback": Stage("data.feedback"),
     "pretrain": Stage("train.pretrain", distributed=True),
     "sft": Stage("train.sft", distributed=True),
     "engagement": Stage("train.engagement", distributed=True),

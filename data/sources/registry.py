@@ -9,6 +9,7 @@ from pydantic import Field
 from data.sources.casino import CasinoSource
 from data.sources.chat_jsonl import ChatJsonlSource
 from data.sources.chitchat import ChitchatSource
+from data.sources.feedback_events import FeedbackEventsSource
 from data.sources.hh_rlhf import HhRlhfSource
 from data.sources.irc_ubuntu import IrcUbuntuSource
 from data.sources.openai_messages import OpenaiMessagesSource
@@ -25,6 +26,7 @@ SOURCES: dict[str, type[DialogueSource]] = {
     "casino": CasinoSource,
     "chat_jsonl": ChatJsonlSource,
     "chitchat": ChitchatSource,
+    "feedback_events": FeedbackEventsSource,
     "hh_rlhf": HhRlhfSource,
     "irc_ubuntu": IrcUbuntuSource,
     "openai_messages": OpenaiMessagesSource,

@@ -1,6 +1,7 @@
 """The dialogue format: escaping, tokens and masks, continuation labels, JSON lines."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -134,6 +135,48 @@ def talk(*lines: tuple[str, float | None]) -> Dialogue:
 )
 def test_continuation_labels(dialogue: Dialogue, within: float | None, expected: list[int]) -> None:
     assert continuation_labels(dialogue, within) == expected
+
+
+def supervised(*lines: tuple[str, dict[str, Any] | None]) -> Dialogue:
+    return Dialogue("d", tuple(Message(speaker, "x y", None, metadata) for speaker, metadata in lines), character="A")
+
+
+def test_labels_and_masks_in_the_metadata_stand(tokenizer: DialogueTokenizer) -> None:
+    """They replace what would be inferred, at messages that would have no label too, and only there."""
+    dialogue = supervised(
+        ("A", {"engagement_label": 0}),
+        ("A", None),
+        ("B", {"rating": 5}),
+        ("A", {"engagement_label": 1, "trained": False}),
+        ("A", {"engagement_label": None}),
+        ("B", None),
+        ("A", {"trained": True}),
+    )
+    labels = [0, 1, -1, 1, -1, -1, 0]
+    assert continuation_labels(dialogue) == labels
+    again = from_json(to_json(dialogue))
+    assert again == dialogue
+    encoded = encode_dialogue(tokenizer, again)
+    ends = np.flatnonzero(encoded.tokens == tokenizer.end_id)
+    assert encoded.label[ends].tolist() == labels
+    assert encoded.trained[ends].tolist() == [1, 1, 0, 0, 1, 0, 1]
+    assert [m.is_trained for m in dialogue.messages] == [True, True, True, False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("speaker", "metadata", "reason"),
+    [
+        ("A", {"engagement_label": 2}, "engagement_label is 2: expected 1, 0, or null"),
+        ("A", {"engagement_label": True}, "engagement_label is True"),
+        ("A", {"engagement_label": "1"}, "engagement_label is '1'"),
+        ("A", {"trained": 0}, "trained is 0: expected true or false"),
+        ("B", {"engagement_label": 1}, "message 0: engagement_label or trained on a message by 'B'"),
+        ("B", {"trained": False}, "only those of the character 'A'"),
+    ],
+)
+def test_supervision_that_cannot_be_meant_is_an_error(speaker: str, metadata: dict[str, Any], reason: str) -> None:
+    with pytest.raises(DialogueError, match=reason):
+        supervised((speaker, metadata), ("A", None))
 
 
 @settings(max_examples=50)

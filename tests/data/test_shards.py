@@ -35,6 +35,19 @@ def test_rows_come_back_exactly(write_rows: WriteRows, make_rows: MakeRows) -> N
             dataset.row(outside)
 
 
+def test_document_lengths_leave_out_the_padding(write_rows: WriteRows) -> None:
+    for seed in range(4):
+        dataset = PackedDataset(write_rows(n_rows=7, rows_per_shard=3, seed=seed, name=f"d{seed}"))
+        expected = []
+        for number in range(len(dataset)):
+            row, start = dataset.row(number), 0
+            for length in row.document_lengths.tolist():
+                expected += [length] if row.tokens_L[start] != 0 else []
+                start += length
+        assert dataset.document_lengths().tolist() == expected
+        assert sum(expected) == dataset.n_tokens
+
+
 def test_fingerprint_is_of_contents_only(write_rows: WriteRows) -> None:
     first = PackedDataset(write_rows(rows_per_shard=3, name="a"))
     assert PackedDataset(write_rows(rows_per_shard=2, name="b")).fingerprint == first.fingerprint

@@ -46,6 +46,14 @@ def test_a_message_too_long_for_the_budget_gives_no_context(tokenizer: DialogueT
     assert select_contexts([Dialogue("d", messages, "Alex")], tokenizer, 1, seed=0, max_prompt_tokens=30) == []
 
 
+def test_a_reply_kept_out_of_the_loss_is_not_chosen(tokenizer: DialogueTokenizer) -> None:
+    for trained, expected in ((True, ["no"]), (False, [])):
+        reply = Message("Alex", "no", metadata={"trained": trained})
+        dialogue = Dialogue("d", (Message("Sam", "hi"), Message("Sam", "why"), reply), "Alex")
+        contexts = select_contexts([dialogue], tokenizer, 1, seed=0, max_prompt_tokens=60)
+        assert [context.human_reply for context in contexts] == expected
+
+
 def test_replies_are_text_closed_by_end(
     dialogues: list[Dialogue], tokenizer: DialogueTokenizer, models: dict[str, Transformer]
 ) -> None:

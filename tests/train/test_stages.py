@@ -6,13 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from data.dialogue import Message, encode_prompt, encode_reply
-from data.preferences import PreferencePair, write_pairs
+from data.dialogue import Message, decode_reply, encode_prompt, encode_reply
+from data.feedback import main as convert_feedback
+from data.preferences import PreferencePair, read_pairs, write_pairs
+from data.prepare import main as prepare_data
 from data.tokenizer import DialogueTokenizer
 from model.attention_ops import Documents
 from model.weights import load_model, load_scorer
@@ -80,6 +84,46 @@ def test_fine_tuning_scoring_and_preferences(runs: Path, data_dir: Path) -> None
     again = run("dpo", runs / "dpo.yaml")
     assert again.returncode == 0
     assert "finished already" in again.stdout
+
+
+def test_what_users_did_trains_preferences_and_the_scorer(
+    runs: Path, data_dir: Path, make_feedback_log: Callable[..., Any]
+) -> None:
+    """From a (made-up) log of feedback events, by the recipes' entry points alone, to both models."""
+    events = [json.dumps(event) + "\n" for event in make_feedback_log(5, 40).events]
+    (runs / "events.jsonl").write_text("".join(events))
+    feedback = {
+        "stage": "feedback", "run_dir": f"{runs / 'feedback'}", "seed": 0, "events": f"{runs / 'events.jsonl'}",
+        "pairs": {"rules": [{"kind": "kept_over_regenerated", "wrote_again_within_seconds": 3600}]},
+        "labels": {"within_seconds": 3600}, "max_context_messages": 6,
+    }  # fmt: skip
+    (runs / "feedback.yaml").write_text(json.dumps(feedback))
+    assert convert_feedback([str(runs / "feedback.yaml")]) == 0
+    pairs = read_pairs(runs / "feedback" / "pairs.jsonl")
+    tokenizer = DialogueTokenizer.load(runs / "pretrain" / "model")
+    assert len(pairs) > 20
+    for pair, encoded in zip(pairs, encode_pairs(pairs, tokenizer, 10**6), strict=True):
+        assert encoded.prompt == encode_prompt(tokenizer, pair.messages, pair.character)
+        for text, reply in ((pair.chosen, encoded.chosen), (pair.rejected, encoded.rejected)):
+            assert decode_reply(tokenizer, reply[:-1]) == text
+
+    sources = [{"kind": "chat_jsonl", "path": f"{runs / 'feedback' / name}.jsonl"} for name in ("dialogues", "replies")]
+    data = {
+        "stage": "data", "run_dir": f"{runs / 'feedback_data'}", "seed": 0, "sources": sources, "row_length": 64,
+        "split": {"kind": "fraction", "heldout": 0.2}, "continue_within_seconds": None,
+        "tokenizer": {"kind": "file", "path": f"{data_dir}"},
+    }  # fmt: skip
+    (runs / "feedback_data.yaml").write_text(json.dumps(data))
+    assert prepare_data([str(runs / "feedback_data.yaml")]) == 0
+
+    out = runs / "from_feedback"
+    out.mkdir()
+    common = f"init_from: {runs / 'pretrain'}\n"
+    body = f"data: {runs / 'feedback_data'}\nevaluation_rows: 200\n"
+    assert 0 <= finished("engagement", out, common + body)["heldout_auc"] <= 1
+    source = f"{{kind: file, path: {runs / 'feedback' / 'pairs.jsonl'}}}"
+    figures = finished("dpo", out, f"{common}data: {data_dir}\nmax_pair_tokens: 96\npairs: [{source}]\n")
+    assert figures["training_pairs"] > 10 and 0 <= figures["heldout_accuracy"] <= 1
 
 
 def test_both_sides_of_a_pair_are_scored_as_if_alone(runs: Path) -> None:

@@ -1,0 +1,251 @@
+"""Turn what a product logged into preference pairs and scorer labels.
+
+python -m data.feedback recipes/feedback/feedback.yaml
+
+`data/feedback_event.py` says what a line of the log holds. Into run_dir go `pairs.jsonl`, which train.dpo reads;
+`dialogues.jsonl`, the conversations as they ended, and `replies.jsonl`, replies that were not kept, both with a label
+for the scorer in their messages' metadata, which data.prepare reads as chat_jsonl; `report.json`; `quarantine.jsonl`.
+What the rules are: data/feedback_pairs.py and data/feedback_labels.py.
+"""
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Literal
+
+from pydantic import Field
+from rich.console import Console
+
+from data.atomic_file import atomic_file, write_json
+from data.clean import CleanError, Ledger, check_bad_fraction
+from data.dialogue import Dialogue, message_to_record
+from data.feedback_conversation import NO_CONTEXT, Conversation, LoggedTurn, join_turns
+from data.feedback_event import read_event
+from data.feedback_labels import (
+    LabelCounts,
+    LabelSettings,
+    Verdict,
+    capped,
+    conversation_dialogue,
+    reply_dialogue,
+    stands_alone,
+    verdicts,
+)
+from data.feedback_pairs import PairSettings, RuleCounts, select_pairs, to_pair
+from data.feedback_parts import Line, UserParts, user_of
+from data.feedback_report import Counts, key_figure, print_report, to_report
+from data.preferences import pair_to_json
+from data.sources.source import RecordError, Rejected, SourceError, beginning, find_files, parse_object, read_lines
+from data.stable_hash import pseudonym
+from data.steps import StepProgress, Steps
+from recipes.loader import Section, parse_command_line, print_recipe, tell_error
+from recipes.run_directory import RunDirectoryError, RunState, finish_run, prepare_run_directory, read_done
+
+PAIRS_FILE, DIALOGUES_FILE, REPLIES_FILE = "pairs.jsonl", "dialogues.jsonl", "replies.jsonl"
+REPORT_FILE, QUARANTINE_FILE = "report.json", "quarantine.jsonl"
+OUTPUTS = (PAIRS_FILE, DIALOGUES_FILE, REPLIES_FILE, REPORT_FILE, QUARANTINE_FILE)
+USER_ERRORS = (SourceError, CleanError, RunDirectoryError, OSError)
+_SOURCE = "feedback_events"
+_PARTS_DIRECTORY = "parts"
+
+
+class FeedbackRecipe(Section):
+    """A recipe of data.feedback."""
+
+    stage: Literal["feedback"]
+    run_dir: str
+    seed: int
+    # A .jsonl or .jsonl.gz file, or a directory of them; the lines of a conversation may be spread over several.
+    events: str
+    pairs: PairSettings
+    labels: LabelSettings
+    # Of what stood before a pair's or a reply's text: the narrator's opening, and the last so many messages; null: all.
+    max_context_messages: int | None = Field(default=None, ge=1)
+    # More quarantined lines than this is an error.
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    # The log is worked on in so many parts, whole users each; memory is that of the largest.
+    parts: int = Field(default=16, ge=1, le=256)
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """The files being written."""
+
+    pairs: IO[str]
+    dialogues: IO[str]
+    replies: IO[str]
+    quarantine: IO[str]
+
+    def reject(self, rejected: Rejected, lines: Ledger) -> None:
+        """Write a line to quarantine, and count it."""
+        lines.quarantined += 1
+        self.quarantine.write(json.dumps({"source": _SOURCE, **asdict(rejected)}, ensure_ascii=False) + "\n")
+
+
+def convert(recipe: FeedbackRecipe, steps: Steps) -> Counts:
+    """Write everything of the recipe under its run_dir but done.json; a killed run is repeated, not continued."""
+    run_dir = Path(recipe.run_dir)
+    files = find_files(recipe.events)
+    counts = Counts(pairs={rule.kind: RuleCounts() for rule in recipe.pairs.rules})
+    with ExitStack() as opened:
+        names = (PAIRS_FILE, DIALOGUES_FILE, REPLIES_FILE, QUARANTINE_FILE)
+        outputs = Outputs(*(opened.enter_context(atomic_file(run_dir / name, "w")) for name in names))
+        parts = opened.enter_context(UserParts(run_dir / _PARTS_DIRECTORY, recipe.parts))
+        _divide(files, parts, outputs, counts.lines, steps.begin("reading", "lines"))
+        advance = steps.begin("converting", "lines", counts.lines.read - counts.lines.quarantined)
+        for part in range(recipe.parts):
+            for user, lines in parts.users(part, files):
+                _convert_user(user, lines, recipe, outputs, counts)
+                advance(len(lines))
+    kept_quarantine = run_dir.with_name(f"{run_dir.name}.{QUARANTINE_FILE}")
+    check_bad_fraction({_SOURCE: counts.lines}, recipe.max_bad_fraction, run_dir / QUARANTINE_FILE, kept_quarantine)
+    counts.balance()
+    if not counts.lines.kept:
+        raise CleanError(f"{recipe.events}: no turn can be used of {counts.lines.read:,} lines; check the log")
+    write_json(run_dir / REPORT_FILE, to_report(counts))
+    return counts
+
+
+def _divide(files: Sequence[Path], parts: UserParts, outputs: Outputs, lines: Ledger, advance: StepProgress) -> None:
+    """Sort the lines by user into parts; those that are no JSON objects go to quarantine."""
+    for file_number, path in enumerate(files):
+        for number, content in read_lines(path):
+            lines.read += 1
+            advance(1)
+            try:
+                parts.add(user_of(parse_object(content)), file_number, number, content)
+            except RecordError as error:
+                outputs.reject(Rejected(str(path), number, str(error), beginning(content)), lines)
+
+
+def _convert_user(user: str, lines: Sequence[Line], recipe: FeedbackRecipe, outputs: Outputs, counts: Counts) -> None:
+    """Write what one user's lines give."""
+    joined = join_turns(_events(lines, outputs, counts.lines))
+    for rejected in joined.rejected:
+        outputs.reject(rejected, counts.lines)
+    counts.lines.duplicates += joined.n_repeated
+    if joined.n_without_context:
+        counts.lines.filter(NO_CONTEXT, joined.n_without_context)
+    counts.lines.kept += sum(len(conversation.turns) for conversation in joined.conversations)
+    counts.n_users += bool(joined.conversations)
+    counts.n_conversations += len(joined.conversations)
+    participant = pseudonym("feedback", user)
+    turns = (turn for conversation in joined.conversations for turn in conversation.turns)
+    for comparison in select_pairs(turns, recipe.pairs, user, recipe.seed, counts.pairs):
+        pair = to_pair(comparison, participant, recipe.max_context_messages)
+        outputs.pairs.write(pair_to_json(pair) + "\n")
+    _write_labels(joined.conversations, user, participant, recipe, outputs, counts.labels)
+
+
+def _events(lines: Iterable[Line], outputs: Outputs, ledger: Ledger) -> Iterator[LoggedTurn]:
+    for line in lines:
+        try:
+            yield LoggedTurn(read_event(line.content), line.file, line.number)
+        except RecordError as error:
+            outputs.reject(Rejected(line.file, line.number, str(error), beginning(line.content)), ledger)
+
+
+def _write_labels(
+    conversations: Sequence[Conversation],
+    user: str,
+    participant: str,
+    recipe: FeedbackRecipe,
+    outputs: Outputs,
+    counts: LabelCounts,
+) -> None:
+    settings = recipe.labels
+    by_conversation = [list(verdicts(conversation, settings)) for conversation in conversations]
+    flat = iter(capped([v for part in by_conversation for v in part], settings.max_per_user, user, recipe.seed))
+    for conversation, part in zip(conversations, by_conversation, strict=True):
+        final: list[Verdict] = [next(flat) for _ in part]
+        labels = {(v.turn.event.turn, v.number): v.label for v in final if v.label is not None}
+        outputs.dialogues.write(_chat_line(conversation_dialogue(conversation, participant, labels)))
+        for verdict in final:
+            counts.add(verdict)
+            if stands_alone(verdict):
+                outputs.replies.write(_chat_line(reply_dialogue(verdict, participant, recipe.max_context_messages)))
+
+
+def _chat_line(dialogue: Dialogue) -> str:
+    """A line of chat_jsonl."""
+    record = {
+        "id": dialogue.id,
+        "character": dialogue.character,
+        "messages": [message_to_record(message) for message in dialogue.messages],
+        "participants": list(dialogue.participants),
+    }
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _dry_run(recipe: FeedbackRecipe, console: Console) -> None:
+    print_recipe(recipe, console)
+    good = bad = 0
+    files = find_files(recipe.events)
+    for path in files:
+        for number, content in read_lines(path):
+            try:
+                read_event(content)
+                good += 1
+            except RecordError as error:
+                bad += 1
+                if bad == 1:
+                    console.print(f"first bad line: {path}:{number}: {error}", markup=False, soft_wrap=True)
+    console.print(f"{recipe.events}: {good + bad:,} lines in {len(files)} file(s), {bad:,} bad", soft_wrap=True)
+    console.print("dry run: nothing was written")
+
+
+def _remove_outputs(run_dir: Path) -> None:
+    shutil.rmtree(run_dir / _PARTS_DIRECTORY, ignore_errors=True)
+    for name in ("recipe.yaml", "run.json", *OUTPUTS):
+        (run_dir / name).unlink(missing_ok=True)
+
+
+def run(recipe: FeedbackRecipe, console: Console) -> None:
+    """Convert the events of a recipe, unless that is done already."""
+    run_dir = Path(recipe.run_dir)
+    inputs = {f"events: {path}": path for path in find_files(recipe.events)}
+    with prepare_run_directory(run_dir, recipe, inputs) as state:
+        done = read_done(run_dir) if state is RunState.FINISHED else None
+        if done and all((run_dir / name).is_file() for name in OUTPUTS):
+            console.print(f"{run_dir}: already done ({done['key_figure']})", highlight=False)
+            return
+        if done:
+            console.print(f"{run_dir}: files are missing; making them again", style="yellow", highlight=False)
+            (run_dir / "done.json").unlink()
+        began = time.monotonic()
+        try:
+            with Steps(console) as steps:
+                counts = convert(recipe, steps)
+        except USER_ERRORS:
+            _remove_outputs(run_dir)  # so that a corrected recipe can use the directory
+            raise
+        seconds = time.monotonic() - began
+        finish_run(run_dir, recipe, inputs, key_figure(counts), seconds, to_report(counts))
+    print_report(counts, console)
+    console.print(f"{run_dir}: {key_figure(counts)}, {seconds:.1f} s", highlight=False, soft_wrap=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The entry point; the exit code is 0, 2 for a user error, 130 for Ctrl-C."""
+    command = parse_command_line(FeedbackRecipe, argv, __doc__)
+    try:
+        if command.dry_run:
+            _dry_run(command.recipe, Console())
+        else:
+            run(command.recipe, Console())
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; run the same command again", style="yellow")
+        return 130
+    except USER_ERRORS as error:
+        tell_error(error)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""What a product logs of one turn, as a JSON line: the format, and the strict reader of a line.
+
+A turn is a reply of the character: what was written since the turn before, the candidates that were shown, and what
+became of them. A line refers to the turn that it continues, so no log repeats a conversation's text:
+
+    {"conversation": "c81", "user": "u17", "turn": "t2", "after": "t1", "character": "Mia",
+     "messages": [{"speaker": "Tom", "text": "where were you?", "time": 1700000000}],
+     "candidates": [{"text": "out", "model": "mia-7b-0601", "time": 1700000004.5},
+                    {"text": "At sea. Guess!", "model": "mia-7b-0601", "time": 1700000011, "stars": 5}],
+     "kept": 1, "wrote_again": 1700000031, "closed": 1700003600}
+
+| key            | holds                                                                                              |
+|----------------|----------------------------------------------------------------------------------------------------|
+| `conversation` | id of the conversation, which belongs to one user; distinct for each conversation of a user        |
+| `user`         | id of the person to whom the candidates were shown                                                 |
+| `turn`         | id of this turn, distinct within its conversation                                                  |
+| `after`        | the turn whose kept reply this one continues; null for the first of a conversation                 |
+| `character`    | the speaker of the candidates; it may change between turns, in a chat with several characters      |
+| `messages`     | written since the turn `after`, each with `speaker`, `text` and `time`: the user's messages, those |
+|                | of others, at the beginning scene and definition (speaker `narrator`) and greeting; may be empty   |
+| `candidates`   | the replies shown, in order: another follows each time that the user swiped or regenerated. Each   |
+|                | has `text`, `model` (name and version), `time` (when it was shown whole), and `stars`, 1 to 5,     |
+|                | where the user gave any (thumbs: 5 is up, 1 is down)                                               |
+| `kept`         | the candidate, counted from 0, on display when the user wrote again or the line was written        |
+| `edit`         | `text` and `time`, where the user rewrote the kept reply; the conversation goes on with that text  |
+| `wrote_again`  | when the user next wrote after this reply; null: not until `closed`                                |
+| `closed`       | until when the product watched, i.e. when the line was written                                     |
+
+Times are unix seconds. Once the user has written on, the candidates of a turn are settled: who goes back to swipe an
+earlier reply, or to write something else, makes a new turn with the same `after`, and so does a user who changes a
+message of their own, since the candidates before and after answer different things.
+"""
+
+import json
+import re
+import reprlib
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import Field, FiniteFloat, ValidationError
+
+from data.dialogue import DialogueError, check_speaker
+from data.sources.source import RecordError, parse_object
+from recipes.loader import Section
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # where a lone one can come from
+
+
+class LoggedMessage(Section):
+    """A message between two turns."""
+
+    speaker: str
+    text: str
+    time: FiniteFloat
+
+
+class Candidate(Section):
+    """A reply that was shown."""
+
+    text: str
+    model: str = Field(min_length=1)
+    time: FiniteFloat
+    stars: int | None = Field(default=None, ge=1, le=5)
+
+
+class Edit(Section):
+    """What the user made of the kept reply."""
+
+    text: str
+    time: FiniteFloat
+
+
+class FeedbackEvent(Section):
+    """One turn as it was logged; the module's table says what each key holds."""
+
+    conversation: str = Field(min_length=1)
+    user: str = Field(min_length=1)
+    turn: str = Field(min_length=1)
+    after: str | None
+    character: str
+    messages: tuple[LoggedMessage, ...] = Field(strict=False)
+    candidates: tuple[Candidate, ...] = Field(min_length=1, strict=False)
+    kept: int = Field(ge=0)
+    edit: Edit | None = None
+    wrote_again: FiniteFloat | None
+    closed: FiniteFloat
+
+    def seen_seconds(self, number: int) -> float | None:
+        """How long a candidate was on display before the next one; None for the last one shown."""
+        if number + 1 == len(self.candidates):
+            return None
+        return self.candidates[number + 1].time - self.candidates[number].time
+
+
+def read_event(line: bytes) -> FeedbackEvent:
+    """The event of a line. Raises RecordError saying what the line is instead."""
+    record = parse_object(line)
+    if _SURROGATE.search(line):
+        _check_encodable(record)
+    try:
+        event = FeedbackEvent.model_validate(record)
+    except ValidationError as error:
+        raise RecordError(_explain(error)) from None
+    try:
+        _check(event)
+    except DialogueError as error:
+        raise RecordError(str(error)) from None
+    return event
+
+
+def _check_encodable(record: dict[str, Any]) -> None:
+    text = json.dumps(record, ensure_ascii=False)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        before = text[max(0, error.start - 30) : error.start]
+        raise RecordError(f"holds a lone surrogate after {before!r}: not Unicode text") from None
+
+
+def _check(event: FeedbackEvent) -> None:
+    """What no type says: the speakers can be rendered, `kept` exists, and nothing happens before its cause."""
+    check_speaker(event.character)
+    for message in event.messages:
+        check_speaker(message.speaker)
+    if event.kept >= len(event.candidates):
+        raise RecordError(f"kept is {event.kept}: expected one of the {len(event.candidates)} candidates, from 0")
+    if event.after == event.turn:
+        raise RecordError(f"after is {event.after!r}: a turn cannot continue itself")
+    latest, what = float("-inf"), ""
+    for name, time in _times(event):
+        if time < latest:
+            raise RecordError(f"{name} is at {time:.3f}, before {what} at {latest:.3f}")
+        latest, what = time, name
+    if event.edit and not event.candidates[event.kept].time <= event.edit.time <= event.closed:
+        raise RecordError(f"edit is at {event.edit.time:.3f}: expected a time between the kept reply and closed")
+
+
+def _times(event: FeedbackEvent) -> Iterator[tuple[str, float]]:
+    """What cannot happen before what precedes it here."""
+    yield from ((f"message {number}", message.time) for number, message in enumerate(event.messages))
+    yield from ((f"candidate {number}", candidate.time) for number, candidate in enumerate(event.candidates))
+    if event.wrote_again is not None:
+        yield "wrote_again", event.wrote_again
+    yield "closed", event.closed
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem in the words of a recipe's: key, what was found, what was expected."""
+    first: Any = error.errors(include_url=False)[0]
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return f"missing {key}"
+    if first["type"] == "extra_forbidden":
+        known = ", ".join(FeedbackEvent.model_fields) if "." not in key else "the keys of data/feedback_event.py"
+        return f"unknown key {key!r}; expected {known}"
+    expected = first["msg"].removeprefix("Input should be ").removeprefix("Input should ")
+    if first["type"] in ("too_short", "string_too_short"):
+        expected = f"at least {first['ctx']['min_length']}"
+    return f"{key} is {reprlib.repr(first['input'])}: expected {expected[0].lower()}{expected[1:]}"

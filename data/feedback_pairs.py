@@ -1,0 +1,279 @@
+"""Preference pairs from what users did at a turn: the rules, what excludes a pair, and caps that no order changes.
+
+Whatever a rule says, both replies of a pair were shown for the same context, letter for letter. Every comparison that a
+rule finds is counted: as a pair, or under the reason why it is none.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from data.clean import Ledger
+from data.feedback_conversation import Turn
+from data.feedback_event import FeedbackEvent
+from data.preferences import PreferencePair
+from data.stable_hash import stable_hash
+from recipes.loader import Section
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """A reply as one side of a comparison. `name` is its number among the candidates, or "edit"; `context` is equal for
+    two replies of a turn exactly where what stood before them was the same."""
+
+    name: str
+    text: str
+    model: str | None  # None: the user's own words
+    context: int
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What a rule found at a turn; `excluded` says why it is no pair after all."""
+
+    rule: str
+    turn: Turn
+    chosen: Side
+    rejected: Side
+    excluded: str | None = None
+
+    @property
+    def id(self) -> str:
+        """Distinct among the comparisons of a user."""
+        event = self.turn.event
+        return f"{event.conversation}/{event.turn}/{self.rule}/{self.chosen.name}>{self.rejected.name}"
+
+    @property
+    def texts(self) -> tuple[str, str]:
+        return self.chosen.text, self.rejected.text
+
+
+class KeptOverRegenerated(Section):
+    """The reply that the user kept over each of the others shown at the turn."""
+
+    kind: Literal["kept_over_regenerated"]
+    # The user must have written on within this time, for who leaves need not have liked what was on display; null: no.
+    wrote_again_within_seconds: float | None = Field(gt=0)
+    # A reply swiped away sooner was not read.
+    min_seen_seconds: float = Field(default=0.0, ge=0)
+
+    def comparisons(self, turn: Turn) -> Iterator[Comparison]:
+        event = turn.event
+        for number in range(len(event.candidates)):
+            if number != event.kept:
+                excluded = self._reason_against(event, number)
+                yield Comparison(self.kind, turn, shown(turn, event.kept), shown(turn, number), excluded)
+
+    def _reason_against(self, event: FeedbackEvent, rejected: int) -> str | None:
+        within, seen = self.wrote_again_within_seconds, event.seen_seconds(rejected)
+        last_shown = event.candidates[-1].time
+        if within is not None and (event.wrote_again is None or event.wrote_again - last_shown > within):
+            return "the user did not write on in time"
+        return "swiped away unread" if seen is not None and seen < self.min_seen_seconds else None
+
+
+class EditOverOriginal(Section):
+    """The kept reply as the user rewrote it over what the model had written."""
+
+    kind: Literal["edit_over_original"]
+
+    def comparisons(self, turn: Turn) -> Iterator[Comparison]:
+        if turn.event.edit:
+            original = shown(turn, turn.event.kept)
+            edited = Side("edit", turn.event.edit.text, None, original.context)
+            yield Comparison(self.kind, turn, edited, original)
+
+
+class MoreStars(Section):
+    """Of two replies of a turn that both got stars, the one with more over the one with fewer."""
+
+    kind: Literal["more_stars"]
+    min_difference: int = Field(ge=1, le=4)
+
+    def comparisons(self, turn: Turn) -> Iterator[Comparison]:
+        stars = {number: given.stars for number, given in enumerate(turn.event.candidates) if given.stars is not None}
+        for better, more in stars.items():
+            for worse, fewer in stars.items():
+                if more > fewer:
+                    excluded = f"fewer than {self.min_difference} stars between them"
+                    is_clear = more - fewer >= self.min_difference
+                    sides = shown(turn, better), shown(turn, worse)
+                    yield Comparison(self.kind, turn, *sides, None if is_clear else excluded)
+
+
+PairRule = Annotated[KeptOverRegenerated | EditOverOriginal | MoreStars, Field(discriminator="kind")]
+
+
+class PairSettings(Section):
+    """Which rules make pairs, and which of these are kept. Lengths are in characters."""
+
+    # Where two rules find the same pair, the first of them has it.
+    rules: tuple[PairRule, ...] = Field(min_length=1)
+    # Only replies of the same model against each other (an edit passes), lest the pair tell models apart.
+    same_model: bool = False
+    # The longer reply over the shorter: keeps "longer" from standing in for "better".
+    max_length_ratio: float | None = Field(default=None, ge=1)
+    max_length_difference: int | None = Field(default=None, ge=0)
+    # Of more, those with the smallest hash: neither the first nor those of who writes most.
+    max_per_turn: int | None = Field(default=None, ge=1)
+    max_per_user: int | None = Field(default=None, ge=1)
+
+    @field_validator("rules")
+    @classmethod
+    def _distinct(cls, rules: tuple[PairRule, ...]) -> tuple[PairRule, ...]:
+        for number, rule in enumerate(rules):
+            if rule.kind in [earlier.kind for earlier in rules[:number]]:
+                raise ValueError(f"{rule.kind} twice; each rule stands once")
+        return rules
+
+
+@dataclass(slots=True)
+class LengthOnly:
+    """How often the chosen reply is the longer one: what a policy can learn without reading."""
+
+    longer: int = 0
+    shorter: int = 0
+    same: int = 0
+
+    def add(self, texts: tuple[str, str]) -> None:
+        """Count a (chosen, rejected) pair of texts."""
+        chosen, rejected = map(len, texts)
+        self.longer += chosen > rejected
+        self.shorter += chosen < rejected
+        self.same += chosen == rejected
+
+    def to_dict(self) -> dict[str, Any]:
+        """The counts, and the accuracy of always taking the longer one (a tie is half right); None without pairs."""
+        n = self.longer + self.shorter + self.same
+        share = round((self.longer + self.same / 2) / n, 4) if n else None
+        return {"longer": self.longer, "shorter": self.shorter, "same": self.same, "longer_is_chosen": share}
+
+
+@dataclass(slots=True)
+class RuleCounts:
+    """Where the comparisons of a rule went, and the lengths of its pairs before and after the length filters."""
+
+    ledger: Ledger = field(default_factory=Ledger)
+    before_length_filters: LengthOnly = field(default_factory=LengthOnly)
+    written: LengthOnly = field(default_factory=LengthOnly)
+
+
+PairCounts = dict[str, RuleCounts]
+
+
+def shown(turn: Turn, number: int) -> Side:
+    """A candidate as a side."""
+    candidate = turn.event.candidates[number]
+    return Side(str(number), candidate.text, candidate.model, turn.edits_seen(candidate.time))
+
+
+def select_pairs(
+    turns: Iterable[Turn], settings: PairSettings, user: str, seed: int, counts: PairCounts
+) -> list[Comparison]:
+    """The comparisons of one user's turns that become pairs; all are counted in `counts`."""
+    selected: list[Comparison] = []
+    for turn in turns:
+        found = [comparison for rule in settings.rules for comparison in rule.comparisons(turn)]
+        for comparison in found:
+            counts.setdefault(comparison.rule, RuleCounts()).ledger.read += 1
+        sound = _sound(found, settings.same_model, counts)
+        good = [c for c in _without_contradictions(sound, counts) if _has_similar_lengths(c, settings, counts)]
+        selected += _capped(good, settings.max_per_turn, "over max_per_turn", (seed, user), counts)
+    selected = _capped(selected, settings.max_per_user, "over max_per_user", (seed, user), counts)
+    for comparison in selected:
+        counts[comparison.rule].ledger.kept += 1
+        counts[comparison.rule].written.add(comparison.texts)
+    return selected
+
+
+def reason_against(comparison: Comparison, same_model: bool) -> str | None:
+    """Why these two replies cannot be a pair, whatever their lengths; None where they can."""
+    chosen, rejected = comparison.chosen, comparison.rejected
+    if chosen.context != rejected.context:
+        return "an earlier reply was edited between the two: not one context"
+    if comparison.excluded:
+        return comparison.excluded
+    if chosen.text == rejected.text:
+        return "identical texts"
+    if not chosen.text.strip() or not rejected.text.strip():
+        return "a blank text"
+    if same_model and None not in (chosen.model, rejected.model) and chosen.model != rejected.model:
+        return "different models"
+    return None
+
+
+def to_pair(comparison: Comparison, participant: str, max_context_messages: int | None) -> PreferencePair:
+    """The record that train.dpo reads; `participant` stands for the user."""
+    event, chosen, rejected = comparison.turn.event, comparison.chosen, comparison.rejected
+    assert chosen.context == rejected.context, "a pair of different contexts"
+    number = int(rejected.name)
+    return PreferencePair(
+        id=f"{participant}/{comparison.id}",
+        messages=comparison.turn.context(event.candidates[number].time, max_context_messages),
+        character=event.character,
+        chosen=chosen.text,
+        rejected=rejected.text,
+        source="feedback",
+        metadata={
+            "rule": comparison.rule,
+            "user": participant,
+            "chosen_model": chosen.model,
+            "rejected_model": rejected.model,
+        },
+    )
+
+
+def _sound(found: Sequence[Comparison], same_model: bool, counts: PairCounts) -> list[Comparison]:
+    kept: dict[tuple[str, str], Comparison] = {}
+    for comparison in found:
+        reason = reason_against(comparison, same_model)
+        if reason is None and comparison.texts in kept:
+            reason = "the same pair again"
+        if reason is None:
+            kept[comparison.texts] = comparison
+        else:
+            counts[comparison.rule].ledger.filter(reason)
+    return list(kept.values())
+
+
+def _without_contradictions(pairs: Sequence[Comparison], counts: PairCounts) -> Iterator[Comparison]:
+    texts = {pair.texts for pair in pairs}
+    for pair in pairs:
+        if pair.texts[::-1] in texts:
+            counts[pair.rule].ledger.filter("the opposite was found at the same turn")
+        else:
+            yield pair
+
+
+def _has_similar_lengths(pair: Comparison, settings: PairSettings, counts: PairCounts) -> bool:
+    counts[pair.rule].before_length_filters.add(pair.texts)
+    shorter, longer = sorted(map(len, pair.texts))
+    reason = None
+    if settings.max_length_ratio is not None and longer > settings.max_length_ratio * shorter:
+        reason = "over max_length_ratio"
+    elif settings.max_length_difference is not None and longer - shorter > settings.max_length_difference:
+        reason = "over max_length_difference"
+    if reason:
+        counts[pair.rule].ledger.filter(reason)
+    return reason is None
+
+
+def _capped(
+    pairs: Sequence[Comparison], most: int | None, reason: str, salt: tuple[int, str], counts: PairCounts
+) -> list[Comparison]:
+    """At most `most` of the pairs, in their order, chosen by a hash of their ids."""
+    if most is None or len(pairs) <= most:
+        return list(pairs)
+    chosen = smallest_hashes(["/".join(map(str, ("pair", *salt, pair.id))) for pair in pairs], most)
+    for number, pair in enumerate(pairs):
+        if number not in chosen:
+            counts[pair.rule].ledger.filter(reason)
+    return [pair for number, pair in enumerate(pairs) if number in chosen]
+
+
+def smallest_hashes(identities: Sequence[str], most: int) -> set[int]:
+    """Numbers of the `most` identities with the smallest hashes: a choice in which no order has a part."""
+    ranked = sorted(range(len(identities)), key=lambda number: (stable_hash(identities[number]), identities[number]))
+    return set(ranked[:most])

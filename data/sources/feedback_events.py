@@ -1,0 +1,42 @@
+"""A product's feedback events (data/feedback_event.py) as a source: the conversations as they ended, without labels."""
+
+from collections.abc import Iterator
+from itertools import repeat
+from pathlib import Path
+from typing import Literal
+
+from data.dialogue import Dialogue
+from data.feedback_conversation import NO_CONTEXT, LoggedTurn, join_turns
+from data.feedback_event import read_event
+from data.feedback_labels import conversation_dialogue
+from data.sources.source import DialogueSource, LeftOut, RecordError, Rejected, beginning, find_files, read_lines
+from data.stable_hash import pseudonym
+
+
+class FeedbackEventsSource(DialogueSource):
+    """One dialogue a conversation, of the turns that led to its end, each with the reply that was kept, as edited; for
+    pre-training and SFT. Turns that were taken back are left out, counted by line like the bad ones. The conversations
+    are put together in memory; labels, and a log too large for that, are what data.feedback is for."""
+
+    kind: Literal["feedback_events"]
+    path: str  # a .jsonl or .jsonl.gz file, or a directory of them
+
+    def files(self) -> list[Path]:
+        return find_files(self.path)
+
+    def read(self) -> Iterator[Dialogue | LeftOut | Rejected]:
+        turns: list[LoggedTurn] = []
+        for path in self.files():
+            for number, line in read_lines(path):
+                try:
+                    turns.append(LoggedTurn(read_event(line), str(path), number))
+                except RecordError as error:
+                    yield Rejected(str(path), number, str(error), beginning(line))
+        joined = join_turns(turns)
+        yield from joined.rejected
+        yield from repeat(LeftOut("a line that was logged before"), joined.n_repeated)
+        yield from repeat(LeftOut(NO_CONTEXT), joined.n_without_context)
+        for conversation in joined.conversations:
+            taken_back = len(conversation.turns) - len(conversation.path())
+            yield from repeat(LeftOut("a turn that was taken back"), taken_back)
+            yield conversation_dialogue(conversation, pseudonym("feedback", conversation.user), None)
