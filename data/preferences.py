@@ -1,15 +1,18 @@
 """Preference pairs for DPO: a context and two replies of the character, as JSON lines, and hh-rlhf files as such."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from data.atomic_file import atomic_file
 from data.dialogue import DialogueError, Message, check_speaker, message_to_record, messages_from_records
 from data.sources.hh_rlhf import ASSISTANT, parse_transcript, transcript_of
 from data.sources.source import RecordError, parse_object, read_lines
+from data.stable_hash import stable_hash
 
 _REQUIRED = ("id", "messages", "character", "chosen", "rejected")
 _OPTIONAL = ("source", "metadata")
@@ -39,6 +42,16 @@ class PreferencePair:
             Message(self.character, text)
         if self.chosen == self.rejected:
             raise DialogueError(f"pair {self.id!r}: chosen and rejected are the same text")
+
+
+    @property
+    def group(self) -> str:
+        """Pairs of one user, or where users are not known of one context, are not independent of each other."""
+        user = self.metadata.get("user")
+        if user:
+            return f"user {user}"
+        texts = (text for message in self.messages for text in (message.speaker, message.text))
+        return f"context {stable_hash(*texts)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +104,24 @@ def _pair(record: dict[str, Any]) -> PreferencePair:
         problem = f"missing {', '.join(missing)}" if missing else f"unknown key {unknown[0]!r}"
         raise RecordError(f"{problem}; expected {', '.join(_REQUIRED)} and optionally {', '.join(_OPTIONAL)}")
     return PreferencePair(**{**record, "messages": messages_from_records(record["messages"])})
+
+
+def hold_out(groups: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Numbers of the held-out pairs, about `fraction` of all, and of the others, of pairs given by their groups.
+
+    Whole groups are drawn, each where it still fits.
+    """
+    members: dict[str, list[int]] = {}
+    for number, group in enumerate(groups):
+        members.setdefault(group, []).append(number)
+    room = round(len(groups) * fraction)
+    heldout: list[int] = []
+    rest: list[int] = []
+    of_group = list(members.values())
+    for number in np.random.default_rng(seed).permutation(len(of_group)):
+        fits = len(of_group[number]) <= room - len(heldout)
+        (heldout if fits else rest).extend(of_group[number])
+    return heldout, rest
 
 
 def load_hh_rlhf(path: Path | str) -> HhRlhfPairs:

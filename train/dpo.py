@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from data.dialogue import encode_prompt, encode_reply, first_that_fits
-from data.preferences import PreferencePair, load_hh_rlhf, read_pairs
+from data.preferences import PreferencePair, hold_out, load_hh_rlhf, read_pairs
 from data.tokenizer import DialogueTokenizer
 from model.attention_ops import Documents
 from model.transformer import Transformer
@@ -65,6 +65,8 @@ class EncodedPair:
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
+    group: str = ""
+    """Of pairs that must not be on two sides of a split."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def encode_pairs(pairs: Sequence[PreferencePair], tokenizer: DialogueTokenizer, 
         first = first_that_fits(tokenizer, pair.messages, pair.character, room)
         prompt = encode_prompt(tokenizer, pair.messages[first:], pair.character)
         if len(prompt) <= room:
-            encoded.append(EncodedPair(prompt, chosen, rejected))
+            encoded.append(EncodedPair(prompt, chosen, rejected, pair.group))
     return encoded
 
 
@@ -233,11 +235,14 @@ def prepare(recipe: DPORecipe, world: World, console: Console) -> Job:
     pairs = collect_pairs(recipe, trunk, tokenizer, world, console)
     encoded = encode_pairs(pairs, tokenizer, recipe.max_pair_tokens)
     console.print(f"{len(encoded)} of {len(pairs)} pairs fit {recipe.max_pair_tokens} tokens", highlight=False)
-    n_heldout = round(len(encoded) * recipe.heldout_fraction)
-    if min(n_heldout, len(encoded) - n_heldout) < world.size:
-        raise LoopError(f"{len(encoded)} pairs are too few to train on and hold {recipe.heldout_fraction:.0%} out")
-    shuffled = np.random.default_rng(recipe.seed).permutation(len(encoded))
-    heldout, rows = (PairRows([encoded[i] for i in part]) for part in np.split(shuffled, [n_heldout]))
+    sides = hold_out([pair.group for pair in encoded], recipe.heldout_fraction, recipe.seed)
+    heldout, rows = (PairRows([encoded[i] for i in side]) for side in sides)
+    if min(heldout.n_rows, rows.n_rows) < world.size:
+        n_groups = len({pair.group for pair in encoded})
+        raise LoopError(
+            f"{len(encoded)} pairs of {n_groups} users or contexts are too few to train on and hold "
+            f"{recipe.heldout_fraction:.0%} out"
+        )
     model_key = hashlib.sha256((source / "model.safetensors").read_bytes()).hexdigest() + recipe.engine.precision
     for part in (rows, heldout):
         add_reference(part, trunk, model_key, Path(recipe.run_dir) / "reference", world, console)

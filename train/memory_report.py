@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import get_args
 
 import torch
@@ -121,7 +122,7 @@ def warning(load: Load, rows_per_micro_batch: int, world_size: int, device_bytes
     own = load.estimate(world_size)
     if own.total <= device_bytes:
         return None
-    changes = list(_changes(load, rows_per_micro_batch, world_size))
+    changes = list(_changes(load, rows_per_micro_batch, world_size, device_bytes))
     enough = [f"{change} ({_gib(estimate.total)})" for change, estimate in changes if estimate.total <= device_bytes]
     less = [f"{change} ({_gib(estimate.total)})" for change, estimate in changes if estimate.total < own.total]
     advice = f"set {' or '.join(enough)}" if enough else f"combine {', '.join([*less, 'more ranks'])}"
@@ -131,7 +132,9 @@ def warning(load: Load, rows_per_micro_batch: int, world_size: int, device_bytes
     )
 
 
-def _changes(load: Load, rows_per_micro_batch: int, world_size: int) -> Iterator[tuple[str, Estimate]]:
+def _changes(
+    load: Load, rows_per_micro_batch: int, world_size: int, device_bytes: int
+) -> Iterator[tuple[str, Estimate]]:
     """Single changes of a recipe that save memory, cheapest in time first."""
     levels = [level for level in get_args(Recompute) if level != "elementwise" or load.fused]
     if load.engine.recompute in levels:
@@ -146,6 +149,17 @@ def _changes(load: Load, rows_per_micro_batch: int, world_size: int) -> Iterator
     for change, update, tokens in variants:
         changed = replace(load, engine=load.engine.model_copy(update=update), tokens=tokens)
         yield change, changed.estimate(world_size)
+    if load.engine.recompute != "block":
+        yield from islice(_fewest_blocks(load, world_size, device_bytes), 1)
+
+
+def _fewest_blocks(load: Load, world_size: int, device_bytes: int) -> Iterator[tuple[str, Estimate]]:
+    """Numbers of whole blocks to make again that are enough."""
+    for n_blocks in range(load.engine.recompute_blocks + 1, load.config.n_layers):
+        engine = load.engine.model_copy(update={"recompute_blocks": n_blocks})
+        estimate = replace(load, engine=engine).estimate(world_size)
+        if estimate.total <= device_bytes:
+            yield f"engine.recompute_blocks={n_blocks}", estimate
 
 
 def _gib(n_bytes: int) -> str:

@@ -12,6 +12,7 @@ from data.dialogue import DialogueError, Message
 from data.preferences import (
     PreferenceError,
     PreferencePair,
+    hold_out,
     load_hh_rlhf,
     pair_to_json,
     read_pairs,
@@ -94,3 +95,22 @@ def test_hh_rlhf_errors_name_the_line(tmp_path: Path) -> None:
         path.write_text(text + "\n")
         with pytest.raises(PreferenceError, match=rf"hh\.jsonl:1: .*{reason}"):
             load_hh_rlhf(path)
+
+
+@given(sizes=st.lists(st.integers(1, 6), max_size=20), fraction=st.floats(0.05, 0.9), seed=st.integers(0, 99))
+def test_groups_stay_together_and_about_the_fraction_is_held_out(sizes: list[int], fraction: float, seed: int) -> None:
+    groups = [f"g{number}" for number, size in enumerate(sizes) for _ in range(size)]
+    heldout, rest = hold_out(groups, fraction, seed)
+    assert sorted(heldout + rest) == list(range(len(groups)))
+    assert {groups[i] for i in heldout}.isdisjoint(groups[i] for i in rest)
+    missing = round(len(groups) * fraction) - len(heldout)
+    assert 0 <= missing < max([*sizes, 1]) or not rest
+    assert hold_out(groups, fraction, seed) == (heldout, rest)
+
+
+def test_a_pairs_group_is_its_user_or_its_context() -> None:
+    def pair(text: str, **metadata: str) -> PreferencePair:
+        return PreferencePair("p", (Message("Tom", text),), "Mia", "yes", "no", metadata=metadata)
+
+    assert pair("a", user="u").group == pair("b", user="u").group != pair("a", user="w").group
+    assert pair("a").group == pair("a").group != pair("b").group
