@@ -1,0 +1,131 @@
+"""The values of a prompt while Jinja and YAML work: behind placeholders, so that no text can become structure.
+
+What a template prints is a placeholder; the text takes its place after the YAML is parsed. Only text that the
+template's author wrote, be it as a literal of an expression (`TemplateText`), is ever read as YAML.
+"""
+
+import dataclasses
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import jinja2
+
+MARK = "\ue000"  # stands for a placeholder in the text that is parsed
+_OPEN, _CLOSE = "\ue001", "\ue002"
+
+
+class PromptError(ValueError):
+    """A template or values that make no prompt; the message names the template, the part and what was expected."""
+
+
+class TemplateText(str):
+    """A string literal of the template. It is printed as the author's own text; whatever is made of it is a value."""
+
+
+class Undefined(jinja2.StrictUndefined):
+    """A value that was not given: it can be tested and compared, as in Jinja; to print it, loop over it or look into
+    it is an error, where Jinja would go on with nothing."""
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return id(type(self))
+
+
+class Texts:
+    """The texts that one rendering printed, in order, and where the template printed each (a number of a place)."""
+
+    def __init__(self) -> None:
+        self._nonce = str(secrets.randbits(96))  # digits: filters like `upper` leave them alone
+        self._begin = f"{MARK}{self._nonce}{_OPEN}"
+        self._placeholder = re.compile(f"{self._begin}([0-9]+){_CLOSE}")
+        self.texts: list[str] = []
+        self.places: list[int] = []
+
+    def printed(self, value: Any, place: int) -> str:
+        """What the template prints for a value: a placeholder, or a literal of its own as it is."""
+        if type(value) is not str:
+            if type(value) is TemplateText:
+                return value
+            value = _as_text(value)
+        self.texts.append(value)
+        self.places.append(place)
+        return f"{self._begin}{len(self.texts) - 1}{_CLOSE}"
+
+    def captured(self, text: str) -> str:
+        """The value of a `{% set %}` block: template text where nothing was printed in it."""
+        return self.expand(text) if MARK in text else TemplateText(text)
+
+    def expand(self, text: str) -> str:
+        """`text` with every placeholder exchanged, also those in the output of a macro that was printed as a value."""
+        if MARK not in text:
+            return text
+        return self._placeholder.sub(lambda match: self.expand(self.texts[int(match[1])]), text)
+
+    def split(self, rendered: str) -> tuple[str, list[int]]:
+        """The template's output with `MARK` for each placeholder, and the numbers of their texts, in order.
+
+        Raises PromptError when a placeholder was cut.
+        """
+        pieces = self._placeholder.split(rendered)
+        literals = pieces[::2]
+        marked = MARK.join(literals)
+        if marked.count(MARK) != len(literals) - 1 or _OPEN in marked or _CLOSE in marked:
+            raise PromptError("a filter block cuts a value after it is printed; cut the value itself")
+        return marked, [int(number) for number in pieces[1::2]]
+
+
+current_texts: ContextVar[Texts] = ContextVar("texts of the rendering in progress")
+
+
+def plain(value: Any, key: str) -> Any:
+    """The value as plain data, so that a template can reach nothing but data; `key` names it in errors.
+
+    Text, numbers, None, lists and mappings of them; a dataclass (a Message) is a mapping of its fields.
+    """
+    kind = type(value)
+    if kind is str or kind is int or value is None or kind is bool or kind is float:
+        return value
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): plain(item, f"{key}.{name}") for name, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = _fields(kind)
+        return {name: plain(getattr(value, name), key) for name in names}
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+        return [plain(item, f"{key}.{i}") for i, item in enumerate(value)]
+    raise PromptError(f"value {key} is a {kind.__name__}; expected text, numbers, lists and mappings of them")
+
+
+_field_names: dict[type, tuple[str, ...]] = {}
+
+
+def _fields(kind: type) -> tuple[str, ...]:
+    if kind not in _field_names:
+        _field_names[kind] = tuple(field.name for field in dataclasses.fields(kind))
+    return _field_names[kind]
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, jinja2.Undefined):
+        str(value)  # raises, naming the variable
+    if value is None or isinstance(value, bool):
+        return {None: "", True: "true", False: "false"}[value]
+    if isinstance(value, int | float):
+        return str(value)
+    if not isinstance(value, str):
+        raise TypeError(f"cannot print a {type(value).__name__}; print its texts one by one")
+    return str(value)
