@@ -11,8 +11,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from data.prompt_values import TemplateText, Texts, Undefined, current_texts, plain
 
-RESERVED = ("token_limit", "escape_special_characters")  # Prompt Poet gives these to every template
-_PRINT, _LITERAL, _CAPTURE = "_print_value", "_template_text", "_capture"  # filters that the parser puts in
+ESCAPE = "escape_special_characters"
+RESERVED = ("token_limit", ESCAPE)  # Prompt Poet gives these to every template
+_PRINT, _PRINT_ESCAPED, _LITERAL, _CAPTURE = "_print", "_print_escaped", "_template_text", "_capture"  # filters
+_DICT_METHODS = frozenset(dir(dict))
 _LAYOUT_FILTERS = ("trim", "indent")
 
 
@@ -28,11 +30,12 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(loader=loader, undefined=Undefined, autoescape=False)
         self.places: list[tuple[str, int]] = []  # (file or template, line) of every expression that prints
         self.filters[_PRINT] = lambda value, place: current_texts.get().printed(value, place)
+        self.filters[_PRINT_ESCAPED] = lambda value, place: current_texts.get().printed_value(value, place)
         self.filters[_LITERAL] = _template_text
         self.filters[_CAPTURE] = _capture
         for name in _LAYOUT_FILTERS:
             self.filters[name] = _of_template_text(self.filters[name])
-        self.globals["escape_special_characters"] = lambda text: text  # nothing needs it here
+        self.globals[ESCAPE] = lambda text: str(text) if isinstance(text, str) else text  # a value needs no escape
         for name, function in functions.items():
             self.globals[name] = _of_plain_values(name, function)
 
@@ -40,6 +43,12 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         """Call from a template. What macros, blocks and recursive loops return is the template's own text."""
         result = super().call(__context, __obj, *args, **kwargs)
         return TemplateText(result) if isinstance(__obj, Macro | BlockReference | LoopContext) else result
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """As in Jinja; a value of a plain mapping is found without asking whether it is a safe attribute."""
+        if type(obj) is dict and attribute not in _DICT_METHODS and attribute in obj:
+            return obj[attribute]
+        return super().getattr(obj, attribute)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
@@ -64,6 +73,8 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
     def _printed(self, node: nodes.Node, where: str) -> nodes.Filter:
         self.places.append((where, node.lineno))
         place = nodes.Const(len(self.places) - 1, lineno=node.lineno)
+        if isinstance(node, nodes.Call) and isinstance(node.node, nodes.Name) and node.node.name == ESCAPE and node.args:
+            return nodes.Filter(node.args[0], _PRINT_ESCAPED, [place], [], None, None, lineno=node.lineno)
         return nodes.Filter(_with_literals(node), _PRINT, [place], [], None, None, lineno=node.lineno)
 
 

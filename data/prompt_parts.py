@@ -1,11 +1,10 @@
 """The YAML that a template renders, as parts: Prompt Poet's level, which knows roles and contents but no tokens.
 
 A template renders the same few YAML shapes turn after turn, with other values in them. `PartReader` parses a shape
-once and fills it from then on.
+once and fills it from then on, and remembers the parts of late.
 """
 
 import re
-from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,13 +13,14 @@ import yaml
 
 from data.dialogue import NARRATOR
 from data.prompt_values import MARK, PromptError, Texts
+from data.recent import Recent
 
 SPACE_MARKER = "<|space|>"  # Prompt Poet's: keeps white space at the edge of a content, which is stripped
 NAME, ROLE, SPEAKER, CONTENT, SECTIONS = "name", "role", "speaker", "content", "sections"
 PRIORITY, EXPECTED = "truncation_priority", "expected_template_data_keys"
 PART_KEYS = (NAME, ROLE, SPEAKER, CONTENT, SECTIONS, PRIORITY, EXPECTED)
 _SECTION_KEYS = (NAME, CONTENT, PRIORITY)
-_SHAPES_KEPT, _LONGEST_KEPT = 1024, 16_384  # shapes, characters: bounds memory
+_SHAPES_CAPACITY, _PARTS_CAPACITY, _ENTRY = 1 << 20, 1 << 23, 256  # characters; an entry counts some of its own
 
 _END = "\ue001"  # closes the number after MARK in the YAML that is parsed
 _VALUE_OR_SPACE = re.compile(f"{MARK}([0-9]+){_END}|{re.escape(SPACE_MARKER)}")
@@ -68,7 +68,8 @@ class PartReader:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._shapes: OrderedDict[str, list[_Shape]] = OrderedDict()
+        self._shapes: Recent[str, list[_Shape]] = Recent(_SHAPES_CAPACITY)
+        self._parts: Recent[tuple[str, ...], list[TemplatePart]] = Recent(_PARTS_CAPACITY)
 
     def read(
         self, rendered: str, texts: Texts, known_values: Collection[str], spans: list[list[int]] | None = None
@@ -105,18 +106,31 @@ class PartReader:
         parts: list[TemplatePart] = []
         first = 0
         for chunk in chunks:
-            shapes = self._shapes.get(chunk)
             end = first + chunk.count(MARK)
             own = values[first:end]
-            if shapes is None:
-                shapes = self._parsed(chunk, own, len(parts))
-            for shape in shapes:
-                if shape.expected:
-                    shape.check_expected(own, known_values, f"{self._name}: part {len(parts)}")
-                parts.append(shape.filled(own, self._name, len(parts)))
-                if spans is not None:
-                    spans.append(list(numbers[first:end]))
+            key = (chunk, *own)
+            filled = self._parts.get(key)
+            if filled is None:
+                filled = self._filled(key, chunk, own, known_values, len(parts))
+            parts += filled
+            if spans is not None:
+                spans += [list(numbers[first:end])] * len(filled)
             first = end
+        return parts
+
+    def _filled(
+        self, key: tuple[str, ...], chunk: str, values: Sequence[str], known_values: Collection[str], n_before: int
+    ) -> list[TemplatePart]:
+        """The parts of one chunk of YAML, remembered unless they depend on more than the values in them."""
+        shapes = self._shapes.get(chunk)
+        if shapes is None:
+            shapes = self._parsed(chunk, values, n_before)
+        parts = []
+        for number, shape in enumerate(shapes, start=n_before):
+            shape.check_expected(values, known_values, f"{self._name}: part {number}")
+            parts.append(shape.filled(values, self._name, number))
+        if not any(shape.expected for shape in shapes):
+            self._parts.put(key, parts, sum(map(len, key)) + _ENTRY)
         return parts
 
     def _parsed(self, chunk: str, values: Sequence[str], n_before: int) -> "list[_Shape]":
@@ -126,10 +140,7 @@ class PartReader:
         if not isinstance(records, list):
             raise PromptError(f"{self._name}: renders a {type(records).__name__}, expected a YAML list of parts")
         shapes = [_shape(record, f"{self._name}: part {n_before + i}", values) for i, record in enumerate(records)]
-        if len(chunk) <= _LONGEST_KEPT:
-            self._shapes[chunk] = shapes
-            if len(self._shapes) > _SHAPES_KEPT:
-                self._shapes.popitem(last=False)
+        self._shapes.put(chunk, shapes, len(chunk) + _ENTRY)
         return shapes
 
 

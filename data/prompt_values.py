@@ -15,10 +15,14 @@ import jinja2
 
 MARK = "\ue000"  # stands for a placeholder in the text that is parsed
 _OPEN, _CLOSE = "\ue001", "\ue002"
+_NUMBER = re.compile(f"{MARK}([0-9]+){_CLOSE}")
 
 
 class PromptError(ValueError):
     """A template or values that make no prompt; the message names the template, the part and what was expected."""
+
+
+_CUT = "a filter block cuts a value after it is printed; cut the value itself"
 
 
 class TemplateText(str):
@@ -48,7 +52,6 @@ class Texts:
     def __init__(self) -> None:
         self._nonce = str(secrets.randbits(96))  # digits: filters like `upper` leave them alone
         self._begin = f"{MARK}{self._nonce}{_OPEN}"
-        self._placeholder = re.compile(f"{self._begin}([0-9]+){_CLOSE}")
         self.texts: list[str] = []
         self.places: list[int] = []
 
@@ -62,26 +65,36 @@ class Texts:
         self.places.append(place)
         return f"{self._begin}{len(self.texts) - 1}{_CLOSE}"
 
+    def printed_value(self, value: Any, place: int) -> str:
+        """As `printed`, and a literal of the template is a value too."""
+        return self.printed(str(value) if type(value) is TemplateText else value, place)
+
     def captured(self, text: str) -> str:
         """The value of a `{% set %}` block: template text where nothing was printed in it."""
         return self.expand(text) if MARK in text else TemplateText(text)
 
     def expand(self, text: str) -> str:
         """`text` with every placeholder exchanged, also those in the output of a macro that was printed as a value."""
-        if MARK not in text:
-            return text
-        return self._placeholder.sub(lambda match: self.expand(self.texts[int(match[1])]), text)
+        first, *others = text.split(self._begin)
+        expanded = [first]
+        for other in others:
+            number, close, rest = other.partition(_CLOSE)
+            if not (close and number.isdecimal()):
+                raise PromptError(_CUT)
+            expanded += (self.expand(self.texts[int(number)]), rest)
+        return "".join(expanded)
 
     def split(self, rendered: str) -> tuple[str, list[int]]:
         """The template's output with `MARK` for each placeholder, and the numbers of their texts, in order.
 
         Raises PromptError when a placeholder was cut.
         """
-        pieces = self._placeholder.split(rendered)
+        whole = rendered.count(MARK) == rendered.count(self._begin)
+        pieces = _NUMBER.split(rendered.replace(self._begin, MARK))
         literals = pieces[::2]
         marked = MARK.join(literals)
-        if marked.count(MARK) != len(literals) - 1 or _OPEN in marked or _CLOSE in marked:
-            raise PromptError("a filter block cuts a value after it is printed; cut the value itself")
+        if not whole or marked.count(MARK) != len(literals) - 1 or _OPEN in marked or _CLOSE in marked:
+            raise PromptError(_CUT)
         return marked, [int(number) for number in pieces[1::2]]
 
 
@@ -94,22 +107,29 @@ def plain(value: Any, key: str) -> Any:
     Text, numbers, None, lists and mappings of them; a dataclass (a Message) is a mapping of its fields.
     """
     kind = type(value)
-    if kind is str or kind is int or value is None or kind is bool or kind is float:
+    if kind in _SCALARS:
         return value
+    if kind is dict:
+        return {
+            name if type(name) is str else str(name): item if type(item) in _SCALARS else plain(item, f"{key}.{name}")
+            for name, item in value.items()
+        }
+    if kind is list:
+        return [item if type(item) in _SCALARS else plain(item, key) for item in value]
     if isinstance(value, str):
         return str(value)
     if isinstance(value, bool | int | float):
         return value
     if isinstance(value, Mapping):
-        return {str(name): plain(item, f"{key}.{name}") for name, item in value.items()}
+        return plain(dict(value), key)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = _fields(kind)
-        return {name: plain(getattr(value, name), key) for name in names}
+        return plain({name: getattr(value, name) for name in _fields(kind)}, key)
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
-        return [plain(item, f"{key}.{i}") for i, item in enumerate(value)]
+        return plain(list(value), key)
     raise PromptError(f"value {key} is a {kind.__name__}; expected text, numbers, lists and mappings of them")
 
 
+_SCALARS = frozenset({str, int, float, bool, type(None)})
 _field_names: dict[type, tuple[str, ...]] = {}
 
 

@@ -7,7 +7,8 @@ import struct
 from collections.abc import Sequence
 
 from data.dialogue import Message, check_speaker, decode_reply
-from data.message_encoder import MessageEncoder, RecentIds
+from data.message_encoder import ENTRY_TOKENS, MessageEncoder
+from data.recent import Recent
 from data.tokenizer import DialogueTokenizer
 
 
@@ -22,7 +23,7 @@ class ConversationEncoder:
     def __init__(self, tokenizer: DialogueTokenizer, capacity_tokens: int = 1_000_000):
         self.tokenizer = tokenizer
         self._messages = MessageEncoder(tokenizer, capacity_tokens)
-        self._replies: RecentIds[tuple[bytes, str]] = RecentIds(capacity_tokens)
+        self._replies: Recent[tuple[bytes, str], tuple[int, ...]] = Recent(capacity_tokens)
 
     def encode_prompt(self, messages: Sequence[Message], character: str, salt: str | None = None) -> list[int]:
         """The ids to generate `character`'s next message from."""
@@ -50,7 +51,7 @@ class ConversationEncoder:
             return False
         history = _History(salt)
         history.extend(prompt)
-        self._replies.put((history.digest(), text), tuple(drawn))
+        self._replies.put((history.digest(), text), tuple(drawn), len(drawn) + ENTRY_TOKENS)
         return True
 
 
