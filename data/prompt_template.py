@@ -264,8 +264,8 @@ def _check_truncation(token_limit: int | None, step: int | None, cost: float | N
         raise PromptError("found truncation_step and context_cost, expected one of them: they are two ways to cut")
     if (token_limit is not None and token_limit < 1) or (step is not None and step < 1):
         raise PromptError(f"token_limit {token_limit} and truncation_step {step}: expected 1 or more")
-    if cost is not None and not 0 <= cost <= 1:
-        raise PromptError(f"context_cost {cost}: expected a share from 0 (cut no more than needed) to 1")
+    if cost is not None and not 0 <= cost <= 0.5:
+        raise PromptError(f"context_cost {cost}: expected a share from 0 (cut no more than needed) to 0.5")
 
 
 def _jinja_message(error: jinja2.TemplateError, template: str) -> str:
