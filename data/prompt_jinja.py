@@ -70,10 +70,11 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
                 keyword.value = _with_literals(keyword.value)
         return tree
 
-    def _printed(self, node: nodes.Node, where: str) -> nodes.Filter:
+    def _printed(self, node: Any, where: str) -> nodes.Filter:
         self.places.append((where, node.lineno))
         place = nodes.Const(len(self.places) - 1, lineno=node.lineno)
-        if isinstance(node, nodes.Call) and isinstance(node.node, nodes.Name) and node.node.name == ESCAPE and node.args:
+        is_call = isinstance(node, nodes.Call) and isinstance(node.node, nodes.Name)
+        if is_call and node.node.name == ESCAPE and node.args:
             return nodes.Filter(node.args[0], _PRINT_ESCAPED, [place], [], None, None, lineno=node.lineno)
         return nodes.Filter(_with_literals(node), _PRINT, [place], [], None, None, lineno=node.lineno)
 
@@ -149,8 +150,9 @@ def sources(environment: TemplateEnvironment, source: str, name: str) -> Iterato
         name, source = pending.pop()
         tree = jinja2.Environment().parse(source)
         yield name, tree
-        for node in tree.find_all((nodes.Include, nodes.Import, nodes.FromImport)):
-            included = node.template.value if isinstance(node.template, nodes.Const) else None
+        for node in (*tree.find_all(nodes.Include), *tree.find_all((nodes.Import, nodes.FromImport))):
+            named: Any = node.template  # type: ignore[attr-defined]
+            included = named.value if isinstance(named, nodes.Const) else None
             if isinstance(included, str) and included not in seen and environment.loader is not None:
                 seen.add(included)
                 text, filename, _ = environment.loader.get_source(environment, included)

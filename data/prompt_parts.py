@@ -155,7 +155,7 @@ def _chunks(marked: str) -> list[str]:
     return [first, *(separator[1:] + other for other in others)]
 
 
-class _UniqueKeys(Loader):  # type: ignore[misc]
+class _UniqueKeys(Loader):
     """PyYAML's safe loader (Prompt Poet's), which refuses a key that is given twice instead of keeping the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -167,7 +167,7 @@ class _UniqueKeys(Loader):  # type: ignore[misc]
                         None, None, f"key {key.value!r} is given twice", key.start_mark
                     )
                 seen.add(key.value)
-        return super().construct_mapping(node, deep)  # type: ignore[no-any-return]
+        return super().construct_mapping(node, deep)
 
 
 def _load(marked: str) -> Any:
@@ -256,10 +256,11 @@ def _shape(record: Any, where: str, values: Sequence[str]) -> _Shape:
         raise PromptError(f"{where}: {EXPECTED} is {type(expected).__name__}, expected a list of names of values")
     speaker = record.get(SPEAKER)
     priority = _pieces(_scalar(record.get(PRIORITY, 0), where, PRIORITY))
+    is_known = all(isinstance(piece, str) for piece in priority)
     return _Shape(
         name=name,
         role=_pieces(_scalar(record.get(ROLE, "user"), where, ROLE)),
-        priority=_priority(_fill(priority, ()), where) if all(isinstance(piece, str) for piece in priority) else priority,
+        priority=_priority(_fill(priority, ()), where) if is_known else priority,
         content=_pieces(content) if is_text else content,
         is_text=is_text,
         sections=sections,

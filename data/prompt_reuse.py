@@ -6,6 +6,7 @@ prompt of the turn before (strict), or that prompt with the reply it got, as a s
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -96,9 +97,10 @@ class Conversation:
         self.n_pinned = n_pinned_messages(dialogue)
         self.lengths = [len(ids) for ids in self.messages]
         self.priorities = [0] * self.n_pinned + [1] * (len(self.messages) - self.n_pinned)
-        places = [i for i in range(self.n_pinned, len(self.messages)) if dialogue.messages[i].speaker == dialogue.character]
+        replies = (message.speaker == dialogue.character for message in dialogue.messages)
+        places = [i for i, is_reply in enumerate(replies) if is_reply and i >= self.n_pinned]
         self.turns = []
-        for previous, place in zip(places, places[1:]):
+        for previous, place in pairwise(places):
             lengths, _ = own = self.parts(place)
             kept = sum(lengths[i] for i in naive(*own, limit - 1))
             self.turns.append(Turn(place, previous, 1 + kept, 1 + sum(lengths) <= limit))
@@ -187,8 +189,8 @@ def stitched(dialogues: Iterable[Dialogue], turns: int) -> Iterator[Dialogue]:
 
 
 def read_conversations(name: str) -> list[Dialogue]:
-    """The dialogues of a file that data.prepare wrote (dialogues/*.jsonl), or of `kind:path`, a source of its recipe (`kind:`
-    for one that needs no path).
+    """The dialogues of a file that data.prepare wrote (dialogues/*.jsonl), or of `kind:path`, a source of its recipe
+    (`kind:` for one that needs no path).
 
     Raises ReuseError, DialogueError or SourceError.
     """

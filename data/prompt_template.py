@@ -182,7 +182,8 @@ class PromptTemplate:
             if truncation_step is not None:
                 numbers = surviving_parts(lengths, priorities, room, truncation_step)
             else:
-                numbers = planned_parts(lengths, priorities, room, CONTEXT_COST if context_cost is None else context_cost)
+                cost = CONTEXT_COST if context_cost is None else context_cost
+                numbers = planned_parts(lengths, priorities, room, cost)
             kept = [parts[i] for i in numbers]
         tokens = [encoder.tokenizer.bos_id]
         for part in kept:

@@ -29,21 +29,11 @@ class TemplateText(str):
     """A string literal of the template. It is printed as the author's own text; whatever is made of it is a value."""
 
 
-class Undefined(jinja2.StrictUndefined):
+class Undefined(jinja2.Undefined):
     """A value that was not given: it can be tested and compared, as in Jinja; to print it, loop over it or look into
     it is an error, where Jinja would go on with nothing."""
 
-    def __bool__(self) -> bool:
-        return False
-
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other)
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    def __hash__(self) -> int:
-        return id(type(self))
+    __iter__ = __str__ = __len__ = jinja2.Undefined._fail_with_undefined_error
 
 
 class Texts:
@@ -126,6 +116,8 @@ def plain(value: Any, key: str) -> Any:
         return plain({name: getattr(value, name) for name in _fields(kind)}, key)
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
         return plain(list(value), key)
+    if isinstance(value, jinja2.Undefined):
+        str(value)  # raises, naming the variable
     raise PromptError(f"value {key} is a {kind.__name__}; expected text, numbers, lists and mappings of them")
 
 

@@ -38,17 +38,18 @@ TEMPLATE = """\
   content: |
     {{ character }}:
 """
-_WORDS = "the tide was out and nobody came to ask whether I had seen a ship or heard the bell before it went dark".split()
+_SENTENCE = "the tide was out and nobody came to ask whether I had seen a ship or heard the bell before it went dark"
 
 Turn = Callable[[dict[str, Any]], int]
 
 
 def conversation(n_messages: int) -> list[dict[str, str]]:
     """Two people who write 5 to 30 words in turn, no message twice."""
+    words = _SENTENCE.split()
     messages = []
     for i in range(n_messages):
         n_words = 5 + (i * 7919) % 26
-        text = f"{i} " + " ".join(_WORDS[(i * 31 + j * j) % len(_WORDS)] for j in range(n_words))
+        text = f"{i} " + " ".join(words[(i * 31 + j * j) % len(words)] for j in range(n_words))
         messages.append({"speaker": ("Ann", "Finn")[i % 2], "text": text})
     return messages
 
