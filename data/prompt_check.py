@@ -18,11 +18,11 @@ from data.prompt_parts import TemplatePart
 from data.prompt_template import PromptTemplate
 from data.prompt_values import PromptError
 
-_CLOCK_WORDS = frozenset(
-    ["now", "today", "tonight", "date", "day", "hour", "minute", "second", "time", "timestamp", "datetime", "clock"]
-    + ["weekday", "utc", "epoch", "elapsed", "ago", "random", "seed", "nonce", "uuid", "session", "request"]
-    + ["turn", "turns", "count", "counter"]
-)
+_CLOCK_WORDS = {
+    *("now", "today", "tonight", "date", "day", "hour", "minute", "second", "time", "timestamp", "datetime", "clock"),
+    *("weekday", "utc", "epoch", "elapsed", "ago", "random", "seed", "nonce", "uuid", "session", "request"),
+    *("turn", "turns", "count", "counter"),
+}
 _CLOCK_TEXT = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d|\b\d\d?:\d\d(?::\d\d)?\b")
 _MESSAGE_FIELDS = frozenset({"text", "content", "speaker", "author"})
 _Span = list[tuple[str, int, str]]
