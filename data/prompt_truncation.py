@@ -31,7 +31,7 @@ from itertools import groupby
 CONTEXT_COST = 0.25
 """Share of the context that `planned_parts` gives up, on average, for the cache."""
 
-_GRAIN = 64  # the plan rounds what is never cut up to this part of the limit: a longer name at the end moves no cut
+_GRAIN = 32  # the plan has this part of the limit, or a multiple, for what follows the last part that may be cut
 
 
 def surviving_parts(lengths: Sequence[int], priorities: Sequence[int], token_limit: int, step: int) -> list[int]:
@@ -87,7 +87,10 @@ def planned_parts(
 
 
 def _room(lengths: Sequence[int], priorities: Sequence[int], token_limit: int) -> int:
-    """The tokens that are left for parts that may be cut."""
+    """The tokens that are left for parts that may be cut. What is never cut and follows them is another reply every
+    turn in a group chat: it is rounded up, so that its length moves no cut."""
+    pinned = [i for i, priority in enumerate(priorities) if priority <= 0]
+    last = max((i for i, priority in enumerate(priorities) if priority > 0), default=-1)
+    tail = sum(lengths[i] for i in pinned if i > last)
     grain = max(1, token_limit // _GRAIN)
-    pinned = sum(length for length, priority in zip(lengths, priorities, strict=True) if priority <= 0)
-    return token_limit - -(-pinned // grain) * grain
+    return token_limit - sum(lengths[i] for i in pinned if i < last) - -(-tail // grain) * grain
