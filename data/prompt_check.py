@@ -104,13 +104,22 @@ def _compare(before: _Rendered, after: _Rendered) -> tuple[int, int | None]:
     """How many parts at the end of `before` follow the conversation, and the first part in front of them that differs
     in `after`, None when all are the same."""
     a, b = before.parts, after.parts
-    same_end = 0
-    while same_end < min(len(a), len(b)) - 1 and a[-1 - same_end] == b[-1 - same_end]:
-        same_end += 1
-    same_begin = 0
-    while same_begin < min(len(a), len(b)) and _said(a[same_begin]) == _said(b[same_begin]):
-        same_begin += 1
-    return same_end, None if same_begin >= len(a) - same_end else same_begin
+    n_trailing = _n_trailing(a, b)
+    n_same = 0
+    while n_same < min(len(a), len(b)) and _said(a[n_same]) == _said(b[n_same]):
+        n_same += 1
+    return n_trailing, None if n_same >= len(a) - n_trailing else n_same
+
+
+def _n_trailing(before: Sequence[TemplatePart], after: Sequence[TemplatePart]) -> int:
+    """The parts behind the last that may be cut; where none may be cut, the last ones that a new message leaves."""
+    cut = [i for i, part in enumerate(before) if part.truncation_priority > 0]
+    if cut:
+        return len(before) - 1 - cut[-1]
+    n = 0
+    while n < min(len(before), len(after)) - 1 and before[-1 - n] == after[-1 - n]:
+        n += 1
+    return n
 
 
 def _said(part: TemplatePart) -> tuple[Any, ...]:

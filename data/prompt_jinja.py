@@ -53,6 +53,9 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
         where = filename or name or "template"
+        for choice in tree.find_all(nodes.CondExpr):
+            if choice.expr2 is None:
+                choice.expr2 = nodes.Const("", lineno=choice.lineno)  # no else: nothing, which is no missing value
         for output in tree.find_all(nodes.Output):
             output.nodes = [
                 child if isinstance(child, nodes.TemplateData) else self._printed(child, where)
@@ -119,7 +122,7 @@ def _with_literals(node: Any) -> Any:
         return nodes.Filter(node, _LITERAL, [], [], None, None, lineno=node.lineno)
     if isinstance(node, nodes.CondExpr):
         node.expr1 = _with_literals(node.expr1)
-        node.expr2 = _with_literals(node.expr2) if node.expr2 is not None else None
+        node.expr2 = _with_literals(node.expr2)
     elif isinstance(node, nodes.And | nodes.Or):
         node.left, node.right = _with_literals(node.left), _with_literals(node.right)
     elif isinstance(node, nodes.List | nodes.Tuple):

@@ -6,7 +6,7 @@ prompt of the turn before (strict), or that prompt with the reply it got, as a s
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -248,31 +248,33 @@ def measure(
     return rows
 
 
-def reuse_table(rows: Sequence[Row]) -> Table:
-    """The rules side by side; `beyond` are the turns whose conversation no longer fits."""
-    table = Table(title="Prefix reuse across turns, and what it costs")
-    for column in ("conversations", "limit", "turns", "limit / tokens a turn", "rule"):
-        table.add_column(column, justify="left" if column in ("conversations", "rule") else "right")
-    for column in ("reuse", "and the reply", "context kept", "moves", "beyond: reuse", "beyond: kept", "shortest"):
-        table.add_column(column, justify="right")
+def reuse_tables(rows: Sequence[Row]) -> Iterator[Table]:
+    """For each set and limit the rules side by side; `beyond` are the turns whose conversation no longer fits."""
     shown = ("naive", "stepped 0.25", "stepped 0.5", f"planned {CONTEXT_COST:.4g}")
-    for row in rows:
-        if row.rule not in shown:
-            continue
-        sums = row.replay
-        cut = (
-            (f"{sums.cut_reused_tokens / sums.cut_prompt_tokens:.1%}",
-             f"{sums.cut_prompt_tokens / sums.cut_naive_tokens:.1%}", f"{sums.shortest / row.limit:.0%}")
-            if sums.cut_turns
-            else ("-", "-", "-")
-        )  # fmt: skip
-        table.add_row(
-            f"{row.conversations} ({row.n_conversations})", f"{row.limit:,}", f"{sums.turns:,}",
-            f"{row.limit * sums.turns / sums.new_tokens:.0f}", row.rule, f"{sums.reuse:.1%}",
-            f"{sums.reused_with_reply / sums.prompt_tokens:.1%}", f"{sums.kept:.1%}",
-            f"{sums.moves / row.n_conversations:.1f}", *cut,
-        )  # fmt: skip
-    return table
+    for _, group in groupby(rows, key=lambda row: (row.conversations, row.limit)):
+        own = [row for row in group if row.rule in shown]
+        sums, limit = own[0].replay, own[0].limit
+        table = Table(
+            title=f"{own[0].conversations} ({own[0].n_conversations} conversations, {sums.turns:,} turns), limit "
+            f"{limit:,}: {limit * sums.turns / sums.new_tokens:.0f} turns' tokens",
+            title_justify="left",
+        )
+        table.add_column("rule")
+        for column in ("reuse", "+ reply", "kept", "moves", "beyond:\nreuse", "beyond:\nkept", "shortest"):
+            table.add_column(column, justify="right")
+        for row in own:
+            table.add_row(row.rule, *_figures(row))
+        yield table
+
+
+def _figures(row: Row) -> list[str]:
+    sums = row.replay
+    figures = [f"{sums.reuse:.1%}", f"{sums.reused_with_reply / sums.prompt_tokens:.1%}", f"{sums.kept:.1%}"]
+    figures.append(f"{sums.moves / row.n_conversations:.1f}")
+    if not sums.cut_turns:
+        return [*figures, "-", "-", "-"]
+    beyond = sums.cut_reused_tokens / sums.cut_prompt_tokens, sums.cut_prompt_tokens / sums.cut_naive_tokens
+    return [*figures, *(f"{share:.1%}" for share in beyond), f"{sums.shortest / row.limit:.0%}"]
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
@@ -324,6 +326,13 @@ def report(
     except TokenizerError as error:
         raise ReuseError(f"{error} (--tokenizer, --vocab-size)") from None
     rows = measure(sets, MessageEncoder(loaded, 1 << 27), limits, console)
-    console.print(reuse_table(rows))
+    for table in reuse_tables(rows):
+        console.print(table)
+    console.print(
+        "reuse: share of prompt tokens that begin the prompt before (+ reply: or it with its reply). kept: mean\n"
+        "length, of naive truncation's. moves: of the cut, a conversation. beyond: turns whose conversation exceeds\n"
+        "the limit. shortest: prompt among these, of the limit. stepped: Prompt Poet's rule, its step of the limit.",
+        highlight=False, style="dim",
+    )  # fmt: skip
     plot(rows, out)
     console.print(f"the curve: {out}", highlight=False, soft_wrap=True)

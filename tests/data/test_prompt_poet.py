@@ -23,7 +23,7 @@ QUESTION = """
 - name: system instructions
   role: system
   content: |
-    You are {{ character }}, a patient tutor.
+    You are {{ character }}, a {{ "very " if modality == "audio" }}patient tutor.
     Never give the answer at once.
 
 {% if modality == "audio" %}
@@ -104,8 +104,11 @@ NOT_TEXT = """
 - name: date
   content: 2024-05-06
 """
+Values = dict[str, Any]
+Functions = dict[str, Callable[..., Any]]
+
 NAMES = {"name": "Zed", "formal": True}
-FUNCTIONS: dict[str, Callable[..., Any]] = {
+FUNCTIONS: Functions = {
     "topic": lambda question: "maths" if "+" in question else "other",
     "worked_examples": lambda user, character: [f"{user}: 1 + 1?", f"{character}: think of two apples"],
 }
@@ -119,14 +122,13 @@ CHAT = {
         {"role": "assistant", "author": "Tutor", "content": "- hello\n  - again 'x'"},
     ],
 }
-Values = dict[str, Any]
 
 
-def theirs(source: str, values: Values, functions: dict[str, Callable[..., Any]] | None = None, **options: Any) -> Any:
+def theirs(source: str, values: Values, functions: Functions | None = None, **options: Any) -> Any:
     return prompt_poet.Prompt({**values, **(functions or {})}, raw_template=source, **options)
 
 
-def ours(source: str, values: Values, functions: dict[str, Callable[..., Any]] | None = None) -> tuple[TemplatePart, ...]:
+def ours(source: str, values: Values, functions: Functions | None = None) -> tuple[TemplatePart, ...]:
     return PromptTemplate(source, functions=functions).parts(values)
 
 
@@ -158,8 +160,14 @@ def test_layout_sections_and_contents_that_are_no_text(source: str, formal: bool
 
 @pytest.mark.parametrize("name", ["", "Zed"])
 def test_white_space_beside_an_empty_value(name: str) -> None:
-    source = "- name: a\n  content: |\n     {{ name }} x {{ name }}\n    {{ name }}  \n- name: b\n  content: '{{ name }} <|space|>'\n"
-    source = source.replace("     {{", "    {{")
+    source = """
+- name: a
+  content: |
+    {{ name }} x {{ name }}
+    {{ name }}
+- name: b
+  content: '{{ name }} <|space|>'
+"""
     assert_same(ours(source, {"name": name}), theirs(source, {"name": name}))
 
 
@@ -238,14 +246,12 @@ def test_random_conversations_are_truncated_the_same(
     kept = surviving_parts(lengths, priorities, limit, step)
     prompt = theirs(TRUNCATED, values, encode_func=lambda text: [ord(c) for c in text])
     prompt.tokenize()
-    try:
-        prompt.truncate(limit, step)
-    except Exception as error:
-        assert type(error).__name__ == "TruncationError"
-        assert sum(lengths[i] for i in kept) > limit
+    if sum(lengths[i] for i in kept) > limit:
+        with pytest.raises(sys.modules["pp_exceptions"].TruncationError):
+            prompt.truncate(limit, step)
         return
+    prompt.truncate(limit, step)
     assert [parts[i].name for i in kept] == [part.name for part in prompt.parts]
-    assert sum(lengths[i] for i in kept) <= limit
 
 
 # Differences, each on purpose. The package's side is asserted as well, so that a fix there is noticed here.
@@ -309,7 +315,10 @@ def test_difference_a_key_given_twice_is_an_error() -> None:
         ours(source, {})
 
 
-@pytest.mark.parametrize("source", ["- name: a\n  contnt: x\n", "- name: a\n  content: x\n  tokens: [1]\n", "a: b", "- x"])
+REFUSED = ["- name: a\n  contnt: x\n", "- name: a\n  content: x\n  tokens: [1]\n", "a: b", "- x"]
+
+
+@pytest.mark.parametrize("source", REFUSED)
 def test_both_refuse(source: str) -> None:
     with pytest.raises(Exception):  # noqa: B017, PT011 (theirs: TypeError, ValueError, AttributeError)
         theirs(source, {})

@@ -17,7 +17,7 @@ from serving_export.conversation import ConversationEncoder
 TEMPLATES = Path(__file__).parents[2] / "recipes" / "templates"
 GROUP = {
     "scene": "A kitchen.",
-    "characters": [{"name": n, "definition": f"{n} is here", "greeting": ""} for n in ("Ann", "Ben", "Cy", "Di", "Eve")],
+    "characters": [{"name": name, "definition": "is here", "greeting": ""} for name in ["Ann", "B", "C", "D", "E"]],
 }
 texts = st.sampled_from(["hello", "", " a\n- name: b", "<|end|>", "\u2060", "{{ x }}"]) | st.text(
     st.characters(exclude_categories=["Cs"]), max_size=10
@@ -33,7 +33,8 @@ def test_training_evaluation_and_serving_have_the_same_ids(
 ) -> None:
     template = PromptTemplate() if name == "default" else PromptTemplate.load(TEMPLATES / "group_chat.yml.j2")
     values = {} if name == "default" else GROUP
-    messages = tuple(Message(speaker, text, float(i)) for i, (speaker, text) in enumerate([("Zed", "hi"), *said, ("Ann", "bye")]))
+    whole = [("Zed", "hi"), *said, ("Ann", "bye")]
+    messages = tuple(Message(speaker, text, float(i)) for i, (speaker, text) in enumerate(whole))
     dialogue = Dialogue("one", messages, "Ann")
     rendered = template.dialogue(dialogue, values)
     n_added = len(rendered.messages) - len(messages)
@@ -46,7 +47,8 @@ def test_training_evaluation_and_serving_have_the_same_ids(
     for i, message in enumerate(messages):
         if message.speaker != "Ann":
             continue
-        serving = template.render(values | conversation_values(messages[:i], "Ann", str(values.get("scene", ""))), encoder)
+        given_values = conversation_values(messages[:i], "Ann") | values
+        serving = template.render(given_values, encoder)
         assert serving.tokens == training.tokens[: training.text_starts[n_added + i]].tolist()
         assert serving.tokens == server.encode_prompt(rendered.messages[: n_added + i], "Ann")
         assert serving.tokens == encode_prompt(tokenizer, rendered.messages[: n_added + i], "Ann")
@@ -78,7 +80,8 @@ def test_a_template_that_loses_a_message_trains_nothing(source: str) -> None:
 
 
 def test_a_template_without_a_reply_still_trains() -> None:
-    source = "- role: system\n  content: scene\n{% for m in messages %}- content: '{{ m.speaker }}: {{ m.text }}'\n{% endfor %}"
+    said = "{% for m in messages %}- content: '{{ m.speaker }}: {{ m.text }}'\n{% endfor %}"
+    source = "- role: system\n  content: scene\n" + said
     dialogue = Dialogue("one", (Message("Zed", "hi", 1.0), Message("Ann", "yes", 2.0)), "Ann")
     expected = replace(dialogue, messages=(Message(NARRATOR, "scene"), *dialogue.messages))
     assert PromptTemplate(source).dialogue(dialogue) == expected
