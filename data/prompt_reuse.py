@@ -329,8 +329,8 @@ def report(
     for table in reuse_tables(rows):
         console.print(table)
     console.print(
-        "reuse: share of prompt tokens that begin the prompt before (+ reply: or it with its reply). kept: mean\n"
-        "length, of naive truncation's. moves: of the cut, a conversation. beyond: turns whose conversation exceeds\n"
+        "reuse: share of prompt tokens that begin the prompt before (+ reply: or it with its reply). kept: mean "
+        "length, of naive truncation's. moves: of the cut, a conversation. beyond: turns whose conversation exceeds "
         "the limit. shortest: prompt among these, of the limit. stepped: Prompt Poet's rule, its step of the limit.",
         highlight=False, style="dim",
     )  # fmt: skip

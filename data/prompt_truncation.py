@@ -16,8 +16,8 @@ even one is best: for a number of moves, the sum of s is largest, given the sum 
 **The plan.** `planned_parts` is given the share c of the context that it may cost on average: s = 2 c R, from a full
 room down to 1 - 2 c of it, so that the room is 1 - c full on average and never below 1 - 2 c (up to the size of a
 message). With h = 0 that is reuse = 1 - m / (2 c (1 - c) L): at c = 1/4, the default, 1 - 8 m / (3 L), which is 95%
-for a limit of 53 turns' tokens, 90% for 27 and 97.5% for 107. No rule that removes the oldest first can have more at
-this cost: below 53 turns, 95% and a quarter exclude each other.
+for a limit of 53 turns' tokens, 90% for 27 and 97.5% for 107. In the long run no rule that removes the oldest first
+has more at this cost: below 53 turns, 95% and a quarter exclude each other.
 
 Prompt Poet's rule (`surviving_parts`) has an even s, too, its `truncation_step`, of whatever is to be cut: where the
 pinned parts are long, a step of half the limit can leave nothing of the conversation. Both rules are functions of the
@@ -31,7 +31,7 @@ from itertools import groupby
 CONTEXT_COST = 0.25
 """Share of the context that `planned_parts` gives up, on average, for the cache."""
 
-_GRAIN = 32  # the plan has this part of the limit, or a multiple, for what follows the last part that may be cut
+_GRAIN = 64  # the plan has this part of the limit, or a multiple, for what follows the last part that may be cut
 
 
 def surviving_parts(lengths: Sequence[int], priorities: Sequence[int], token_limit: int, step: int) -> list[int]:
@@ -64,8 +64,8 @@ def planned_parts(
 
     Parts of priority 0 or less always remain; the caller checks whether the rest fits. Others go highest priority
     first, oldest first, as in Prompt Poet. They are taken to have arrived in their order, after those that are never
-    cut, and the cut is where cutting at each arrival would have brought it. A cost of 0 is naive truncation: as much
-    is kept as fits, and the cut moves every turn.
+    cut, and the cut is where cutting at each arrival would have brought it. It may come up to a 64th of the limit
+    early. A cost of 0 is naive truncation: as much is kept as fits, and the cut moves every turn.
     """
     room = _room(lengths, priorities, token_limit)
     least = (1 - 2 * context_cost) * room

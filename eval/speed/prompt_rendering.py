@@ -100,7 +100,7 @@ def main() -> int:
     messages = conversation(arguments.messages)
     tokenizer = train_tokenizer([message_body(message["text"]) for message in messages], None, vocab_size=400)
     total = sum(len(tokenizer.encode(message["text"])) for message in messages)
-    table = Table("", "tokens limit", "Prompt Poet, ms a turn", "ours, ms a turn", "faster")
+    table = Table("", "token limit", "Prompt Poet, ms", "ours, ms", "faster")
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "chat.yml.j2"
         path.write_text(TEMPLATE, encoding="utf-8")
@@ -111,7 +111,7 @@ def main() -> int:
                 for taken, turn in zip(medians, turns, strict=True):
                     first = max(1, arguments.messages - 2 * arguments.turns + 1)
                     taken.append(1e3 * statistics.median(seconds(turn, messages, first)[arguments.turns :]))
-            theirs, ours = (f"{statistics.median(t):.2f} ({min(t):.2f} to {max(t):.2f})" for t in medians)
+            theirs, ours = (f"{statistics.median(t):.2f} ({min(t):.2f}-{max(t):.2f})" for t in medians)
             ratio = statistics.median(medians[0]) / statistics.median(medians[1])
             table.add_row(name, f"{limit:,}", theirs, ours, f"{ratio:.1f}x")
     console = Console()

@@ -141,7 +141,7 @@ def test_between_moves_each_prompt_extends_the_last_in_token_ids(
 
 def test_a_longer_name_at_the_end_moves_no_cut(tokenizer: DialogueTokenizer) -> None:
     """In a group chat the reply that follows is another character's every time."""
-    template, encoder, limit = PromptTemplate(), MessageEncoder(tokenizer), 640
+    template, encoder, limit = PromptTemplate(), MessageEncoder(tokenizer), 1024
     names = ["Jo", "Ann", "Bartholomew"]
     conversation = [Message(names[i % 3], f"this is message number {i}") for i in range(120)]
     removed = []
