@@ -117,7 +117,7 @@ def test_truncation_keeps_pins_and_the_latest(tokenizer: DialogueTokenizer) -> N
         ("- content: 'A: hi'", {}, "the last part has text"),
         ("- content: '{{ x }}:'", {"x": "a:b"}, "contains ':'"),
         ("- contnt: x", {}, "unknown key 'contnt'"),
-        ("- content: 'A:'\n  truncation_priority: -1", {}, "truncation_priority is '-1'"),
+        ("- content: 'A:'\n  truncation_priority: 1.5", {}, "truncation_priority is '1.5'"),
         ("- content: {{ x }}: {{ x }}", {"x": "a"}, "YAML"),
         ("- content: 'A:'\n  expected_template_data_keys: [y]", {"x": 1}, "lack 'y'"),
         ("- content: '{{ x.__class__ }}:'", {"x": "a"}, "unsafe"),

@@ -1,0 +1,143 @@
+"""The values of a prompt while Jinja and YAML work: behind placeholders, so that no text can become structure.
+
+What a template prints is a placeholder; the text takes its place after the YAML is parsed. Only text that the
+template's author wrote, be it as a literal of an expression (`TemplateText`), is ever read as YAML.
+"""
+
+import dataclasses
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import jinja2
+
+MARK = "\ue000"  # stands for a placeholder in the text that is parsed
+_OPEN, _CLOSE = "\ue001", "\ue002"
+_NUMBER = re.compile(f"{MARK}([0-9]+){_CLOSE}")
+
+
+class PromptError(ValueError):
+    """A template or values that make no prompt; the message names the template, the part and what was expected."""
+
+
+_CUT = "a filter block cuts a value after it is printed; cut the value itself"
+
+
+class TemplateText(str):
+    """A string literal of the template. It is printed as the author's own text; whatever is made of it is a value."""
+
+
+class Undefined(jinja2.Undefined):
+    """A value that was not given: it can be tested and compared, as in Jinja; to print it, loop over it or look into
+    it is an error, where Jinja would go on with nothing."""
+
+    __iter__ = __str__ = __len__ = jinja2.Undefined._fail_with_undefined_error
+
+
+class Texts:
+    """The texts that one rendering printed, in order, and where the template printed each (a number of a place)."""
+
+    def __init__(self) -> None:
+        self._nonce = str(secrets.randbits(96))  # digits: filters like `upper` leave them alone
+        self._begin = f"{MARK}{self._nonce}{_OPEN}"
+        self.texts: list[str] = []
+        self.places: list[int] = []
+
+    def printed(self, value: Any, place: int) -> str:
+        """What the template prints for a value: a placeholder, or a literal of its own as it is."""
+        if type(value) is not str:
+            if type(value) is TemplateText:
+                return value
+            value = _as_text(value)
+        self.texts.append(value)
+        self.places.append(place)
+        return f"{self._begin}{len(self.texts) - 1}{_CLOSE}"
+
+    def printed_value(self, value: Any, place: int) -> str:
+        """As `printed`, and a literal of the template is a value too."""
+        return self.printed(str(value) if type(value) is TemplateText else value, place)
+
+    def captured(self, text: str) -> str:
+        """The value of a `{% set %}` block: template text where nothing was printed in it."""
+        return self.expand(text) if MARK in text else TemplateText(text)
+
+    def expand(self, text: str) -> str:
+        """`text` with every placeholder exchanged, also those in the output of a macro that was printed as a value."""
+        first, *others = text.split(self._begin)
+        expanded = [first]
+        for other in others:
+            number, close, rest = other.partition(_CLOSE)
+            if not (close and number.isdecimal()):
+                raise PromptError(_CUT)
+            expanded += (self.expand(self.texts[int(number)]), rest)
+        return "".join(expanded)
+
+    def split(self, rendered: str) -> tuple[str, list[int]]:
+        """The template's output with `MARK` for each placeholder, and the numbers of their texts, in order.
+
+        Raises PromptError when a placeholder was cut.
+        """
+        whole = rendered.count(MARK) == rendered.count(self._begin)
+        pieces = _NUMBER.split(rendered.replace(self._begin, MARK))
+        literals = pieces[::2]
+        marked = MARK.join(literals)
+        if not whole or marked.count(MARK) != len(literals) - 1 or _OPEN in marked or _CLOSE in marked:
+            raise PromptError(_CUT)
+        return marked, [int(number) for number in pieces[1::2]]
+
+
+current_texts: ContextVar[Texts] = ContextVar("texts of the rendering in progress")
+
+
+def plain(value: Any, key: str) -> Any:
+    """The value as plain data, so that a template can reach nothing but data; `key` names it in errors.
+
+    Text, numbers, None, lists and mappings of them; a dataclass (a Message) is a mapping of its fields.
+    """
+    kind = type(value)
+    if kind in _SCALARS:
+        return value
+    if kind is dict:
+        return {
+            name if type(name) is str else str(name): item if type(item) in _SCALARS else plain(item, f"{key}.{name}")
+            for name, item in value.items()
+        }
+    if kind is list:
+        return [item if type(item) in _SCALARS else plain(item, key) for item in value]
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return plain(dict(value), key)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain({name: getattr(value, name) for name in _fields(kind)}, key)
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+        return plain(list(value), key)
+    if isinstance(value, jinja2.Undefined):
+        str(value)  # raises, naming the variable
+    raise PromptError(f"value {key} is a {kind.__name__}; expected text, numbers, lists and mappings of them")
+
+
+_SCALARS = frozenset({str, int, float, bool, type(None)})
+_field_names: dict[type, tuple[str, ...]] = {}
+
+
+def _fields(kind: type) -> tuple[str, ...]:
+    if kind not in _field_names:
+        _field_names[kind] = tuple(field.name for field in dataclasses.fields(kind))
+    return _field_names[kind]
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, jinja2.Undefined):
+        str(value)  # raises, naming the variable
+    if value is None or isinstance(value, bool):
+        return {None: "", True: "true", False: "false"}[value]
+    if isinstance(value, int | float):
+        return str(value)
+    if not isinstance(value, str):
+        raise TypeError(f"cannot print a {type(value).__name__}; print its texts one by one")
+    return str(value)
