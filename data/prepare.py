@@ -23,8 +23,8 @@ from data.dialogue import Dialogue, message_body, speaker_prefix, to_json
 from data.packing import EncodedCorpus, best_fit
 from data.prepare_report import key_figure, print_report
 from data.shards import MANIFEST_FILE, PackedDataset, ShardError, packed_rows, write_shards
+from data.sources.record import LeftOut, Rejected, SourceError
 from data.sources.registry import AnySource, named_sources
-from data.sources.source import LeftOut, Rejected, SourceError
 from data.split import SplitError, SplitRule, split
 from data.stable_hash import stable_hash
 from data.steps import StepProgress, Steps

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 from data.dialogue import NARRATOR, Dialogue, check_times, messages_from_records
 from data.sources.character import any_speaker
 from data.sources.json_source import JsonSource
-from data.sources.source import RecordError
+from data.sources.record import RecordError
 
 _KEYS = {"id", "messages", "character", "participants", "metadata"}
 

@@ -11,7 +11,7 @@ from data.sources.character import any_speaker
 from data.sources.corpus_file import CorpusFile
 from data.sources.corpus_source import RecordSource, json_of
 from data.sources.first_names import first_names
-from data.sources.source import RecordError, SourceError
+from data.sources.record import RecordError, SourceError
 
 _SLIDER_DEFAULT = 5  # a rating of 5 says nothing: the slider stood there
 

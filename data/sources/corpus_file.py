@@ -42,11 +42,9 @@ class CorpusFile:
         return self.name.rsplit("/", 1)[-1].split(".", 1)[0]
 
     def text(self) -> str:
-        """Its content as UTF-8 (a byte order mark goes). Raises SourceError naming the byte that is none."""
-        try:
-            return self.content.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise SourceError(f"{self.place}: byte {error.start} is not UTF-8; the file is damaged") from None
+        """Its content as UTF-8 (a byte order mark goes). A byte that is none becomes a lone surrogate, which no
+        dialogue may hold: so the record is rejected that has it, and no other."""
+        return self.content.decode("utf-8-sig", "surrogateescape")
 
 
 def find_corpus_files(path: str, suffixes: tuple[str, ...]) -> list[Path]:

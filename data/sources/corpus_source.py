@@ -1,6 +1,5 @@
 """What the sources of published corpora share: a path to the corpus as it is distributed, read record by record."""
 
-import json
 from abc import abstractmethod
 from collections.abc import Iterator
 from functools import partial
@@ -9,7 +8,11 @@ from typing import Any, ClassVar
 
 from data.dialogue import Dialogue
 from data.sources.corpus_file import CorpusFile, find_corpus_files, read_corpus_files
-from data.sources.source import DialogueSource, LeftOut, Rejected, SourceError, read_record
+from data.sources.record import LeftOut, RecordError, Rejected, read_record, rejected
+from data.sources.source import DialogueSource
+from data.sources.strict_json import parse_json
+
+WHOLE_FILE = "whole file"  # the place of a bad record that is a file
 
 
 class CorpusSource(DialogueSource):
@@ -29,13 +32,20 @@ class RecordSource(CorpusSource):
     def read_file(self, path: Path, part: int = 0, n_parts: int = 1) -> Iterator[Dialogue | LeftOut | Rejected]:
         if part == 0:
             for file in read_corpus_files([path], self.suffixes):
-                for place, record in self.records(file):
-                    make = partial(self.dialogue, file, place, record)
-                    yield read_record(make, file.place, lambda place=place: place, record)  # type: ignore[misc]
+                yield from self._read(file)
+
+    def _read(self, file: CorpusFile) -> Iterator[Dialogue | LeftOut | Rejected]:
+        try:
+            for place, record in self.records(file):
+                make = partial(self.dialogue, file, place, record)
+                yield read_record(make, file.place, lambda place=place: place, record)  # type: ignore[misc]
+        except RecordError as error:
+            yield rejected(file.place, WHOLE_FILE, str(error), file.content)
 
     @abstractmethod
     def records(self, file: CorpusFile) -> Iterator[tuple[int | str, Any]]:
-        """The records of a file, each with its place: a line or a key. Raises SourceError for a damaged file."""
+        """The records of a file, each with its place: a line or a key. Raises RecordError where the rest of the
+        file cannot be taken apart: it is then one bad record."""
 
     @abstractmethod
     def dialogue(self, file: CorpusFile, place: int | str, record: Any) -> Dialogue | LeftOut:
@@ -43,13 +53,8 @@ class RecordSource(CorpusSource):
 
 
 def json_of(file: CorpusFile, expected: type[list] | type[dict]) -> Any:
-    """The JSON document of a file. Raises SourceError when it is none, or not of the expected type."""
-    try:
-        document = json.loads(file.text())
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, SourceError):
-            raise
-        raise SourceError(f"{file.place}: cannot be read as JSON ({error})") from None
+    """The JSON document of a file. Raises RecordError when it is none, or not of the expected type."""
+    document = parse_json(file.text())
     if not isinstance(document, expected):
-        raise SourceError(f"{file.place}: holds a {type(document).__name__}, expected a {expected.__name__} of records")
+        raise RecordError(f"the file holds a {type(document).__name__}, expected a {expected.__name__} of records")
     return document

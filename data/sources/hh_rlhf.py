@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from data.dialogue import Dialogue, Message
 from data.sources.json_source import JsonSource
-from data.sources.source import RecordError
+from data.sources.record import RecordError
 
 HUMAN, ASSISTANT = "Human", "Assistant"
 _TURN = re.compile(rf"(?:^|\n\n)({HUMAN}|{ASSISTANT}):")

@@ -4,6 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -11,12 +12,13 @@ from data.dialogue import Dialogue, DialogueError, Message, check_times
 from data.sources.character import most_talkative
 from data.sources.corpus_file import CorpusFile, read_corpus_files
 from data.sources.corpus_source import CorpusSource
-from data.sources.source import RecordError, Rejected, SourceError, beginning
+from data.sources.record import LeftOut, RecordError, Rejected, SourceError, read_record, rejected
 from data.stable_hash import pseudonym
 
 _LOG, _LINKS = ".ascii.txt", ".annotation.txt"
-_SAID = re.compile(r"\[(\d\d):(\d\d)\] (?:<([^>]+)> ?(.*)| \* (\S+) ?(.*))", re.DOTALL)
-_LINK = re.compile(r"(\d+) (\d+) -\s*")
+_SAID = re.compile(r"\[([01]\d|2[0-3]):([0-5]\d)\] (?:<([^>]+)> ?(.*)| \* (\S+) ?(.*))", re.DOTALL)
+_LINK = re.compile(r"(\d{1,9}) (\d{1,9}) -\s*", re.ASCII)
+_OF_SERVER = ("===", "[")  # "=== ann has joined"; "[05:12] -service:#ubuntu- a notice", which is not said
 _DAY = 86_400
 
 
@@ -32,7 +34,7 @@ class IrcUbuntuSource(CorpusSource):
 
     kind: Literal["irc_ubuntu"]
 
-    def read_file(self, path: Path, part: int = 0, n_parts: int = 1) -> Iterator[Dialogue | Rejected]:
+    def read_file(self, path: Path, part: int = 0, n_parts: int = 1) -> Iterator[Dialogue | LeftOut | Rejected]:
         beside = _other_file(path)
         if part > 0 or (beside and _LINKS in path.name):
             return
@@ -58,34 +60,35 @@ def _other_file(path: Path) -> Path | None:
     return next((file for file in beside if file.is_file()), None) if name.endswith(end) else None
 
 
-def _conversations(log: CorpusFile, links: CorpusFile) -> Iterator[Dialogue | Rejected]:
-    lines = log.text().split("\n")
+def _conversations(log: CorpusFile, links: CorpusFile) -> Iterator[Dialogue | LeftOut | Rejected]:
+    lines = [line.removesuffix("\r") for line in log.text().split("\n")]
     said = _messages(log, lines)
     pairs: list[tuple[int, int]] = []
-    for number, line in enumerate(links.text().splitlines(), start=1):
+    for number, line in enumerate(links.text().split("\n"), start=1):
+        if not line.strip():
+            continue
         matched = _LINK.fullmatch(line)
         pair = (int(matched[1]), int(matched[2])) if matched else (-1, -1)
         if min(pair) >= 0 and max(pair) < len(lines):
             pairs.append(pair)
         else:
             reason = f"expected 'N M -', two lines of the log's {len(lines):,} that belong together"
-            yield Rejected(links.place, number, reason, beginning(line))
+            yield rejected(links.place, number, reason, line)
     for numbers in _connected(pairs):
         spoken = [number for number in numbers if number in said]
-        try:
-            if spoken:
-                yield _dialogue(log, spoken[0], [said[number] for number in spoken])
-        except (DialogueError, RecordError) as error:
-            yield Rejected(log.place, spoken[0] + 1, str(error), beginning(lines[spoken[0]]))
+        if spoken:
+            make = partial(_dialogue, log, spoken[0], [said[number] for number in spoken])
+            yield read_record(make, log.place, lambda first=spoken[0] + 1: first, lines[spoken[0]])  # type: ignore[misc]
 
 
-def _messages(log: CorpusFile, lines: list[str]) -> dict[int, Message]:
-    """What people write, by the number of its line (from 0, as links count). The server's lines are not among them."""
+def _messages(log: CorpusFile, lines: list[str]) -> dict[int, Message | RecordError]:
+    """What people write, by the number of its line (from 0, as links count), or why a line is nothing that anybody can
+    write. The server's lines are not among them."""
     try:
         day = datetime.fromisoformat(log.stem[:10]).replace(tzinfo=UTC).timestamp()
     except ValueError:
         raise SourceError(f"{log.place}: expected a name that begins with a date, as 2005-06-27_12{_LOG}") from None
-    said: dict[int, Message] = {}
+    said: dict[int, Message | RecordError] = {}
     latest = 0.0
     for number, line in enumerate(lines):
         if matched := _SAID.fullmatch(line):
@@ -95,7 +98,12 @@ def _messages(log: CorpusFile, lines: list[str]) -> dict[int, Message]:
                 day += _DAY / 2
                 time += _DAY / 2
             latest = time
-            said[number] = Message(writer or actor, text if writer else f"/me {action}", time)
+            try:
+                said[number] = Message(writer or actor, text if writer else f"/me {action}", time)
+            except DialogueError as error:
+                said[number] = RecordError(f"line {number + 1}: {error}")
+        elif not line.startswith(_OF_SERVER):
+            said[number] = RecordError(f"line {number + 1}: expected '[hh:mm] <name> text', found {line[:60]!r}")
     return said
 
 
@@ -118,7 +126,12 @@ def _connected(pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
     return list(conversations.values())
 
 
-def _dialogue(log: CorpusFile, first: int, messages: list[Message]) -> Dialogue:
+def _dialogue(log: CorpusFile, first: int, lines: list[Message | RecordError]) -> Dialogue:
+    messages = []
+    for line in lines:
+        if isinstance(line, RecordError):
+            raise line
+        messages.append(line)
     check_times(messages)
     return Dialogue(
         id=f"{log.name.rsplit('/', 1)[-1].removesuffix(_LOG)}:{first + 1}",

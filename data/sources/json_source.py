@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 
 from data.dialogue import Dialogue
 from data.sources.corpus_file import CorpusFile, OpenFile, damage_told, is_plain, open_corpus_files
-from data.sources.corpus_source import CorpusSource, json_of
+from data.sources.corpus_source import WHOLE_FILE, CorpusSource, json_of
 from data.sources.line_reader import LineReader, share
-from data.sources.source import LeftOut, RecordError, Rejected, parse_object, read_record
+from data.sources.record import LeftOut, RecordError, Rejected, read_record, rejected
+from data.sources.source import parse_object
 
 
 class JsonSource(CorpusSource):
@@ -49,7 +50,12 @@ class JsonSource(CorpusSource):
             yield read_record(make, file.place, lambda: reader.number, line)
 
     def _of_list(self, file: OpenFile) -> Iterator[Dialogue | LeftOut | Rejected]:
-        records = json_of(CorpusFile(file.place, file.name, file.stream.read()), list)
+        content = file.stream.read()
+        try:
+            records = json_of(CorpusFile(file.place, file.name, content), list)
+        except RecordError as error:
+            yield rejected(file.place, WHOLE_FILE, str(error), content)
+            return
         for number, record in enumerate(records, start=1):
             make = partial(self._made, f"{file.name}:{number}", _object, record)
             yield read_record(make, file.place, lambda number=number: number, record)  # type: ignore[misc]

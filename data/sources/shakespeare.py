@@ -9,7 +9,7 @@ from data.dialogue import NARRATOR, Dialogue, Message
 from data.sources.character import most_talkative
 from data.sources.corpus_file import CorpusFile
 from data.sources.corpus_source import RecordSource
-from data.sources.source import LeftOut, RecordError, SourceError
+from data.sources.record import LeftOut, RecordError
 
 _SPEECHES_OF_PASSAGE = 64
 _SPEECH = re.compile(r"([^\n:]+):(?:\n(.*))?", re.DOTALL)
@@ -35,7 +35,7 @@ class ShakespeareSource(RecordSource):
 
 
 def _passages(file: CorpusFile) -> Iterator[tuple[str, list[str]]]:
-    blocks = [block.strip("\n") for block in re.split(r"\n{2,}", file.text()) if block.strip()]
+    blocks = [block.strip("\n") for block in re.split(r"\n{2,}", file.text().replace("\r\n", "\n")) if block.strip()]
     for start in range(0, len(blocks), _SPEECHES_OF_PASSAGE):
         passage = blocks[start : start + _SPEECHES_OF_PASSAGE]
         yield f"speeches {start + 1} to {start + len(passage)}", passage
@@ -51,9 +51,9 @@ def _speech(block: str) -> Message:
 def _scenes(file: CorpusFile) -> Iterator[tuple[str, Any]]:
     """(heading, persons, scene) of every scene, prologue and epilogue; a file that is no play is left out."""
     try:
-        play = ElementTree.fromstring(file.text())
-    except ElementTree.ParseError as error:
-        raise SourceError(f"{file.place}: not XML ({error}); the file is damaged") from None
+        play = ElementTree.fromstring(file.content)
+    except (ElementTree.ParseError, LookupError, ValueError) as error:
+        raise RecordError(f"not XML: {error}") from None
     if play.tag != "PLAY":
         yield play.tag, LeftOut("not a play")
         return

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from data.dialogue import NARRATOR, Dialogue, Message
 from data.sources.json_source import JsonSource
-from data.sources.source import RecordError
+from data.sources.record import RecordError
 
 
 class SharegptSource(JsonSource):

@@ -1,19 +1,17 @@
 """What a source of dialogues is: a recipe section that finds its files and reads them as records, good and bad."""
 
 import difflib
-import json
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from data.dialogue import Dialogue, DialogueError
+from data.dialogue import Dialogue
 from data.sources.line_reader import MAX_LINE_BYTES, LineReader, LongLine, open_unpacked
 from data.sources.record import LeftOut, RecordError, Rejected, SourceError
+from data.sources.strict_json import parse_json
 from recipes.loader import Section
-
-_MALFORMED = (KeyError, TypeError, AttributeError, IndexError)  # what a record without an expected field raises
 
 
 class DialogueSource(Section, ABC):
@@ -88,31 +86,9 @@ def parse_object(line: bytes) -> dict[str, Any]:
     if isinstance(line, LongLine):
         raise RecordError(f"a line of {line.n_bytes:,} bytes; the limit is {MAX_LINE_BYTES:,}")
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = parse_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise RecordError(f"byte {error.start} is not UTF-8") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise RecordError(f"not JSON: {error}") from None
     if not isinstance(record, dict):
         raise RecordError(f"expected a JSON object, found {type(record).__name__}")
     return record
-
-
-def beginning(record: bytes | str) -> str:
-    """The start of a bad record, for the quarantine file."""
-    text = record.decode("utf-8", "replace") if isinstance(record, bytes) else record
-    return text.rstrip("\r\n")[:500].encode("utf-8", "replace").decode("utf-8")
-
-
-def read_record(
-    make: Callable[[], Dialogue | LeftOut], file: str, line: Callable[[], int | str], record: Any
-) -> Dialogue | LeftOut | Rejected:
-    """What `make` makes of a record, or why it is no dialogue; where it stands is asked for then alone."""
-    try:
-        return make()
-    except (DialogueError, RecordError) as error:
-        reason = str(error)
-    except _MALFORMED as error:
-        reason = f"not a record of this corpus: {error!r}"
-    shown = record if isinstance(record, str | bytes) else json.dumps(record, ensure_ascii=False, default=str)
-    return Rejected(file, line(), reason, beginning(shown))

@@ -9,8 +9,8 @@ import pytest
 
 from data.dialogue import NARRATOR, Dialogue
 from data.preferences import load_hh_rlhf
+from data.sources.record import LeftOut, Rejected
 from data.sources.registry import SOURCES
-from data.sources.source import LeftOut, Rejected
 
 FOLDER = os.environ.get("DRAMATIS_CORPORA")
 pytestmark = pytest.mark.skipif(FOLDER is None, reason="DRAMATIS_CORPORA does not name a folder of corpora")

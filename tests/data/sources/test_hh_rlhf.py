@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data.dialogue import Dialogue, Message
 from data.sources.hh_rlhf import HhRlhfSource
-from data.sources.source import Rejected
+from data.sources.record import Rejected
 
 
 def test_chosen_transcripts_become_dialogues(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from data.dialogue import Dialogue, check_times
 from data.sources.irc_ubuntu import IrcUbuntuSource
-from data.sources.source import Rejected, SourceError
+from data.sources.record import Rejected, SourceError
 
 LOG = """\
 === ann [n=ann@example.org] has joined #ubuntu

@@ -3,11 +3,9 @@
 import zipfile
 from pathlib import Path
 
-import pytest
-
 from data.dialogue import NARRATOR, Dialogue, Message
+from data.sources.record import LeftOut, Rejected
 from data.sources.shakespeare import ShakespeareSource
-from data.sources.source import LeftOut, Rejected, SourceError
 
 PLAY = """<?xml version="1.0"?>
 <PLAY><TITLE>The Test</TITLE>
@@ -75,5 +73,7 @@ def test_what_is_no_play(tmp_path: Path) -> None:
     assert isinstance(bad, Rejected)
     assert "expected the speaker's name" in bad.reason
     (tmp_path / "cut.xml").write_text(PLAY[:300])
-    with pytest.raises(SourceError, match=r"cut\.xml: not XML"):
-        read(tmp_path)
+    cut, _ = read(tmp_path)
+    assert isinstance(cut, Rejected)
+    assert (cut.file, cut.line) == (str(tmp_path / "cut.xml"), "whole file")
+    assert "not XML" in cut.reason
