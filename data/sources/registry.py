@@ -12,6 +12,7 @@ from data.sources.chitchat import ChitchatSource
 from data.sources.hh_rlhf import HhRlhfSource
 from data.sources.irc_ubuntu import IrcUbuntuSource
 from data.sources.openai_messages import OpenaiMessagesSource
+from data.sources.preference_pairs import PreferencePairsSource
 from data.sources.qmsum import QmsumSource
 from data.sources.self_dialogue import SelfDialogueSource
 from data.sources.shakespeare import ShakespeareSource
@@ -28,6 +29,7 @@ SOURCES: dict[str, type[DialogueSource]] = {
     "hh_rlhf": HhRlhfSource,
     "irc_ubuntu": IrcUbuntuSource,
     "openai_messages": OpenaiMessagesSource,
+    "preference_pairs": PreferencePairsSource,
     "qmsum": QmsumSource,
     "self_dialogue": SelfDialogueSource,
     "shakespeare": ShakespeareSource,

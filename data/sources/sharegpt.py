@@ -3,12 +3,12 @@
 from typing import Any, Literal
 
 from data.dialogue import NARRATOR, Dialogue, Message
-from data.sources.json_source import JsonSource
+from data.sources.json_source import JsonFormat, JsonSource
 from data.sources.record import RecordError
 
 
-class SharegptSource(JsonSource):
-    """A conversation an element of a .json list, or a line of .jsonl. What system says is the narrator's. The character
+class SharegptFormat(JsonFormat):
+    """A conversation a record. What system says is the narrator's. The character
     is the assistant. Another `from` (a tool's, say) makes a bad record. Other keys of the record become metadata."""
 
     kind: Literal["sharegpt"]
@@ -27,5 +27,11 @@ class SharegptSource(JsonSource):
         messages = tuple(Message(speakers[turn["from"]], turn["value"]) for turn in given)
         if not any(message.speaker == self.assistant for message in messages):
             raise RecordError("no turn is from gpt, whose replies are to be trained")
-        identity = str(record.pop("id", place))
+        identity = str(record.pop("id", None) or place)
         return Dialogue(identity, messages, self.assistant, (), record)
+
+
+class SharegptSource(SharegptFormat, JsonSource):
+    """Files with a conversation a line, or a .json list of them."""
+
+    kind: Literal["sharegpt"]

@@ -1,4 +1,4 @@
-"""Sources of JSON lines: parts of a file give what the whole gives, rejections' lines included; other containers too."""
+"""Sources of JSON lines: the parts of a file give what the whole gives, lines of rejections included."""
 
 import gzip
 import io

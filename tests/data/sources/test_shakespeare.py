@@ -88,9 +88,9 @@ MARKDOWN = r"""# The Test
 _Enter ANN, with her train; from the other side, BOB &amp;
 others_
 
-**ANN**  
-Who is it?  
-_\[Aside]_  
+**ANN**~
+Who is it?~
+_\[Aside]_~
 A red one.
 
 _Exit a page_
@@ -99,8 +99,8 @@ Not mine.
 
 *Trumpets*
 
-**BOB**  
-[Within]_  
+**BOB**~
+[Within]_~
 Me, __\[bows]_ I say.
 
 _Exeunt_
@@ -111,9 +111,9 @@ _Alarums_
 
 # EPILOGUE
 
-**BOB:**  
+**BOB:**~
 Bye.
-"""
+""".replace("~", "  ")
 
 
 def test_scenes_in_markdown(tmp_path: Path) -> None:
