@@ -10,6 +10,7 @@ from data.sources.casino import CasinoSource
 from data.sources.chat_jsonl import ChatJsonlSource
 from data.sources.chitchat import ChitchatSource
 from data.sources.hh_rlhf import HhRlhfSource
+from data.sources.hub import DatasetsSource
 from data.sources.irc_ubuntu import IrcUbuntuSource
 from data.sources.openai_messages import OpenaiMessagesSource
 from data.sources.preference_pairs import PreferencePairsSource
@@ -26,6 +27,7 @@ SOURCES: dict[str, type[DialogueSource]] = {
     "casino": CasinoSource,
     "chat_jsonl": ChatJsonlSource,
     "chitchat": ChitchatSource,
+    "datasets": DatasetsSource,
     "hh_rlhf": HhRlhfSource,
     "irc_ubuntu": IrcUbuntuSource,
     "openai_messages": OpenaiMessagesSource,
