@@ -23,12 +23,13 @@ _DAY = 86_400
 
 
 class IrcUbuntuSource(CorpusSource):
-    """Lines that reply links connect are a dialogue of everybody who writes in it; lines that no link names, and the
-    server's ("=== ann has joined"), are in none. The character is who writes most besides the one who began: the one
-    who helps. An action ("* ann waves") is written as it was typed, "/me waves". Times are the minutes of the log's
-    clock, which shows 12 hours in some logs: right between messages of a log, not to be compared across logs. The
-    participants are the nicknames, hashed with the log's date: nothing says who has a nickname on another day. Where a
-    log and its links are files in a folder, the log is read with its links, and the links alone give nothing."""
+    """Lines that reply links connect are a dialogue of everybody who writes in it; lines that no link names are left
+    out, one by one, and the server's ("=== ann has joined") are no records. The character is who writes most besides
+    the one who began: the one who helps. An action ("* ann waves") is written as it was typed, "/me waves". Times are
+    the minutes of the log's clock, which shows 12 hours in some logs: right between messages of a log, not to be
+    compared across logs. The participants are the nicknames, hashed with the log's date: nothing says who has a
+    nickname on another day. Where a log and its links are files in a folder, the log is read with its links, and the
+    links alone give nothing."""
 
     suffixes: ClassVar = (_LOG, _LINKS)
 
@@ -74,6 +75,12 @@ def _conversations(log: CorpusFile, links: CorpusFile) -> Iterator[Dialogue | Le
         else:
             reason = f"expected 'N M -', two lines of the log's {len(lines):,} that belong together"
             yield rejected(links.place, number, reason, line)
+    linked = {number for pair in pairs for number in pair}
+    for number, message in said.items():
+        if number not in linked and isinstance(message, Message):
+            yield LeftOut("a line that no reply link names")
+        elif number not in linked and lines[number]:
+            yield rejected(log.place, number + 1, str(message), lines[number])
     for numbers in _connected(pairs):
         spoken = [number for number in numbers if number in said]
         if spoken:
