@@ -12,7 +12,7 @@ from typing import IO, Any
 from pydantic import Field
 
 from data.dialogue import NARRATOR, Dialogue
-from data.sources.source import LeftOut, Rejected
+from data.sources.record import LeftOut, Rejected
 from recipes.loader import Section
 
 _N_EXAMPLES = 5  # bad records shown in an error

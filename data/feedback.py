@@ -40,7 +40,8 @@ from data.feedback_pairs import PairSettings, RuleCounts, select_pairs, to_pair
 from data.feedback_parts import Line, UserParts, user_of
 from data.feedback_report import Counts, key_figure, print_report, to_report
 from data.preferences import pair_to_json
-from data.sources.source import RecordError, Rejected, SourceError, beginning, find_files, parse_object, read_lines
+from data.sources.record import RecordError, Rejected, SourceError, beginning
+from data.sources.source import find_files, parse_object, read_lines
 from data.stable_hash import pseudonym
 from data.steps import StepProgress, Steps
 from recipes.loader import Section, parse_command_line, print_recipe, tell_error

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from data.dialogue import NARRATOR, Message
 from data.feedback_event import FeedbackEvent
-from data.sources.source import Rejected, beginning
+from data.sources.record import Rejected, beginning
 
 NO_CONTEXT = "what it continues is not in the log, or is quarantined"
 

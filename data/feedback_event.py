@@ -40,7 +40,8 @@ from typing import Any
 from pydantic import Field, FiniteFloat, ValidationError
 
 from data.dialogue import DialogueError, check_speaker
-from data.sources.source import RecordError, parse_object
+from data.sources.record import RecordError
+from data.sources.source import parse_object
 from recipes.loader import Section
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # where a lone one can come from

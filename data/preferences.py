@@ -11,7 +11,8 @@ import numpy as np
 from data.atomic_file import atomic_file
 from data.dialogue import DialogueError, Message, check_speaker, message_to_record, messages_from_records
 from data.sources.hh_rlhf import ASSISTANT, parse_transcript, transcript_of
-from data.sources.source import RecordError, parse_object, read_lines
+from data.sources.record import RecordError
+from data.sources.source import parse_object, read_lines
 from data.stable_hash import stable_hash
 
 _REQUIRED = ("id", "messages", "character", "chosen", "rejected")
@@ -91,13 +92,14 @@ def read_pairs(path: Path | str) -> list[PreferencePair]:
     pairs = []
     for number, line in read_lines(Path(path)):
         try:
-            pairs.append(_pair(parse_object(line)))
+            pairs.append(pair_from_record(parse_object(line)))
         except (RecordError, DialogueError) as error:
             raise PreferenceError(f"{path}:{number}: {error}") from None
     return pairs
 
 
-def _pair(record: dict[str, Any]) -> PreferencePair:
+def pair_from_record(record: dict[str, Any]) -> PreferencePair:
+    """The pair of a line's object. Raises RecordError or DialogueError saying why it is none."""
     missing = [key for key in _REQUIRED if key not in record]
     unknown = sorted(set(record) - set(_REQUIRED) - set(_OPTIONAL))
     if missing or unknown:

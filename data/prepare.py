@@ -23,8 +23,8 @@ from data.dialogue import Dialogue, message_body, speaker_prefix, to_json
 from data.packing import EncodedCorpus, best_fit
 from data.prepare_report import key_figure, print_report
 from data.shards import MANIFEST_FILE, PackedDataset, ShardError, packed_rows, write_shards
+from data.sources.record import LeftOut, Rejected, SourceError
 from data.sources.registry import AnySource, named_sources
-from data.sources.source import LeftOut, Rejected, SourceError
 from data.split import SplitError, SplitRule, split
 from data.stable_hash import stable_hash
 from data.steps import StepProgress, Steps
@@ -269,7 +269,7 @@ def _sha256(tokenizer: DialogueTokenizer) -> str:
 
 def _inputs(recipe: DataRecipe) -> dict[str, Path]:
     sources = named_sources(recipe.sources).items()
-    inputs = {f"source {name}: {path}": path for name, source in sources for path in source.files()}
+    inputs = {f"source {name}: {path}": path for name, source in sources for path in source.inputs()}
     if isinstance(recipe.tokenizer, TokenizerFile):
         path = Path(recipe.tokenizer.path)
         inputs["tokenizer"] = path / MODEL_FILE if path.is_dir() else path

@@ -4,12 +4,14 @@ from collections import Counter
 from collections.abc import Sequence
 
 from data.dialogue import NARRATOR, Message
-from data.sources.source import RecordError
+from data.sources.record import RecordError
 from data.stable_hash import stable_hash
 
 
 def any_speaker(identity: str, speakers: Sequence[str]) -> str:
     """One of equals, chosen by a hash of the dialogue's id."""
+    if not speakers:
+        raise RecordError("nobody speaks")
     return speakers[stable_hash("character", identity) % len(speakers)]
 
 

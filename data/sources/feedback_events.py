@@ -9,7 +9,8 @@ from data.dialogue import Dialogue
 from data.feedback_conversation import NO_CONTEXT, LoggedTurn, join_turns
 from data.feedback_event import read_event
 from data.feedback_labels import conversation_dialogue
-from data.sources.source import DialogueSource, LeftOut, RecordError, Rejected, beginning, find_files, read_lines
+from data.sources.record import LeftOut, RecordError, Rejected, beginning
+from data.sources.source import DialogueSource, find_files, read_lines
 from data.stable_hash import pseudonym
 
 
@@ -22,16 +23,22 @@ class FeedbackEventsSource(DialogueSource):
     path: str  # a .jsonl or .jsonl.gz file, or a directory of them
 
     def files(self) -> list[Path]:
+        self.inputs()
+        return [Path(self.path)]  # as one: the lines of a conversation may be spread over several
+
+    def inputs(self) -> list[Path]:
         return find_files(self.path)
 
-    def read(self) -> Iterator[Dialogue | LeftOut | Rejected]:
+    def read_file(self, path: Path, part: int = 0, n_parts: int = 1) -> Iterator[Dialogue | LeftOut | Rejected]:
+        if part:
+            return
         turns: list[LoggedTurn] = []
-        for path in self.files():
-            for number, line in read_lines(path):
+        for file in find_files(str(path)):
+            for number, line in read_lines(file):
                 try:
-                    turns.append(LoggedTurn(read_event(line), str(path), number))
+                    turns.append(LoggedTurn(read_event(line), str(file), number))
                 except RecordError as error:
-                    yield Rejected(str(path), number, str(error), beginning(line))
+                    yield Rejected(str(file), number, str(error), beginning(line))
         joined = join_turns(turns)
         yield from joined.rejected
         yield from repeat(LeftOut("a line that was logged before"), joined.n_repeated)

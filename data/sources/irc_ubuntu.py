@@ -4,35 +4,43 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from data.dialogue import Dialogue, DialogueError, Message, check_times
 from data.sources.character import most_talkative
-from data.sources.corpus_file import CorpusFile
+from data.sources.corpus_file import CorpusFile, read_corpus_files
 from data.sources.corpus_source import CorpusSource
-from data.sources.source import RecordError, Rejected, SourceError, beginning
+from data.sources.record import LeftOut, RecordError, Rejected, SourceError, read_record, rejected
 from data.stable_hash import pseudonym
 
 _LOG, _LINKS = ".ascii.txt", ".annotation.txt"
-_SAID = re.compile(r"\[(\d\d):(\d\d)\] (?:<([^>]+)> ?(.*)| \* (\S+) ?(.*))", re.DOTALL)
-_LINK = re.compile(r"(\d+) (\d+) -\s*")
+_SAID = re.compile(r"\[([01]\d|2[0-3]):([0-5]\d)\] (?:<([^>]+)> ?(.*)| \* (\S+) ?(.*))", re.DOTALL)
+_LINK = re.compile(r"(\d{1,9}) (\d{1,9}) -\s*", re.ASCII)
+_OF_SERVER = ("===", "[")  # "=== ann has joined"; "[05:12] -service:#ubuntu- a notice", which is not said
 _DAY = 86_400
 
 
 class IrcUbuntuSource(CorpusSource):
-    """Lines that reply links connect are a dialogue of everybody who writes in it; lines that no link names, and the
-    server's ("=== ann has joined"), are in none. The character is who writes most besides the one who began: the one
-    who helps. An action ("* ann waves") is written as it was typed, "/me waves". Times are the minutes of the log's
-    clock, which shows 12 hours in some logs: right between messages of a log, not to be compared across logs. The
-    participants are the nicknames, hashed with the log's date: nothing says who has a nickname on another day."""
+    """Lines that reply links connect are a dialogue of everybody who writes in it; lines that no link names are left
+    out, one by one, and the server's ("=== ann has joined") are no records. The character is who writes most besides
+    the one who began: the one who helps. An action ("* ann waves") is written as it was typed, "/me waves". Times are
+    the minutes of the log's clock, which shows 12 hours in some logs: right between messages of a log, not to be
+    compared across logs. The participants are the nicknames, hashed with the log's date: nothing says who has a
+    nickname on another day. Where a log and its links are files in a folder, the log is read with its links, and the
+    links alone give nothing."""
 
     suffixes: ClassVar = (_LOG, _LINKS)
 
     kind: Literal["irc_ubuntu"]
 
-    def read(self) -> Iterator[Dialogue | Rejected]:
+    def read_file(self, path: Path, part: int = 0, n_parts: int = 1) -> Iterator[Dialogue | LeftOut | Rejected]:
+        beside = _other_file(path)
+        if part > 0 or (beside and _LINKS in path.name):
+            return
         waiting: dict[str, CorpusFile] = {}  # of a log and its links, the one that came first
-        for file in self.contents():
+        for file in read_corpus_files([path, *([beside] if beside else [])], self.suffixes):
             name = file.name.removesuffix(_LOG).removesuffix(_LINKS)
             other = waiting.pop(name, None)
             if other is None:
@@ -44,34 +52,50 @@ class IrcUbuntuSource(CorpusSource):
             raise SourceError(f"{file.place}: alone; expected a {_LOG} and an {_LINKS} file of every log")
 
 
-def _conversations(log: CorpusFile, links: CorpusFile) -> Iterator[Dialogue | Rejected]:
-    lines = log.text().split("\n")
+def _other_file(path: Path) -> Path | None:
+    """The links of a log, or the log of links, where they lie unpacked in one folder."""
+    name = path.name.removesuffix(".gz")
+    end, other = (_LOG, _LINKS) if name.endswith(_LOG) else (_LINKS, _LOG)
+    stem = name.removesuffix(end)
+    beside = (path.with_name(f"{stem}{other}{compression}") for compression in ("", ".gz"))
+    return next((file for file in beside if file.is_file()), None) if name.endswith(end) else None
+
+
+def _conversations(log: CorpusFile, links: CorpusFile) -> Iterator[Dialogue | LeftOut | Rejected]:
+    lines = [line.removesuffix("\r") for line in log.text().split("\n")]
     said = _messages(log, lines)
     pairs: list[tuple[int, int]] = []
-    for number, line in enumerate(links.text().splitlines(), start=1):
+    for number, line in enumerate(links.text().split("\n"), start=1):
+        if not line.strip():
+            continue
         matched = _LINK.fullmatch(line)
         pair = (int(matched[1]), int(matched[2])) if matched else (-1, -1)
         if min(pair) >= 0 and max(pair) < len(lines):
             pairs.append(pair)
         else:
             reason = f"expected 'N M -', two lines of the log's {len(lines):,} that belong together"
-            yield Rejected(links.place, number, reason, beginning(line))
+            yield rejected(links.place, number, reason, line)
+    linked = {number for pair in pairs for number in pair}
+    for number, message in said.items():
+        if number not in linked and isinstance(message, Message):
+            yield LeftOut("a line that no reply link names")
+        elif number not in linked and lines[number]:
+            yield rejected(log.place, number + 1, str(message), lines[number])
     for numbers in _connected(pairs):
         spoken = [number for number in numbers if number in said]
-        try:
-            if spoken:
-                yield _dialogue(log, spoken[0], [said[number] for number in spoken])
-        except (DialogueError, RecordError) as error:
-            yield Rejected(log.place, spoken[0] + 1, str(error), beginning(lines[spoken[0]]))
+        if spoken:
+            make = partial(_dialogue, log, spoken[0], [said[number] for number in spoken])
+            yield read_record(make, log.place, lambda first=spoken[0] + 1: first, lines[spoken[0]])  # type: ignore[misc]
 
 
-def _messages(log: CorpusFile, lines: list[str]) -> dict[int, Message]:
-    """What people write, by the number of its line (from 0, as links count). The server's lines are not among them."""
+def _messages(log: CorpusFile, lines: list[str]) -> dict[int, Message | RecordError]:
+    """What people write, by the number of its line (from 0, as links count), or why a line is nothing that anybody can
+    write. The server's lines are not among them."""
     try:
         day = datetime.fromisoformat(log.stem[:10]).replace(tzinfo=UTC).timestamp()
     except ValueError:
         raise SourceError(f"{log.place}: expected a name that begins with a date, as 2005-06-27_12{_LOG}") from None
-    said: dict[int, Message] = {}
+    said: dict[int, Message | RecordError] = {}
     latest = 0.0
     for number, line in enumerate(lines):
         if matched := _SAID.fullmatch(line):
@@ -81,7 +105,12 @@ def _messages(log: CorpusFile, lines: list[str]) -> dict[int, Message]:
                 day += _DAY / 2
                 time += _DAY / 2
             latest = time
-            said[number] = Message(writer or actor, text if writer else f"/me {action}", time)
+            try:
+                said[number] = Message(writer or actor, text if writer else f"/me {action}", time)
+            except DialogueError as error:
+                said[number] = RecordError(f"line {number + 1}: {error}")
+        elif not line.startswith(_OF_SERVER):
+            said[number] = RecordError(f"line {number + 1}: expected '[hh:mm] <name> text', found {line[:60]!r}")
     return said
 
 
@@ -104,7 +133,12 @@ def _connected(pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
     return list(conversations.values())
 
 
-def _dialogue(log: CorpusFile, first: int, messages: list[Message]) -> Dialogue:
+def _dialogue(log: CorpusFile, first: int, lines: list[Message | RecordError]) -> Dialogue:
+    messages = []
+    for line in lines:
+        if isinstance(line, RecordError):
+            raise line
+        messages.append(line)
     check_times(messages)
     return Dialogue(
         id=f"{log.name.rsplit('/', 1)[-1].removesuffix(_LOG)}:{first + 1}",

@@ -11,8 +11,10 @@ from data.sources.chat_jsonl import ChatJsonlSource
 from data.sources.chitchat import ChitchatSource
 from data.sources.feedback_events import FeedbackEventsSource
 from data.sources.hh_rlhf import HhRlhfSource
+from data.sources.hub import DatasetsSource
 from data.sources.irc_ubuntu import IrcUbuntuSource
 from data.sources.openai_messages import OpenaiMessagesSource
+from data.sources.preference_pairs import PreferencePairsSource
 from data.sources.qmsum import QmsumSource
 from data.sources.self_dialogue import SelfDialogueSource
 from data.sources.shakespeare import ShakespeareSource
@@ -26,10 +28,12 @@ SOURCES: dict[str, type[DialogueSource]] = {
     "casino": CasinoSource,
     "chat_jsonl": ChatJsonlSource,
     "chitchat": ChitchatSource,
+    "datasets": DatasetsSource,
     "feedback_events": FeedbackEventsSource,
     "hh_rlhf": HhRlhfSource,
     "irc_ubuntu": IrcUbuntuSource,
     "openai_messages": OpenaiMessagesSource,
+    "preference_pairs": PreferencePairsSource,
     "qmsum": QmsumSource,
     "self_dialogue": SelfDialogueSource,
     "shakespeare": ShakespeareSource,

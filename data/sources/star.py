@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 from data.dialogue import NARRATOR, Dialogue, Message, check_times
 from data.sources.corpus_file import CorpusFile
 from data.sources.corpus_source import RecordSource, json_of
-from data.sources.source import LeftOut
+from data.sources.record import LeftOut
 
 USER, WIZARD = "User", "Wizard"
 _SPEAKING = ("utter", "pick_suggestion")

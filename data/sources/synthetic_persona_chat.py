@@ -1,7 +1,5 @@
 """Synthetic-Persona-Chat (CC-BY-4.0): generated conversations of two people with written personas."""
 
-import csv
-import io
 import re
 from collections.abc import Iterator
 from typing import ClassVar, Literal
@@ -10,12 +8,14 @@ from data.dialogue import NARRATOR, Dialogue, Message
 from data.sources.character import any_speaker
 from data.sources.corpus_file import CorpusFile
 from data.sources.corpus_source import RecordSource
+from data.sources.csv_rows import check_row, csv_rows
 from data.sources.first_names import first_names
-from data.sources.source import RecordError
+from data.sources.record import RecordError
 
 _TURN = re.compile(r"[*\s]*(User [12])[*\s]*:[*\s]*(.*?)[*\s]*")  # some rows have Markdown stars around names and texts
 _SCENE = re.compile(r"\[.*\]|\(.*\)")  # "[Later]", on a line of its own
 _CALLED = re.compile(r"\[user ([12])(?:'s)? name\]|\buser ([12])\b", re.IGNORECASE)
+_COLUMNS = ("user 1 personas", "user 2 personas", "Best Generated Conversation")
 _USERS = ("User 1", "User 2")
 
 
@@ -29,9 +29,10 @@ class SyntheticPersonaChatSource(RecordSource):
     kind: Literal["synthetic_persona_chat"]
 
     def records(self, file: CorpusFile) -> Iterator[tuple[int, dict[str, str]]]:
-        return enumerate(csv.DictReader(io.StringIO(file.text(), newline="")), start=1)
+        return csv_rows(file, _COLUMNS, 1)
 
     def dialogue(self, file: CorpusFile, place: int | str, record: dict[str, str]) -> Dialogue:
+        check_row(record)
         identity = f"{file.stem}:{place}"
         seats = {user: f"{identity} {user}" for user in _USERS}
         given = first_names(seats.values())

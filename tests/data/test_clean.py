@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data.clean import CleanError, Filters, Ledger, check_bad_fraction, passing, without_bad, without_duplicates
 from data.dialogue import NARRATOR, Dialogue, Message
-from data.sources.source import LeftOut, Rejected
+from data.sources.record import LeftOut, Rejected
 
 
 def talk(*lines: str, identity: str = "d") -> Dialogue:

@@ -18,7 +18,7 @@ from data.preferences import (
     read_pairs,
     write_pairs,
 )
-from data.sources.source import SourceError
+from data.sources.record import SourceError
 
 PAIR = PreferencePair(
     "p", (Message("Ann", "hi", 3.5), Message("Bob", "you")), "Bob", "good\n", "bad", "test", {"s": 0.5}

@@ -6,7 +6,7 @@ from typing import Any
 
 from data.dialogue import NARRATOR, Dialogue, to_json
 from data.sources.casino import CasinoSource
-from data.sources.source import Rejected
+from data.sources.record import Rejected
 
 DEAL = {"issue2youget": {"Food": "1", "Water": "3"}, "issue2theyget": {"Food": "2", "Water": "0"}}
 

@@ -9,7 +9,7 @@ import pytest
 
 from data.dialogue import Dialogue, Message
 from data.sources.chat_jsonl import ChatJsonlSource
-from data.sources.source import Rejected, SourceError
+from data.sources.record import Rejected, SourceError
 
 
 def source(path: Path, **settings: Any) -> ChatJsonlSource:

@@ -10,7 +10,7 @@ import pytest
 from data.dialogue import NARRATOR, Dialogue, Message
 from data.sources.chitchat import ChitchatSource
 from data.sources.first_names import FIRST_NAMES, first_names
-from data.sources.source import Rejected, SourceError
+from data.sources.record import Rejected, SourceError
 
 
 def session(**changes: Any) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def test_characters_are_spread_over_both(tmp_path: Path) -> None:
     [
         (session(messages=[]), "no messages"),
         (session(messages=[[{"text": "x"}]]), "KeyError"),
-        ([], "not a session"),
+        ([], "not a record"),
         (session(messages=[[{"text": "x", "sender": "a", "timestamp": "May"}]]), "ISO 8601"),
         (session(messages=[[{"text": None, "sender": "a", "timestamp": "2018-05-02T19:38:15Z"}]]), "text is NoneType"),
     ],
@@ -93,5 +93,6 @@ def test_a_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatc
         ChitchatSource(kind="chitchat").files()
     with pytest.raises(SourceError, match="no such file"):
         ChitchatSource(kind="chitchat", path=str(tmp_path / "none.json")).files()
-    with pytest.raises(SourceError, match="holds a list"):
-        read(tmp_path, [])
+    (bad,) = read(tmp_path, [])
+    assert isinstance(bad, Rejected)
+    assert "holds a list" in bad.reason

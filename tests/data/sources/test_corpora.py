@@ -1,5 +1,5 @@
-"""The published corpora themselves give the counts they are known by. Skipped unless DRAMATIS_CORPORA names a folder
-that holds them, each in a folder named after its source: DRAMATIS_CORPORA=corpora pytest tests/data/sources"""
+"""The published corpora themselves give the counts they are known by. Skipped where there is no folder corpora/ (or
+none that DRAMATIS_CORPORA names) that holds them, each in a folder named after its source."""
 
 import os
 from collections import Counter
@@ -9,11 +9,11 @@ import pytest
 
 from data.dialogue import NARRATOR, Dialogue
 from data.preferences import load_hh_rlhf
+from data.sources.record import LeftOut, Rejected
 from data.sources.registry import SOURCES
-from data.sources.source import LeftOut, Rejected
 
-FOLDER = os.environ.get("DRAMATIS_CORPORA")
-pytestmark = pytest.mark.skipif(FOLDER is None, reason="DRAMATIS_CORPORA does not name a folder of corpora")
+FOLDER = Path(os.environ.get("DRAMATIS_CORPORA", "corpora"))
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="there is no folder corpora/")
 
 # kind: dialogues, messages of people, records left out, bad records.
 COUNTS = {
@@ -22,16 +22,16 @@ COUNTS = {
     "synthetic_persona_chat": (1_965, 54_307, 0, 3),  # of 1,968
     "casino": (1_030, 14_297, 0, 0),
     "star": (6_205, 108_137, 447, 0),  # of 6,652, in 447 of which nobody speaks
-    "irc_ubuntu": (10_147, 66_978, 0, 0),
+    "irc_ubuntu": (10_147, 66_978, 155_154, 0),  # of 222,132 messages, those in no conversation one by one
     "qmsum": (232, 129_177, 0, 0),
-    "shakespeare": (290, 14_135, 1, 1),  # a prologue of nobody; scenes of eight plays, and tinyshakespeare
+    "shakespeare": (290, 14_135, 2, 1),  # SOURCE.md is no play; a prologue of nobody; eight plays, and tinyshakespeare
     "hh_rlhf": (5_042, 23_393, 0, 0),
 }
 
 
 @pytest.mark.parametrize("kind", COUNTS)
 def test_counts(kind: str) -> None:
-    records = list(SOURCES[kind].model_validate({"kind": kind, "path": f"{FOLDER}/{kind}"}).read())
+    records = list(SOURCES[kind].model_validate({"kind": kind, "path": str(FOLDER / kind)}).read())
     dialogues = [record for record in records if isinstance(record, Dialogue)]
     types = Counter(type(record) for record in records)
     said = sum(message.speaker != NARRATOR for dialogue in dialogues for message in dialogue.messages)
@@ -39,8 +39,14 @@ def test_counts(kind: str) -> None:
     assert len({dialogue.id for dialogue in dialogues}) == len(dialogues)
 
 
+def test_everybody_of_the_meetings_keeps_a_name() -> None:
+    meetings = SOURCES["qmsum"].model_validate({"kind": "qmsum", "path": str(FOLDER / "qmsum")}).read()
+    dialogues = [record for record in meetings if isinstance(record, Dialogue)]
+    assert len({message.speaker for dialogue in dialogues for message in dialogue.messages} - {NARRATOR}) == 523
+
+
 def test_unusable_preference_pairs() -> None:
-    read = [load_hh_rlhf(path) for path in sorted(Path(FOLDER or "", "hh_rlhf").glob("*.jsonl.gz"))]
+    read = [load_hh_rlhf(path) for path in sorted((FOLDER / "hh_rlhf").glob("*.jsonl.gz"))]
     assert sum(file.n_records for file in read) == 5_042
     assert sum(file.n_identical for file in read) == 34
     assert sum(file.n_context_differs for file in read) == 5

@@ -9,7 +9,7 @@ import pytest
 
 from data.dialogue import Dialogue
 from data.sources.feedback_events import FeedbackEventsSource
-from data.sources.source import LeftOut, Rejected, SourceError
+from data.sources.record import LeftOut, Rejected, SourceError
 
 
 def event(turn: str, after: str | None, time: float, **changes: Any) -> dict[str, Any]:

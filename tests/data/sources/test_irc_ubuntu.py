@@ -6,7 +6,7 @@ import pytest
 
 from data.dialogue import Dialogue, check_times
 from data.sources.irc_ubuntu import IrcUbuntuSource
-from data.sources.source import Rejected, SourceError
+from data.sources.record import LeftOut, Rejected, SourceError
 
 LOG = """\
 === ann [n=ann@example.org] has joined #ubuntu
@@ -23,10 +23,13 @@ LINKS = "0 0 -\n1 1 -\n1 3 -\n2 2 -\n2 4 -\n3 5 -\n5 7 -\n8 8 -\n"
 
 
 def read(folder: Path, log: str = LOG, links: str = LINKS) -> list[Dialogue | Rejected]:
+    return [record for record in read_all(folder, log, links) if isinstance(record, Dialogue | Rejected)]
+
+
+def read_all(folder: Path, log: str = LOG, links: str = LINKS) -> list[Dialogue | LeftOut | Rejected]:
     (folder / "2005-07-06.train-a.ascii.txt").write_text(log)
     (folder / "2005-07-06.train-a.annotation.txt").write_text(links)
-    records = IrcUbuntuSource(kind="irc_ubuntu", path=str(folder)).read()
-    return [record for record in records if isinstance(record, Dialogue | Rejected)]
+    return list(IrcUbuntuSource(kind="irc_ubuntu", path=str(folder)).read())
 
 
 def test_conversations_are_taken_apart(tmp_path: Path) -> None:
@@ -75,3 +78,29 @@ def test_a_log_without_links_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "monday.annotation.txt").write_text(LINKS)
     with pytest.raises(SourceError, match="begins with a date"):
         list(IrcUbuntuSource(kind="irc_ubuntu", path=str(tmp_path)).read())
+
+
+def test_every_line_that_somebody_writes_is_counted(tmp_path: Path) -> None:
+    records = read_all(tmp_path, LOG + "garbage\n\n")
+    left_out = [record for record in records if isinstance(record, LeftOut)]
+    assert left_out == [LeftOut("a line that no reply link names")], "dan's"
+    (bad,) = [record for record in records if isinstance(record, Rejected)]
+    assert (bad.line, bad.record) == (10, "garbage")
+
+
+@pytest.mark.parametrize("line", ["[00:02] <d:n> a colon", "dan: hi", "\x00", ""])
+def test_a_conversation_with_a_line_that_nobody_can_write_is_rejected(tmp_path: Path, line: str) -> None:
+    log = LOG.replace("[00:02] <dan> nobody links to this", line)
+    bad, good = read(tmp_path, log, LINKS + "5 6 -\n")
+    assert isinstance(bad, Rejected)
+    assert (bad.line, bad.reason[:7]) == (2, "line 7:")
+    assert isinstance(good, Dialogue)
+
+
+def test_a_log_is_read_with_its_links_whichever_is_asked_for(tmp_path: Path) -> None:
+    whole = read_all(tmp_path)
+    source = IrcUbuntuSource(kind="irc_ubuntu", path=str(tmp_path))
+    links, log = source.files()
+    assert links.name.endswith(".annotation.txt")
+    assert list(source.read_file(links)) == []
+    assert list(source.read_file(log)) == whole

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data.dialogue import NARRATOR, Dialogue, Message
 from data.sources.qmsum import QmsumSource
-from data.sources.source import Rejected
+from data.sources.record import Rejected
 
 MEETING = {
     "meeting_transcripts": [

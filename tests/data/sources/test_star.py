@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from data.dialogue import NARRATOR, Dialogue, Message
-from data.sources.source import LeftOut, Rejected
+from data.sources.record import LeftOut, Rejected
 from data.sources.star import StarSource
 
 

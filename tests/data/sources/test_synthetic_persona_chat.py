@@ -4,7 +4,7 @@ import csv
 from pathlib import Path
 
 from data.dialogue import NARRATOR, Dialogue
-from data.sources.source import Rejected
+from data.sources.record import Rejected
 from data.sources.synthetic_persona_chat import SyntheticPersonaChatSource
 
 COLUMNS = ("user 1 personas", "user 2 personas", "Best Generated Conversation")

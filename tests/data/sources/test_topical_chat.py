@@ -7,7 +7,7 @@ from typing import Any
 
 from data.dialogue import Dialogue
 from data.sources.first_names import FIRST_NAMES
-from data.sources.source import Rejected
+from data.sources.record import Rejected
 from data.sources.topical_chat import TopicalChatSource
 
 

@@ -1,0 +1,148 @@
+"""What reading a source gives: dialogues that can be written, records left out, and records rejected with a reason."""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from data.dialogue import Dialogue, DialogueError
+
+MAX_CHARACTERS = 8 * 2**20  # of a message: a longer one is no message
+MAX_DEPTH = 64  # of metadata: JSON's own readers and writers give up at about a thousand
+_SECONDS = (-62_135_596_800, 253_402_300_800)  # the years 1 to 9999
+_SHOWN_CHARACTERS = 500  # of a bad record, and of the reason
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+_LONG_NUMBER = re.compile(r"\d{19}")
+_BESIDE_BRACKETS = re.compile(r"[^][{}]+")
+# What a record raises that has not the form its source expects.
+_MALFORMED = (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError, RecursionError)
+
+
+class SourceError(ValueError):
+    """A source that cannot be read at all; the message names the file or package and says what to do."""
+
+
+class RecordError(ValueError):
+    """One record that cannot be a dialogue; the message says why. The record is quarantined."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A whole record that is not to be trained on; counted by its reason, a few words."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A record that could not become a dialogue: where it stands, why, and how it begins."""
+
+    file: str
+    line: int | str  # the line of a text file, or the key of the record
+    reason: str
+    record: str
+
+
+def read_record(
+    make: Callable[[], Dialogue | LeftOut], file: str, line: Callable[[], int | str], record: Any
+) -> Dialogue | LeftOut | Rejected:
+    """What `make` makes of a record, or why it is no dialogue; where it stands is asked for only then."""
+    try:
+        made = make()
+        if isinstance(made, Dialogue):
+            check_dialogue(made)
+        return made
+    except (DialogueError, RecordError) as error:
+        return rejected(file, line(), str(error), record)
+    except SourceError:
+        raise
+    except _MALFORMED as error:
+        return rejected(file, line(), f"not a record of this source: {error!r}", record)
+
+
+def rejected(file: str, line: int | str, reason: str, record: Any) -> Rejected:
+    """A record's rejection, as text that can be written."""
+    place = beginning(line) if isinstance(line, str) else line
+    return Rejected(_writable(file), place, beginning(reason), beginning(record))
+
+
+def beginning(record: Any) -> str:
+    """The start of a bad record, for the quarantine file."""
+    if isinstance(record, bytes):
+        text = record[: 4 * _SHOWN_CHARACTERS].decode("utf-8", "replace")
+    elif isinstance(record, str):
+        text = record
+    else:
+        try:
+            text = json.dumps(record, ensure_ascii=False, default=str)
+        except (ValueError, TypeError, RecursionError):
+            text = f"({type(record).__name__} that cannot be shown)"
+    return _writable(text.rstrip("\r\n")[:_SHOWN_CHARACTERS])
+
+
+def check_dialogue(dialogue: Dialogue) -> None:
+    """Raise RecordError unless the dialogue can be written as JSON in UTF-8, and its times and lengths can be true."""
+    for number, message in enumerate(dialogue.messages):
+        if len(message.text) > MAX_CHARACTERS:
+            raise RecordError(f"message {number}: {len(message.text):,} characters; the limit is {MAX_CHARACTERS:,}")
+        if message.time is not None and not _SECONDS[0] <= message.time < _SECONDS[1]:
+            raise RecordError(
+                f"message {number}: time is {message.time:.6g}: expected unix seconds before the year 10000"
+                f"{', found milliseconds?' if 0 < message.time < 1000 * _SECONDS[1] else ''}"
+            )
+    of_messages = [message.metadata for message in dialogue.messages if message.metadata is not None]
+    if _is_plain([dialogue.id, dialogue.participants, dialogue.metadata, of_messages]):
+        return
+    _check_value("id", dialogue.id)
+    _check_value("participants", dialogue.participants)
+    _check_value("metadata", dialogue.metadata)
+    for number, message in enumerate(dialogue.messages):
+        _check_value(f"message {number}: metadata", message.metadata)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether the value is for sure one that `_check_value` passes; it is what that would take too long to say."""
+    try:
+        text = _ENCODER.encode(value)
+        text.encode()
+    except (TypeError, ValueError, RecursionError):
+        return False
+    brackets = _BESIDE_BRACKETS.sub("", text)
+    for _ in range(MAX_DEPTH):
+        if not brackets:
+            break
+        brackets = brackets.replace("[]", "").replace("{}", "")  # those of the innermost level
+    return not brackets and not _LONG_NUMBER.search(text)
+
+
+def _check_value(what: str, value: Any, depth: int = 0) -> None:
+    if isinstance(value, str):
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            raise RecordError(f"{what} holds a lone surrogate: not Unicode text")
+    elif isinstance(value, bool) or value is None:
+        pass
+    elif isinstance(value, int):
+        if not -(2**63) <= value < 2**64:
+            raise RecordError(f"{what} holds an integer of more than 64 bits")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise RecordError(f"{what} holds {value}: expected a finite number")
+    elif depth >= MAX_DEPTH:
+        raise RecordError(f"{what} is nested more than {MAX_DEPTH} levels deep")
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise RecordError(f"{what} has the key {key!r}: expected a string")
+            _check_value(what, key, depth + 1)
+            _check_value(what, item, depth + 1)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check_value(what, item, depth + 1)
+    else:
+        raise RecordError(f"{what} holds a {type(value).__name__}, which JSON has no form for")
+
+
+def _writable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,0 +1,42 @@
+"""JSON as its standard has it: no NaN or Infinity, no number beyond a float's range, no key twice in an object."""
+
+import json
+import math
+from collections import Counter
+from typing import Any, NoReturn
+
+from data.sources.record import RecordError
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text. Raises RecordError saying why it is none, or cannot be trusted."""
+    try:
+        return _DECODER.decode(text)
+    except RecordError:
+        raise
+    except RecursionError:
+        raise RecordError("not JSON: nested too deeply") from None
+    except ValueError as error:  # a JSONDecodeError, or an integer of more digits than Python reads
+        raise RecordError(f"not JSON: {error}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise RecordError(f"the key {twice[:80]!r} stands twice in an object")
+    return made
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise RecordError(f"the number {digits[:40]} is beyond the range of a float")
+    return value
+
+
+def _constant(name: str) -> NoReturn:
+    raise RecordError(f"not JSON: {name} is no number")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_float, parse_constant=_constant)

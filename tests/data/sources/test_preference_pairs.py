@@ -1,0 +1,21 @@
+"""Preference pairs as dialogues of the context and the reply that was chosen."""
+
+from pathlib import Path
+
+from data.dialogue import Dialogue, Message
+from data.preferences import PreferencePair, write_pairs
+from data.sources.preference_pairs import PreferencePairsSource
+from data.sources.record import Rejected
+
+
+def test_context_and_chosen_reply(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    context = (Message("Ann", "Hi", 1.5, {"stars": 5}), Message("Zed", "Yo"), Message("Ann", "Who?"))
+    write_pairs(path, [PreferencePair("p1", context, "Zed", "Me.", "Go away.", "feedback", {"rule": "edit"})])
+    path.write_text(path.read_text() + '{"id": "p2", "messages": []}\n')
+    good, bad = PreferencePairsSource(kind="preference_pairs", path=str(path)).read()
+    metadata = {"rule": "edit", "rejected": "Go away.", "pairs": "feedback"}
+    assert good == Dialogue("p1", (*context, Message("Zed", "Me.")), "Zed", (), metadata)
+    assert isinstance(bad, Rejected)
+    assert bad.line == 2
+    assert "missing character, chosen, rejected" in bad.reason
