@@ -269,7 +269,7 @@ def _sha256(tokenizer: DialogueTokenizer) -> str:
 
 def _inputs(recipe: DataRecipe) -> dict[str, Path]:
     sources = named_sources(recipe.sources).items()
-    inputs = {f"source {name}: {path}": path for name, source in sources for path in source.files()}
+    inputs = {f"source {name}: {path}": path for name, source in sources for path in source.inputs()}
     if isinstance(recipe.tokenizer, TokenizerFile):
         path = Path(recipe.tokenizer.path)
         inputs["tokenizer"] = path / MODEL_FILE if path.is_dir() else path

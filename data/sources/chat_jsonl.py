@@ -1,37 +1,26 @@
 """Own chat logs: lines of id, messages (speaker, text, time?, metadata?), character?, participants?, and metadata?."""
 
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from data.dialogue import NARRATOR, Dialogue, DialogueError, check_times, messages_from_records
+from data.dialogue import NARRATOR, Dialogue, check_times, messages_from_records
 from data.sources.character import any_speaker
-from data.sources.source import DialogueSource, RecordError, Rejected, beginning, find_files, parse_object, read_lines
+from data.sources.json_source import JsonSource
+from data.sources.source import RecordError
 
 _KEYS = {"id", "messages", "character", "participants", "metadata"}
 
 
-class ChatJsonlSource(DialogueSource):
+class ChatJsonlSource(JsonSource):
     """One dialogue a line. `participants` are ids of the people who wrote, for splits by participant; `time` is in unix
     seconds; a scene or a character definition is a message by the speaker narrator."""
 
+    suffixes: ClassVar = (".jsonl",)
+
     kind: Literal["chat_jsonl"]
-    path: str  # a .jsonl or .jsonl.gz file, or a directory of them
     # The character of records that name none: this speaker; null chooses one of the speakers by a hash of the id.
     character: str | None = None
 
-    def files(self) -> list[Path]:
-        return find_files(self.path)
-
-    def read(self) -> Iterator[Dialogue | Rejected]:
-        for path in self.files():
-            for number, line in read_lines(path):
-                try:
-                    yield self._dialogue(parse_object(line))
-                except (RecordError, DialogueError) as error:
-                    yield Rejected(str(path), number, str(error), beginning(line))
-
-    def _dialogue(self, record: dict[str, Any]) -> Dialogue:
+    def dialogue(self, place: str, record: dict[str, Any]) -> Dialogue:
         unknown = sorted(set(record) - _KEYS)
         if unknown:
             raise RecordError(f"unknown key {unknown[0]!r}; expected {', '.join(sorted(_KEYS))}")

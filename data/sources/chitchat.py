@@ -1,26 +1,29 @@
 """The package chitchat-dataset: 7,168 conversations of students, with timestamps and ratings (the demo's corpus)."""
 
 import importlib.util
-import json
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from data.dialogue import NARRATOR, Dialogue, DialogueError, Message, check_times
+from data.dialogue import NARRATOR, Dialogue, Message, check_times
 from data.sources.character import any_speaker
+from data.sources.corpus_file import CorpusFile
+from data.sources.corpus_source import RecordSource, json_of
 from data.sources.first_names import first_names
-from data.sources.source import DialogueSource, RecordError, Rejected, SourceError, beginning
+from data.sources.source import RecordError, SourceError
 
 _SLIDER_DEFAULT = 5  # a rating of 5 says nothing: the slider stood there
 
 
-class ChitchatSource(DialogueSource):
+class ChitchatSource(RecordSource):
     """Sessions as they are; consecutive messages of one sender stay separate. The character is one of the senders,
     chosen by a hash of the session's id."""
 
+    suffixes: ClassVar = (".json",)
+
     kind: Literal["chitchat"]
-    path: str | None = None  # a dataset.json; null takes the installed package's
+    path: str | None = None  # type: ignore[assignment]  # a dataset.json; null takes the installed package's
     # Senders are ids: first_names gives each a stable first name, ids keeps the ids.
     names: Literal["first_names", "ids"] = "first_names"
     topic_as_scene: bool = True  # the topic shown to the two becomes a first message by the narrator
@@ -43,36 +46,23 @@ class ChitchatSource(DialogueSource):
             )
         return [path]
 
-    def read(self) -> Iterator[Dialogue | Rejected]:
-        (path,) = self.files()
-        try:
-            sessions = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise SourceError(f"{path}: cannot be read as JSON ({error})") from None
-        if not isinstance(sessions, dict):
-            raise SourceError(f"{path}: holds a {type(sessions).__name__}, expected an object of sessions")
-        for identity, session in sessions.items():
-            try:
-                yield self._dialogue(identity, session)
-            except (DialogueError, RecordError) as error:
-                yield Rejected(str(path), identity, str(error), beginning(json.dumps(session)))
+    def records(self, file: CorpusFile) -> Iterator[tuple[str, Any]]:
+        return iter(json_of(file, dict).items())
 
-    def _dialogue(self, identity: str, session: dict[str, Any]) -> Dialogue:
-        try:
-            sent = [
-                (message["sender"], message["text"], _unix_seconds(message["timestamp"]))
-                for group in session["messages"]
-                for message in group
-            ]
-        except (KeyError, TypeError) as error:
-            raise RecordError(f"not a session of messages with sender, text and timestamp: {error!r}") from None
+    def dialogue(self, file: CorpusFile, place: int | str, record: dict[str, Any]) -> Dialogue:
+        identity = str(place)
+        sent = [
+            (message["sender"], message["text"], _unix_seconds(message["timestamp"]))
+            for group in record["messages"]
+            for message in group
+        ]
         if not sent:
             raise RecordError("no messages")
         senders = sorted({sender for sender, _, _ in sent})
         names = first_names(senders) if self.names == "first_names" else {sender: sender for sender in senders}
-        topic = session.get("prompt") or ""
+        topic = record.get("prompt") or ""
         scene = (Message(NARRATOR, topic),) if self.topic_as_scene and topic.strip() else ()
-        ratings = {name: value for name, value in (session.get("ratings") or {}).items() if value != _SLIDER_DEFAULT}
+        ratings = {name: value for name, value in (record.get("ratings") or {}).items() if value != _SLIDER_DEFAULT}
         messages = tuple(Message(names[sender], text, time) for sender, text, time in sent)
         check_times(messages)
         return Dialogue(

@@ -1,37 +1,28 @@
 """hh-rlhf: JSON lines with two "Human: ... Assistant: ..." transcripts. As a source, the chosen side's dialogues."""
 
 import re
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from data.dialogue import Dialogue, DialogueError, Message
-from data.sources.source import DialogueSource, RecordError, Rejected, beginning, find_files, parse_object, read_lines
+from data.dialogue import Dialogue, Message
+from data.sources.json_source import JsonSource
+from data.sources.source import RecordError
 
 HUMAN, ASSISTANT = "Human", "Assistant"
 _TURN = re.compile(rf"(?:^|\n\n)({HUMAN}|{ASSISTANT}):")
 
 
-class HhRlhfSource(DialogueSource):
+class HhRlhfSource(JsonSource):
     """The chosen transcripts of hh-rlhf files. The character is the assistant."""
 
+    suffixes: ClassVar = (".jsonl",)
+
     kind: Literal["hh_rlhf"]
-    path: str  # a .jsonl or .jsonl.gz file, or a directory of them
     human: str = HUMAN  # the names the two speakers get
     assistant: str = ASSISTANT
 
-    def files(self) -> list[Path]:
-        return find_files(self.path)
-
-    def read(self) -> Iterator[Dialogue | Rejected]:
+    def dialogue(self, place: str, record: dict[str, Any]) -> Dialogue:
         names = {HUMAN: self.human, ASSISTANT: self.assistant}
-        for path in self.files():
-            for number, line in read_lines(path):
-                try:
-                    messages = parse_transcript(transcript_of(parse_object(line), "chosen"), names)
-                    yield Dialogue(f"{path.name}:{number}", messages, self.assistant)
-                except (RecordError, DialogueError) as error:
-                    yield Rejected(str(path), number, str(error), beginning(line))
+        return Dialogue(place, parse_transcript(transcript_of(record, "chosen"), names), self.assistant)
 
 
 def transcript_of(record: dict[str, Any], side: str) -> str:

@@ -4,11 +4,12 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from data.dialogue import Dialogue, DialogueError, Message, check_times
 from data.sources.character import most_talkative
-from data.sources.corpus_file import CorpusFile
+from data.sources.corpus_file import CorpusFile, read_corpus_files
 from data.sources.corpus_source import CorpusSource
 from data.sources.source import RecordError, Rejected, SourceError, beginning
 from data.stable_hash import pseudonym
@@ -24,15 +25,19 @@ class IrcUbuntuSource(CorpusSource):
     server's ("=== ann has joined"), are in none. The character is who writes most besides the one who began: the one
     who helps. An action ("* ann waves") is written as it was typed, "/me waves". Times are the minutes of the log's
     clock, which shows 12 hours in some logs: right between messages of a log, not to be compared across logs. The
-    participants are the nicknames, hashed with the log's date: nothing says who has a nickname on another day."""
+    participants are the nicknames, hashed with the log's date: nothing says who has a nickname on another day. Where a
+    log and its links are files in a folder, the log is read with its links, and the links alone give nothing."""
 
     suffixes: ClassVar = (_LOG, _LINKS)
 
     kind: Literal["irc_ubuntu"]
 
-    def read(self) -> Iterator[Dialogue | Rejected]:
+    def read_file(self, path: Path, part: int = 0, n_parts: int = 1) -> Iterator[Dialogue | Rejected]:
+        beside = _other_file(path)
+        if part > 0 or (beside and _LINKS in path.name):
+            return
         waiting: dict[str, CorpusFile] = {}  # of a log and its links, the one that came first
-        for file in self.contents():
+        for file in read_corpus_files([path, *([beside] if beside else [])], self.suffixes):
             name = file.name.removesuffix(_LOG).removesuffix(_LINKS)
             other = waiting.pop(name, None)
             if other is None:
@@ -42,6 +47,15 @@ class IrcUbuntuSource(CorpusSource):
                 yield from _conversations(log, links)
         for file in waiting.values():
             raise SourceError(f"{file.place}: alone; expected a {_LOG} and an {_LINKS} file of every log")
+
+
+def _other_file(path: Path) -> Path | None:
+    """The links of a log, or the log of links, where they lie unpacked in one folder."""
+    name = path.name.removesuffix(".gz")
+    end, other = (_LOG, _LINKS) if name.endswith(_LOG) else (_LINKS, _LOG)
+    stem = name.removesuffix(end)
+    beside = (path.with_name(f"{stem}{other}{compression}") for compression in ("", ".gz"))
+    return next((file for file in beside if file.is_file()), None) if name.endswith(end) else None
 
 
 def _conversations(log: CorpusFile, links: CorpusFile) -> Iterator[Dialogue | Rejected]:

@@ -1,33 +1,25 @@
 """Conversations in the format of the OpenAI chat API: {"messages": [{"role": ..., "content": ...}, ...]}."""
 
-from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from data.dialogue import NARRATOR, Dialogue, Message
-from data.sources.corpus_file import CorpusFile
-from data.sources.corpus_source import RecordSource, json_records, object_of
+from data.sources.json_source import JsonSource
 from data.sources.source import RecordError
 
 
-class OpenaiMessagesSource(RecordSource):
+class OpenaiMessagesSource(JsonSource):
     """A conversation a line of .jsonl, or an element of a .json list. What system and developer say is the narrator's;
     a message's `name`, where given, is its speaker. The character is the assistant. What is not text (tool calls and
     results, images) makes a bad record. Other keys of the record become metadata."""
-
-    suffixes: ClassVar = (".jsonl", ".json")
 
     kind: Literal["openai_messages"]
     user: str = "User"  # the names of the speakers that have none
     assistant: str = "Assistant"
 
-    def records(self, file: CorpusFile) -> Iterator[tuple[int, Any]]:
-        return json_records(file)
-
-    def dialogue(self, file: CorpusFile, place: int | str, record: Any) -> Dialogue:
-        fields = object_of(record)
-        given = fields.pop("messages", None)
+    def dialogue(self, place: str, record: dict[str, Any]) -> Dialogue:
+        given = record.pop("messages", None)
         if not isinstance(given, list):
-            raise RecordError(f"messages is {type(given).__name__}, expected a list; found keys {sorted(fields)}")
+            raise RecordError(f"messages is {type(given).__name__}, expected a list; found keys {sorted(record)}")
         speakers = {"system": NARRATOR, "developer": NARRATOR, "user": self.user, "assistant": self.assistant}
         messages = []
         character = None
@@ -40,8 +32,8 @@ class OpenaiMessagesSource(RecordSource):
             messages.append(Message(speaker, _text(number, message)))
         if character is None:
             raise RecordError("no message has the role assistant, whose replies are to be trained")
-        identity = str(fields.pop("id", f"{file.name}:{place}"))
-        return Dialogue(identity, tuple(messages), character, (), fields)
+        identity = str(record.pop("id", place))
+        return Dialogue(identity, tuple(messages), character, (), record)
 
 
 def _text(number: int, message: dict[str, Any]) -> str:

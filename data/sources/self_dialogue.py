@@ -21,7 +21,8 @@ _BLOCKED = "blocked_workers.txt"  # the corpus's own list of those whose work is
 
 class SelfDialogueSource(RecordSource):
     """A row is a dialogue; the two speakers get first names, by a hash of the row, and the narrator says the topic. The
-    character is one of the two. The participant is the worker, hashed. Rows of blocked workers are left out."""
+    character is one of the two. The participant is the worker, hashed. Rows of blocked workers are left out: their
+    list is the one file that every other is read with."""
 
     suffixes: ClassVar = (".csv", _BLOCKED)
 

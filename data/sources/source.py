@@ -1,56 +1,56 @@
 """What a source of dialogues is: a recipe section that finds its files and reads them as records, good and bad."""
 
 import difflib
-import gzip
 import json
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from data.dialogue import Dialogue
+from data.dialogue import Dialogue, DialogueError
+from data.sources.line_reader import MAX_LINE_BYTES, LineReader, LongLine, open_unpacked
+from data.sources.record import LeftOut, RecordError, Rejected, SourceError
 from recipes.loader import Section
 
-
-class SourceError(ValueError):
-    """A source that cannot be read at all; the message names the file or package and says what to do."""
-
-
-class RecordError(ValueError):
-    """One record that cannot be a dialogue; the message says why. The record is quarantined."""
-
-
-@dataclass(frozen=True, slots=True)
-class LeftOut:
-    """A whole record that is not to be trained on; counted by its reason, a few words."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Rejected:
-    """A record that could not become a dialogue: where it stands, why, and how it begins."""
-
-    file: str
-    line: int | str  # the line of a text file, or the key of the record
-    reason: str
-    record: str
+_MALFORMED = (KeyError, TypeError, AttributeError, IndexError)  # what a record without an expected field raises
 
 
 class DialogueSource(Section, ABC):
-    """Base of the sources. A new corpus is a subclass in a module of its own, and one line in registry.py."""
+    """Base of the sources. A new corpus is a subclass in a module of its own, and one line in registry.py.
+
+    Files can be read in any order and by several processes: what a file gives, ids included, does not depend on the
+    other files. (A source that needs one file to read another says so.)
+    """
+
+    splittable: ClassVar[bool] = False  # whether `read_file` can share out one big file
 
     kind: str  # a subclass narrows it to its one name
 
     @abstractmethod
     def files(self) -> list[Path]:
-        """The files it reads. Raises SourceError when one is missing."""
+        """What `read_file` takes, in order. Raises SourceError when a file is missing."""
 
     @abstractmethod
+    def read_file(self, path: Path, part: int = 0, n_parts: int = 1) -> Iterator[Dialogue | LeftOut | Rejected]:
+        """Every record of one of the files, or of one part of it.
+
+        The parts one after the other are the whole, whatever their number; of a file that cannot be shared out, part 0
+        is the whole and the others are empty.
+        """
+
     def read(self) -> Iterator[Dialogue | LeftOut | Rejected]:
         """Every record in the order of the files: a Dialogue, or why it is none."""
+        for path in self.files():
+            yield from self.read_file(path)
+
+    def inputs(self) -> list[Path]:
+        """The files on this machine that the records come from: a run records their digests."""
+        return self.files()
+
+    def n_parts(self, path: Path, part_bytes: int) -> int:
+        """Into how many parts of about `part_bytes` one of the files is worth sharing out."""
+        return max(1, -(-path.stat().st_size // part_bytes)) if self.splittable else 1
 
 
 def find_files(path: str, suffixes: tuple[str, ...] = (".jsonl", ".jsonl.gz"), pattern: str = "*") -> list[Path]:
@@ -73,10 +73,11 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Numbered lines of a file, gzip or plain, blank ones left out. Raises SourceError where it cannot be read."""
     number = 0
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, line
+        with open_unpacked(path) as file:
+            reader = LineReader(file)
+            for _, line in reader:
+                number = reader.number
+                yield number, line
     except (OSError, EOFError, zlib.error) as error:
         after = f" after line {number}" if number else ""
         raise SourceError(f"{path}: cannot be read{after} ({error}); the file is missing or damaged") from None
@@ -84,6 +85,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def parse_object(line: bytes) -> dict[str, Any]:
     """The JSON object of a line. Raises RecordError saying what the line is instead."""
+    if isinstance(line, LongLine):
+        raise RecordError(f"a line of {line.n_bytes:,} bytes; the limit is {MAX_LINE_BYTES:,}")
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -99,3 +102,17 @@ def beginning(record: bytes | str) -> str:
     """The start of a bad record, for the quarantine file."""
     text = record.decode("utf-8", "replace") if isinstance(record, bytes) else record
     return text.rstrip("\r\n")[:500].encode("utf-8", "replace").decode("utf-8")
+
+
+def read_record(
+    make: Callable[[], Dialogue | LeftOut], file: str, line: Callable[[], int | str], record: Any
+) -> Dialogue | LeftOut | Rejected:
+    """What `make` makes of a record, or why it is no dialogue; where it stands is asked for then alone."""
+    try:
+        return make()
+    except (DialogueError, RecordError) as error:
+        reason = str(error)
+    except _MALFORMED as error:
+        reason = f"not a record of this corpus: {error!r}"
+    shown = record if isinstance(record, str | bytes) else json.dumps(record, ensure_ascii=False, default=str)
+    return Rejected(file, line(), reason, beginning(shown))

@@ -74,7 +74,7 @@ def test_characters_are_spread_over_both(tmp_path: Path) -> None:
     [
         (session(messages=[]), "no messages"),
         (session(messages=[[{"text": "x"}]]), "KeyError"),
-        ([], "not a session"),
+        ([], "not a record"),
         (session(messages=[[{"text": "x", "sender": "a", "timestamp": "May"}]]), "ISO 8601"),
         (session(messages=[[{"text": None, "sender": "a", "timestamp": "2018-05-02T19:38:15Z"}]]), "text is NoneType"),
     ],

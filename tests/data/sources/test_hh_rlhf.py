@@ -14,6 +14,6 @@ def test_chosen_transcripts_become_dialogues(tmp_path: Path) -> None:
     path.write_text(json.dumps({"chosen": chosen, "rejected": ""}) + "\n" + json.dumps({"chosen": "Hi"}) + "\n")
     good, bad = HhRlhfSource(kind="hh_rlhf", path=str(path), human="User", assistant="Zed").read()
     messages = (Message("User", "Hi, Assistant: are you there?"), Message("Zed", "Yes.\nTwo lines."))
-    assert good == Dialogue("hh.jsonl:1", messages, "Zed")
+    assert good == Dialogue("hh.jsonl@0", messages, "Zed")
     assert isinstance(bad, Rejected)
     assert bad.line == 2

@@ -40,7 +40,7 @@ def test_openai_messages(tmp_path: Path) -> None:
     first, second = openai(path, assistant="Zed")
     said = (Message("User", "Hi!"), Message("Bob", "me too"), Message("Zed", "Yo"))
     assert first == Dialogue("c1", (Message(NARRATOR, "You are Zed."), *said), "Zed", (), {"model": "m"})
-    assert second == Dialogue("log.jsonl:3", said, "Zed")
+    assert second == Dialogue("log.jsonl@277", said, "Zed")
 
 
 def test_sharegpt(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_sharegpt(tmp_path: Path) -> None:
     first, second = sharegpt(tmp_path, user="Ann")
     said = (Message("Ann", "Hi!"), Message("Assistant", "Yo"))
     assert first == Dialogue("c1", (Message(NARRATOR, "You are Zed."), *said), "Assistant", (), {"lang": "en"})
-    assert second == Dialogue("b.jsonl:1", said, "Assistant")
+    assert second == Dialogue("b.jsonl@0", said, "Assistant")
 
 
 @pytest.mark.parametrize(
