@@ -230,6 +230,12 @@ def _continues(message: Message, following: Message | None, within_seconds: floa
     return int(following.time - message.time <= within_seconds)
 
 
+def supervision(dialogue: Dialogue, within_seconds: float | None = None) -> tuple[list[bool], list[int]]:
+    """For each message: whether SFT trains it, and its continuation label."""
+    trained = [message.speaker == dialogue.character for message in dialogue.messages]
+    return trained, continuation_labels(dialogue, within_seconds)
+
+
 def encode_dialogue(
     tokenizer: Encoder, dialogue: Dialogue, continue_within_seconds: float | None = None
 ) -> EncodedDialogue:
@@ -238,7 +244,7 @@ def encode_dialogue(
     for message in dialogue.messages:
         texts += (speaker_prefix(message.speaker), message_body(message.text))
     encoded = tokenizer.encode_many(texts)
-    labels = continuation_labels(dialogue, continue_within_seconds)
+    is_trained, labels = supervision(dialogue, continue_within_seconds)
     ids = [tokenizer.bos_id]
     starts: list[int] = []
     text_starts: list[int] = []
@@ -251,10 +257,9 @@ def encode_dialogue(
         ends.append(len(ids))
     trained = np.zeros(len(ids), dtype=np.uint8)
     label = np.full(len(ids), NO_LABEL, dtype=np.int8)
-    for message, first, end, continues in zip(dialogue.messages, text_starts, ends, labels, strict=True):
+    for is_answer, continues, first, end in zip(is_trained, labels, text_starts, ends, strict=True):
         label[end - 1] = continues
-        if message.speaker == dialogue.character:
-            trained[first:end] = 1
+        trained[first:end] = is_answer
     return EncodedDialogue(np.asarray(ids, dtype=np.int64), trained, label, np.asarray(starts), np.asarray(text_starts))
 
 
