@@ -34,7 +34,7 @@ class RenderedDialogues:
 
 def render(
     dialogues: Sequence[Dialogue], continue_within_seconds: float | None
-) -> tuple[list[bytes], np.ndarray, list[int]]:
+) -> tuple[list[bytes], np.ndarray, np.ndarray]:
     """The parts of RenderedDialogues: the texts as bytes, the messages, and how many each dialogue has."""
     texts: list[bytes] = []
     trained: list[bool] = []
@@ -54,7 +54,7 @@ def render(
     messages = np.empty(len(labels), MESSAGE)
     messages["prefix_bytes"], messages["body_bytes"] = n_bytes[::2], n_bytes[1::2]
     messages["trained"], messages["label"] = trained, labels
-    return texts, messages, [len(dialogue.messages) for dialogue in dialogues]
+    return texts, messages, np.array([len(dialogue.messages) for dialogue in dialogues], np.int64)
 
 
 def encode_rendered(

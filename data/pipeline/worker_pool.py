@@ -13,12 +13,16 @@ from typing import Any
 
 from data.pipeline.failure import StageError
 
+_PRELOADED = ["data.pipeline.local_executor", "data.pipeline.merge"]  # imported once, not by every process
+
 
 class WorkerPool:
     """At most `n_workers` processes, started when first needed and kept until the end of the `with`."""
 
     def __init__(self, n_workers: int) -> None:
-        self._executor = ProcessPoolExecutor(n_workers, get_context("spawn"), initializer=_start_worker)
+        context = get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
+        self._executor = ProcessPoolExecutor(n_workers, context, initializer=_start_worker)
         self._others = set(active_children())
 
     def __enter__(self) -> "WorkerPool":
