@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ NARRATOR = "narrator"
 CONTROL_SURFACES = ("<pad>", "<unk>", "<bos>", "<|message|>", "<|end|>")  # in the order of their ids, 0 to 4
 WORD_JOINER = "\u2060"
 NO_LABEL = -1
+_MESSAGE_KEYS = {"speaker", "text", "time", "metadata"}
 
 _SURFACE = re.compile("|".join(re.escape(surface) for surface in CONTROL_SURFACES))
 _JOINERS = re.compile(f"{WORD_JOINER}({WORD_JOINER}?)")
@@ -55,7 +57,8 @@ class Message:
         check_speaker(self.speaker)
         if not isinstance(self.text, str):
             raise DialogueError(f"text is {type(self.text).__name__}: expected a string")
-        _check_encodable("text", self.text)
+        if not self.text.isascii():
+            _check_encodable("text", self.text)
         if self.time is not None and not (
             isinstance(self.time, (int, float)) and not isinstance(self.time, bool) and math.isfinite(self.time)
         ):
@@ -107,7 +110,14 @@ class EncodedDialogue:
 
 def check_speaker(name: object) -> None:
     """Raise DialogueError unless `name` can stand before ':' in a message."""
-    if not isinstance(name, str) or not name.strip():
+    if not isinstance(name, str):
+        raise DialogueError(f"speaker is {name!r}: expected a non-empty name")
+    _check_name(name)
+
+
+@lru_cache(4096)  # a dialogue has few speakers and many messages
+def _check_name(name: str) -> None:
+    if not name.strip():
         raise DialogueError(f"speaker is {name!r}: expected a non-empty name")
     if ":" in name or "\n" in name or "\r" in name:
         raise DialogueError(f"speaker {name!r} contains ':' or a line break; rename the speaker in the source")
@@ -315,8 +325,8 @@ def messages_from_records(records: object) -> tuple[Message, ...]:
     for number, record in enumerate(records):
         if not isinstance(record, dict) or "speaker" not in record or "text" not in record:
             raise DialogueError(f"message {number}: expected an object with speaker and text, found {str(record)[:80]}")
-        unknown = sorted(set(record) - {"speaker", "text", "time", "metadata"})
-        if unknown:
+        if not record.keys() <= _MESSAGE_KEYS:
+            unknown = sorted(record.keys() - _MESSAGE_KEYS)
             raise DialogueError(f"message {number}: unknown key {unknown[0]!r}; expected speaker, text, time, metadata")
         try:
             messages.append(Message(**record))
