@@ -65,6 +65,11 @@ class Ledger:
         gone = self.quarantined + sum(self.filtered.values()) + self.duplicates
         assert self.read == gone + self.kept, f"records are lost: {self}"
 
+    @classmethod
+    def from_dict(cls, counts: Mapping[str, Any]) -> "Ledger":
+        """What `to_dict` gave."""
+        return cls(**{**counts, "filtered": dict(counts["filtered"])})
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "read": self.read,
@@ -120,7 +125,7 @@ def check_bad_fraction(ledgers: Mapping[str, Ledger], max_bad_fraction: float, q
 def without_duplicates(dialogues: Iterable[Dialogue], seen: set[bytes], ledger: Ledger) -> Iterator[Dialogue]:
     """Dialogues whose turns and texts are not in `seen` yet; ids, names and times do not make a difference."""
     for dialogue in dialogues:
-        key = _content_key(dialogue)
+        key = content_key(dialogue)
         if key in seen:
             ledger.duplicates += 1
         else:
@@ -128,10 +133,13 @@ def without_duplicates(dialogues: Iterable[Dialogue], seen: set[bytes], ledger: 
             yield dialogue
 
 
-def _content_key(dialogue: Dialogue) -> bytes:
+def content_key(dialogue: Dialogue) -> bytes:
+    """16 bytes that are the same for dialogues of the same turns and texts; ids, names and times do not matter."""
     order: dict[str, int] = {}
-    content = [(order.setdefault(m.speaker, len(order)), m.speaker == NARRATOR, m.text) for m in dialogue.messages]
-    return hashlib.sha256(json.dumps(content).encode()).digest()[:16]
+    turns = [order.setdefault(message.speaker, len(order)) for message in dialogue.messages]
+    texts = [message.text for message in dialogue.messages]
+    shape = repr((turns, order.get(NARRATOR), list(map(len, texts))))
+    return hashlib.sha256((shape + "".join(texts)).encode()).digest()[:16]
 
 
 def _without_blanks(dialogue: Dialogue, ledger: Ledger) -> Dialogue | None:

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ CONTROL_SURFACES = ("<pad>", "<unk>", "<bos>", "<|message|>", "<|end|>")  # in t
 WORD_JOINER = "\u2060"
 NO_LABEL = -1
 LABEL_KEY, TRAINED_KEY = "engagement_label", "trained"  # of a message's metadata
+_MESSAGE_KEYS = {"speaker", "text", "time", "metadata"}
 
 _SURFACE = re.compile("|".join(re.escape(surface) for surface in CONTROL_SURFACES))
 _JOINERS = re.compile(f"{WORD_JOINER}({WORD_JOINER}?)")
@@ -60,7 +62,8 @@ class Message:
         check_speaker(self.speaker)
         if not isinstance(self.text, str):
             raise DialogueError(f"text is {type(self.text).__name__}: expected a string")
-        _check_encodable("text", self.text)
+        if not self.text.isascii():
+            _check_encodable("text", self.text)
         if self.time is not None and not (
             isinstance(self.time, (int, float)) and not isinstance(self.time, bool) and math.isfinite(self.time)
         ):
@@ -130,7 +133,14 @@ class EncodedDialogue:
 
 def check_speaker(name: object) -> None:
     """Raise DialogueError unless `name` can stand before ':' in a message."""
-    if not isinstance(name, str) or not name.strip():
+    if not isinstance(name, str):
+        raise DialogueError(f"speaker is {name!r}: expected a non-empty name")
+    _check_name(name)
+
+
+@lru_cache(4096)  # a dialogue has few speakers and many messages
+def _check_name(name: str) -> None:
+    if not name.strip():
         raise DialogueError(f"speaker is {name!r}: expected a non-empty name")
     if ":" in name or "\n" in name or "\r" in name:
         raise DialogueError(f"speaker {name!r} contains ':' or a line break; rename the speaker in the source")
@@ -266,6 +276,12 @@ def _continues(message: Message, following: Message | None, within_seconds: floa
     return int(following.time - message.time <= within_seconds)
 
 
+def supervision(dialogue: Dialogue, within_seconds: float | None = None) -> tuple[list[bool], list[int]]:
+    """For each message: whether SFT trains it, and its continuation label."""
+    trained = [message.speaker == dialogue.character and message.is_trained for message in dialogue.messages]
+    return trained, continuation_labels(dialogue, within_seconds)
+
+
 def encode_dialogue(
     tokenizer: Encoder, dialogue: Dialogue, continue_within_seconds: float | None = None
 ) -> EncodedDialogue:
@@ -274,7 +290,7 @@ def encode_dialogue(
     for message in dialogue.messages:
         texts += (speaker_prefix(message.speaker), message_body(message.text))
     encoded = tokenizer.encode_many(texts)
-    labels = continuation_labels(dialogue, continue_within_seconds)
+    is_trained, labels = supervision(dialogue, continue_within_seconds)
     ids = [tokenizer.bos_id]
     starts: list[int] = []
     text_starts: list[int] = []
@@ -287,10 +303,9 @@ def encode_dialogue(
         ends.append(len(ids))
     trained = np.zeros(len(ids), dtype=np.uint8)
     label = np.full(len(ids), NO_LABEL, dtype=np.int8)
-    for message, first, end, continues in zip(dialogue.messages, text_starts, ends, labels, strict=True):
+    for is_answer, continues, first, end in zip(is_trained, labels, text_starts, ends, strict=True):
         label[end - 1] = continues
-        if message.speaker == dialogue.character and message.is_trained:
-            trained[first:end] = 1
+        trained[first:end] = is_answer
     return EncodedDialogue(np.asarray(ids, dtype=np.int64), trained, label, np.asarray(starts), np.asarray(text_starts))
 
 
@@ -346,8 +361,8 @@ def messages_from_records(records: object) -> tuple[Message, ...]:
     for number, record in enumerate(records):
         if not isinstance(record, dict) or "speaker" not in record or "text" not in record:
             raise DialogueError(f"message {number}: expected an object with speaker and text, found {str(record)[:80]}")
-        unknown = sorted(set(record) - {"speaker", "text", "time", "metadata"})
-        if unknown:
+        if not record.keys() <= _MESSAGE_KEYS:
+            unknown = sorted(record.keys() - _MESSAGE_KEYS)
             raise DialogueError(f"message {number}: unknown key {unknown[0]!r}; expected speaker, text, time, metadata")
         try:
             messages.append(Message(**record))

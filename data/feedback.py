@@ -43,7 +43,7 @@ from data.preferences import pair_to_json
 from data.sources.record import RecordError, Rejected, SourceError, beginning
 from data.sources.source import find_files, parse_object, read_lines
 from data.stable_hash import pseudonym
-from data.steps import StepProgress, Steps
+from data.steps import Steps
 from recipes.loader import Section, parse_command_line, print_recipe, tell_error
 from recipes.run_directory import RunDirectoryError, RunState, finish_run, prepare_run_directory, read_done
 
@@ -97,12 +97,14 @@ def convert(recipe: FeedbackRecipe, steps: Steps) -> Counts:
         names = (PAIRS_FILE, DIALOGUES_FILE, REPLIES_FILE, QUARANTINE_FILE)
         outputs = Outputs(*(opened.enter_context(atomic_file(run_dir / name, "w")) for name in names))
         parts = opened.enter_context(UserParts(run_dir / _PARTS_DIRECTORY, recipe.parts))
-        _divide(files, parts, outputs, counts.lines, steps.begin("reading", "lines"))
-        advance = steps.begin("converting", "lines", counts.lines.read - counts.lines.quarantined)
-        for part in range(recipe.parts):
-            for user, lines in parts.users(part, files):
-                _convert_user(user, lines, recipe, outputs, counts)
-                advance(len(lines))
+        with steps.following("reading", "lines", lambda: counts.lines.read):
+            _divide(files, parts, outputs, counts.lines)
+        n_good, n_converted = counts.lines.read - counts.lines.quarantined, 0
+        with steps.following("converting", "lines", lambda: n_converted, lambda: n_good):
+            for part in range(recipe.parts):
+                for user, lines in parts.users(part, files):
+                    _convert_user(user, lines, recipe, outputs, counts)
+                    n_converted += len(lines)
     kept_quarantine = run_dir.with_name(f"{run_dir.name}.{QUARANTINE_FILE}")
     check_bad_fraction({_SOURCE: counts.lines}, recipe.max_bad_fraction, run_dir / QUARANTINE_FILE, kept_quarantine)
     counts.balance()
@@ -112,12 +114,11 @@ def convert(recipe: FeedbackRecipe, steps: Steps) -> Counts:
     return counts
 
 
-def _divide(files: Sequence[Path], parts: UserParts, outputs: Outputs, lines: Ledger, advance: StepProgress) -> None:
+def _divide(files: Sequence[Path], parts: UserParts, outputs: Outputs, lines: Ledger) -> None:
     """Sort the lines by user into parts; those that are no JSON objects go to quarantine."""
     for file_number, path in enumerate(files):
         for number, content in read_lines(path):
             lines.read += 1
-            advance(1)
             try:
                 parts.add(user_of(parse_object(content)), file_number, number, content)
             except RecordError as error:

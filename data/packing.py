@@ -43,6 +43,24 @@ class EncodedCorpus:
         """The documents of all parts in order (at least one part)."""
         return cls(*(np.concatenate([getattr(p, name) for p in parts]) for name in cls.__slots__))
 
+    def of_documents(self, is_kept: np.ndarray) -> "EncodedCorpus":
+        """Some of the documents (a mask), in the same order."""
+        if is_kept.all():
+            return self
+        token_is_kept = np.repeat(is_kept, self.lengths)
+        return EncodedCorpus(
+            self.tokens[token_is_kept],
+            self.trained[token_is_kept],
+            self.label[token_is_kept],
+            self.lengths[is_kept],
+        )
+
+    def of_span(self, first: int, end: int) -> "EncodedCorpus":
+        """The documents from `first` up to `end`, without copying."""
+        edges = np.append(0, np.cumsum(self.lengths, dtype=np.int64))
+        tokens = slice(int(edges[first]), int(edges[end]))
+        return EncodedCorpus(self.tokens[tokens], self.trained[tokens], self.label[tokens], self.lengths[first:end])
+
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
     """The smallest type on disk that holds every id."""

@@ -26,25 +26,21 @@ def short_number(n: int) -> str:
     return str(n)
 
 
-def print_report(
-    run_dir: Path,
-    ledgers: Mapping[str, Ledger],
-    vocab_size: int,
-    splits: Figures,
-    seconds: float,
-    console: Console,
-) -> None:
-    """Where every record went, and what each side holds."""
+def print_report(run_dir: Path, manifest: Mapping[str, Any], seconds: float, console: Console) -> None:
+    """Where every record went, and what each side holds, from the run's manifest."""
+    ledgers = {name: Ledger.from_dict(counts) for name, counts in manifest["sources"].items()}
+    sides = {side: manifest[side] for side in ("train", "heldout")}
     ledger = Ledger.total(ledgers.values())
+    ledger.balance()
     if len(ledgers) > 1:
-        console.print(_source_table(ledgers, splits))
+        console.print(_source_table(ledgers, sides))
     console.print(_record_table(ledger))
     if ledger.blank_messages:
         console.print(f"{ledger.blank_messages:,} messages without text were taken out of dialogues", soft_wrap=True)
-    console.print(side_table(splits))
+    console.print(side_table(sides))
     console.print(
-        f"{run_dir}: {key_figure(splits)}, {vocab_size:,} pieces, training fingerprint "
-        f"{splits['train']['fingerprint'][:12]}, {seconds:.1f} s",
+        f"{run_dir}: {key_figure(sides)}, {manifest['vocab_size']:,} pieces, training fingerprint "
+        f"{sides['train']['fingerprint'][:12]}, {seconds:.1f} s",
         highlight=False,
         soft_wrap=True,
     )

@@ -2,11 +2,13 @@
 
 A directory holds, for each shard, `shard_00000.tokens.bin` (uint16, or uint32 above 65,536 pieces), `.trained.bin`
 (uint8), `.label.bin` (int8), each n_rows x row_length, and `.documents.bin` (int32: n_rows + 1 offsets into the
-document lengths, then the lengths; a row's padding is its last document). Little-endian throughout.
+document lengths, then the lengths; a row's padding is its last document). Little-endian throughout. Rows may be written
+in groups, by several processes, that are joined in order.
 """
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -15,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data.atomic_file import TEMPORARY_SUFFIX, atomic_file, write_json
+from data.atomic_file import TEMPORARY_SUFFIX, atomic_file, sync_path, write_json
 from data.dialogue import NO_LABEL
 from data.packing import EncodedCorpus, token_dtype
 
@@ -38,6 +40,12 @@ class PackedRow:
     trained_L: np.ndarray
     label_L: np.ndarray
     document_lengths: np.ndarray
+
+    @property
+    def n_padding(self) -> int:
+        """How many positions at its end are padding."""
+        last = int(self.document_lengths[-1])
+        return last if self.tokens_L[-last] == _PAD_ID else 0
 
 
 def packed_rows(corpus: EncodedCorpus, rows: Iterable[Sequence[int]], row_length: int) -> Iterator[PackedRow]:
@@ -75,6 +83,22 @@ def write_shards(
     (directory / MANIFEST_FILE).unlink(missing_ok=True)
     for stale in [*directory.glob("shard_*.bin"), *directory.glob(f"*{TEMPORARY_SUFFIX}")]:
         stale.unlink()
+    group = write_group(directory, rows, row_length=row_length, vocab_size=vocab_size, rows_per_shard=rows_per_shard)
+    return join_groups(
+        directory,
+        [(directory, group)],
+        row_length=row_length,
+        vocab_size=vocab_size,
+        rows_per_shard=rows_per_shard,
+        tokenizer_sha256=tokenizer_sha256,
+        statistics=statistics,
+    )
+
+
+def write_group(
+    directory: Path, rows: Iterable[PackedRow], *, row_length: int, vocab_size: int, rows_per_shard: int
+) -> dict[str, Any]:
+    """Write rows as shards for `join_groups`, to which the figures returned are given. One shard is held in memory."""
     contents = {stream: hashlib.sha256() for stream in STREAMS}
     shards: list[dict[str, Any]] = []
     n_padding = 0
@@ -82,23 +106,58 @@ def write_shards(
     while chunk := list(islice(iterator, rows_per_shard)):
         files = {}
         for stream, data in _shard_streams(chunk, vocab_size).items():
-            name = f"shard_{len(shards):05d}.{stream}.bin"
+            name = _shard_name(len(shards), stream)
             with atomic_file(directory / name) as file:
                 file.write(data)
-            files[stream] = {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        for row in chunk:
-            n_padding += int(np.count_nonzero(row.tokens_L == _PAD_ID))
-            _hash_row(contents, row, vocab_size)
+            files[stream] = {"name": name, "bytes": data.nbytes, "sha256": hashlib.sha256(data.data).hexdigest()}
+            if stream != "documents":
+                contents[stream].update(data.data)
+        n_padding += sum(row.n_padding for row in chunk)
+        contents["documents"].update(_documents_of_rows(chunk).data)
         shards.append({"n_rows": len(chunk), "files": files})
     n_rows = sum(shard["n_rows"] for shard in shards)
+    return {
+        "n_rows": n_rows,
+        "n_tokens": n_rows * row_length - n_padding,
+        "contents": [contents[stream].hexdigest() for stream in STREAMS],
+        "shards": shards,
+    }
+
+
+def join_groups(
+    directory: Path,
+    groups: Sequence[tuple[Path, dict[str, Any]]],
+    *,
+    row_length: int,
+    vocab_size: int,
+    rows_per_shard: int,
+    tokenizer_sha256: str,
+    statistics: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Move the shards of groups (where they are, and what `write_group` returned) into one directory, in order, and
+    write its manifest, which is returned. Interrupted, it is repeated: what has been moved is left where it is."""
+    directory.mkdir(parents=True, exist_ok=True)
+    shards: list[dict[str, Any]] = []
+    for folder, group in groups:
+        for shard in group["shards"]:
+            files = {}
+            for stream, entry in shard["files"].items():
+                name = _shard_name(len(shards), stream)
+                source, target = folder / entry["name"], directory / name
+                if source.exists():
+                    os.replace(source, target)
+                files[stream] = {**entry, "name": name}
+            shards.append({**shard, "files": files})
+    sync_path(directory)
+    digests = [digest for _, group in groups for digest in group["contents"]]
     manifest = {
         "format": FORMAT,
-        "fingerprint": _fingerprint(tokenizer_sha256, row_length, vocab_size, contents),
+        "fingerprint": _fingerprint(tokenizer_sha256, row_length, digests),
         "tokenizer_sha256": tokenizer_sha256,
         "vocab_size": vocab_size,
         "row_length": row_length,
-        "n_rows": n_rows,
-        "n_tokens": n_rows * row_length - n_padding,
+        "n_rows": sum(group["n_rows"] for _, group in groups),
+        "n_tokens": sum(group["n_tokens"] for _, group in groups),
         "rows_per_shard": rows_per_shard,
         "statistics": statistics or {},
         "shards": shards,
@@ -107,26 +166,28 @@ def write_shards(
     return manifest
 
 
-def _shard_streams(chunk: Sequence[PackedRow], vocab_size: int) -> dict[str, bytes]:
+def _shard_name(number: int, stream: str) -> str:
+    return f"shard_{number:05d}.{stream}.bin"
+
+
+def _shard_streams(chunk: Sequence[PackedRow], vocab_size: int) -> dict[str, np.ndarray]:
     offsets = np.cumsum([0] + [len(row.document_lengths) for row in chunk])
     dtype = np.dtype(token_dtype(vocab_size)).newbyteorder("<")
     return {
-        "tokens": np.concatenate([row.tokens_L for row in chunk]).astype(dtype).tobytes(),
-        "trained": np.concatenate([row.trained_L for row in chunk]).astype(np.uint8).tobytes(),
-        "label": np.concatenate([row.label_L for row in chunk]).astype(np.int8).tobytes(),
-        "documents": np.concatenate([offsets, *(row.document_lengths for row in chunk)]).astype("<i4").tobytes(),
+        "tokens": np.concatenate([row.tokens_L for row in chunk]).astype(dtype, copy=False),
+        "trained": np.concatenate([row.trained_L for row in chunk]).astype(np.uint8, copy=False),
+        "label": np.concatenate([row.label_L for row in chunk]).astype(np.int8, copy=False),
+        "documents": np.concatenate([offsets, *(row.document_lengths for row in chunk)]).astype("<i4"),
     }
 
 
-def _hash_row(contents: dict[str, Any], row: PackedRow, vocab_size: int) -> None:
-    contents["tokens"].update(row.tokens_L.astype(np.dtype(token_dtype(vocab_size)).newbyteorder("<")).tobytes())
-    contents["trained"].update(row.trained_L.astype(np.uint8).tobytes())
-    contents["label"].update(row.label_L.astype(np.int8).tobytes())
-    contents["documents"].update(np.append(len(row.document_lengths), row.document_lengths).astype("<i4").tobytes())
+def _documents_of_rows(chunk: Sequence[PackedRow]) -> np.ndarray:
+    """For each row how many documents it holds, then their lengths: without offsets, which depend on the shard."""
+    parts = [part for row in chunk for part in ([len(row.document_lengths)], row.document_lengths)]
+    return np.concatenate(parts).astype("<i4")
 
 
-def _fingerprint(tokenizer_sha256: str, row_length: int, vocab_size: int, contents: dict[str, Any]) -> str:
-    digests = [contents[stream].hexdigest() for stream in STREAMS]
+def _fingerprint(tokenizer_sha256: str, row_length: int, digests: Sequence[str]) -> str:
     return hashlib.sha256("\n".join([FORMAT, tokenizer_sha256, str(row_length), *digests]).encode()).hexdigest()
 
 
@@ -142,7 +203,7 @@ class PackedDataset:
         self.row_length: int = self.manifest["row_length"]
         self.vocab_size: int = self.manifest["vocab_size"]
         self.fingerprint: str = self.manifest["fingerprint"]
-        self._rows_per_shard: int = self.manifest["rows_per_shard"]
+        self._first_rows = np.cumsum([0, *(shard["n_rows"] for shard in self.manifest["shards"])])
         for shard in self.manifest["shards"]:
             for entry in shard["files"].values():
                 _check_file(self.directory / entry["name"], entry, verify)
@@ -189,7 +250,9 @@ class PackedDataset:
         shape = (len(indices), self.row_length)
         tokens, trained, label = np.empty(shape, np.int64), np.empty(shape, np.uint8), np.empty(shape, np.int8)
         lengths: list[np.ndarray] = []
-        for k, (number, local) in enumerate(zip(*np.divmod(indices, self._rows_per_shard), strict=True)):
+        numbers = np.searchsorted(self._first_rows, indices, "right") - 1
+        locals_ = indices - self._first_rows[numbers]
+        for k, (number, local) in enumerate(zip(numbers.tolist(), locals_.tolist(), strict=True)):
             shard = self._shards[number]
             tokens[k], trained[k], label[k] = shard["tokens"][local], shard["trained"][local], shard["label"][local]
             lengths.append(shard["lengths"][shard["offsets"][local] : shard["offsets"][local + 1]])

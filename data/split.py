@@ -1,16 +1,20 @@
 """Which dialogues are held out: by time or by a fraction, and never a participant on both sides."""
 
-from collections import Counter, defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from typing import Annotated, Literal
 
+import numpy as np
 from pydantic import Field
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from data.dialogue import Dialogue
-from data.stable_hash import stable_fraction, stable_hash
 from recipes.loader import Section
+
+TRAIN, HELDOUT, UNDATED, SHARED = range(4)
+DROPPED = {UNDATED: "no time to split by", SHARED: "participant is held out"}
+"""On neither side, and why."""
 
 
 class SplitError(ValueError):
@@ -39,32 +43,36 @@ SplitRule = Annotated[TimeSplit | FractionSplit, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
-    """The two sides in the source's order, and the dialogues on neither, by reason."""
+class SplitRecords:
+    """What a split depends on, of n dialogues: `source` number, `start_time` in unix seconds (nan: none),
+    `heldout_hash` uint64 (of seed and id), `n_participants`, and `participants` uint64, hashes one after the other."""
 
-    train: list[Dialogue]
-    heldout: list[Dialogue]
-    dropped: dict[str, list[Dialogue]]
+    source: np.ndarray
+    start_time: np.ndarray
+    heldout_hash: np.ndarray
+    n_participants: np.ndarray
+    participants: np.ndarray
 
 
-def split(dialogues: Sequence[Dialogue], rule: TimeSplit | FractionSplit, seed: int) -> Split:
-    """Split by the rule. Raises SplitError when one side is left empty."""
-    result = _by_time(dialogues, rule) if isinstance(rule, TimeSplit) else _by_fraction(dialogues, rule, seed)
-    if dialogues and not (result.train and result.heldout):
-        empty = "training" if not result.train else "held-out"
+def split(records: SplitRecords, rule: TimeSplit | FractionSplit) -> np.ndarray:
+    """Of each dialogue TRAIN, HELDOUT, UNDATED or SHARED, int8. Raises SplitError when one side is left empty."""
+    sides = _by_time(records, rule) if isinstance(rule, TimeSplit) else _by_fraction(records, rule)
+    if len(sides) and not ((sides == TRAIN).any() and (sides == HELDOUT).any()):
+        empty = "held-out" if (sides == TRAIN).any() else "training"
+        dropped = {reason: np.count_nonzero(sides == side) for side, reason in DROPPED.items()}
         raise SplitError(
-            f"split: of {len(dialogues):,} dialogues none is {empty}"
-            f"{''.join(f', {len(dropped):,} dropped ({reason})' for reason, dropped in result.dropped.items())}; "
-            f"{_span(dialogues) if isinstance(rule, TimeSplit) else 'change split.heldout or split.by_participant'}"
+            f"split: of {len(sides):,} dialogues none is {empty}"
+            f"{''.join(f', {count:,} dropped ({reason})' for reason, count in dropped.items() if count)}; "
+            f"{_span(records) if isinstance(rule, TimeSplit) else 'change split.heldout or split.by_participant'}"
         )
-    return result
+    return sides
 
 
-def _span(dialogues: Sequence[Dialogue]) -> str:
-    starts = [start for start in map(start_time, dialogues) if start is not None]
-    if not starts:
+def _span(records: SplitRecords) -> str:
+    starts = records.start_time[~np.isnan(records.start_time)]
+    if not len(starts):
         return "no message has a time, so use split.kind fraction"
-    first, last = (datetime.fromtimestamp(t, UTC).date() for t in (min(starts), max(starts)))
+    first, last = (datetime.fromtimestamp(float(t), UTC).date() for t in (starts.min(), starts.max()))
     return f"they begin from {first} to {last}: change split.heldout_from or split.by_participant"
 
 
@@ -73,64 +81,72 @@ def start_time(dialogue: Dialogue) -> float | None:
     return next((message.time for message in dialogue.messages if message.time is not None), None)
 
 
-def _by_time(dialogues: Sequence[Dialogue], rule: TimeSplit) -> Split:
+def _by_time(records: SplitRecords, rule: TimeSplit) -> np.ndarray:
     boundary = datetime.combine(rule.heldout_from, datetime.min.time(), UTC).timestamp()
-    train: list[Dialogue] = []
-    heldout: list[Dialogue] = []
-    dropped: dict[str, list[Dialogue]] = defaultdict(list)
-    for dialogue in dialogues:
-        start = start_time(dialogue)
-        if start is None:
-            dropped["no time to split by"].append(dialogue)
-        else:
-            (heldout if start >= boundary else train).append(dialogue)
+    sides = np.full(len(records.source), TRAIN, np.int8)
+    sides[records.start_time >= boundary] = HELDOUT
+    sides[np.isnan(records.start_time)] = UNDATED
     if rule.by_participant:
-        unseen = {participant for dialogue in heldout for participant in dialogue.participants}
-        given, train = train, []
-        for dialogue in given:
-            is_free = unseen.isdisjoint(dialogue.participants)
-            (train if is_free else dropped["participant is held out"]).append(dialogue)
-    return Split(train, heldout, dict(dropped))
+        dialogue = _dialogue_of_participant(records)
+        unseen = np.unique(records.participants[sides[dialogue] == HELDOUT])
+        shared = np.unique(dialogue[np.isin(records.participants, unseen)])
+        sides[shared[sides[shared] == TRAIN]] = SHARED
+    return sides
 
 
-def _by_fraction(dialogues: Sequence[Dialogue], rule: FractionSplit, seed: int) -> Split:
-    if not rule.by_participant:
-        chosen = {d.id for d in dialogues if stable_fraction("heldout", seed, d.id) < rule.heldout}
+def _dialogue_of_participant(records: SplitRecords) -> np.ndarray:
+    return np.repeat(np.arange(len(records.source)), records.n_participants)
+
+
+def _by_fraction(records: SplitRecords, rule: FractionSplit) -> np.ndarray:
+    if rule.by_participant:
+        is_heldout = _linked_heldout(records, rule.heldout)
     else:
-        chosen = _linked_heldout(dialogues, rule.heldout, seed)
-    return Split([d for d in dialogues if d.id not in chosen], [d for d in dialogues if d.id in chosen], {})
+        is_heldout = (records.heldout_hash >> np.uint64(11)).astype(float) / (1 << 53) < rule.heldout
+    return np.where(is_heldout, HELDOUT, TRAIN).astype(np.int8)
 
 
-def _linked_heldout(dialogues: Sequence[Dialogue], fraction: float, seed: int) -> set[str]:
-    """Ids of whole groups of linked dialogues, in the order of a hash, while they fit the fraction of their source."""
-    groups: dict[str, list[Dialogue]] = defaultdict(list)
-    for dialogue, root in zip(dialogues, _roots(dialogues), strict=True):
-        groups[root].append(dialogue)
-    sizes = Counter(dialogue.source for dialogue in dialogues)
-    room = {source: max(1, round(fraction * size)) for source, size in sizes.items()}
-    chosen: set[str] = set()
-    for root in sorted(groups, key=lambda root: (stable_hash("heldout", seed, root), root)):
-        needed = Counter(dialogue.source for dialogue in groups[root])
-        if all(count <= room[source] for source, count in needed.items()):
-            chosen.update(dialogue.id for dialogue in groups[root])
-            for source, count in needed.items():
-                room[source] -= count
-    return chosen
+def _linked_heldout(records: SplitRecords, fraction: float) -> np.ndarray:
+    """Whole groups of linked dialogues, in the order of a hash, while they fit the fraction of their source."""
+    group = _groups(records)
+    n_sources = int(records.source.max(initial=0)) + 1
+    room = np.maximum(1, np.round(fraction * np.bincount(records.source, minlength=n_sources))).astype(np.int64)
+    # how many dialogues of each source a group has: the pairs (group, source) in order of the groups
+    pairs, counts = np.unique(group * n_sources + records.source, return_counts=True)
+    group_of_pair, source_of_pair = np.divmod(pairs, n_sources)
+    fits = np.ones(int(group.max(initial=-1)) + 1, bool)
+    fits[group_of_pair[counts > room[source_of_pair]]] = False
+    edges = np.searchsorted(group_of_pair, np.arange(len(fits) + 1))
+    # a group's place: the smallest hash of its dialogues would put large groups first, so hash that once more
+    smallest = np.full(len(fits), np.iinfo(np.uint64).max, np.uint64)
+    np.minimum.at(smallest, group, records.heldout_hash)
+    candidates = np.flatnonzero(fits)
+    chosen = np.zeros(len(fits), bool)
+    for number in candidates[np.lexsort((smallest[candidates], _mixed(smallest[candidates])))].tolist():
+        needed, sources = counts[edges[number] : edges[number + 1]], source_of_pair[edges[number] : edges[number + 1]]
+        if (needed <= room[sources]).all():
+            chosen[number] = True
+            room[sources] -= needed
+            if not room.any():
+                break
+    return chosen[group]
 
 
-def _roots(dialogues: Sequence[Dialogue]) -> list[str]:
-    """For each dialogue the smallest node of its group; nodes are participants and, for those without, the dialogue."""
-    parent: dict[str, str] = {}
+def _groups(records: SplitRecords) -> np.ndarray:
+    """For each dialogue the number of its group: dialogues are linked by their participants."""
+    n = len(records.source)
+    people, person = np.unique(records.participants, return_inverse=True)
+    links = coo_array(
+        (np.ones(len(person), np.int8), (_dialogue_of_participant(records), n + person)),
+        shape=(n + len(people), n + len(people)),
+    )
+    _, labels = connected_components(links, directed=False)
+    return np.unique(labels[:n], return_inverse=True)[1]
 
-    def find(node: str) -> str:
-        parent.setdefault(node, node)
-        while parent[node] != node:
-            parent[node] = node = parent[parent[node]]
-        return node
 
-    keys = [[f"p{p}" for p in dialogue.participants] or [f"d{dialogue.id}"] for dialogue in dialogues]
-    for nodes in keys:
-        for node in nodes:
-            first, other = sorted((find(nodes[0]), find(node)))
-            parent[other] = first
-    return [find(nodes[0]) for nodes in keys]
+def _mixed(hashes: np.ndarray) -> np.ndarray:
+    """The finalizer of splitmix64 (Steele, Lea, Flood 2014): a bijection whose order has nothing to do with theirs."""
+    mixed = hashes.astype(np.uint64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return mixed ^ (mixed >> np.uint64(31))

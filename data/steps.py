@@ -1,11 +1,13 @@
-"""The progress display of data.prepare: one line for each step."""
+"""The progress display of data.prepare and data.feedback: one line for each step."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-StepProgress = Callable[[int], None]
+_SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class Steps:
@@ -15,7 +17,7 @@ class Steps:
         columns = (
             TextColumn("{task.description:24}"),
             BarColumn(30),
-            TextColumn("{task.completed:>9,} {task.fields[unit]}"),
+            TextColumn("{task.completed:>7,} {task.fields[unit]}"),
         )
         self._progress = Progress(
             *columns,
@@ -33,10 +35,26 @@ class Steps:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def begin(self, name: str, unit: str = "", total: int | None = None) -> StepProgress:
-        """Start a step; call what it returns with the amount done since."""
-        for task in self._progress.tasks:
-            if task.total is None:
-                self._progress.update(task.id, total=max(task.completed, 1), completed=max(task.completed, 1))
-        task_id = self._progress.add_task(name, total=total, unit=unit)
-        return lambda amount: self._progress.advance(task_id, amount)
+    @contextmanager
+    def following(
+        self, name: str, unit: str, n_done: Callable[[], int], total: Callable[[], int] | None = None
+    ) -> Iterator[None]:
+        """A step, while inside: how much of it is done is asked for again and again by a thread."""
+        task = self._progress.add_task(name, total=total() if total else None, unit=unit, completed=n_done())
+        ended = threading.Event()
+
+        def follow() -> None:
+            while not ended.wait(_SECONDS_BETWEEN_LOOKS):
+                self._progress.update(task, completed=n_done())
+
+        thread = threading.Thread(target=follow, daemon=True)
+        if not self._progress.disable:
+            thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            if not self._progress.disable:
+                thread.join()
+        done = n_done()
+        self._progress.update(task, completed=done, total=done)

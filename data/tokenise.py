@@ -1,133 +1,73 @@
-"""Dialogues to documents of tokens, in several processes; the result does not depend on how many."""
+"""Many texts to token ids at once: every distinct word is encoded once, and the rest is arithmetic on arrays."""
 
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import dataclass
-from multiprocessing import active_children, connection, get_context, parent_process
+import re
+from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
+import pyarrow as pa
 
-from data.dialogue import Dialogue, encode_dialogue, from_json, to_json
-from data.packing import EncodedCorpus, cut
 from data.tokenizer import DialogueTokenizer
 
-_Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # of an EncodedCorpus, in its order
-_DIALOGUES_PER_PIECE = 256
-_PIECES_AHEAD = 4  # pieces in flight for each worker: bounds memory
+_SPACE = ord(" ")
+_MAX_REMEMBERED = 1 << 18  # words; more are forgotten and encoded again
+_MAX_WORD_BYTES = 64  # a longer one is unlikely to come again
 
 
-class TokeniseError(RuntimeError):
-    """A worker process died."""
+class BulkEncoder:
+    """Gives the ids of `tokenizer.encode` for many texts together.
 
+    A piece that holds a space begins with it (spaces alone are pieces too), so no merge of the BPE ever joins what
+    stands before a space to that space: a text's ids are those of its words, each with the spaces before it. That
+    is looked up in the vocabulary; with one that has other pieces, texts are encoded whole.
+    """
 
-@dataclass(frozen=True, slots=True)
-class TokeniseSettings:
-    """What the tokens of a dialogue depend on beside its text."""
+    def __init__(self, tokenizer: DialogueTokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._splits_at_spaces = not any(re.search("[^ ] ", piece.text) for piece in tokenizer.pieces())
+        self._known: dict[bytes, list[int]] = {}
 
-    row_length: int
-    continue_within_seconds: float | None
+    def encode(self, texts_B: np.ndarray, n_bytes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`texts_B`: UTF-8 of all texts, one after the other, uint8; `n_bytes` of each text. Returns their token ids
+        one after the other, int32, and the number of each text's."""
+        text_ends = np.cumsum(n_bytes, dtype=np.int64)
+        edges = self._word_edges(texts_B, text_ends)
+        words = pa.Array.from_buffers(
+            pa.binary(), len(edges) - 1, [None, pa.py_buffer(edges), pa.py_buffer(np.ascontiguousarray(texts_B))]
+        ).dictionary_encode()
+        ids, starts = self._ids_of(words.dictionary.to_pylist())
+        numbers = words.indices.to_numpy(zero_copy_only=False)
+        n_tokens = np.diff(starts)[numbers]
+        token_ends = np.cumsum(n_tokens, dtype=np.int64)
+        n_total = int(token_ends[-1]) if len(token_ends) else 0
+        places = np.arange(n_total) + np.repeat(starts[numbers] - (token_ends - n_tokens), n_tokens)
+        ends_by_word = np.concatenate([[0], token_ends])
+        text_token_ends = ends_by_word[np.searchsorted(edges, text_ends)]
+        return ids[places], np.diff(text_token_ends, prepend=0)
 
+    def _word_edges(self, texts_B: np.ndarray, text_ends: np.ndarray) -> np.ndarray:
+        """Where words begin, and the end of the last, int32: at every text's edge, and where spaces begin."""
+        is_edge = np.zeros(len(texts_B) + 1, bool)
+        if self._splits_at_spaces and len(texts_B):
+            is_space = texts_B == _SPACE
+            is_edge[1:-1] = is_space[1:] & ~is_space[:-1]
+        is_edge[0] = True
+        is_edge[text_ends] = True
+        return np.flatnonzero(is_edge).astype(np.int32)
 
-def tokenise(
-    groups: Mapping[str, Sequence[Dialogue]],
-    tokenizer: DialogueTokenizer,
-    settings: TokeniseSettings,
-    workers: int,
-    advance: Callable[[int], None] = lambda _: None,
-) -> dict[str, EncodedCorpus]:
-    """For each group the documents of its dialogues in order, each of at most `row_length` tokens; `advance` hears of
-    every piece done."""
-    pieces = [
-        (name, group[i : i + _DIALOGUES_PER_PIECE])
-        for name, group in groups.items()
-        for i in range(0, len(group), _DIALOGUES_PER_PIECE)
-    ]
-    encoded: Iterator[EncodedCorpus]
-    if workers <= 1 or len(pieces) <= 1:
-        encoded = (_encode_piece(piece, tokenizer, settings) for _, piece in pieces)
-    else:
-        encoded = _in_processes([piece for _, piece in pieces], tokenizer, settings, min(workers, len(pieces)))
-    parts = {name: [EncodedCorpus.of([], tokenizer.vocab_size)] for name in groups}
-    for (name, piece), part in zip(pieces, encoded, strict=True):
-        parts[name].append(part)
-        advance(len(piece))
-    return {name: EncodedCorpus.join(of_group) for name, of_group in parts.items()}
-
-
-def _encode_piece(
-    dialogues: Sequence[Dialogue], tokenizer: DialogueTokenizer, settings: TokeniseSettings
-) -> EncodedCorpus:
-    documents = [
-        document
-        for dialogue in dialogues
-        for document in cut(encode_dialogue(tokenizer, dialogue, settings.continue_within_seconds), settings.row_length)
-    ]
-    return EncodedCorpus.of(documents, tokenizer.vocab_size)
-
-
-def _in_processes(
-    pieces: Sequence[Sequence[Dialogue]], tokenizer: DialogueTokenizer, settings: TokeniseSettings, workers: int
-) -> Iterator[EncodedCorpus]:
-    """Pieces in order, computed a few ahead. Dialogues travel as JSON lines, tokens as plain arrays."""
-    values = (tokenizer.model_bytes, settings.row_length, settings.continue_within_seconds)
-    others = set(active_children())
-    executor = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=values)
-    pending: list[Future[_Arrays]] = []
-    try:
-        for piece in pieces:
-            with _interrupts_held():  # the first one starts the processes
-                pending.append(executor.submit(_work, [to_json(dialogue) for dialogue in piece]))
-            if len(pending) >= workers * _PIECES_AHEAD:
-                yield EncodedCorpus(*pending.pop(0).result())
-        while pending:
-            yield EncodedCorpus(*pending.pop(0).result())
-    except KeyboardInterrupt:
-        for child in set(active_children()) - others:
-            child.kill()  # rather than wait for what it is doing
-        raise
-    except BrokenProcessPool:
-        raise TokeniseError(
-            "a tokenising process was killed (out of memory?); run again, with fewer workers if it repeats"
-        ) from None
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Block SIGINT: processes started meanwhile keep it blocked, so that Ctrl-C is the parent's alone."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-_worker: tuple[DialogueTokenizer, TokeniseSettings] | None = None
-
-
-def _start_worker(model_bytes: bytes, row_length: int, continue_within_seconds: float | None) -> None:
-    """Load the tokenizer; end with the parent even when it is killed."""
-    global _worker
-    parent = parent_process()
-    assert parent is not None, "only a child process is a worker"
-    sentinel = parent.sentinel
-
-    def follow_parent() -> None:
-        connection.wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=follow_parent, daemon=True).start()
-    _worker = DialogueTokenizer(model_bytes), TokeniseSettings(row_length, continue_within_seconds)
-
-
-def _work(lines: list[str]) -> _Arrays:
-    assert _worker is not None, "the initializer has run"
-    tokenizer, settings = _worker
-    part = _encode_piece([from_json(line) for line in lines], tokenizer, settings)
-    return part.tokens, part.trained, part.label, part.lengths
+    def _ids_of(self, words: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of the words one after the other, int32, and where each word's begin (and the last's end), int64."""
+        new = [word for word in words if word not in self._known]
+        if len(self._known) + len(new) > _MAX_REMEMBERED:
+            self._known.clear()
+            new = list(words)
+        encoded = self.tokenizer.encode_many([word.decode() for word in new])
+        self._known.update(zip(new, encoded, strict=True))
+        per_word = [self._known[word] for word in words]
+        starts = np.zeros(len(words) + 1, np.int64)
+        np.cumsum([len(ids) for ids in per_word], out=starts[1:])
+        ids = np.fromiter(chain.from_iterable(per_word), np.int32, count=int(starts[-1]))
+        for word in new:
+            if len(word) > _MAX_WORD_BYTES:
+                del self._known[word]
+        return ids, starts

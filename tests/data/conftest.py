@@ -1,5 +1,6 @@
-"""One small tokenizer and random packed rows for the tests of data/."""
+"""One small tokenizer, random packed rows and a recipe on generated chats for the tests of data/."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,3 +68,65 @@ def write_rows(tmp_path: Path) -> WriteRows:
         return tmp_path / name
 
     return write
+
+
+WORDS = ["hello", "you", "how", "are", "doing", "today", "fine", "thanks"]
+WORDS += ["what", "nap", "good", "yes", "no", "why", "me"]
+
+
+def write_chats_to(path: Path, n: int = 40) -> None:
+    """`n` distinct dialogues of Ann and Bob, each by a person who writes two of them."""
+    with open(path, "w", encoding="utf-8") as file:
+        for i in range(n):
+            messages = [
+                {
+                    "speaker": "Ann" if k % 2 else "Bob",
+                    "text": f"{WORDS[(i + k) % 15]} {WORDS[i * k % 15]} {k} {i // 45}",
+                    "time": k,
+                }
+                for k in range(3 + i % 9)
+            ]
+            file.write(json.dumps({"id": f"chat {i}", "messages": messages, "participants": [f"u{i // 2}"]}) + "\n")
+
+
+@pytest.fixture(scope="session")
+def write_chats() -> Callable[..., None]:
+    """`write_chats_to`."""
+    return write_chats_to
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    """A recipe of 40 chats with the run_dir tmp_path/run."""
+    write_chats_to(tmp_path / "chats.jsonl")
+    path = tmp_path / "data.yaml"
+    path.write_text(
+        f"""\
+stage: data
+run_dir: {tmp_path}/run
+seed: 0
+sources: [{{kind: chat_jsonl, path: {tmp_path}/chats.jsonl}}]
+split: {{kind: fraction, heldout: 0.2}}
+tokenizer: {{kind: train, vocab_size: 305}}
+row_length: 64
+continue_within_seconds: 10
+rows_per_shard: 3
+"""
+    )
+    return path
+
+
+def outputs_of(run_dir: Path) -> dict[str, bytes]:
+    """Every output; what names a moment or this very recipe is left out."""
+    other = {"done.json", "environment.json", "recipe.yaml", "run.json", ".lock"}
+    return {
+        str(path.relative_to(run_dir)): path.read_bytes()
+        for path in sorted(run_dir.rglob("*"))
+        if path.is_file() and path.name not in other
+    }
+
+
+@pytest.fixture(scope="session")
+def contents() -> Callable[[Path], dict[str, bytes]]:
+    """`outputs_of`."""
+    return outputs_of

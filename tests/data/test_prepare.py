@@ -1,84 +1,30 @@
-"""The entry point: outputs, idempotence, interruption, independence of workers and shard size, errors in one line."""
+"""The entry point: outputs, idempotence, independence of tasks and shard size, the order of keeping, errors in one
+line."""
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-import data.prepare as prepare_module
 from data.dialogue import encode_dialogue, read_dialogues
-from data.prepare import DataRecipe, main
-from data.shards import PackedDataset, ShardError
+from data.pipeline.recipe import DataRecipe
+from data.prepare import main
+from data.shards import PackedDataset
 from data.tokenizer import DialogueTokenizer
 from recipes.loader import dump_recipe, load_recipe
 
-WORDS = (
-    "hello",
-    "you",
-    "how",
-    "are",
-    "doing",
-    "today",
-    "fine",
-    "thanks",
-    "what",
-    "nap",
-    "good",
-    "yes",
-    "no",
-    "why",
-    "me",
-)
+WORDS = ["hello", "you", "how", "are", "doing", "today", "fine", "thanks"]
+WORDS += ["what", "nap", "good", "yes", "no", "why", "me"]
 ROLES = ("user", "assistant")
+Contents = Callable[[Path], dict[str, bytes]]
+WriteChats = Callable[..., None]
 
 
-def write_chats(path: Path, n: int = 40) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        for i in range(n):
-            messages = [
-                {
-                    "speaker": "Ann" if k % 2 else "Bob",
-                    "text": f"{WORDS[(i + k) % 15]} {WORDS[i * k % 15]} {k}",
-                    "time": k,
-                }
-                for k in range(3 + i % 9)
-            ]
-            file.write(json.dumps({"id": f"chat {i}", "messages": messages, "participants": [f"u{i // 2}"]}) + "\n")
-
-
-@pytest.fixture
-def recipe_file(tmp_path: Path) -> Path:
-    write_chats(tmp_path / "chats.jsonl")
-    path = tmp_path / "data.yaml"
-    path.write_text(
-        f"""\
-stage: data
-run_dir: {tmp_path}/run
-seed: 0
-sources: [{{kind: chat_jsonl, path: {tmp_path}/chats.jsonl}}]
-split: {{kind: fraction, heldout: 0.2}}
-tokenizer: {{kind: train, vocab_size: 305}}
-row_length: 64
-continue_within_seconds: 10
-rows_per_shard: 3
-"""
-    )
-    return path
-
-
-def contents(run_dir: Path) -> dict[str, bytes]:
-    """Every output; what names a moment or this very recipe is left out."""
-    other = {"done.json", "environment.json", "recipe.yaml", "run.json", ".lock"}
-    return {
-        str(path.relative_to(run_dir)): path.read_bytes()
-        for path in sorted(run_dir.rglob("*"))
-        if path.is_file() and path.name not in other
-    }
-
-
-def test_outputs(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_outputs(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], contents: Contents
+) -> None:
     assert main([str(recipe_file)]) == 0
     run_dir = tmp_path / "run"
     tokenizer = DialogueTokenizer.load(run_dir)
@@ -107,45 +53,59 @@ def test_outputs(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert contents(run_dir) == before
 
 
-def test_workers_and_shard_size_do_not_change_the_fingerprint(recipe_file: Path, tmp_path: Path) -> None:
-    write_chats(tmp_path / "chats.jsonl", 600)
-    assert main([str(recipe_file)]) == 0
-    other = tmp_path / "other"
-    assert main([str(recipe_file), f"run_dir={other}", "workers=2", "rows_per_shard=1000"]) == 0
-    for side in ("train", "heldout"):
-        assert PackedDataset(tmp_path / "run" / side).fingerprint == PackedDataset(other / side).fingerprint
+def several_sources(tmp_path: Path, write_chats: WriteChats) -> str:
+    """Two folders and a file, as an override: with a bad line, records left out by a filter, and duplicates."""
+    for folder, n_files in (("a", 3), ("b", 2)):
+        (tmp_path / folder).mkdir()
+        for number in range(n_files):
+            write_chats(tmp_path / folder / f"{number}.jsonl", 60 + 40 * number)
+    with open(tmp_path / "b" / "1.jsonl", "a", encoding="utf-8") as file:
+        file.write('{broken\n{"id": "alone", "messages": [{"speaker": "Ann", "text": "hello?"}]}\n')
+    kind = "kind: chat_jsonl, path"
+    return f"sources=[{{{kind}: {tmp_path}/a}}, {{{kind}: {tmp_path}/b}}, {{{kind}: {tmp_path}/chats.jsonl}}]"
 
 
-@pytest.mark.parametrize("moment", ["tokenise", "write_shards", "write_json"])
-def test_an_interrupted_run_is_never_whole_and_ends_the_same(
-    recipe_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    moment: str,
+def test_tasks_workers_and_order_of_work_do_not_change_a_byte(
+    recipe_file: Path, tmp_path: Path, contents: Contents, write_chats: WriteChats
 ) -> None:
-    assert main([str(recipe_file), f"run_dir={tmp_path}/whole"]) == 0
-    original = getattr(prepare_module, moment)
-    calls: list[int] = []
+    given = [str(recipe_file), several_sources(tmp_path, write_chats), "max_bad_fraction=0.1", "unit_bytes=5000"]
+    given += ["pack_tokens=2000"]
+    assert main([*given, f"run_dir={tmp_path}/one"]) == 0
+    one = contents(tmp_path / "one")
+    manifest = json.loads(one["manifest.json"])
+    assert manifest["records"]["quarantined"] == 1
+    assert manifest["records"]["duplicates"] > 100
+    for tasks, workers in ((1, 2), (2, 1), (16, 2)):
+        run_dir = tmp_path / f"{tasks}_{workers}"
+        executor = f"executor={{kind: local, workers: {workers}}}"
+        assert main([*given, f"run_dir={run_dir}", executor, f"tasks={tasks}"]) == 0
+        assert contents(run_dir) == one
 
-    def interrupted(*positional: Any, **named: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2 or moment == "write_json":
-            raise KeyboardInterrupt
-        return original(*positional, **named)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, moment, interrupted)
-        assert main([str(recipe_file)]) == 130
-    assert "interrupted" in capsys.readouterr().err
-    run_dir = tmp_path / "run"
-    assert not (run_dir / "done.json").exists()
-    assert not (run_dir / "manifest.json").exists()
-    if moment != "write_json":
-        with pytest.raises(ShardError):
-            PackedDataset(run_dir / "heldout")
-    assert main([str(recipe_file)]) == 0
-    assert contents(run_dir) == contents(tmp_path / "whole")
+def test_the_size_of_units_and_shards_does_not_change_the_fingerprint(
+    recipe_file: Path, tmp_path: Path, write_chats: WriteChats
+) -> None:
+    write_chats(tmp_path / "chats.jsonl", 300)
+    given = [str(recipe_file), "pack_tokens=2000"]
+    assert main(given) == 0
+    assert main([*given, f"run_dir={tmp_path}/other", "unit_bytes=3000", "rows_per_shard=1000"]) == 0
+    for side in ("train", "heldout"):
+        ours, other = PackedDataset(tmp_path / "run" / side), PackedDataset(tmp_path / "other" / side)
+        assert ours.fingerprint == other.fingerprint
+        assert [ours.row(i).tokens_L.tolist() for i in range(len(ours))] == [
+            other.row(i).tokens_L.tolist() for i in range(len(other))
+        ]
+
+
+def test_of_duplicates_the_first_stays(recipe_file: Path, tmp_path: Path, write_chats: WriteChats) -> None:
+    sources = several_sources(tmp_path, write_chats)
+    assert main([str(recipe_file), sources, "max_bad_fraction=0.1", "unit_bytes=5000"]) == 0
+    kept = Counter(
+        dialogue.source
+        for side in ("train", "heldout")
+        for dialogue in read_dialogues(tmp_path / "run" / "dialogues" / f"{side}.jsonl")
+    )
+    assert kept == {"chat_jsonl": 140}, "the longest file of the first folder holds what all others hold"
 
 
 def test_people_of_a_filtered_heldout_session_do_not_train(recipe_file: Path, tmp_path: Path) -> None:
@@ -159,7 +119,7 @@ def test_people_of_a_filtered_heldout_session_do_not_train(recipe_file: Path, tm
 
 
 def test_damage_is_repaired_by_running_again(
-    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], contents: Contents
 ) -> None:
     assert main([str(recipe_file)]) == 0
     before = contents(tmp_path / "run")
@@ -178,6 +138,7 @@ def test_damage_is_repaired_by_running_again(
         ("tokenizer={kind: file, path: nowhere}", "nowhere"),
         ("filters.min_messages=99", "no training dialogue is left of 40 records (40 fewer than 99 messages)"),
         ("split={kind: time, heldout_from: 2030-01-01}", "none is held-out"),
+        ("executor={kind: slurm, workers: 2, partition: cpu, time: '1:00:00'}", "needs sbatch, which is not on PATH"),
     ],
 )
 def test_user_errors_are_one_line_and_leave_the_directory_usable(
@@ -202,7 +163,9 @@ def test_bad_records_beyond_the_limit(recipe_file: Path, tmp_path: Path, capsys:
     assert len((tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()) == 1
 
 
-def test_several_sources(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_sources(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], write_chats: WriteChats
+) -> None:
     """The same ids in both, a duplicate across them, a bad record in one: each source accounts for its own."""
     write_chats(tmp_path / "chats.jsonl", 60)
     roles = [{"role": role, "content": f"{role} {i % 29} {WORDS[i % 15]}"} for i in range(30) for role in ROLES]
@@ -238,7 +201,7 @@ def test_dry_run_writes_nothing(recipe_file: Path, tmp_path: Path, capsys: pytes
     assert not (tmp_path / "run").exists()
 
 
-def test_a_tokenizer_can_be_taken_over(recipe_file: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_can_be_taken_over(recipe_file: Path, tmp_path: Path, contents: Contents) -> None:
     assert main([str(recipe_file)]) == 0
     taken = f"tokenizer={{kind: file, path: {tmp_path}/run}}"
     assert main([str(recipe_file), f"run_dir={tmp_path}/second", taken]) == 0

@@ -4,12 +4,24 @@ from collections import Counter
 from dataclasses import replace
 from datetime import date
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.dialogue import Dialogue, Message
-from data.split import FractionSplit, SplitError, TimeSplit, split
+from data.split import (
+    DROPPED,
+    HELDOUT,
+    TRAIN,
+    FractionSplit,
+    SplitError,
+    SplitRecords,
+    TimeSplit,
+    split,
+    start_time,
+)
+from data.stable_hash import stable_hash
 
 SEPTEMBER = 1535760000.0  # 2018-09-01T00:00:00Z
 BY_TIME = TimeSplit(kind="time", heldout_from=date(2018, 9, 1))
@@ -17,6 +29,31 @@ BY_TIME = TimeSplit(kind="time", heldout_from=date(2018, 9, 1))
 
 def talk(identity: str, time: float | None, *participants: str) -> Dialogue:
     return Dialogue(identity, (Message("narrator", "s"), Message("A", "x", time)), "A", participants)
+
+
+def records_of(dialogues: list[Dialogue], seed: int) -> SplitRecords:
+    names = sorted({dialogue.source for dialogue in dialogues})
+    times = [start_time(dialogue) for dialogue in dialogues]
+    return SplitRecords(
+        source=np.array([names.index(dialogue.source) for dialogue in dialogues], np.int64),
+        start_time=np.array([np.nan if time is None else time for time in times]),
+        heldout_hash=np.array([stable_hash("heldout", seed, dialogue.id) for dialogue in dialogues], np.uint64),
+        n_participants=np.array([len(dialogue.participants) for dialogue in dialogues], np.int64),
+        participants=np.array([stable_hash(p) for d in dialogues for p in d.participants], np.uint64),
+    )
+
+
+class Sides:
+    """The dialogues on each side, in the order given, and those on neither, by reason."""
+
+    def __init__(self, dialogues: list[Dialogue], rule: TimeSplit | FractionSplit, seed: int) -> None:
+        sides = split(records_of(dialogues, seed), rule)
+
+        def of(side: int) -> list[Dialogue]:
+            return [dialogue for dialogue, found in zip(dialogues, sides, strict=True) if found == side]
+
+        self.train, self.heldout = of(TRAIN), of(HELDOUT)
+        self.dropped = {reason: of(side) for side, reason in DROPPED.items() if of(side)}
 
 
 def ids(dialogues: list[Dialogue]) -> list[str]:
@@ -30,11 +67,11 @@ def test_time_split_is_exact_and_drops_shared_participants() -> None:
         talk("shared", SEPTEMBER - 9, "r", "s"),
         talk("undated", None, "t"),
     ]
-    result = split(dialogues, BY_TIME, seed=0)
+    result = Sides(dialogues, BY_TIME, seed=0)
     assert (ids(result.train), ids(result.heldout)) == (["old"], ["new"])
     dropped = {reason: ids(dialogues) for reason, dialogues in result.dropped.items()}
     assert dropped == {"no time to split by": ["undated"], "participant is held out": ["shared"]}
-    kept = split(dialogues, BY_TIME.model_copy(update={"by_participant": False}), seed=0)
+    kept = Sides(dialogues, BY_TIME.model_copy(update={"by_participant": False}), seed=0)
     assert ids(kept.train) == ["old", "shared"]
 
 
@@ -48,14 +85,14 @@ def test_fraction_split_separates_people(people: list[list[int]], seed: int, fra
     dialogues = [talk(str(i), None, *(str(p) for p in crowd)) for i, crowd in enumerate(people)]
     rule = FractionSplit(kind="fraction", heldout=fraction)
     try:
-        result = split(dialogues, rule, seed)
+        result = Sides(dialogues, rule, seed)
     except SplitError:
         return  # everybody is linked to everybody
     assert sorted(ids(result.train) + ids(result.heldout)) == sorted(ids(dialogues))
     sides = [{p for d in side for p in d.participants} for side in (result.train, result.heldout)]
     assert sides[0].isdisjoint(sides[1])
     assert len(result.heldout) <= max(1, round(fraction * len(dialogues)))
-    shuffled = split(dialogues[::-1], rule, seed)
+    shuffled = Sides(dialogues[::-1], rule, seed)
     assert set(ids(shuffled.heldout)) == set(ids(result.heldout)), "the source's order does not matter"
 
 
@@ -63,7 +100,7 @@ def test_every_source_has_its_fraction_held_out() -> None:
     small = [replace(talk(f"s{i}", None, f"p{i}"), source="small") for i in range(20)]
     large = [replace(talk(f"l{i}", None), source="large") for i in range(2_000)]
     one_circle = [replace(talk(f"c{i}", None, "everybody"), source="circle") for i in range(300)]
-    result = split(small + large + one_circle, FractionSplit(kind="fraction", heldout=0.1), seed=0)
+    result = Sides(small + large + one_circle, FractionSplit(kind="fraction", heldout=0.1), seed=0)
     assert Counter(dialogue.source for dialogue in result.heldout) == {"small": 2, "large": 200}
 
 
@@ -71,7 +108,7 @@ def test_fraction_split_without_participants() -> None:
     dialogues = [talk(str(i), None) for i in range(400)]
     for by_participant in (True, False):
         rule = FractionSplit(kind="fraction", heldout=0.1, by_participant=by_participant)
-        first, second = split(dialogues, rule, seed=0), split(dialogues, rule, seed=1)
+        first, second = Sides(dialogues, rule, seed=0), Sides(dialogues, rule, seed=1)
         assert 20 <= len(first.heldout) <= 60
         assert ids(first.heldout) != ids(second.heldout)
 
@@ -87,4 +124,16 @@ def test_fraction_split_without_participants() -> None:
 )
 def test_an_empty_side_is_an_error(dialogues: list[Dialogue], rule: TimeSplit | FractionSplit, reason: str) -> None:
     with pytest.raises(SplitError, match=reason):
-        split(dialogues, rule, seed=0)
+        Sides(dialogues, rule, seed=0)
+
+
+def test_large_groups_are_not_preferred() -> None:
+    """A group is as likely to be held out as a single dialogue: its place is not the best of its members' places."""
+    crowds = [talk(f"c{i}", None, f"crowd {i % 10}") for i in range(100)]
+    singles = [talk(f"s{i}", None, f"single {i}") for i in range(100)]
+    n_crowds = n_singles = 0
+    for seed in range(200):
+        heldout = Sides(crowds + singles, FractionSplit(kind="fraction", heldout=0.5), seed).heldout
+        n_crowds += sum(dialogue.id[0] == "c" for dialogue in heldout)
+        n_singles += sum(dialogue.id[0] == "s" for dialogue in heldout)
+    assert abs(n_crowds - n_singles) < 0.1 * (n_crowds + n_singles)

@@ -1,33 +1,61 @@
-"""Tokenising in processes gives what one process gives."""
+"""Encoding in bulk gives the ids of encoding text by text, whatever the text and the vocabulary."""
+
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from data.dialogue import Dialogue, Message, encode_dialogue
-from data.packing import Document, EncodedCorpus, cut
-from data.tokenise import TokeniseSettings, tokenise
+import data.tokenise as tokenise_module
+from data.tokenise import BulkEncoder
 from data.tokenizer import DialogueTokenizer
 
+TEXTS = st.lists(
+    st.one_of(
+        st.text(),
+        st.text(alphabet=" ab\u2581\n\t0\u3000<|end|>é😀"),
+        st.sampled_from(["", " ", "   ", " hello  how are", "you\0 there ", "x" * 100 + " y", "<|end|> <bos>"]),
+    ),
+    max_size=12,
+)
 
-def pieces(tokenizer: DialogueTokenizer, dialogue: Dialogue) -> list[Document]:
-    return cut(encode_dialogue(tokenizer, dialogue, 3), 32)
+
+def encoded(encoder: BulkEncoder, texts: Sequence[str]) -> list[list[int]]:
+    raw = [text.encode() for text in texts]
+    ids, n_ids = encoder.encode(np.frombuffer(b"".join(raw), np.uint8), np.array([len(text) for text in raw], np.int64))
+    return [part.tolist() for part in np.split(ids, np.cumsum(n_ids)[:-1])] if texts else []
 
 
-def test_the_number_of_processes_does_not_matter(tokenizer: DialogueTokenizer) -> None:
-    dialogues = [
-        Dialogue(
-            str(i), (Message("Ann", f"hello {i} " * (i % 9), i), Message("Bob", "\u2581<|end|>", i + i % 7)), "Ann"
-        )
-        for i in range(600)
-    ]
-    settings = TokeniseSettings(row_length=32, continue_within_seconds=3)
-    expected = EncodedCorpus.of([piece for d in dialogues for piece in pieces(tokenizer, d)], tokenizer.vocab_size)
-    done: list[int] = []
-    for workers in (1, 2):
-        parts = tokenise({"a": dialogues[:250], "b": dialogues[250:]}, tokenizer, settings, workers, done.append)
-        assert parts["a"].lengths.sum() == sum(len(p.tokens) for d in dialogues[:250] for p in pieces(tokenizer, d))
-        corpus = EncodedCorpus.join([parts["a"], parts["b"]])
-        for name in ("tokens", "trained", "label", "lengths"):
-            assert np.array_equal(getattr(corpus, name), getattr(expected, name))
-            assert getattr(corpus, name).dtype == getattr(expected, name).dtype
-    assert sum(done) == 2 * len(dialogues)
-    assert tokenise({}, tokenizer, settings, workers=2) == {}
+@settings(max_examples=300)
+@given(texts=TEXTS)
+def test_every_text_has_the_ids_it_has_alone(tokenizer: DialogueTokenizer, texts: list[str]) -> None:
+    assert encoded(BulkEncoder(tokenizer), texts) == [tokenizer.encode(text) for text in texts]
+
+
+@settings(max_examples=60)
+@given(batches=st.lists(TEXTS, max_size=5))
+def test_what_is_remembered_makes_no_difference(tokenizer: DialogueTokenizer, batches: list[list[str]]) -> None:
+    encoder = BulkEncoder(tokenizer)
+    for texts in batches * 2:
+        assert encoded(encoder, texts) == [tokenizer.encode(text) for text in texts]
+
+
+def test_few_words_are_remembered(tokenizer: DialogueTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenise_module, "_MAX_REMEMBERED", 10)
+    encoder = BulkEncoder(tokenizer)
+    for first in range(0, 60, 7):
+        texts = [f"word {number} {'x' * number}" for number in range(first, first + 4)]
+        assert encoded(encoder, texts) == [tokenizer.encode(text) for text in texts]
+        assert len(encoder._known) <= 10
+        assert all(len(word) <= 64 for word in encoder._known)
+
+
+def test_pieces_across_spaces_keep_texts_whole(tokenizer: DialogueTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = tokenizer.pieces()
+    assert BulkEncoder(tokenizer)._splits_at_spaces, "the pieces of a trained tokenizer begin with their space"
+    monkeypatch.setattr(tokenizer, "pieces", lambda: [*pieces, replace(pieces[-1], text="how are")])
+    encoder = BulkEncoder(tokenizer)
+    assert not encoder._splits_at_spaces
+    assert encoded(encoder, ["how are you", "", " a  b"]) == [tokenizer.encode(t) for t in ("how are you", "", " a  b")]

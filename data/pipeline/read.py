@@ -1,0 +1,165 @@
+"""Stage read: records to clean dialogues, what is known of them in numbers, and the texts to encode."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from data.atomic_file import write_json
+from data.clean import Filters, Ledger, passing, without_bad
+from data.dialogue import Dialogue, from_json, to_json
+from data.pipeline.item_step import ItemStep
+from data.pipeline.record import RECORD, ROW, participants_of, records_of, rows_of
+from data.pipeline.unit import read_units
+from data.pipeline.work_folder import WorkFolder
+from data.rendered import MESSAGE, RenderedDialogues, render
+from data.sources.source import DialogueSource
+
+READ = "read"
+UNITS_FILE = "units.json"
+_DIALOGUES, _QUARANTINE, _LEDGER = "dialogues.jsonl", "quarantine.jsonl", "ledger.json"
+_COLUMNS = {
+    "records": RECORD,
+    "participants": np.dtype("<u8"),
+    "rows": ROW,
+    "messages": MESSAGE,
+    "texts": np.dtype("u1"),
+}
+_DIALOGUES_AT_ONCE = 512
+
+
+@dataclass(frozen=True, slots=True)
+class ReadSettings:
+    """What the dialogues of a unit depend on beside its files."""
+
+    filters: Filters
+    seed: int
+    continue_within_seconds: float | None
+
+
+class ReadUnits(ItemStep):
+    """An item is a unit."""
+
+    stage = READ
+
+    def __init__(self, work: WorkFolder, sources: Mapping[str, DialogueSource], settings: ReadSettings) -> None:
+        super().__init__(work)
+        self.sources, self.settings = dict(sources), settings
+
+    def n_items(self) -> int:
+        return len(read_units(self.work.path / UNITS_FILE))
+
+    def do(self, number: int, folder: Path) -> None:
+        unit = read_units(self.work.path / UNITS_FILE)[number]
+        prefix = f"{unit.source}/" if len(self.sources) > 1 else ""
+        ledger = Ledger()
+        with open(folder / _QUARANTINE, "w", encoding="utf-8", newline="\n") as quarantine:
+            good = without_bad(unit.read(self.sources[unit.source]), ledger, unit.source, quarantine)
+            named = (replace(dialogue, id=prefix + dialogue.id, source=unit.source) for dialogue in good)
+            _write(folder, named, ledger, self.settings)
+        write_json(folder / _LEDGER, {"source": unit.source, **ledger.to_dict()})
+
+
+def _write(folder: Path, dialogues: Iterable[Dialogue], ledger: Ledger, settings: ReadSettings) -> None:
+    """All files of a unit but its quarantine and its ledger, some dialogues at a time."""
+    with ExitStack() as opened:
+        lines_file = opened.enter_context(open(folder / _DIALOGUES, "wb"))
+        columns = {name: opened.enter_context(open(folder / f"{name}.bin", "wb")) for name in _COLUMNS}
+        for given in _batches(dialogues):
+            cleaned = [_cleaned(dialogue, settings, ledger) for dialogue in given]
+            kept = [dialogue for dialogue in cleaned if dialogue is not None]
+            lines = [to_json(dialogue).encode() + b"\n" for dialogue in kept]
+            texts, messages, n_messages = render(kept, settings.continue_within_seconds)
+            rows = rows_of(kept, settings.seed)
+            n_bytes = messages["prefix_bytes"].astype(np.int64) + messages["body_bytes"]
+            rows["text_bytes"] = np.diff(np.append(0, np.cumsum(n_bytes))[np.append(0, np.cumsum(n_messages))])
+            rows["line_bytes"] = [len(line) for line in lines]
+            records_of(given, [dialogue is not None for dialogue in cleaned], settings.seed).tofile(columns["records"])
+            participants_of(given).tofile(columns["participants"])
+            rows.tofile(columns["rows"])
+            messages.tofile(columns["messages"])
+            columns["texts"].writelines(texts)
+            lines_file.writelines(lines)
+
+
+def _batches(dialogues: Iterable[Dialogue]) -> Iterator[list[Dialogue]]:
+    batch: list[Dialogue] = []
+    for dialogue in dialogues:
+        batch.append(dialogue)
+        if len(batch) == _DIALOGUES_AT_ONCE:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _cleaned(dialogue: Dialogue, settings: ReadSettings, ledger: Ledger) -> Dialogue | None:
+    """The dialogue as it is kept, or None when it was counted as left out."""
+    return next(passing([dialogue], settings.filters, ledger), None)
+
+
+class UnitResults:
+    """What reading has left of a unit; arrays are memory-mapped."""
+
+    def __init__(self, work: WorkFolder, number: int) -> None:
+        self._folder = work.item(READ, number)
+        self.quarantine, self.dialogues = self._folder / _QUARANTINE, self._folder / _DIALOGUES
+
+    def ledger(self) -> tuple[str, Ledger]:
+        """The name of its source, and what became of its records."""
+        counts = json.loads((self._folder / _LEDGER).read_text(encoding="utf-8"))
+        return counts.pop("source"), Ledger.from_dict(counts)
+
+    def column(self, name: str) -> np.ndarray:
+        """One of `records`, `participants`, `rows`, `messages`, `texts`."""
+        path = self._folder / f"{name}.bin"
+        if not path.stat().st_size:
+            return np.zeros(0, _COLUMNS[name])
+        return np.memmap(path, _COLUMNS[name], mode="r")
+
+    def rendered(self, text_bytes_at_once: int) -> Iterator[tuple[slice, RenderedDialogues]]:
+        """Its rows some at a time: which, and as they are rendered."""
+        rows, messages, texts = self.column("rows"), self.column("messages"), self.column("texts")
+        text_edges = np.append(0, np.cumsum(rows["text_bytes"]))
+        message_edges = np.append(0, np.cumsum(rows["n_messages"]))
+        first = 0
+        while first < len(rows):
+            end = max(first + 1, int(np.searchsorted(text_edges, text_edges[first] + text_bytes_at_once, "right")) - 1)
+            yield (
+                slice(first, end),
+                RenderedDialogues(
+                    np.array(texts[text_edges[first] : text_edges[end]]),
+                    np.array(messages[message_edges[first] : message_edges[end]]),
+                    np.array(rows["n_messages"][first:end]),
+                ),
+            )
+            first = end
+
+    def texts(self) -> "RowTexts":
+        """Its rendered texts, row by row in any order."""
+        return RowTexts(self.column("rows"), self.column("messages"), self.column("texts"))
+
+    def read_dialogues(self) -> Iterator[Dialogue]:
+        """Its rows."""
+        with open(self.dialogues, encoding="utf-8") as file:
+            yield from map(from_json, file)
+
+
+class RowTexts:
+    """The rendered texts of single rows."""
+
+    def __init__(self, rows: np.ndarray, messages: np.ndarray, texts: np.ndarray) -> None:
+        self._messages, self._texts = messages, texts
+        self._text_edges = np.append(0, np.cumsum(rows["text_bytes"]))
+        self._message_edges = np.append(0, np.cumsum(rows["n_messages"]))
+
+    def of(self, row: int) -> list[str]:
+        """Prefix and body of each message."""
+        messages = self._messages[self._message_edges[row] : self._message_edges[row + 1]]
+        sizes = np.stack([messages["prefix_bytes"], messages["body_bytes"]], axis=1).ravel()
+        edges = np.append(0, np.cumsum(sizes, dtype=np.int64))
+        text = self._texts[self._text_edges[row] : self._text_edges[row + 1]].tobytes()
+        return [text[first:end].decode() for first, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)]

@@ -1,0 +1,50 @@
+"""The recipe of data.prepare. (It is no part of the entry point, whose classes other processes cannot find.)"""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from data.clean import Filters
+from data.pipeline.executor import Executor, LocalSettings
+from data.pipeline.tokenizer_stage import TokenizerRule
+from data.sources.registry import AnySource
+from data.split import SplitRule
+from recipes.loader import Section
+from recipes.run_directory import MayChange
+
+
+class DataRecipe(Section):
+    """A recipe of data.prepare. The result depends neither on the executor nor on the number of tasks."""
+
+    stage: Literal["data"]
+    run_dir: str
+    seed: int
+    sources: tuple[AnySource, ...] = Field(min_length=1)
+    split: SplitRule
+    tokenizer: TokenizerRule
+    row_length: int = Field(ge=16)
+    filters: Filters = Filters()
+    # A partner who has not written after this time is gone (the engagement label 0); null: any later message counts.
+    continue_within_seconds: float | None = Field(gt=0)
+    # More quarantined records than this, of any one source, is an error.
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    # Who runs the stages: processes of this machine, Slurm or Ray.
+    executor: MayChange[Executor] = LocalSettings(kind="local")
+    # Into how many tasks each stage is shared out; null: as many as workers.
+    tasks: MayChange[int | None] = Field(default=None, ge=1)
+    # What is read and tokenised at a time, and not done again after an interruption: so much of the files.
+    unit_bytes: int = Field(default=64 << 20, ge=1)
+    # Tokens that are packed at a time; they bound the memory of a task.
+    pack_tokens: int = Field(default=32_000_000, ge=1)
+    rows_per_shard: int = Field(default=65_536, ge=1)
+
+    @property
+    def n_tasks(self) -> int:
+        """How many tasks a stage has that can be shared out."""
+        return self.tasks or self.executor.n_workers or 1
+
+    @model_validator(mode="after")
+    def _tasks_are_said(self) -> Self:
+        if self.tasks is None and self.executor.n_workers is None:
+            raise ValueError(f"tasks: expected a number where executor.kind {self.executor.kind} has no workers")
+        return self

@@ -1,0 +1,53 @@
+"""What is kept in memory of every dialogue while it is decided which ones stay: numbers and hashes, never texts."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from data.clean import content_key
+from data.dialogue import Dialogue
+from data.split import start_time
+from data.stable_hash import stable_hash
+
+RECORD = np.dtype([("start_time", "<f8"), ("heldout_hash", "<u8"), ("n_participants", "<u4"), ("is_kept", "?")])
+"""A dialogue that was read, those the filters drop too: whoever takes part in it may be held out. No time is nan."""
+
+ROW = np.dtype(
+    [
+        ("content_key", "<u8", 2),
+        ("sample_hash", "<u8"),  # the order in which the tokenizer's sample takes them
+        ("n_characters", "<i8"),
+        ("n_messages", "<i8"),
+        ("text_bytes", "<i8"),  # rendered
+        ("line_bytes", "<i8"),
+    ]
+)
+"""A dialogue that passed the filters."""
+
+
+def records_of(dialogues: Sequence[Dialogue], is_kept: Sequence[bool], seed: int) -> np.ndarray:
+    """Dialogues as RECORDs."""
+    records = np.empty(len(dialogues), RECORD)
+    times = [start_time(dialogue) for dialogue in dialogues]
+    records["start_time"] = [np.nan if time is None else time for time in times]
+    records["heldout_hash"] = [stable_hash("heldout", seed, dialogue.id) for dialogue in dialogues]
+    records["n_participants"] = [len(dialogue.participants) for dialogue in dialogues]
+    records["is_kept"] = is_kept
+    return records
+
+
+def participants_of(dialogues: Sequence[Dialogue]) -> np.ndarray:
+    """The hashed participants of all of them, one after the other, uint64."""
+    hashes = [stable_hash("participant", p) for dialogue in dialogues for p in dialogue.participants]
+    return np.array(hashes, "<u8")
+
+
+def rows_of(dialogues: Sequence[Dialogue], seed: int) -> np.ndarray:
+    """Dialogues as ROWs, but for their bytes."""
+    rows = np.zeros(len(dialogues), ROW)
+    keys = b"".join(content_key(dialogue) for dialogue in dialogues)
+    rows["content_key"] = np.frombuffer(keys, "<u8").reshape(-1, 2)
+    rows["sample_hash"] = [stable_hash(seed, "tokenizer", dialogue.id) for dialogue in dialogues]
+    rows["n_characters"] = [sum(len(message.text) for message in dialogue.messages) for dialogue in dialogues]
+    rows["n_messages"] = [len(dialogue.messages) for dialogue in dialogues]
+    return rows

@@ -1,0 +1,141 @@
+"""Stage select: which of the dialogues stay, and on which side. It reads numbers and hashes, no texts."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data.atomic_file import atomic_file, write_json
+from data.clean import CleanError, Ledger, check_bad_fraction
+from data.pipeline.item_step import ItemStep
+from data.pipeline.read import UnitResults
+from data.pipeline.work_folder import WorkFolder
+from data.split import DROPPED, HELDOUT, TRAIN, FractionSplit, SplitRecords, TimeSplit, split
+
+SELECT = "select"
+SIDES = {"train": TRAIN, "heldout": HELDOUT}
+QUARANTINE_FILE = "quarantine.jsonl"
+DroppedRows = Callable[[], Iterator[np.ndarray]]
+_SIDES_FILE, _EDGES_FILE, _LEDGERS_FILE = "sides.npy", "edges.npy", "ledgers.json"
+_LEFT_OUT = -1
+
+
+class SelectDialogues(ItemStep):
+    """One item: of duplicates the first in the order of the sources stays; then the split.
+
+    The split sees every dialogue that was read, so that nobody trains who takes part in a held-out session, be it one
+    that the filters drop. A record is counted under the first reason that it is left out for.
+    """
+
+    stage = SELECT
+    counted = "step"
+
+    def __init__(
+        self,
+        work: WorkFolder,
+        source_names: Sequence[str],
+        n_units: int,
+        rule: TimeSplit | FractionSplit,
+        max_bad_fraction: float,
+    ) -> None:
+        super().__init__(work)
+        self.source_names, self.n_units = tuple(source_names), n_units
+        self.rule, self.max_bad_fraction = rule, max_bad_fraction
+
+    def n_items(self) -> int:
+        return 1
+
+    def do(self, number: int, folder: Path) -> None:
+        units = [UnitResults(self.work, unit) for unit in range(self.n_units)]
+        ledgers, source_of_unit = self._ledgers(units)
+        self._check_quarantine(units, ledgers)
+        rows = [unit.column("rows") for unit in units]
+        edges = np.cumsum([0, *map(len, rows)])
+        source = np.repeat(source_of_unit, np.diff(edges))
+        keys = np.concatenate([unit_rows["content_key"] for unit_rows in rows])
+        sides = self._split(units, source_of_unit)
+        is_duplicate = _repeats(keys)
+        for name, ledger in ledgers.items():
+            of_source = source == self.source_names.index(name)
+            ledger.duplicates = int(np.count_nonzero(is_duplicate & of_source))
+            for side, reason in DROPPED.items():
+                if count := int(np.count_nonzero((sides == side) & ~is_duplicate & of_source)):
+                    ledger.filter(reason, count)
+        sides[is_duplicate | np.isin(sides, list(DROPPED))] = _LEFT_OUT
+        for name, ledger in ledgers.items():
+            ledger.kept = int(np.count_nonzero((sides != _LEFT_OUT) & (source == self.source_names.index(name))))
+            ledger.balance()
+        _check_sides(sides, Ledger.total(ledgers.values()))
+        np.save(folder / _SIDES_FILE, sides)
+        np.save(folder / _EDGES_FILE, edges)
+        write_json(folder / _LEDGERS_FILE, {name: ledger.to_dict() for name, ledger in ledgers.items()})
+
+    def _ledgers(self, units: Sequence[UnitResults]) -> tuple[dict[str, Ledger], np.ndarray]:
+        parts = [unit.ledger() for unit in units]
+        ledgers = {
+            name: Ledger.total(ledger for source, ledger in parts if source == name) for name in self.source_names
+        }
+        return ledgers, np.array([self.source_names.index(source) for source, _ in parts], np.int64)
+
+    def _check_quarantine(self, units: Sequence[UnitResults], ledgers: dict[str, Ledger]) -> None:
+        """Put the quarantine together; raises CleanError, and keeps it, where it holds too much of a source."""
+        path = self.work.run_dir / QUARANTINE_FILE
+        with atomic_file(path) as file:
+            for unit in units:
+                file.write(unit.quarantine.read_bytes())
+        kept_as = path.parent.with_name(f"{path.parent.name}.{QUARANTINE_FILE}")
+        check_bad_fraction(ledgers, self.max_bad_fraction, path, kept_as)
+
+    def _split(self, units: Sequence[UnitResults], source_of_unit: np.ndarray) -> np.ndarray:
+        """The sides of all rows."""
+        records = [unit.column("records") for unit in units]
+        columns = {name: np.concatenate([part[name] for part in records]) for name in records[0].dtype.names or ()}
+        is_kept = columns.pop("is_kept")
+        source = np.repeat(source_of_unit, [len(part) for part in records])
+        participants = np.concatenate([unit.column("participants") for unit in units])
+        return split(SplitRecords(source=source, participants=participants, **columns), self.rule)[is_kept]
+
+
+def _repeats(keys: np.ndarray) -> np.ndarray:
+    """Which keys (n, 2) an earlier one is equal to."""
+    order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: of equal ones the first comes first
+    ordered = keys[order]
+    is_repeat = np.zeros(len(keys), bool)
+    is_repeat[order[1:]] = (ordered[1:] == ordered[:-1]).all(axis=1)
+    return is_repeat
+
+
+def _check_sides(sides: np.ndarray, total: Ledger) -> None:
+    for name, side in SIDES.items():
+        if not (sides == side).any():
+            reasons = {"quarantined": total.quarantined, **total.filtered, "duplicates": total.duplicates}
+            told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
+            raise CleanError(
+                f"no {'training' if name == 'train' else 'held-out'} dialogue is left of {total.read:,} records "
+                f"({told or 'the sources are empty'}); check sources and filters"
+            )
+
+
+class Selection:
+    """What was selected."""
+
+    def __init__(self, work: WorkFolder) -> None:
+        self._folder = work.item(SELECT, 0)
+        self._edges = np.load(self._folder / _EDGES_FILE)
+        self._sides = np.load(self._folder / _SIDES_FILE, mmap_mode="r")
+
+    def sides(self, unit: int) -> np.ndarray:
+        """The side of each row of a unit, or another number where it is left out."""
+        return np.array(self._sides[self._edges[unit] : self._edges[unit + 1]])
+
+    def rows_of(self, side: str) -> tuple[np.ndarray, np.ndarray]:
+        """Of all rows of a side, in order: the unit, and the number in it."""
+        places = np.flatnonzero(self._sides == SIDES[side])
+        unit = np.searchsorted(self._edges, places, "right") - 1
+        return unit, places - self._edges[unit]
+
+    def ledgers(self) -> dict[str, Ledger]:
+        """Where the records of each source went."""
+        counts = json.loads((self._folder / _LEDGERS_FILE).read_text(encoding="utf-8"))
+        return {name: Ledger.from_dict(ledger) for name, ledger in counts.items()}

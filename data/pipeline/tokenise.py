@@ -1,0 +1,126 @@
+"""Stage tokenise: the texts of each unit to documents of tokens, each side's in files of its own."""
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from data.atomic_file import write_json
+from data.packing import EncodedCorpus, token_dtype
+from data.pipeline.item_step import ItemStep
+from data.pipeline.read import UnitResults
+from data.pipeline.select import SIDES, Selection
+from data.pipeline.tokenizer_stage import made_tokenizer
+from data.pipeline.work_folder import WorkFolder
+from data.rendered import encode_rendered
+from data.tokenise import BulkEncoder
+
+TOKENISE = "tokenise"
+_FIGURES = "figures.json"
+_TEXT_BYTES_AT_ONCE = 2 << 20
+
+
+@dataclass
+class Figures:
+    """What a side of a unit holds; of several units they add up."""
+
+    n_dialogues: int = 0
+    n_messages: int = 0
+    n_characters: int = 0
+    n_documents: int = 0
+    n_tokens: int = 0
+    n_answer_tokens: int = 0
+    n_partner_leaves: int = 0
+    n_partner_continues: int = 0
+
+    def add(self, other: "Figures") -> None:
+        """Add those of another."""
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+
+class TokeniseUnits(ItemStep):
+    """An item is a unit."""
+
+    stage = TOKENISE
+
+    def __init__(self, work: WorkFolder, n_units: int, row_length: int) -> None:
+        super().__init__(work)
+        self.n_units, self.row_length = n_units, row_length
+        self._encoder: BulkEncoder | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_encoder": None}
+
+    def n_items(self) -> int:
+        return self.n_units
+
+    def do(self, number: int, folder: Path) -> None:
+        if self._encoder is None:
+            self._encoder = BulkEncoder(made_tokenizer(self.work))
+        unit, side_of_row = UnitResults(self.work, number), Selection(self.work).sides(number)
+        n_characters = np.array(unit.column("rows")["n_characters"])
+        figures = {name: Figures() for name in SIDES}
+        with ExitStack() as opened:
+            files = {
+                name: {array: opened.enter_context(open(_array(folder, name, array), "wb")) for array in _ARRAYS}
+                for name in SIDES
+            }
+            for rows, rendered in unit.rendered(_TEXT_BYTES_AT_ONCE):
+                is_kept = np.isin(side_of_row[rows], list(SIDES.values()))
+                rendered = rendered.of(is_kept)
+                corpus, origin = encode_rendered(rendered, self._encoder, self.row_length)
+                side, characters = side_of_row[rows][is_kept], n_characters[rows][is_kept]
+                for name, value in SIDES.items():
+                    part = corpus.of_documents(side[origin] == value)
+                    _write(files[name], part)
+                    counts = _counts(part)
+                    counts.n_dialogues = int(np.count_nonzero(side == value))
+                    counts.n_messages = int(rendered.n_messages[side == value].sum())
+                    counts.n_characters = int(characters[side == value].sum())
+                    figures[name].add(counts)
+        write_json(folder / _FIGURES, {name: asdict(counts) for name, counts in figures.items()})
+
+
+_ARRAYS = tuple(field.name for field in fields(EncodedCorpus))
+
+
+def _array(folder: Path, side: str, array: str) -> Path:
+    return folder / f"{side}.{array}.bin"
+
+
+def _write(files: Mapping[str, IO[bytes]], corpus: EncodedCorpus) -> None:
+    for array, file in files.items():
+        getattr(corpus, array).tofile(file)
+
+
+def _counts(corpus: EncodedCorpus) -> Figures:
+    labels = np.bincount(corpus.label[corpus.label >= 0], minlength=2)
+    return Figures(
+        n_documents=len(corpus.lengths),
+        n_tokens=len(corpus.tokens),
+        n_answer_tokens=int(np.count_nonzero(corpus.trained)),
+        n_partner_leaves=int(labels[0]),
+        n_partner_continues=int(labels[1]),
+    )
+
+
+def figures_of(work: WorkFolder, unit: int) -> dict[str, Figures]:
+    """What each side of a unit holds."""
+    counts = json.loads((work.item(TOKENISE, unit) / _FIGURES).read_text(encoding="utf-8"))
+    return {side: Figures(**of_side) for side, of_side in counts.items()}
+
+
+def encoded_unit(work: WorkFolder, unit: int, side: str, vocab_size: int) -> EncodedCorpus:
+    """The documents of one side of a unit, memory-mapped."""
+    dtypes = {"tokens": token_dtype(vocab_size), "trained": np.uint8, "label": np.int8, "lengths": np.int32}
+    arrays = {}
+    for name in _ARRAYS:
+        path = _array(work.item(TOKENISE, unit), side, name)
+        is_empty = path.stat().st_size == 0  # which cannot be mapped
+        arrays[name] = np.zeros(0, dtypes[name]) if is_empty else np.memmap(path, dtypes[name], mode="r")
+    return EncodedCorpus(**arrays)

@@ -1,0 +1,83 @@
+"""Stage tokenizer: a tokenizer is trained on a sample of the training side, or one that exists is taken over."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field
+
+from data.pipeline.item_step import ItemStep
+from data.pipeline.read import UnitResults
+from data.pipeline.select import Selection
+from data.pipeline.work_folder import WorkFolder
+from data.tokenizer import MODEL_FILE, DialogueTokenizer, train_tokenizer
+from recipes.loader import Section
+
+TOKENIZER = "tokenizer"
+
+
+class TrainedTokenizer(Section):
+    """Train a SentencePiece BPE on the training side."""
+
+    kind: Literal["train"]
+    vocab_size: int = Field(gt=261)
+    # Characters of dialogues, chosen by a hash, that it learns from.
+    sample_characters: int = Field(default=10_000_000, gt=0)
+    # Share of the characters that get a piece of their own; the rest are written in bytes.
+    character_coverage: float = Field(default=0.9995, gt=0, le=1)
+
+
+class TokenizerFile(Section):
+    """Use a tokenizer that an earlier data.prepare made."""
+
+    kind: Literal["file"]
+    path: str
+
+
+TokenizerRule = Annotated[TrainedTokenizer | TokenizerFile, Field(discriminator="kind")]
+
+
+class MakeTokenizer(ItemStep):
+    """One item."""
+
+    stage = TOKENIZER
+    counted = "step"
+
+    def __init__(self, work: WorkFolder, rule: TrainedTokenizer | TokenizerFile) -> None:
+        super().__init__(work)
+        self.rule = rule
+
+    def n_items(self) -> int:
+        return 1
+
+    def do(self, number: int, folder: Path) -> None:
+        self._tokenizer().save(folder)
+
+    def _tokenizer(self) -> DialogueTokenizer:
+        if isinstance(self.rule, TokenizerFile):
+            return DialogueTokenizer.load(self.rule.path)
+        return train_tokenizer(
+            _texts_in_hash_order(self.work),
+            None,
+            self.rule.vocab_size,
+            sample_characters=self.rule.sample_characters,
+            character_coverage=self.rule.character_coverage,
+        )
+
+
+def made_tokenizer(work: WorkFolder) -> DialogueTokenizer:
+    """The tokenizer of the run, once the stage is done."""
+    return DialogueTokenizer.load(work.item(TOKENIZER, 0) / MODEL_FILE)
+
+
+def _texts_in_hash_order(work: WorkFolder) -> Iterator[str]:
+    """The rendered texts of the training side, whole dialogues in the order of a hash; read one by one from disk."""
+    unit_of, row_of = Selection(work).rows_of("train")
+    units = {unit: UnitResults(work, unit) for unit in np.unique(unit_of).tolist()}
+    hashes = np.concatenate(
+        [np.zeros(0, np.uint64), *(u.column("rows")["sample_hash"][row_of[unit_of == n]] for n, u in units.items())]
+    )
+    texts = {number: unit.texts() for number, unit in units.items()}
+    for place in np.argsort(hashes, kind="stable").tolist():
+        yield from texts[int(unit_of[place])].of(int(row_of[place]))

@@ -1,0 +1,147 @@
+"""Dialogues as they are rendered, in columns: the text of all messages and what supervises it, ready to be encoded."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.dialogue import NO_LABEL, Dialogue, EncodedDialogue, message_body, speaker_prefix, supervision
+from data.packing import Document, EncodedCorpus, cut, token_dtype
+from data.tokenise import BulkEncoder
+
+MESSAGE = np.dtype([("prefix_bytes", "<u4"), ("body_bytes", "<u4"), ("trained", "u1"), ("label", "i1")])
+"""A message: the bytes of "speaker:" and of " text", whether SFT trains it, and its continuation label."""
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedDialogues:
+    """`texts_B` uint8: prefix and body of each message in UTF-8, one after the other; `messages` of type MESSAGE;
+    `n_messages` of each dialogue, int64."""
+
+    texts_B: np.ndarray
+    messages: np.ndarray
+    n_messages: np.ndarray
+
+    def of(self, is_kept: np.ndarray) -> "RenderedDialogues":
+        """Some of the dialogues (a mask), in the same order."""
+        if is_kept.all():
+            return self
+        message_is_kept = np.repeat(is_kept, self.n_messages)
+        n_bytes = self.messages["prefix_bytes"].astype(np.int64) + self.messages["body_bytes"]
+        texts_B = self.texts_B[np.repeat(message_is_kept, n_bytes)]
+        return RenderedDialogues(texts_B, self.messages[message_is_kept], self.n_messages[is_kept])
+
+
+def render(
+    dialogues: Sequence[Dialogue], continue_within_seconds: float | None
+) -> tuple[list[bytes], np.ndarray, np.ndarray]:
+    """The parts of RenderedDialogues: the texts as bytes, the messages, and how many each dialogue has."""
+    texts: list[bytes] = []
+    trained: list[bool] = []
+    labels: list[int] = []
+    prefixes: dict[str, bytes] = {}
+    for dialogue in dialogues:
+        for message in dialogue.messages:
+            prefix = prefixes.get(message.speaker)
+            if prefix is None:
+                prefix = prefixes[message.speaker] = speaker_prefix(message.speaker).encode()
+            texts.append(prefix)
+            texts.append(message_body(message.text).encode())
+        is_trained, label = supervision(dialogue, continue_within_seconds)
+        trained += is_trained
+        labels += label
+    n_bytes = np.fromiter(map(len, texts), np.int64, len(texts))
+    messages = np.empty(len(labels), MESSAGE)
+    messages["prefix_bytes"], messages["body_bytes"] = n_bytes[::2], n_bytes[1::2]
+    messages["trained"], messages["label"] = trained, labels
+    return texts, messages, np.array([len(dialogue.messages) for dialogue in dialogues], np.int64)
+
+
+def encode_rendered(
+    rendered: RenderedDialogues, encoder: BulkEncoder, row_length: int
+) -> tuple[EncodedCorpus, np.ndarray]:
+    """The documents of the dialogues in order, as `cut(encode_dialogue(...))` makes them of each, and the number of the
+    dialogue that each document comes from."""
+    messages, tokenizer = rendered.messages, encoder.tokenizer
+    n_messages, n_dialogues = len(messages), len(rendered.n_messages)
+    n_bytes = np.empty(2 * n_messages, np.int64)
+    n_bytes[::2], n_bytes[1::2] = messages["prefix_bytes"], messages["body_bytes"]
+    ids, n_ids = encoder.encode(rendered.texts_B, n_bytes)
+    n_prefix, n_body = n_ids[::2], n_ids[1::2]
+    # <bos> of its dialogue and of those before, <|message|> and <|end|> of the messages before, stand before a message
+    dialogue_of_message = np.repeat(np.arange(n_dialogues), rendered.n_messages)
+    sizes = n_prefix + n_body + 2
+    starts = np.cumsum(sizes) - sizes + dialogue_of_message + 1  # of <|message|>
+    text_starts = starts + 1 + n_prefix
+    ends = starts + sizes  # after <|end|>
+    n_tokens = n_dialogues + int(sizes.sum())
+    shift = starts + 1 - (np.cumsum(n_prefix + n_body) - (n_prefix + n_body))
+    tokens = np.empty(n_tokens, np.int64)
+    tokens[np.arange(len(ids)) + np.repeat(shift, n_prefix + n_body)] = ids
+    first_messages = np.cumsum(rendered.n_messages) - rendered.n_messages
+    tokens[starts[first_messages] - 1] = tokenizer.bos_id
+    tokens[starts] = tokenizer.message_id
+    tokens[ends - 1] = tokenizer.end_id
+    label = np.full(n_tokens, NO_LABEL, np.int8)
+    label[ends - 1] = messages["label"]
+    steps = np.zeros(n_tokens + 1, np.int8)
+    is_trained = messages["trained"].astype(bool)
+    steps[text_starts[is_trained]] = 1
+    steps[ends[is_trained]] -= 1
+    trained = np.cumsum(steps[:-1], dtype=np.int8).view(np.uint8)
+    whole = EncodedDialogue(tokens, trained, label, starts, text_starts)
+    edges = np.append(starts[first_messages] - 1, n_tokens)
+    return _cut_all(whole, edges, np.append(first_messages, n_messages), row_length, tokenizer.vocab_size)
+
+
+def _cut_all(
+    whole: EncodedDialogue, edges: np.ndarray, first_messages: np.ndarray, row_length: int, vocab_size: int
+) -> tuple[EncodedCorpus, np.ndarray]:
+    """Dialogues one after the other (they begin at `edges`) as documents: those that fit are kept as they are."""
+    sizes = np.diff(edges)
+    if sizes.size == 0 or sizes.max() <= row_length:
+        corpus = EncodedCorpus(
+            whole.tokens.astype(token_dtype(vocab_size)), whole.trained, whole.label, sizes.astype(np.int32)
+        )
+        return corpus, np.arange(len(sizes))
+    documents: list[Document] = []
+    lengths: list[np.ndarray] = []
+    origins: list[np.ndarray] = []
+    kept_from = 0  # dialogue
+
+    def keep_until(number: int) -> None:
+        if number > kept_from:
+            span = slice(int(edges[kept_from]), int(edges[number]))
+            documents.append(Document(whole.tokens[span], whole.trained[span], whole.label[span]))
+            lengths.append(sizes[kept_from:number])
+            origins.append(np.arange(kept_from, number))
+
+    for number in np.flatnonzero(sizes > row_length).tolist():
+        keep_until(number)
+        kept_from = number + 1
+        pieces = cut(_one(whole, edges, first_messages, number), row_length)
+        documents += pieces
+        lengths.append(np.array([len(piece.tokens) for piece in pieces]))
+        origins.append(np.full(len(pieces), number))
+    keep_until(len(sizes))
+    joined = EncodedCorpus.of(documents, vocab_size)
+    return EncodedCorpus(
+        joined.tokens, joined.trained, joined.label, np.concatenate(lengths).astype(np.int32)
+    ), np.concatenate(origins)
+
+
+def _one(whole: EncodedDialogue, edges: np.ndarray, first_messages: np.ndarray, number: int) -> EncodedDialogue:
+    start, end = int(edges[number]), int(edges[number + 1])
+    messages = slice(int(first_messages[number]), int(first_messages[number + 1]))
+    return EncodedDialogue(
+        whole.tokens[start:end],
+        whole.trained[start:end],
+        whole.label[start:end],
+        whole.message_starts[messages] - start,
+        whole.text_starts[messages] - start,
+    )
+
+
+def join_bytes(texts: Iterable[bytes]) -> np.ndarray:
+    """The texts one after the other, uint8."""
+    return np.frombuffer(b"".join(texts), np.uint8)

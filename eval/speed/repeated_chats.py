@@ -1,0 +1,78 @@
+"""A large chat JSONL out of small real ones, to measure preparation on: real dialogues again and again, words changed.
+
+python -m eval.speed.repeated_chats big.jsonl --gigabytes 4 runs/demo/data/dialogues/train.jsonl
+"""
+
+import argparse
+import random
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+from data.dialogue import Dialogue, DialogueError, Message, read_dialogues, to_json
+from recipes.loader import tell_error
+
+_WORD = re.compile(r"\w+")
+_SHARE_CHANGED = 0.2
+
+
+def changed(dialogue: Dialogue, copy: int, words: Sequence[str], seed: int = 0) -> Dialogue:
+    """A copy in which a fifth of the words are others of the vocabulary, by their frequency; copy 0 is as it was."""
+    if copy == 0:
+        return dialogue
+    rng = random.Random(f"{seed} {copy} {dialogue.id}")
+
+    def other(found: re.Match[str]) -> str:
+        return words[int(rng.random() * len(words))] if rng.random() < _SHARE_CHANGED else found[0]
+
+    messages = tuple(
+        Message(message.speaker, _WORD.sub(other, message.text), message.time, message.metadata)
+        for message in dialogue.messages
+    )
+    participants = tuple(f"{participant}-{copy}" for participant in dialogue.participants)
+    return replace(dialogue, id=f"{dialogue.id}-{copy}", messages=messages, participants=participants)
+
+
+def repeated(dialogues: Sequence[Dialogue]) -> Iterator[str]:
+    """JSON lines as the source chat_jsonl reads them, without end."""
+    counts = Counter(word for d in dialogues for m in d.messages for word in _WORD.findall(m.text))
+    words = [word for word, count in counts.items() for _ in range(min(count, 1_000))]
+    copy = 0
+    while True:
+        for dialogue in dialogues:
+            line = to_json(changed(dialogue, copy, words))
+            yield line.replace(f', "source": "{dialogue.source}"}}', "}") + "\n"
+        copy += 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The entry point; the exit code is 0, 2 for input that cannot be read, 130 for Ctrl-C."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("dialogues", type=Path, nargs="+", help="dialogues/*.jsonl of prepared data")
+    parser.add_argument("--gigabytes", type=float, default=1.0, help="10^9 bytes")
+    arguments = parser.parse_args(argv)
+    console, limit = Console(), int(arguments.gigabytes * 1e9)
+    try:
+        lines = repeated([dialogue for path in arguments.dialogues for dialogue in read_dialogues(path)])
+        with open(arguments.out, "wb") as file:
+            for megabyte in track(range(0, limit, 10**6), "writing (MB)", console=console, transient=True):
+                while file.tell() < megabyte + 10**6:
+                    file.write(next(lines).encode())
+        console.print(f"{arguments.out}: {arguments.out.stat().st_size / 1e9:.2f} GB", highlight=False)
+    except (DialogueError, OSError) as error:
+        tell_error(error)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""Dialogues in columns give the documents that encode_dialogue and cut give one by one."""
+
+from dataclasses import fields
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.dialogue import NARRATOR, Dialogue, Message, encode_dialogue
+from data.packing import Document, EncodedCorpus, cut
+from data.rendered import RenderedDialogues, encode_rendered, join_bytes, render
+from data.tokenise import BulkEncoder
+from data.tokenizer import DialogueTokenizer
+
+
+@st.composite
+def dialogues(draw: st.DrawFn) -> Dialogue:
+    speakers = draw(st.lists(st.sampled_from(["Ann", "Bob", NARRATOR, "<|end|>", "Zoë"]), min_size=1, max_size=9))
+    text = st.one_of(st.text(max_size=20), st.sampled_from(["so " * 30, "hi", "<|message|>"]))
+    texts = [draw(text) for _ in speakers]
+    times = [draw(st.sampled_from([None, 10.0 * number, 3.0 * number])) for number, _ in enumerate(speakers)]
+    messages = tuple(Message(*given) for given in zip(speakers, texts, times, strict=True))
+    return Dialogue("d", messages, draw(st.sampled_from(speakers)))
+
+
+def one_by_one(
+    tokenizer: DialogueTokenizer, given_dialogues: list[Dialogue], within: float | None, row_length: int
+) -> tuple[list[Document], list[int]]:
+    pieces = [cut(encode_dialogue(tokenizer, dialogue, within), row_length) for dialogue in given_dialogues]
+    return [piece for of_one in pieces for piece in of_one], [n for n, of_one in enumerate(pieces) for _ in of_one]
+
+
+@settings(max_examples=200)
+@given(
+    given_dialogues=st.lists(dialogues(), max_size=6),
+    row_length=st.sampled_from([16, 40, 4096]),
+    within=st.sampled_from([None, 5.0]),
+    keep=st.integers(0, 63),
+)
+def test_columns_give_the_same_documents(
+    tokenizer: DialogueTokenizer, given_dialogues: list[Dialogue], row_length: int, within: float | None, keep: int
+) -> None:
+    texts, messages, n_messages = render(given_dialogues, within)
+    columns = RenderedDialogues(join_bytes(texts), messages, n_messages)
+    is_kept = np.array([keep >> number & 1 for number in range(len(given_dialogues))], bool)
+    kept = [dialogue for dialogue, is_in in zip(given_dialogues, is_kept, strict=True) if is_in]
+    encoder = BulkEncoder(tokenizer)
+    for rendered, expected in ((columns, given_dialogues), (columns.of(is_kept), kept)):
+        corpus, origin = encode_rendered(rendered, encoder, row_length)
+        documents, numbers = one_by_one(tokenizer, expected, within, row_length)
+        joined = EncodedCorpus.of(documents, tokenizer.vocab_size)
+        for field in fields(EncodedCorpus):
+            found, wanted = getattr(corpus, field.name), getattr(joined, field.name)
+            assert np.array_equal(found, wanted)
+            assert found.dtype == wanted.dtype
+        assert origin.tolist() == numbers
