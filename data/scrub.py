@@ -1,0 +1,320 @@
+"""Scrubbing of personal data: e-mail addresses, phone numbers, payment cards, IP addresses and the credentials in URLs
+become placeholders, ids of people become hashes.
+
+A placeholder is one fixed word for each kind, such as `[email]`: a reader and a model see what stood there, and which
+values were equal cannot be told, within a dialogue or across dialogues. Speakers alone stay apart: two who are called
+by their addresses become `[email]` and `[email] 2`. Addresses that were taken apart on purpose ("ann at example dot
+com"), local phone numbers without their area, and numbers in the metadata that are not strings are left as they are.
+
+datatrove's PIIFormatter has the first idea for two of the kinds, but takes "2@3.50" for an address, misses letters
+beyond ASCII, reads IP addresses out of longer numbers ("1.2.3.4.5"), and needs time quadratic in the length of a word.
+"""
+
+import ipaddress
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from data.dialogue import Dialogue, Message
+from data.stable_hash import pseudonym
+from recipes.loader import Section
+
+PLACEHOLDERS = {
+    "url_credentials": "[credentials]",
+    "email": "[email]",
+    "card": "[card]",
+    "ip": "[ip]",
+    "phone": "[phone]",
+}  # in the order in which they are looked for
+HASHED_ID = "id"  # the kind under which hashed ids are counted
+
+
+class Phones(Section):
+    """Phone numbers: written with + and a country everywhere, in national form for these regions."""
+
+    # ISO 3166 codes; US stands for all of the North American plan.
+    regions: tuple[str, ...] = ("US",)
+
+    @field_validator("regions")
+    @classmethod
+    def _known(cls, regions: tuple[str, ...]) -> tuple[str, ...]:
+        from phonenumbers import SUPPORTED_REGIONS
+
+        unknown = [region for region in regions if region not in SUPPORTED_REGIONS]
+        if unknown:
+            raise ValueError(f"region {unknown[0]!r} is unknown; expected ISO 3166 codes such as US, GB, DE")
+        return regions
+
+
+class HashedIds(Section):
+    """Ids of people, hashed: participants, and the values of these keys wherever they are in the metadata."""
+
+    # With it and a guess of an id, a hash can be checked: keep the recipe as safe as the ids.
+    salt: str = Field(min_length=8)
+    # Case, - and _ make no difference: worker_id is also WorkerId.
+    metadata_keys: tuple[str, ...] = ("worker_id", "user_id", "participant_id", "annotator_id", "author_id")
+
+
+class Scrub(Section):
+    """What is scrubbed from texts, speakers' names, ids and metadata; false or null leaves a kind as it is."""
+
+    email: bool = True
+    phone: Phones | None = Phones()
+    # 14 to 19 digits of a card issuer's range with a right check digit.
+    card: bool = True
+    # Public addresses of version 4 and 6; private ones name nobody.
+    ip: bool = True
+    # User and password before the host of a URL.
+    url_credentials: bool = True
+    ids: HashedIds | None = None
+
+    @model_validator(mode="after")
+    def _does_something(self) -> Self:
+        if not any(getattr(self, key) for key in Scrub.model_fields):
+            raise ValueError("every kind is off, so it would change nothing; leave the section out")
+        return self
+
+
+def scrub(dialogue: Dialogue, settings: Scrub) -> tuple[Dialogue, Counter[str]]:
+    """The dialogue without personal data, and how many values of each kind were replaced (a speaker's name once)."""
+    counts: Counter[str] = Counter()
+    speakers = _renamed_speakers(dialogue, settings, counts)
+    messages = tuple(_scrub_message(message, speakers, settings, counts) for message in dialogue.messages)
+    participants, identity = dialogue.participants, dialogue.id
+    if settings.ids:
+        participants = tuple(pseudonym(settings.ids.salt, participant) for participant in participants)
+        counts[HASHED_ID] += len(participants)
+    if scrub_text(identity, settings, counts) != identity:
+        # Not a placeholder: ids tell dialogues apart.
+        identity = pseudonym(settings.ids.salt if settings.ids else "", "dialogue", identity)
+    scrubbed = replace(
+        dialogue,
+        id=identity,
+        messages=messages,
+        character=speakers.get(dialogue.character, dialogue.character),
+        participants=participants,
+        metadata=_scrub_metadata(dialogue.metadata, speakers, settings, counts),
+    )
+    return scrubbed, +counts
+
+
+def scrub_text(text: str, settings: Scrub, counts: Counter[str]) -> str:
+    """The text with placeholders, each replacement counted by its kind. Scrubbed again, it stays as it is."""
+    while _DIGIT_OR_AT.search(text):
+        before = text
+        for kind in PLACEHOLDERS:
+            if getattr(settings, kind):
+                text = _REPLACERS[kind](text, settings, counts)
+        if text == before:  # what was replaced may have hidden something that stood too close
+            break
+    return text
+
+
+def _scrub_message(
+    message: Message, speakers: Mapping[str, str], settings: Scrub, counts: Counter[str]
+) -> Message:
+    text = scrub_text(message.text, settings, counts)
+    speaker = speakers.get(message.speaker, message.speaker)
+    metadata = message.metadata and _scrub_metadata(message.metadata, speakers, settings, counts)
+    if text is message.text and speaker is message.speaker and metadata == message.metadata:
+        return message
+    return replace(message, speaker=speaker, text=text, metadata=metadata)
+
+
+def _renamed_speakers(dialogue: Dialogue, settings: Scrub, counts: Counter[str]) -> dict[str, str]:
+    """The new names of the speakers whose names carry personal data; still as many names as before."""
+    names = dict.fromkeys(message.speaker for message in dialogue.messages)
+    scrubbed = {name: scrub_text(name, settings, counts) for name in names}
+    taken = {name for name in names if scrubbed[name] == name}
+    renamed = {}
+    for name, new in scrubbed.items():
+        if new == name:
+            continue
+        number = 1
+        while (distinct := new if number == 1 else f"{new} {number}") in taken:
+            number += 1
+        taken.add(distinct)
+        renamed[name] = distinct
+    return renamed
+
+
+def _scrub_metadata(value: Any, speakers: Mapping[str, str], settings: Scrub, counts: Counter[str]) -> Any:
+    """The same tree with its strings scrubbed, keys too, and the values of the keys of ids hashed."""
+    if isinstance(value, str):
+        return speakers.get(value) or scrub_text(value, settings, counts)
+    if isinstance(value, list | tuple):
+        return [_scrub_metadata(item, speakers, settings, counts) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    result: dict[str, Any] = {}
+    for key, item in value.items():
+        new = name = speakers.get(key) or scrub_text(key, settings, counts)
+        number = 1
+        while new in result:
+            number += 1
+            new = f"{name} {number}"
+        if settings.ids and _plain(key) in map(_plain, settings.ids.metadata_keys):
+            result[new] = _hashed(item, settings.ids.salt, counts)
+        else:
+            result[new] = _scrub_metadata(item, speakers, settings, counts)
+    return result
+
+
+def _plain(key: str) -> str:
+    return key.lower().replace("_", "").replace("-", "")
+
+
+def _hashed(value: Any, salt: str, counts: Counter[str]) -> Any:
+    """The hash of an id, of every id in a list or an object; null stays null."""
+    if isinstance(value, list | tuple):
+        return [_hashed(item, salt, counts) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _hashed(item, salt, counts) for key, item in value.items()}
+    if value is None or isinstance(value, bool):
+        return value
+    counts[HASHED_ID] += 1
+    return pseudonym(salt, str(value))
+
+
+_DIGIT_OR_AT = re.compile(r"[\d@]")  # nothing that is scrubbed is without one
+
+_CREDENTIALS = re.compile(r"(?<=://)(?!\[credentials\]@)[^\s/?#<>\"]{1,256}@(?=[\w\[])")
+
+# Letters of the scripts that separate words by spaces: elsewhere an address would take its neighbours with it.
+_LETTER = "A-Za-z\u00c0-\u024f\u0300-\u052f"
+_EMAIL = re.compile(
+    rf"(?<![{_LETTER}0-9_])[{_LETTER}0-9_][{_LETTER}0-9_.!#$%&'*+/=?^`{{|}}~-]{{0,63}}@"
+    rf"(?:[{_LETTER}0-9](?:[{_LETTER}0-9-]{{0,61}}[{_LETTER}0-9])?\.)+"
+    rf"(?:xn--[A-Za-z0-9-]{{1,58}}[A-Za-z0-9]|[{_LETTER}]{{2,63}})"
+)
+
+_CARD = re.compile(
+    r"(?<![\w.])(?<!\d-)"
+    r"(?:\d{14,19}|\d{4}([ \u00a0-])\d{4}\1\d{4}\1\d{4}(?:\1\d{3})?|\d{4}([ \u00a0-])\d{6}\2\d{4,5})"
+    r"(?!\w|-\d|\.\d)"
+)
+_ISSUED = re.compile(
+    r"4(?:\d{15}|\d{18})|5[1-5]\d{14}|2[2-7]\d{14}|3[47]\d{13}|3(?:0[0-5]|[689]\d)\d{11}"  # Visa to Diners Club
+    r"|35\d{14,17}|6\d{15,18}|5[06-8]\d{14,17}"  # JCB, Discover and UnionPay, Maestro
+)
+
+_IP_V4 = re.compile(
+    r"(?<![\w.~^+])(?<![A-Za-z]-)[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?!\w|\.\d|[-+~][A-Za-z0-9](?!\d{0,2}\.\d))"
+)
+_SHORTEST_IP_V4 = 10  # characters: 2.6.28.12 is a version; one address in a thousand is as short
+_VERSION_BEFORE = re.compile(
+    r"\b(?:v|ver|versions?|releases?|kernel|firmware|build|driver|rev|revision|(?:up|down)graded? to)\W{0,3}\Z", re.I
+)
+_IP_V6 = re.compile(r"(?<![\w:.])[23][0-9A-Fa-f]{3}(?::[0-9A-Fa-f]{0,4}){2,8}(?!\w)")
+
+_FEWEST_PHONE_DIGITS = 8
+_PHONE_DIGITS = re.compile(r"(?:\d[^\w\n]{0,4}){7}\d")
+_NO_PHONE = re.compile(r"\d+\.\d+|\d{4}[-–]\d{4}")
+_SERIAL_BEFORE, _SERIAL_AFTER = re.compile(r"\w-\Z"), re.compile(r"-\w")
+_CODE_BEFORE = re.compile(
+    r"(?:[#№/=_.@]|\b(?:order|invoice|ticket|tracking|bug|case|ref|reference|account|id|isbn|serial|item)"
+    r"(?: (?:number|no\.?|id|is))*[\s:#]{1,3})\Z",
+    re.I,
+)
+
+
+def _url_credentials(text: str, settings: Scrub, counts: Counter[str]) -> str:
+    return _substitute(_CREDENTIALS, lambda match: "@", text, "url_credentials", counts) if "://" in text else text
+
+
+def _emails(text: str, settings: Scrub, counts: Counter[str]) -> str:
+    return _substitute(_EMAIL, lambda match: "", text, "email", counts) if "@" in text else text
+
+
+def _cards(text: str, settings: Scrub, counts: Counter[str]) -> str:
+    def rest(match: re.Match[str]) -> str | None:
+        for end in (len(match[0]), 19):  # 4-4-4-4, then three digits that may not belong to it
+            digits = "".join(filter(str.isdigit, match[0][:end]))
+            if _ISSUED.fullmatch(digits) and _luhn(digits):
+                return match[0][end:]
+        return None
+
+    return _substitute(_CARD, rest, text, "card", counts)
+
+
+def _ips(text: str, settings: Scrub, counts: Counter[str]) -> str:
+    def v4_rest(match: re.Match[str]) -> str | None:
+        before = text[max(0, match.start() - 24) : match.start()]
+        is_version = len(match[0]) < _SHORTEST_IP_V4 or _VERSION_BEFORE.search(before)
+        return "" if not is_version and _is_public(match[0]) else None
+
+    def v6_rest(match: re.Match[str]) -> str | None:
+        end = len(match[0]) - (match[0].endswith(":") and not match[0].endswith("::"))  # a colon of the sentence
+        return match[0][end:] if _is_public(match[0][:end]) else None
+
+    if "." in text:
+        text = _substitute(_IP_V4, v4_rest, text, "ip", counts)
+    return _substitute(_IP_V6, v6_rest, text, "ip", counts) if ":" in text else text
+
+
+def _phones(text: str, settings: Scrub, counts: Counter[str]) -> str:
+    if settings.phone is None or not _PHONE_DIGITS.search(text):
+        return text
+    from phonenumbers import Leniency, PhoneNumberMatcher
+
+    for region in settings.phone.regions or (None,):
+        found = PhoneNumberMatcher(text, region, leniency=Leniency.STRICT_GROUPING)
+        spans = [(match.start, match.end) for match in found if _is_phone(text, match.start, match.raw_string)]
+        for start, end in reversed(spans):
+            text = text[:start] + PLACEHOLDERS["phone"] + text[end:]
+            counts["phone"] += 1
+    return text
+
+
+def _is_phone(text: str, start: int, number: str) -> bool:
+    """Not so a local number, a decimal, a range of years, part of a serial number, and a number in one piece that is of
+    an order, a bug, an address on the web."""
+    if sum(map(str.isdigit, number)) < _FEWEST_PHONE_DIGITS or _NO_PHONE.fullmatch(number):
+        return False
+    before, end = text[max(0, start - 32) : start], start + len(number)
+    if not number.startswith("+") and (_SERIAL_BEFORE.search(before) or _SERIAL_AFTER.match(text, end)):
+        return False
+    return not (number.isdigit() and _CODE_BEFORE.search(before))
+
+
+def _substitute(
+    pattern: re.Pattern[str], rest: Callable[[re.Match[str]], str | None], text: str, kind: str, counts: Counter[str]
+) -> str:
+    """Matches become the placeholder and what `rest` leaves of them, unless that is None: then they stay."""
+
+    def replacement(match: re.Match[str]) -> str:
+        left = rest(match)
+        if left is None:
+            return match[0]
+        counts[kind] += 1
+        return PLACEHOLDERS[kind] + left
+
+    return pattern.sub(replacement, text)
+
+
+def _luhn(digits: str) -> bool:
+    """Whether the last digit is the check digit of the others (ISO/IEC 7812-1, annex B)."""
+    doubled = (int(digit) * (1 + i % 2) for i, digit in enumerate(reversed(digits)))
+    return sum(d - 9 * (d > 9) for d in doubled) % 10 == 0
+
+
+@lru_cache(maxsize=4_096)
+def _is_public(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_global
+    except ValueError:
+        return False
+
+
+_REPLACERS: dict[str, Callable[[str, Scrub, Counter[str]], str]] = {
+    "url_credentials": _url_credentials,
+    "email": _emails,
+    "card": _cards,
+    "ip": _ips,
+    "phone": _phones,
+}
