@@ -41,10 +41,16 @@ class Ledger:
     duplicates: int = 0
     kept: int = 0
     blank_messages: int = 0  # messages without text, removed from dialogues
+    scrubbed: dict[str, int] = field(default_factory=dict)  # values that were replaced, by kind
 
     def filter(self, reason: str, count: int = 1) -> None:
         """Count dialogues that were left out for a reason."""
         self.filtered[reason] = self.filtered.get(reason, 0) + count
+
+    def count_scrubbed(self, counts: Mapping[str, int]) -> None:
+        """Count values that were replaced in dialogues."""
+        for kind, count in counts.items():
+            self.scrubbed[kind] = self.scrubbed.get(kind, 0) + count
 
     @classmethod
     def total(cls, ledgers: Iterable["Ledger"]) -> "Ledger":
@@ -58,6 +64,7 @@ class Ledger:
             total.blank_messages += ledger.blank_messages
             for reason, count in ledger.filtered.items():
                 total.filter(reason, count)
+            total.count_scrubbed(ledger.scrubbed)
         return total
 
     def balance(self) -> None:
@@ -68,7 +75,7 @@ class Ledger:
     @classmethod
     def from_dict(cls, counts: Mapping[str, Any]) -> "Ledger":
         """What `to_dict` gave."""
-        return cls(**{**counts, "filtered": dict(counts["filtered"])})
+        return cls(**{**counts, "filtered": dict(counts["filtered"]), "scrubbed": dict(counts["scrubbed"])})
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -78,6 +85,7 @@ class Ledger:
             "duplicates": self.duplicates,
             "kept": self.kept,
             "blank_messages": self.blank_messages,
+            "scrubbed": dict(sorted(self.scrubbed.items())),
         }
 
 

@@ -190,7 +190,7 @@ _LETTER = "A-Za-z\u00c0-\u024f\u0300-\u052f"
 _EMAIL = re.compile(
     rf"(?<![{_LETTER}0-9_])[{_LETTER}0-9_][{_LETTER}0-9_.!#$%&'*+/=?^`{{|}}~-]{{0,63}}@"
     rf"(?:[{_LETTER}0-9](?:[{_LETTER}0-9-]{{0,61}}[{_LETTER}0-9])?\.)+"
-    rf"(?:xn--[A-Za-z0-9-]{{1,58}}[A-Za-z0-9]|[{_LETTER}]{{2,63}})"
+    rf"(?:[xX][nN]--[A-Za-z0-9-]{{1,58}}[A-Za-z0-9]|[{_LETTER}]{{2,63}})"
 )
 
 _CARD = re.compile(
@@ -266,6 +266,8 @@ def _phones(text: str, settings: Scrub, counts: Counter[str]) -> str:
         found = PhoneNumberMatcher(text, region, leniency=Leniency.STRICT_GROUPING)
         spans = [(match.start, match.end) for match in found if _is_phone(text, match.start, match.raw_string)]
         for start, end in reversed(spans):
+            # the bracket of a sentence, not of an area code
+            start += text[start] == "(" and ")" not in text[start:end]
             text = text[:start] + PLACEHOLDERS["phone"] + text[end:]
             counts["phone"] += 1
     return text

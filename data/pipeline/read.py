@@ -11,11 +11,13 @@ import numpy as np
 from data.atomic_file import write_json
 from data.clean import Filters, Ledger, passing, without_bad
 from data.dialogue import Dialogue, from_json, to_json
+from data.near_duplicates import dialogue_text
 from data.pipeline.item_step import ItemStep
 from data.pipeline.record import RECORD, ROW, participants_of, records_of, rows_of
 from data.pipeline.unit import read_units
 from data.pipeline.work_folder import WorkFolder
 from data.rendered import MESSAGE, RenderedDialogues, render
+from data.scrub import Scrub, scrub
 from data.sources.source import DialogueSource
 
 READ = "read"
@@ -36,6 +38,7 @@ class ReadSettings:
     """What the dialogues of a unit depend on beside its files."""
 
     filters: Filters
+    scrub: Scrub | None
     seed: int
     continue_within_seconds: float | None
 
@@ -98,6 +101,9 @@ def _batches(dialogues: Iterable[Dialogue]) -> Iterator[list[Dialogue]]:
 
 def _cleaned(dialogue: Dialogue, settings: ReadSettings, ledger: Ledger) -> Dialogue | None:
     """The dialogue as it is kept, or None when it was counted as left out."""
+    if settings.scrub:
+        dialogue, counts = scrub(dialogue, settings.scrub)
+        ledger.count_scrubbed(counts)
     return next(passing([dialogue], settings.filters, ledger), None)
 
 
@@ -146,6 +152,11 @@ class UnitResults:
         """Its rows."""
         with open(self.dialogues, encoding="utf-8") as file:
             yield from map(from_json, file)
+
+
+def said_in_unit(work: WorkFolder, unit: int) -> Iterator[str]:
+    """What is said in each row of a unit, in order."""
+    return map(dialogue_text, UnitResults(work, unit).read_dialogues())
 
 
 class RowTexts:

@@ -5,8 +5,10 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from data.clean import Filters
+from data.near_duplicates import NearDuplicates
 from data.pipeline.executor import Executor, LocalSettings
 from data.pipeline.tokenizer_stage import TokenizerRule
+from data.scrub import Scrub
 from data.sources.registry import AnySource
 from data.split import SplitRule
 from recipes.loader import Section
@@ -24,6 +26,10 @@ class DataRecipe(Section):
     tokenizer: TokenizerRule
     row_length: int = Field(ge=16)
     filters: Filters = Filters()
+    # Personal data in texts, names, ids and metadata become placeholders and hashes; null: they stay.
+    scrub: Scrub | None = None
+    # Of dialogues that say almost the same, whoever says it, the first is kept; null: of equal ones alone.
+    near_duplicates: NearDuplicates | None = None
     # A partner who has not written after this time is gone (the engagement label 0); null: any later message counts.
     continue_within_seconds: float | None = Field(gt=0)
     # More quarantined records than this, of any one source, is an error.

@@ -1,13 +1,14 @@
 """Stage select: which of the dialogues stay, and on which side. It reads numbers and hashes, no texts."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from data.atomic_file import atomic_file, write_json
 from data.clean import CleanError, Ledger, check_bad_fraction
+from data.near_duplicates import dropped_rows
 from data.pipeline.item_step import ItemStep
 from data.pipeline.read import UnitResults
 from data.pipeline.work_folder import WorkFolder
@@ -16,13 +17,13 @@ from data.split import DROPPED, HELDOUT, TRAIN, FractionSplit, SplitRecords, Tim
 SELECT = "select"
 SIDES = {"train": TRAIN, "heldout": HELDOUT}
 QUARANTINE_FILE = "quarantine.jsonl"
-DroppedRows = Callable[[], Iterator[np.ndarray]]
 _SIDES_FILE, _EDGES_FILE, _LEDGERS_FILE = "sides.npy", "edges.npy", "ledgers.json"
 _LEFT_OUT = -1
+_NEAR_DUPLICATE = "near-duplicate of an earlier dialogue"
 
 
 class SelectDialogues(ItemStep):
-    """One item: of duplicates the first in the order of the sources stays; then the split.
+    """One item: of duplicates and near-duplicates the first in the order of the sources stays; then the split.
 
     The split sees every dialogue that was read, so that nobody trains who takes part in a held-out session, be it one
     that the filters drop. A record is counted under the first reason that it is left out for.
@@ -38,8 +39,10 @@ class SelectDialogues(ItemStep):
         n_units: int,
         rule: TimeSplit | FractionSplit,
         max_bad_fraction: float,
+        near_duplicates: Path | None = None,
     ) -> None:
         super().__init__(work)
+        self.near_duplicates = near_duplicates  # where they were found
         self.source_names, self.n_units = tuple(source_names), n_units
         self.rule, self.max_bad_fraction = rule, max_bad_fraction
 
@@ -56,13 +59,16 @@ class SelectDialogues(ItemStep):
         keys = np.concatenate([unit_rows["content_key"] for unit_rows in rows])
         sides = self._split(units, source_of_unit)
         is_duplicate = _repeats(keys)
+        is_near = self._near_duplicates(edges) & ~is_duplicate
         for name, ledger in ledgers.items():
             of_source = source == self.source_names.index(name)
             ledger.duplicates = int(np.count_nonzero(is_duplicate & of_source))
             for side, reason in DROPPED.items():
-                if count := int(np.count_nonzero((sides == side) & ~is_duplicate & of_source)):
+                if count := int(np.count_nonzero((sides == side) & ~is_duplicate & ~is_near & of_source)):
                     ledger.filter(reason, count)
-        sides[is_duplicate | np.isin(sides, list(DROPPED))] = _LEFT_OUT
+            if count := int(np.count_nonzero(is_near & of_source)):
+                ledger.filter(_NEAR_DUPLICATE, count)
+        sides[is_duplicate | is_near | np.isin(sides, list(DROPPED))] = _LEFT_OUT
         for name, ledger in ledgers.items():
             ledger.kept = int(np.count_nonzero((sides != _LEFT_OUT) & (source == self.source_names.index(name))))
             ledger.balance()
@@ -70,6 +76,14 @@ class SelectDialogues(ItemStep):
         np.save(folder / _SIDES_FILE, sides)
         np.save(folder / _EDGES_FILE, edges)
         write_json(folder / _LEDGERS_FILE, {name: ledger.to_dict() for name, ledger in ledgers.items()})
+
+    def _near_duplicates(self, edges: np.ndarray) -> np.ndarray:
+        """Which of all rows say almost what an earlier one says."""
+        is_near = np.zeros(int(edges[-1]), bool)
+        if self.near_duplicates is not None:
+            for begin, rows in zip(edges, dropped_rows(self.near_duplicates, self.n_units), strict=False):
+                is_near[begin + rows] = True
+        return is_near
 
     def _ledgers(self, units: Sequence[UnitResults]) -> tuple[dict[str, Ledger], np.ndarray]:
         parts = [unit.ledger() for unit in units]

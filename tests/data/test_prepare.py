@@ -97,6 +97,21 @@ def test_the_size_of_units_and_shards_does_not_change_the_fingerprint(
         ]
 
 
+def test_personal_data_is_scrubbed_and_counted(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], write_chats: WriteChats
+) -> None:
+    chats = tmp_path / "chats.jsonl"
+    write_chats(chats, 60)
+    chats.write_text(chats.read_text().replace("hello", "ann@example.org"))
+    found = chats.read_text().count("ann@example.org")
+    assert main([str(recipe_file), 'scrub={ids: {salt: "a secret"}}']) == 0
+    records = json.loads((tmp_path / "run" / "manifest.json").read_text())["records"]
+    assert records["scrubbed"] == {"email": found, "id": 60}
+    texts = "".join((tmp_path / "run" / "dialogues" / f"{side}.jsonl").read_text() for side in ("train", "heldout"))
+    assert texts.count("[email]") == found and "@" not in texts and '"u3"' not in texts
+    assert f"{found} email" in capsys.readouterr().out
+
+
 def test_of_duplicates_the_first_stays(recipe_file: Path, tmp_path: Path, write_chats: WriteChats) -> None:
     sources = several_sources(tmp_path, write_chats)
     assert main([str(recipe_file), sources, "max_bad_fraction=0.1", "unit_bytes=5000"]) == 0

@@ -77,6 +77,7 @@ def test_phone_numbers_in_national_form_are_found(region: str, number: str) -> N
 def test_phone_numbers_with_a_country_are_found(region: str, form: int, kind: int, before: str, after: str) -> None:
     number = phonenumbers.example_number_for_type(region, kind)
     assume(number is not None)
+    assume(len(f"{number.country_code}{number.national_number}") >= 8)  # those of some islands are shorter
     assert_found("phone", before, phonenumbers.format_number(number, form), after)
 
 
@@ -150,11 +151,14 @@ dates = st.builds(
     lambda when, form: when.strftime(form),
     st.datetimes(min_value=datetime(1900, 1, 1), max_value=datetime(2099, 1, 1)),
     st.sampled_from(
-        ["%Y-%m-%d", "%d/%m/%Y", "%m/%d/%y", "%d.%m.%Y", "%B %d, %Y", "%H:%M:%S", "%Y-%m-%d %H:%M:%S", "%Y%m%d", "%Y"]
-        + ["%Y-%m-%dT%H:%M:%SZ", "%I:%M %p", "%d %b %Y %H:%M"]
+        ["%Y-%m-%d", "%d/%m/%Y", "%m/%d/%y", "%d.%m.%Y",
+         "%B %d, %Y", "%H:%M:%S", "%Y-%m-%d %H:%M:%S",
+         "%Y%m%d", "%Y", "%Y-%m-%dT%H:%M:%SZ", "%I:%M %p", "%d %b %Y %H:%M"]
     ),
 )
+# of four numbers only short ones: 11.0.10.10 is an address
 versions = st.lists(st.integers(0, 20), min_size=2, max_size=4).map(lambda parts: ".".join(map(str, parts)))
+versions = versions.filter(lambda version: version.count(".") < 3 or len(version) < 10)
 scores = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=3).map(
     lambda sets: " ".join(f"{a}-{b}" for a, b in sets)
 )
@@ -164,7 +168,9 @@ orders = st.builds(
     st.integers(1_000, 9_999_999_999),
 )
 years = st.builds(lambda a, b: f"{a}-{b}", st.integers(1000, 2099), st.integers(1000, 2099))
-sizes = st.sampled_from(["1920x1080", "3.14159265358979", "10^10", "2@3.50", "x@5.30pm", "1e-10", "100,000,000", "5'11\""])
+sizes = st.sampled_from(
+    ["1920x1080", "3.14159265358979", "10^10", "2@3.50", "x@5.30pm", "1e-10", "100,000,000", "5'11\""]
+)
 harmless = st.one_of(prices, dates, versions, scores, orders, years, sizes)
 
 
@@ -189,7 +195,8 @@ fragments = st.one_of(
     st.emails(),
     harmless,
     st.ip_addresses().map(str),
-    st.sampled_from([*CARDS, *NATIONAL["US"], "@", "://", ".", ":", "-", " ", "+1", "[email]", "http://a:b@", "www.x.de"]),
+    st.sampled_from([*CARDS, *NATIONAL["US"], "@", "://", ".", ":", "-", " ",
+        "+1", "[email]", "http://a:b@", "www.x.de"]),
 )
 
 
@@ -243,7 +250,8 @@ def test_a_dialogue_is_scrubbed_everywhere() -> None:
     salt = "a salt of tests"
     assert result.participants == (pseudonym(salt, "ann"), pseudonym(salt, "bob"))
     worker = pseudonym(salt, "A1B2")
-    assert result.metadata["WorkerId"] == worker and result.metadata["worker-id"] == [worker, pseudonym(salt, "7"), None]
+    assert result.metadata["WorkerId"] == worker
+    assert result.metadata["worker-id"] == [worker, pseudonym(salt, "7"), None]
     assert result.metadata["note"] == ["[phone]"] and result.metadata["score"] == 0.5
     assert "@" not in result.id and result.source == "chats"
     assert [message.time for message in result.messages] == [1.0, 2.0, None]
