@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +13,9 @@ MAX_DEPTH = 64  # of metadata: JSON's own readers and writers give up at about a
 _SECONDS = (-62_135_596_800, 253_402_300_800)  # the years 1 to 9999
 _SHOWN_CHARACTERS = 500  # of a bad record, and of the reason
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
-_LONG_NUMBER = re.compile(r"\d{19}")
-_BESIDE_BRACKETS = re.compile(r"[^][{}]+")
+_BESIDE_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_DIGITS = bytes(ord("0") if chr(byte).isdigit() and byte < 128 else ord(" ") for byte in range(256))
+_LONG_NUMBER = b"0" * 19
 # What a record raises that has not the form its source expects.
 _MALFORMED = (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError, RecursionError)
 
@@ -105,16 +105,15 @@ def check_dialogue(dialogue: Dialogue) -> None:
 def _is_plain(value: Any) -> bool:
     """Whether the value is for sure one that `_check_value` passes; it is what that would take too long to say."""
     try:
-        text = _ENCODER.encode(value)
-        text.encode()
+        written = _ENCODER.encode(value).encode()
     except (TypeError, ValueError, RecursionError):
         return False
-    brackets = _BESIDE_BRACKETS.sub("", text)
+    brackets = written.translate(None, _BESIDE_BRACKETS)
     for _ in range(MAX_DEPTH):
         if not brackets:
             break
-        brackets = brackets.replace("[]", "").replace("{}", "")  # those of the innermost level
-    return not brackets and not _LONG_NUMBER.search(text)
+        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")  # those of the innermost level
+    return not brackets and _LONG_NUMBER not in written.translate(_DIGITS)
 
 
 def _check_value(what: str, value: Any, depth: int = 0) -> None:

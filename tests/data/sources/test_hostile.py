@@ -299,7 +299,8 @@ def test_any_bytes_as_a_file(tmp_path_factory: pytest.TempPathFactory, kind: str
         (folder / "2005-07-06.annotation.txt").write_text("0 0 -\n0 1 -\n")
     records = list(source(kind, folder / NAMES[kind]).read())
     check_written(records)
-    assert records
+    is_empty = content.removeprefix(b"\xef\xbb\xbf").translate(None, b" \t\r\n") in (b"[]", b"{}")
+    assert records or is_empty
 
 
 def test_a_row_that_is_not_utf8_is_the_only_one_rejected(tmp_path: Path) -> None:
