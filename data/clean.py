@@ -33,12 +33,13 @@ class Filters(Section):
 
 @dataclass
 class Ledger:
-    """Where every record went: `read` = quarantined + filtered + duplicates + kept."""
+    """Where every record went: `read` = quarantined + filtered + duplicates + near_duplicates + kept."""
 
     read: int = 0
     quarantined: int = 0
     filtered: dict[str, int] = field(default_factory=dict)
     duplicates: int = 0
+    near_duplicates: int = 0
     kept: int = 0
     blank_messages: int = 0  # messages without text, removed from dialogues
     scrubbed: dict[str, int] = field(default_factory=dict)  # values that were replaced, by kind
@@ -60,6 +61,7 @@ class Ledger:
             total.read += ledger.read
             total.quarantined += ledger.quarantined
             total.duplicates += ledger.duplicates
+            total.near_duplicates += ledger.near_duplicates
             total.kept += ledger.kept
             total.blank_messages += ledger.blank_messages
             for reason, count in ledger.filtered.items():
@@ -69,7 +71,7 @@ class Ledger:
 
     def balance(self) -> None:
         """Assert that no record is lost."""
-        gone = self.quarantined + sum(self.filtered.values()) + self.duplicates
+        gone = self.quarantined + sum(self.filtered.values()) + self.duplicates + self.near_duplicates
         assert self.read == gone + self.kept, f"records are lost: {self}"
 
     @classmethod
@@ -83,6 +85,7 @@ class Ledger:
             "quarantined": self.quarantined,
             "filtered": dict(sorted(self.filtered.items())),
             "duplicates": self.duplicates,
+            "near_duplicates": self.near_duplicates,
             "kept": self.kept,
             "blank_messages": self.blank_messages,
             "scrubbed": dict(sorted(self.scrubbed.items())),

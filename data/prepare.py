@@ -7,20 +7,19 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from data.dialogue import Dialogue
-from data.near_duplicates import minhash_stages
 from data.pipeline.executor import Stage, run_stage
 from data.pipeline.failure import RECIPE_ERRORS, StageError
 from data.pipeline.item_step import ItemStep
 from data.pipeline.merge import DIALOGUES, MergeResults, read_manifest_of
+from data.pipeline.minhash import minhash_stages, texts_read
 from data.pipeline.pack import PackGroups
-from data.pipeline.read import UNITS_FILE, ReadSettings, ReadUnits, said_in_unit
+from data.pipeline.read import UNITS_FILE, ReadSettings, ReadUnits
 from data.pipeline.recipe import DataRecipe
 from data.pipeline.select import QUARANTINE_FILE, SIDES, SelectDialogues
 from data.pipeline.tokenise import TokeniseUnits
@@ -36,7 +35,6 @@ from data.tokenizer import MODEL_FILE, DialogueTokenizer, TokenizerError
 from recipes.loader import parse_command_line, print_recipe, tell_error
 from recipes.run_directory import RunDirectoryError, RunState, finish_run, prepare_run_directory, read_done
 
-NEAR_DUPLICATES = "near_duplicates"
 USER_ERRORS = (*RECIPE_ERRORS, StageError, RunDirectoryError, OSError)
 
 
@@ -71,8 +69,9 @@ def stages(recipe: DataRecipe, work: WorkFolder, n_units: int) -> list[Stage]:
     """All stages in order."""
     sources, n = named_sources(recipe.sources), recipe.n_tasks
     settings = ReadSettings(recipe.filters, recipe.scrub, recipe.seed, recipe.continue_within_seconds)
-    near = work.path / NEAR_DUPLICATES if recipe.near_duplicates else None
-    select = SelectDialogues(work, list(sources), n_units, recipe.split, recipe.max_bad_fraction, near)
+    near = recipe.near_duplicates
+    minhash = minhash_stages(work, texts_read(work), n_units, near, n) if near else []
+    select = SelectDialogues(work, list(sources), n_units, recipe.split, recipe.max_bad_fraction, near is not None)
     row_length, rows_per_shard = recipe.row_length, recipe.rows_per_shard
     shared_out = (
         ReadUnits(work, sources, settings),
@@ -84,11 +83,7 @@ def stages(recipe: DataRecipe, work: WorkFolder, n_units: int) -> list[Stage]:
         Stage(step.stage, [step], 1)
         for step in (select, MakeTokenizer(work, recipe.tokenizer), MergeResults(work, row_length, rows_per_shard))
     )
-    similar = []
-    if near and recipe.near_duplicates:
-        for stage in minhash_stages(near, partial(said_in_unit, work), n_units, recipe.near_duplicates):
-            similar.append(Stage(stage.name, stage.pipeline, stage.n_tasks or n))
-    return [read, *similar, select_, tokenizer, tokenise, pack, merge]
+    return [read, *minhash, select_, tokenizer, tokenise, pack, merge]
 
 
 def _inputs(recipe: DataRecipe) -> dict[str, Path]:

@@ -56,7 +56,9 @@ def _record_table(ledger: Ledger) -> Table:
     table.add_row("quarantined (quarantine.jsonl)", f"{ledger.quarantined:,}")
     for reason, count in sorted(ledger.filtered.items()):
         table.add_row(f"left out: {reason}", f"{count:,}")
-    table.add_row("exact duplicates", f"{ledger.duplicates:,}", end_section=True)
+    table.add_row("exact duplicates", f"{ledger.duplicates:,}", end_section=not ledger.near_duplicates)
+    if ledger.near_duplicates:
+        table.add_row("near-duplicates", f"{ledger.near_duplicates:,}", end_section=True)
     table.add_row("kept", f"{ledger.kept:,}", style="bold")
     return table
 
@@ -73,7 +75,8 @@ def _source_table(ledgers: Mapping[str, Ledger], splits: Figures) -> Table:
         left_out = sum(ledger.filtered.values())
         n_heldout = heldout.get(name, nothing)["n_dialogues"]
         n_tokens = train.get(name, nothing)["n_tokens"]
-        counts = (ledger.read, ledger.quarantined, left_out, ledger.duplicates, ledger.kept, n_heldout)
+        twice = ledger.duplicates + ledger.near_duplicates
+        counts = (ledger.read, ledger.quarantined, left_out, twice, ledger.kept, n_heldout)
         table.add_row(name, *(f"{count:,}" for count in counts), short_number(n_tokens))
     return table
 

@@ -115,9 +115,7 @@ def scrub_text(text: str, settings: Scrub, counts: Counter[str]) -> str:
     return text
 
 
-def _scrub_message(
-    message: Message, speakers: Mapping[str, str], settings: Scrub, counts: Counter[str]
-) -> Message:
+def _scrub_message(message: Message, speakers: Mapping[str, str], settings: Scrub, counts: Counter[str]) -> Message:
     text = scrub_text(message.text, settings, counts)
     speaker = speakers.get(message.speaker, message.speaker)
     metadata = message.metadata and _scrub_metadata(message.metadata, speakers, settings, counts)
@@ -190,7 +188,7 @@ _LETTER = "A-Za-z\u00c0-\u024f\u0300-\u052f"
 _EMAIL = re.compile(
     rf"(?<![{_LETTER}0-9_])[{_LETTER}0-9_][{_LETTER}0-9_.!#$%&'*+/=?^`{{|}}~-]{{0,63}}@"
     rf"(?:[{_LETTER}0-9](?:[{_LETTER}0-9-]{{0,61}}[{_LETTER}0-9])?\.)+"
-    rf"(?:[xX][nN]--[A-Za-z0-9-]{{1,58}}[A-Za-z0-9]|[{_LETTER}]{{2,63}})"
+    rf"(?:[Xx][Nn]--[A-Za-z0-9-]{{1,58}}[A-Za-z0-9]|[{_LETTER}]{{2,63}})"
 )
 
 _CARD = re.compile(
@@ -212,8 +210,9 @@ _VERSION_BEFORE = re.compile(
 )
 _IP_V6 = re.compile(r"(?<![\w:.])[23][0-9A-Fa-f]{3}(?::[0-9A-Fa-f]{0,4}){2,8}(?!\w)")
 
-_FEWEST_PHONE_DIGITS = 8
-_PHONE_DIGITS = re.compile(r"(?:\d[^\w\n]{0,4}){7}\d")
+_OPENING = "([（［"
+_FEWEST_PHONE_DIGITS = 8  # without a country
+_PHONE_DIGITS = re.compile(r"(?:\d[^\w\n]{0,4}){6}\d")
 _NO_PHONE = re.compile(r"\d+\.\d+|\d{4}[-–]\d{4}")
 _SERIAL_BEFORE, _SERIAL_AFTER = re.compile(r"\w-\Z"), re.compile(r"-\w")
 _CODE_BEFORE = re.compile(
@@ -264,22 +263,31 @@ def _phones(text: str, settings: Scrub, counts: Counter[str]) -> str:
 
     for region in settings.phone.regions or (None,):
         found = PhoneNumberMatcher(text, region, leniency=Leniency.STRICT_GROUPING)
-        spans = [(match.start, match.end) for match in found if _is_phone(text, match.start, match.raw_string)]
+        spans = [
+            (match.start + _opens_before(match.raw_string), match.end)
+            for match in found
+            if _is_phone(text, match.start, match.raw_string)
+        ]
         for start, end in reversed(spans):
-            # the bracket of a sentence, not of an area code
-            start += text[start] == "(" and ")" not in text[start:end]
             text = text[:start] + PLACEHOLDERS["phone"] + text[end:]
             counts["phone"] += 1
     return text
 
 
+def _opens_before(number: str) -> bool:
+    """Whether its first character is a bracket that closes after the number."""
+    return number[0] in _OPENING and not any(closing in number for closing in ")]）］")
+
+
 def _is_phone(text: str, start: int, number: str) -> bool:
     """Not so a local number, a decimal, a range of years, part of a serial number, and a number in one piece that is of
     an order, a bug, an address on the web."""
+    if number.lstrip(_OPENING)[0] in "+＋":
+        return True
     if sum(map(str.isdigit, number)) < _FEWEST_PHONE_DIGITS or _NO_PHONE.fullmatch(number):
         return False
-    before, end = text[max(0, start - 32) : start], start + len(number)
-    if not number.startswith("+") and (_SERIAL_BEFORE.search(before) or _SERIAL_AFTER.match(text, end)):
+    before = text[max(0, start - 32) : start]
+    if _SERIAL_BEFORE.search(before) or _SERIAL_AFTER.match(text, start + len(number)):
         return False
     return not (number.isdigit() and _CODE_BEFORE.search(before))
 

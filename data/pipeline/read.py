@@ -11,7 +11,6 @@ import numpy as np
 from data.atomic_file import write_json
 from data.clean import Filters, Ledger, passing, without_bad
 from data.dialogue import Dialogue, from_json, to_json
-from data.near_duplicates import dialogue_text
 from data.pipeline.item_step import ItemStep
 from data.pipeline.record import RECORD, ROW, participants_of, records_of, rows_of
 from data.pipeline.unit import read_units
@@ -152,11 +151,6 @@ class UnitResults:
         """Its rows."""
         with open(self.dialogues, encoding="utf-8") as file:
             yield from map(from_json, file)
-
-
-def said_in_unit(work: WorkFolder, unit: int) -> Iterator[str]:
-    """What is said in each row of a unit, in order."""
-    return map(dialogue_text, UnitResults(work, unit).read_dialogues())
 
 
 class RowTexts:

@@ -28,7 +28,7 @@ class DataRecipe(Section):
     filters: Filters = Filters()
     # Personal data in texts, names, ids and metadata become placeholders and hashes; null: they stay.
     scrub: Scrub | None = None
-    # Of dialogues that say almost the same, whoever says it, the first is kept; null: of equal ones alone.
+    # Exact duplicates always go; null keeps the near ones.
     near_duplicates: NearDuplicates | None = None
     # A partner who has not written after this time is gone (the engagement label 0); null: any later message counts.
     continue_within_seconds: float | None = Field(gt=0)

@@ -8,8 +8,8 @@ import numpy as np
 
 from data.atomic_file import atomic_file, write_json
 from data.clean import CleanError, Ledger, check_bad_fraction
-from data.near_duplicates import dropped_rows
 from data.pipeline.item_step import ItemStep
+from data.pipeline.minhash import dropped_rows
 from data.pipeline.read import UnitResults
 from data.pipeline.work_folder import WorkFolder
 from data.split import DROPPED, HELDOUT, TRAIN, FractionSplit, SplitRecords, TimeSplit, split
@@ -19,11 +19,10 @@ SIDES = {"train": TRAIN, "heldout": HELDOUT}
 QUARANTINE_FILE = "quarantine.jsonl"
 _SIDES_FILE, _EDGES_FILE, _LEDGERS_FILE = "sides.npy", "edges.npy", "ledgers.json"
 _LEFT_OUT = -1
-_NEAR_DUPLICATE = "near-duplicate of an earlier dialogue"
 
 
 class SelectDialogues(ItemStep):
-    """One item: of duplicates and near-duplicates the first in the order of the sources stays; then the split.
+    """One item: of duplicates the first in the order of the sources stays; then the split.
 
     The split sees every dialogue that was read, so that nobody trains who takes part in a held-out session, be it one
     that the filters drop. A record is counted under the first reason that it is left out for.
@@ -39,12 +38,11 @@ class SelectDialogues(ItemStep):
         n_units: int,
         rule: TimeSplit | FractionSplit,
         max_bad_fraction: float,
-        near_duplicates: Path | None = None,
+        drops_near_duplicates: bool,
     ) -> None:
         super().__init__(work)
-        self.near_duplicates = near_duplicates  # where they were found
         self.source_names, self.n_units = tuple(source_names), n_units
-        self.rule, self.max_bad_fraction = rule, max_bad_fraction
+        self.rule, self.max_bad_fraction, self.drops_near_duplicates = rule, max_bad_fraction, drops_near_duplicates
 
     def n_items(self) -> int:
         return 1
@@ -60,29 +58,29 @@ class SelectDialogues(ItemStep):
         sides = self._split(units, source_of_unit)
         is_duplicate = _repeats(keys)
         is_near = self._near_duplicates(edges) & ~is_duplicate
+        is_single = ~is_duplicate & ~is_near
+        is_dropped = np.isin(sides, list(DROPPED))
         for name, ledger in ledgers.items():
             of_source = source == self.source_names.index(name)
             ledger.duplicates = int(np.count_nonzero(is_duplicate & of_source))
+            ledger.near_duplicates = int(np.count_nonzero(is_near & of_source))
             for side, reason in DROPPED.items():
-                if count := int(np.count_nonzero((sides == side) & ~is_duplicate & ~is_near & of_source)):
+                if count := int(np.count_nonzero((sides == side) & is_single & of_source)):
                     ledger.filter(reason, count)
-            if count := int(np.count_nonzero(is_near & of_source)):
-                ledger.filter(_NEAR_DUPLICATE, count)
-        sides[is_duplicate | is_near | np.isin(sides, list(DROPPED))] = _LEFT_OUT
-        for name, ledger in ledgers.items():
-            ledger.kept = int(np.count_nonzero((sides != _LEFT_OUT) & (source == self.source_names.index(name))))
+            ledger.kept = int(np.count_nonzero(is_single & ~is_dropped & of_source))
             ledger.balance()
+        sides[~is_single | is_dropped] = _LEFT_OUT
         _check_sides(sides, Ledger.total(ledgers.values()))
         np.save(folder / _SIDES_FILE, sides)
         np.save(folder / _EDGES_FILE, edges)
         write_json(folder / _LEDGERS_FILE, {name: ledger.to_dict() for name, ledger in ledgers.items()})
 
     def _near_duplicates(self, edges: np.ndarray) -> np.ndarray:
-        """Which of all rows say almost what an earlier one says."""
-        is_near = np.zeros(int(edges[-1]), bool)
-        if self.near_duplicates is not None:
-            for begin, rows in zip(edges, dropped_rows(self.near_duplicates, self.n_units), strict=False):
-                is_near[begin + rows] = True
+        """Which of all rows the stages before found to be near-duplicates; a unit's rows begin at its edge."""
+        is_near = np.zeros(edges[-1], bool)
+        if self.drops_near_duplicates:
+            for edge, rows in zip(edges[:-1], dropped_rows(self.work, self.n_units), strict=True):
+                is_near[edge + rows] = True
         return is_near
 
     def _ledgers(self, units: Sequence[UnitResults]) -> tuple[dict[str, Ledger], np.ndarray]:
@@ -123,7 +121,12 @@ def _repeats(keys: np.ndarray) -> np.ndarray:
 def _check_sides(sides: np.ndarray, total: Ledger) -> None:
     for name, side in SIDES.items():
         if not (sides == side).any():
-            reasons = {"quarantined": total.quarantined, **total.filtered, "duplicates": total.duplicates}
+            reasons = {
+                "quarantined": total.quarantined,
+                **total.filtered,
+                "duplicates": total.duplicates,
+                "near-duplicates": total.near_duplicates,
+            }
             told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
             raise CleanError(
                 f"no {'training' if name == 'train' else 'held-out'} dialogue is left of {total.read:,} records "

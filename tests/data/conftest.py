@@ -70,8 +70,7 @@ def write_rows(tmp_path: Path) -> WriteRows:
     return write
 
 
-WORDS = ["hello", "you", "how", "are", "doing", "today", "fine", "thanks"]
-WORDS += ["what", "nap", "good", "yes", "no", "why", "me"]
+WORDS = tuple("hello you how are doing today fine thanks what nap good yes no why me".split())  # noqa: SIM905
 
 
 def write_chats_to(path: Path, n: int = 40) -> None:

@@ -15,8 +15,7 @@ from data.shards import PackedDataset
 from data.tokenizer import DialogueTokenizer
 from recipes.loader import dump_recipe, load_recipe
 
-WORDS = ["hello", "you", "how", "are", "doing", "today", "fine", "thanks"]
-WORDS += ["what", "nap", "good", "yes", "no", "why", "me"]
+WORDS = tuple("hello you how are doing today fine thanks what nap good yes no why me".split())  # noqa: SIM905
 ROLES = ("user", "assistant")
 Contents = Callable[[Path], dict[str, bytes]]
 WriteChats = Callable[..., None]

@@ -50,18 +50,16 @@ def test_email_addresses_are_found(before: str, address: str, after: str) -> Non
 
 NATIONAL = {  # forms of numbers that regulators set aside for plays and films, so that they are nobody's
     "US": ["(415) 555-0132", "415-555-0132", "415.555.0132", "415 555 0132", "1-415-555-0132", "4155550132"],
-    "GB": ["020 7946 0018", "0117 496 0123", "07700 900461", "(0161) 496 0999"],
+    "GB": ["020 7946 0018", "0117 496 0123", "(0161) 496 0999"],
     "DE": ["030 23125 042", "(0)69 90009000", "0171 3920012"],
-    "FR": ["01 99 00 12 34", "06 39 98 12 34", "06.39.98.12.34"],
+    "FR": ["01 99 00 12 34", "01.99.00.12.34"],
     "AU": ["(02) 5550 1234", "0491 570 156"],
 }
 
 
 @pytest.mark.parametrize(("region", "number"), [(r, n) for r, numbers in NATIONAL.items() for n in numbers])
 def test_phone_numbers_in_national_form_are_found(region: str, number: str) -> None:
-    scrub_region = Scrub(phone=Phones(regions=("US", region) if region != "US" else ("US",)))
-    if region in ("GB", "DE", "FR") and phonenumbers.is_valid_number(phonenumbers.parse(number, region)) is False:
-        pytest.skip("the metadata do not know this range")
+    scrub_region = Scrub(phone=Phones(regions=("US", region)))
     for around in ("call %s", "%s", "my number is %s, ask for Ann", "(%s)", "cell:%s."):
         assert scrubbed(around % number, scrub_region) == (around % "[phone]", {"phone": 1})
 
@@ -77,7 +75,6 @@ def test_phone_numbers_in_national_form_are_found(region: str, number: str) -> N
 def test_phone_numbers_with_a_country_are_found(region: str, form: int, kind: int, before: str, after: str) -> None:
     number = phonenumbers.example_number_for_type(region, kind)
     assume(number is not None)
-    assume(len(f"{number.country_code}{number.national_number}") >= 8)  # those of some islands are shorter
     assert_found("phone", before, phonenumbers.format_number(number, form), after)
 
 
@@ -151,14 +148,17 @@ dates = st.builds(
     lambda when, form: when.strftime(form),
     st.datetimes(min_value=datetime(1900, 1, 1), max_value=datetime(2099, 1, 1)),
     st.sampled_from(
-        ["%Y-%m-%d", "%d/%m/%Y", "%m/%d/%y", "%d.%m.%Y",
-         "%B %d, %Y", "%H:%M:%S", "%Y-%m-%d %H:%M:%S",
-         "%Y%m%d", "%Y", "%Y-%m-%dT%H:%M:%SZ", "%I:%M %p", "%d %b %Y %H:%M"]
+        [
+            *("%Y-%m-%d", "%d/%m/%Y", "%m/%d/%y", "%d.%m.%Y", "%Y%m%d", "%Y", "%B %d, %Y", "%d %b %Y %H:%M"),
+            *("%H:%M:%S", "%I:%M %p", "%Y-%m-%d %H:%M:%S", "%Y-%m-%dT%H:%M:%SZ"),
+        ]
     ),
 )
-# of four numbers only short ones: 11.0.10.10 is an address
-versions = st.lists(st.integers(0, 20), min_size=2, max_size=4).map(lambda parts: ".".join(map(str, parts)))
-versions = versions.filter(lambda version: version.count(".") < 3 or len(version) < 10)
+versions = st.one_of(
+    st.lists(st.integers(0, 99), min_size=2, max_size=3),
+    st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 9), st.integers(0, 999)),
+    st.lists(st.integers(0, 9), min_size=5, max_size=6),
+).map(lambda parts: ".".join(map(str, parts)))
 scores = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=3).map(
     lambda sets: " ".join(f"{a}-{b}" for a, b in sets)
 )
@@ -195,8 +195,9 @@ fragments = st.one_of(
     st.emails(),
     harmless,
     st.ip_addresses().map(str),
-    st.sampled_from([*CARDS, *NATIONAL["US"], "@", "://", ".", ":", "-", " ",
-        "+1", "[email]", "http://a:b@", "www.x.de"]),
+    st.sampled_from(
+        [*CARDS, *NATIONAL["US"], "@", "://", ".", ":", "-", " ", "+1", "[email]", "http://a:b@", "www.x.de"]
+    ),
 )
 
 
@@ -249,9 +250,8 @@ def test_a_dialogue_is_scrubbed_everywhere() -> None:
     assert result.messages[0].metadata == {"to": "[email] 3", "ratings": {"[email] 2": 5, "n": 4155550132}}
     salt = "a salt of tests"
     assert result.participants == (pseudonym(salt, "ann"), pseudonym(salt, "bob"))
-    worker = pseudonym(salt, "A1B2")
-    assert result.metadata["WorkerId"] == worker
-    assert result.metadata["worker-id"] == [worker, pseudonym(salt, "7"), None]
+    worker, seven = pseudonym(salt, "A1B2"), pseudonym(salt, "7")
+    assert result.metadata["WorkerId"] == worker and result.metadata["worker-id"] == [worker, seven, None]
     assert result.metadata["note"] == ["[phone]"] and result.metadata["score"] == 0.5
     assert "@" not in result.id and result.source == "chats"
     assert [message.time for message in result.messages] == [1.0, 2.0, None]

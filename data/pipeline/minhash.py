@@ -1,26 +1,31 @@
-"""The steps of near-duplicate removal (data/near_duplicates.py): datatrove's signatures and buckets over units, and
-the choice of what is kept."""
+"""Stages minhash_signatures, minhash_buckets and minhash_clusters: which rows of which units say almost what an earlier
+row says. The signatures and the buckets are datatrove's; here they become items, so that the result depends on the
+texts, their units and the settings alone."""
 
 import hashlib
 import re
-import resource
 import shutil
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 from datatrove.data import Document
-from datatrove.pipeline.base import PipelineStep
+from datatrove.io import DataFolder
 from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupBuckets, MinhashDedupSignature
 from datatrove.utils.hashing import HashConfig
 from datatrove.utils.text import TextNormConfig, simplify_text
 from datatrove.utils.word_tokenizers import WordTokenizer
 
-from data.atomic_file import atomic_file
-from data.near_duplicates import NearDuplicates, TextsOfUnit, dropped_file
+from data.atomic_file import sync_path
+from data.near_duplicates import NearDuplicates, compared_text
+from data.pipeline.executor import Stage
+from data.pipeline.item_step import ItemStep
+from data.pipeline.read import UnitResults
+from data.pipeline.work_folder import WorkFolder
 
-_TYPE = "near duplicates"
+SIGNATURES, BUCKETS, CLUSTERS = "minhash_signatures", "minhash_buckets", "minhash_clusters"
+TextsOfUnit = Callable[[int], Iterable[str]]
 _PAIRS_AT_ONCE = 1 << 20
 _BUFFER_BYTES = 64 << 20  # of signatures, over all the units that a bucket's task reads side by side
 _OTHER_OPEN_FILES = 64
@@ -98,75 +103,118 @@ def _word_hash(word: str) -> int:
     return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
 
 
-class UnitSignatures(PipelineStep):
-    """Signs units rank, rank + world_size, ...; a unit's signatures are files of its own, so they are the same for any
-    number of tasks."""
+class SignUnits(ItemStep):
+    """An item is a unit: the signatures of its rows, a sorted file for each bucket."""
 
-    type = _TYPE
-    name = "signatures"
+    stage = SIGNATURES
 
-    def __init__(self, folder: Path, texts_of_unit: TextsOfUnit, n_units: int, config: MinhashConfig) -> None:
-        super().__init__()
-        self.folder, self.texts_of_unit, self.n_units, self.config = folder, texts_of_unit, n_units, config
+    def __init__(self, work: WorkFolder, texts_of_unit: TextsOfUnit, n_units: int, settings: NearDuplicates) -> None:
+        super().__init__(work)
+        self.texts_of_unit, self.n_units, self.settings = texts_of_unit, n_units, settings
 
-    def run(self, data: None = None, rank: int = 0, world_size: int = 1) -> None:
-        signature = DialogueSignature(self.folder, self.config)
-        finished = self.folder / "finished"
-        finished.mkdir(parents=True, exist_ok=True)
-        for unit in range(rank, self.n_units, world_size):
-            marker = finished / f"{unit:05d}"
-            if not marker.exists():
-                signature.run((Document(text, str(row)) for row, text in enumerate(self.texts_of_unit(unit))), unit)
-                marker.touch()
+    def n_items(self) -> int:
+        return self.n_units
+
+    def do(self, number: int, folder: Path) -> None:
+        rows = (Document(text, str(row)) for row, text in enumerate(self.texts_of_unit(number)))
+        DialogueSignature(folder, minhash_config(self.settings)).run(rows, number)
+        for file in folder.glob("*/*"):
+            sync_path(file)
 
 
-class PairsOfBucket(MinhashDedupBuckets):
-    """datatrove's sorting of one bucket over all units, a task each; rows with equal signatures become pairs."""
+class SortBuckets(ItemStep):
+    """An item is a bucket: the pairs of rows, of all units, whose signatures in it are equal."""
 
-    type = _TYPE
-    name = "buckets"
+    stage = BUCKETS
+    counted = "buckets"
 
-    def __init__(self, signatures: Path, pairs: Path, n_units: int, config: MinhashConfig) -> None:
-        record_bytes = 8 * config.hashes_per_bucket + 4
-        lines = max(8, min(4_096, _BUFFER_BYTES // (n_units * record_bytes + 1)))
-        super().__init__(str(signatures), str(pairs), config=config, lines_to_buffer=lines)
+    def __init__(self, work: WorkFolder, n_units: int, settings: NearDuplicates) -> None:
+        super().__init__(work)
+        self.n_units, self.settings = n_units, settings
+
+    def n_items(self) -> int:
+        return self.settings.buckets
+
+    def do(self, number: int, folder: Path) -> None:
+        _allow_open_files(self.n_units + _OTHER_OPEN_FILES)
+        record_bytes = 8 * self.settings.hashes_per_bucket + 4
+        lines = max(8, min(4_096, _BUFFER_BYTES // (self.n_units * record_bytes + 1)))
+        signatures = _Signatures(self.work.path / SIGNATURES, self.n_units)
+        buckets = MinhashDedupBuckets(
+            signatures, str(folder), config=minhash_config(self.settings), lines_to_buffer=lines
+        )
+        buckets.run(None, number, self.settings.buckets)
+
+
+class _Signatures(DataFolder):
+    """The files of a bucket, which lie in the folders of the units."""
+
+    def __init__(self, path: Path, n_units: int) -> None:
+        super().__init__(str(path))
         self.n_units = n_units
 
-    def run(self, data: None = None, rank: int = 0, world_size: int = 1) -> None:
-        _allow_open_files(self.n_units + _OTHER_OPEN_FILES)
-        super().run(data, rank, world_size)
+    def list_files(self, subdirectory: str = "", *_: object, **__: object) -> list[str]:
+        return [f"{unit:06d}/{subdirectory}/{unit:05d}.minhash.sig" for unit in range(self.n_units)]
 
 
-class FirstOfSimilar(PipelineStep):
-    """Row by row in the order of the units: a row that shares a bucket's signature with a row that is kept is left out.
+class KeepFirst(ItemStep):
+    """One item. Row by row in the order of the units, a row that shares a bucket's signature with a row that is kept is
+    left out.
 
-    datatrove's own cluster step keeps one row of each connected cluster and holds all of them in memory. In a chain
-    a ~ b ~ c that leaves out c, which may be unlike a; here everything that is left out was found similar to something
-    that is kept, and no two that are kept were found similar. The memory is a byte for each group of equal signatures.
+    datatrove's own last step keeps one row of each connected cluster, not the first, and holds all of them in memory.
+    In a chain a ~ b ~ c that leaves out c, which may be unlike a; here everything that is left out was found similar to
+    something that is kept, and no two that are kept were found similar. The memory is a byte for each group of equal
+    signatures.
     """
 
-    type = _TYPE
-    name = "clusters"
+    stage = CLUSTERS
+    counted = "step"
 
-    def __init__(self, pairs: Path, dropped: Path, n_units: int) -> None:
-        super().__init__()
-        self.pairs, self.dropped, self.n_units = pairs, dropped, n_units
+    def __init__(self, work: WorkFolder, n_units: int, settings: NearDuplicates) -> None:
+        super().__init__(work)
+        self.n_units, self.settings = n_units, settings
 
-    def run(self, data: None = None, rank: int = 0, world_size: int = 1) -> None:
-        assert world_size == 1, "one task sees all pairs"
-        members = self.pairs / "members"
-        shutil.rmtree(members, ignore_errors=True)  # of an interrupted run
-        members.mkdir(parents=True)
-        self.dropped.mkdir(parents=True, exist_ok=True)
+    def n_items(self) -> int:
+        return 1
+
+    def do(self, number: int, folder: Path) -> None:
+        members = folder / "members"
+        members.mkdir()
         n_groups = 0
-        for file in sorted(self.pairs.glob("*.dups")):
-            n_groups = _write_members(file, members, n_groups)
+        for bucket in range(self.settings.buckets):
+            for pairs in sorted(self.result(BUCKETS, bucket).glob("*.dups")):
+                n_groups = _write_members(pairs, members, n_groups)
         claimed = np.zeros(n_groups, dtype=bool)
         for unit in range(self.n_units):
-            rows = _dropped_of_unit(_members_file(members, unit), claimed)
-            with atomic_file(dropped_file(self.dropped, unit)) as out:
-                np.save(out, rows, allow_pickle=False)
+            np.save(_dropped_file(folder, unit), _dropped_of_unit(_members_file(members, unit), claimed))
         shutil.rmtree(members)
+
+
+def minhash_stages(
+    work: WorkFolder, texts_of_unit: TextsOfUnit, n_units: int, settings: NearDuplicates, n_tasks: int
+) -> list[Stage]:
+    """The stages in order; `texts_of_unit(unit)` gives the text of every row of a unit, and is sent to other processes.
+    When they are done, `dropped_rows` has the result."""
+    return [
+        Stage(SIGNATURES, [SignUnits(work, texts_of_unit, n_units, settings)], n_tasks),
+        Stage(BUCKETS, [SortBuckets(work, n_units, settings)], n_tasks),
+        Stage(CLUSTERS, [KeepFirst(work, n_units, settings)], 1),
+    ]
+
+
+def texts_read(work: WorkFolder) -> TextsOfUnit:
+    """The compared texts of the units as stage read has left them."""
+    return partial(_texts_of_unit, work)
+
+
+def _texts_of_unit(work: WorkFolder, unit: int) -> Iterator[str]:
+    return map(compared_text, UnitResults(work, unit).read_dialogues())
+
+
+def dropped_rows(work: WorkFolder, n_units: int) -> Iterator[np.ndarray]:
+    """For each unit in order the rows to leave out, int64, ascending."""
+    for unit in range(n_units):
+        yield np.load(_dropped_file(work.item(CLUSTERS, 0), unit), allow_pickle=False)
 
 
 def _write_members(pairs: Path, members: Path, n_groups: int) -> int:
@@ -215,12 +263,18 @@ def _dropped_of_unit(members: Path, claimed: np.ndarray) -> np.ndarray:
     return np.array(dropped, dtype=np.int64)
 
 
+def _dropped_file(folder: Path, unit: int) -> Path:
+    return folder / f"{unit:06d}.npy"
+
+
 def _members_file(members: Path, unit: int) -> Path:
     return members / f"{unit:05d}"
 
 
 def _allow_open_files(needed: int) -> None:
     """A bucket's task reads the signatures of all units side by side."""
+    import resource
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and needed > hard:
         raise OSError(
