@@ -2,6 +2,8 @@
 line."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -226,3 +228,10 @@ def test_the_recipe_dumps_equal(recipe_file: Path, tmp_path: Path) -> None:
     recipe = load_recipe(DataRecipe, recipe_file)
     (tmp_path / "dumped.yaml").write_text(dump_recipe(recipe))
     assert load_recipe(DataRecipe, tmp_path / "dumped.yaml") == recipe
+
+
+def test_interruptions_at_random_lose_and_change_nothing() -> None:
+    program = [sys.executable, str(Path(__file__).with_name("kill_prepare_at_random.py")), "--interruptions", "4"]
+    ended = subprocess.run(program, capture_output=True, text=True, timeout=400)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "4 interruptions" in ended.stdout.splitlines()[-1]
