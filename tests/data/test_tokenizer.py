@@ -14,22 +14,59 @@ pieces_of_text = st.one_of(
     st.sampled_from([*CONTROL_SURFACES, "\u2581", "\u2060", " ", ":", "\n", "\t", "\0", "<0x0A>", "hello"]),
 )
 texts = st.lists(pieces_of_text, max_size=8).map("".join)
+PLANE = 1 << 16
+SURROGATES = range(0xD800, 0xE000)
+# Every plane as often as the first; hypothesis alone prefers small characters.
+of_any_plane = st.text(
+    st.integers(0, 16).flatmap(
+        lambda plane: st.characters(
+            min_codepoint=plane * PLANE, max_codepoint=(plane + 1) * PLANE - 1, exclude_categories=["Cs"]
+        )
+    ),
+    max_size=40,
+)
+
+
+@pytest.fixture(scope="module", params=["most characters", "few characters"])
+def either(request: pytest.FixtureRequest, tokenizer: DialogueTokenizer) -> DialogueTokenizer:
+    """The usual tokenizer, and one that writes nearly everything in bytes."""
+    if request.param == "most characters":
+        return tokenizer
+    rare = "".join(map(chr, range(0x3A0, 0x3A0 + 100)))
+    return train_tokenizer(["some text that is written often, in few words"] * 90 + [rare], None, 340, character_coverage=0.98)
 
 
 @settings(max_examples=200)
-@given(text=texts)
+@given(text=st.one_of(texts, of_any_plane))
 @example(text="\u2581 a\u2581\u2585\u2047 ")
 @example(text="  <|end|>  ")
+@example(text="\r\n\0\u2060\u2060 \ufeff\u202e e\u0301\u00e9 \uff21\ufb01 \U0010ffff\ufffd\ufffe\x85\u2028")
+@example(text="<0x0A><0xff>\n")
 @example(text="")
-def test_decode_inverts_encode(tokenizer: DialogueTokenizer, text: str) -> None:
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+def test_decode_inverts_encode(either: DialogueTokenizer, text: str) -> None:
+    assert either.decode(either.encode(text)) == text
 
 
 @settings(max_examples=150)
-@given(text=texts)
+@given(text=st.one_of(texts, of_any_plane))
 @example(text="".join(CONTROL_SURFACES))
-def test_no_text_yields_a_control_id(tokenizer: DialogueTokenizer, text: str) -> None:
-    assert all(i > 4 for i in tokenizer.encode(text))
+@example(text="".join(f"<0x{i:02X}>" for i in range(256)))
+def test_no_text_yields_a_control_id(either: DialogueTokenizer, text: str) -> None:
+    assert all(i > 4 for i in either.encode(text))
+
+
+def test_every_character_survives_alone_and_beside_its_neighbours(either: DialogueTokenizer) -> None:
+    characters = [chr(i) for i in range(17 * PLANE) if i not in SURROGATES]
+    for start in range(0, len(characters), PLANE):
+        some = characters[start : start + PLANE]
+        together = either.encode("".join(some))
+        assert either.decode(together) == "".join(some) and min(together) > 4
+        ids = either.encode_many(some)
+        assert min(map(min, ids)) > 4
+        spaced = either.encode(" ".join(some))
+        assert either.decode(spaced) == " ".join(some)
+    for ids_of_one, character in zip(ids[::64], some[::64], strict=True):
+        assert either.decode(ids_of_one) == character
 
 
 @settings(max_examples=150)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from data.dialogue import CONTROL_SURFACES, escape
-from data.tokenizer import DialogueTokenizer
+from data.tokenizer import DialogueTokenizer, train_tokenizer
 from serving_export.tokenizer_json import merges, tokenizer_config, tokenizer_json
 
 HOSTILE = [
@@ -35,6 +35,13 @@ def exported(tokenizer: DialogueTokenizer) -> Tokenizer:
     return Tokenizer.from_str(tokenizer_json(tokenizer))
 
 
+@pytest.fixture(scope="module")
+def of_few_characters() -> DialogueTokenizer:
+    """Writes nearly everything in bytes."""
+    rare = "".join(map(chr, range(0x3A0, 0x3A0 + 100)))
+    return train_tokenizer(["some text that is written often, in few words"] * 90 + [rare], None, 340, character_coverage=0.98)
+
+
 def assert_equal_ids(ours: DialogueTokenizer, exported: Tokenizer, text: str) -> None:
     text = escape(text)
     ids = exported.encode(text, add_special_tokens=False).ids
@@ -53,6 +60,22 @@ def test_hostile_texts(tokenizer: DialogueTokenizer, exported: Tokenizer) -> Non
 )
 def test_equal_ids_for_any_text(tokenizer: DialogueTokenizer, exported: Tokenizer, text: str) -> None:
     assert_equal_ids(tokenizer, exported, text)
+
+
+def test_every_character_has_equal_ids(tokenizer: DialogueTokenizer, of_few_characters: DialogueTokenizer) -> None:
+    for ours in (tokenizer, of_few_characters):
+        exported = Tokenizer.from_str(tokenizer_json(ours))
+        characters = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000]
+        for start in range(0, len(characters), 8_192):
+            assert_equal_ids(ours, exported, " ".join(characters[start : start + 8_192]))
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text() | st.text("some writen \0\r\n\u2060<|end>:.ß", max_size=60))
+def test_equal_ids_where_most_is_bytes(of_few_characters: DialogueTokenizer, text: str) -> None:
+    exported = Tokenizer.from_str(tokenizer_json(of_few_characters))
+    assert_equal_ids(of_few_characters, exported, text)
+    assert min(exported.encode(escape(text), add_special_tokens=False).ids, default=5) > 4
 
 
 def test_control_tokens_are_read_from_unescaped_text_only(tokenizer: DialogueTokenizer, exported: Tokenizer) -> None:
