@@ -7,11 +7,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data.dialogue import NARRATOR, Dialogue
+from data.language import Languages, other_language
+from data.repetition import Repetition, repeated
+from data.scrub import Scrub, scrub
 from data.sources.record import LeftOut, Rejected
 from recipes.loader import Section
 
@@ -26,9 +29,24 @@ class Filters(Section):
     """Dialogues that do not pass are left out and counted. The narrator counts neither as a speaker nor as a writer."""
 
     min_messages: int = Field(default=2, ge=1)
+    # Limits that are null keep everything: long dialogues are cut into rows.
+    max_messages: int | None = Field(default=None, ge=1)
     min_speakers: int = Field(default=2, ge=1)
-    # Dialogues with a longer message, in characters; null keeps them (they are cut into rows).
+    # Characters of all that is written.
+    min_characters: int = Field(default=1, ge=1)
+    max_characters: int | None = Field(default=None, ge=1)
+    # Characters of the longest message, the narrator's too.
     max_message_characters: int | None = Field(default=None, ge=1)
+    languages: Languages | None = None
+    repetition: Repetition | None = None
+
+    @model_validator(mode="after")
+    def _something_passes(self) -> Self:
+        for what in ("messages", "characters"):
+            low, high = getattr(self, f"min_{what}"), getattr(self, f"max_{what}")
+            if high is not None and low > high:
+                raise ValueError(f"min_{what} {low} is over max_{what} {high}: nothing would pass")
+        return self
 
 
 @dataclass
@@ -107,6 +125,14 @@ def without_bad(
             quarantine.write(json.dumps({"source": source, **asdict(record)}, ensure_ascii=False) + "\n")
 
 
+def scrubbed(dialogues: Iterable[Dialogue], rule: Scrub, ledger: Ledger) -> Iterator[Dialogue]:
+    """The dialogues without personal data; what was replaced is counted by its kind."""
+    for dialogue in dialogues:
+        clean, counts = scrub(dialogue, rule)
+        ledger.count_scrubbed(counts)
+        yield clean
+
+
 def passing(dialogues: Iterable[Dialogue], filters: Filters, ledger: Ledger) -> Iterator[Dialogue]:
     """The dialogues that pass the filters, without their blank messages."""
     for given in dialogues:
@@ -165,12 +191,24 @@ def _without_blanks(dialogue: Dialogue, ledger: Ledger) -> Dialogue | None:
 
 
 def _reason_against(dialogue: Dialogue, filters: Filters) -> str | None:
+    """The first reason to leave a dialogue out; the ones that take longest to find come last."""
     written = [message for message in dialogue.messages if message.speaker != NARRATOR]
     if len({message.speaker for message in written}) < filters.min_speakers:
         return f"fewer than {filters.min_speakers} speakers"
     if len(written) < filters.min_messages:
         return f"fewer than {filters.min_messages} messages"
+    if filters.max_messages is not None and len(written) > filters.max_messages:
+        return f"more than {filters.max_messages} messages"
+    n_characters = sum(len(message.text) for message in written)
+    if n_characters < filters.min_characters:
+        return f"fewer than {filters.min_characters} characters"
+    if filters.max_characters is not None and n_characters > filters.max_characters:
+        return f"more than {filters.max_characters} characters"
     longest = filters.max_message_characters
     if longest is not None and any(len(message.text) > longest for message in dialogue.messages):
         return f"a message over {longest} characters"
+    if filters.repetition and (measure := repeated(written, filters.repetition)):
+        return f"too much repetition: {measure}"
+    if filters.languages and (language := other_language(written, filters.languages)):
+        return f"in another language: {language}"
     return None

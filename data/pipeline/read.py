@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from data.atomic_file import write_json
-from data.clean import Filters, Ledger, passing, without_bad
+from data.clean import Filters, Ledger, passing, scrubbed, without_bad
 from data.dialogue import Dialogue, from_json, to_json
 from data.pipeline.item_step import ItemStep
 from data.pipeline.record import RECORD, ROW, participants_of, records_of, rows_of
 from data.pipeline.unit import read_units
 from data.pipeline.work_folder import WorkFolder
 from data.rendered import MESSAGE, RenderedDialogues, render
-from data.scrub import Scrub, scrub
+from data.scrub import Scrub
 from data.sources.source import DialogueSource
 
 READ = "read"
@@ -100,10 +100,8 @@ def _batches(dialogues: Iterable[Dialogue]) -> Iterator[list[Dialogue]]:
 
 def _cleaned(dialogue: Dialogue, settings: ReadSettings, ledger: Ledger) -> Dialogue | None:
     """The dialogue as it is kept, or None when it was counted as left out."""
-    if settings.scrub:
-        dialogue, counts = scrub(dialogue, settings.scrub)
-        ledger.count_scrubbed(counts)
-    return next(passing([dialogue], settings.filters, ledger), None)
+    clean = scrubbed([dialogue], settings.scrub, ledger) if settings.scrub else [dialogue]
+    return next(passing(clean, settings.filters, ledger), None)
 
 
 class UnitResults:

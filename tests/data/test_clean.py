@@ -1,15 +1,28 @@
 """Cleaning: every record is counted once, filters and duplicates, and too many bad records stop the run."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from data.clean import CleanError, Filters, Ledger, check_bad_fraction, passing, without_bad, without_duplicates
+from data.clean import (
+    CleanError,
+    Filters,
+    Ledger,
+    check_bad_fraction,
+    passing,
+    scrubbed,
+    without_bad,
+    without_duplicates,
+)
 from data.dialogue import NARRATOR, Dialogue, Message
+from data.language import Languages
+from data.repetition import Repetition
+from data.scrub import HashedIds, Scrub
 from data.sources.record import LeftOut, Rejected
 
 
@@ -72,6 +85,42 @@ def test_filters_and_reasons() -> None:
         "nothing said": 1,
     }
     assert ledger.blank_messages == 2
+
+
+def test_limits_of_length_language_and_repetition() -> None:
+    english, german = "I would like to know what you think", "Ich möchte gerne wissen, was du davon hältst"
+    dialogues = {
+        "kept": talk(f"A:{english}", f"B:{english} too"),
+        "more than 3 messages": talk("A:x", "B:y", "A:z", "B:u"),
+        "fewer than 20 characters": talk("A:x", "B:y"),
+        "more than 900 characters": talk("A:" + "x" * 900, "B:y"),
+        "in another language: de": talk(f"A:{german}", f"B:{german}"),
+        "too much repetition: repeated 5-grams": talk(f"A:{(english + ' ') * 9}", "B:no, not that again"),
+    }
+    filters = Filters(
+        max_messages=3,
+        min_characters=20,
+        max_characters=900,
+        languages=Languages(keep=("en",)),
+        repetition=Repetition(max_top_n_gram={}),
+    )
+    ledger = Ledger(read=len(dialogues))
+    kept = list(passing(dialogues.values(), filters, ledger))
+    assert kept == [dialogues.pop("kept")]
+    assert ledger.filtered == dict.fromkeys(dialogues, 1)
+    with pytest.raises(ValidationError, match="min_characters 5 is over max_characters 4"):
+        Filters(min_characters=5, max_characters=4)
+
+
+def test_replaced_values_are_counted_and_summed() -> None:
+    rule = Scrub(ids=HashedIds(salt="a salt of tests"))
+    ledgers = [Ledger(), Ledger()]
+    given = replace(talk("A:ask ann@example.com", "B:or call +1 415-555-0132"), participants=("p",))
+    for ledger in ledgers:
+        (clean,) = scrubbed([given], rule, ledger)
+        assert [message.text for message in clean.messages] == ["ask [email]", "or call [phone]"]
+        assert Ledger.from_dict(ledger.to_dict()) == ledger
+    assert Ledger.total(ledgers).scrubbed == {"email": 2, "phone": 2, "id": 2}
 
 
 def test_duplicates_are_of_turns_and_texts() -> None:

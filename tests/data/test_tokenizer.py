@@ -33,7 +33,8 @@ def either(request: pytest.FixtureRequest, tokenizer: DialogueTokenizer) -> Dial
     if request.param == "most characters":
         return tokenizer
     rare = "".join(map(chr, range(0x3A0, 0x3A0 + 100)))
-    return train_tokenizer(["some text that is written often, in few words"] * 90 + [rare], None, 340, character_coverage=0.98)
+    texts = ["some text that is written often, in few words"] * 90 + [rare]
+    return train_tokenizer(texts, None, 340, character_coverage=0.98)
 
 
 @settings(max_examples=200)

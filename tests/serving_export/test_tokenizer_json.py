@@ -39,7 +39,8 @@ def exported(tokenizer: DialogueTokenizer) -> Tokenizer:
 def of_few_characters() -> DialogueTokenizer:
     """Writes nearly everything in bytes."""
     rare = "".join(map(chr, range(0x3A0, 0x3A0 + 100)))
-    return train_tokenizer(["some text that is written often, in few words"] * 90 + [rare], None, 340, character_coverage=0.98)
+    texts = ["some text that is written often, in few words"] * 90 + [rare]
+    return train_tokenizer(texts, None, 340, character_coverage=0.98)
 
 
 def assert_equal_ids(ours: DialogueTokenizer, exported: Tokenizer, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Slurm by the jobs it is given (commands in its place run them here), Ray for real, failures from wherever told once."""
+"""Slurm by the jobs it is given (commands in its place run them here), Ray for real, failures told once."""
 
 import json
 import os

@@ -22,7 +22,7 @@ def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
 
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     item = WorkFolder(tmp_path).item("read", 0)
-    with pytest.raises(KeyboardInterrupt), whole_folder(item) as folder:
+    with pytest.raises(KeyboardInterrupt), whole_folder(item) as folder:  # noqa: PT012
         (folder / "a").write_text("a")
         raise KeyboardInterrupt
     assert list(item.parent.iterdir()) == []

@@ -24,7 +24,7 @@ def test_an_error_ends_it_without_waiting_for_the_others() -> None:
 
 
 def test_a_killed_process_is_told() -> None:
-    with pytest.raises(StageError, match="killed"), WorkerPool(2) as pool:
+    with pytest.raises(StageError, match="killed"), WorkerPool(2) as pool:  # noqa: PT012
         pool.map(os.kill, [(0, 0), (0, 0)])
         pool.map(signal.raise_signal, [(signal.SIGKILL,), (signal.SIGKILL,)])
 

@@ -1,0 +1,57 @@
+"""In which language a dialogue is, by py3langid (naive Bayes over byte n-grams; its model is part of the package)."""
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from itertools import islice
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from data.dialogue import NARRATOR, Message
+from recipes.loader import Section
+
+_CHARACTERS_READ = 500  # what follows changes hardly any answer, and the time grows with it
+_NO_LANGUAGE = "zxx"  # such as addresses and listings
+
+
+class Languages(Section):
+    """Dialogues that are surely in another language are left out. What nobody can tell is kept: too little text, or a
+    mixture; and of a long dialogue its first 500 characters alone are read."""
+
+    # ISO 639-1 codes.
+    keep: tuple[str, ...] = Field(min_length=1)
+    # A dialogue is left out when another language is at least so likely.
+    min_confidence: float = Field(default=0.5, gt=0, le=1)
+    # Dialogues with fewer letters are kept.
+    min_letters: int = Field(default=30, ge=1)
+
+    @field_validator("keep")
+    @classmethod
+    def _known(cls, languages: tuple[str, ...]) -> tuple[str, ...]:
+        known = sorted(_identifier().labels)
+        for language in languages:
+            if language not in known:
+                raise ValueError(f"language {language!r} is unknown; expected of {', '.join(known)}")
+        return languages
+
+
+def other_language(messages: Sequence[Message], rule: Languages) -> str | None:
+    """The code of the language that people write, when it is surely none to keep."""
+    text = _beginning(message.text for message in messages if message.speaker != NARRATOR)
+    if sum(map(str.isalpha, text)) < rule.min_letters:
+        return None
+    language, confidence = _identifier().classify(text)
+    is_other = language not in (*rule.keep, _NO_LANGUAGE) and confidence >= rule.min_confidence
+    return language if is_other else None
+
+
+def _beginning(texts: Iterable[str]) -> str:
+    # (islice: more texts than characters are not needed)
+    return "\n".join(text[:_CHARACTERS_READ] for text in islice(texts, _CHARACTERS_READ))[:_CHARACTERS_READ]
+
+
+@lru_cache(maxsize=1)
+def _identifier() -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

@@ -1,0 +1,70 @@
+"""Dialogues that repeat themselves, by the measures of Gopher (Rae et al. 2021, arXiv 2112.11446, table A1).
+
+datatrove's filter computes them on web pages; on a dialogue its measure of the most frequent n-gram would count an
+n-gram that stands once, so that every short dialogue failed. Lines and paragraphs are messages here.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from datatrove.pipeline.filters.gopher_repetition_filter import find_all_duplicate, find_duplicates
+from pydantic import Field, field_validator
+
+from data.dialogue import Message
+from recipes.loader import Section
+
+
+class Repetition(Section):
+    """Dialogues with more repetition than this are left out; null or {} leaves a measure out. The defaults are
+    Gopher's for web pages, but for the messages: people say "yes" more than once."""
+
+    # Shorter dialogues are kept: a few words that are said twice are a large part of them.
+    min_words: int = Field(default=50, ge=1)
+    # Of the messages, how many say what an earlier one says.
+    max_repeated_messages: float | None = Field(default=0.5, gt=0, le=1)
+    # The same in characters.
+    max_repeated_message_characters: float | None = Field(default=0.3, gt=0, le=1)
+    # Of the characters, those in the most frequent n words in a row, which must stand more than once; n is in quotes in
+    # a recipe: {"2": 0.2}.
+    max_top_n_gram: dict[int, float] = Field(default={2: 0.20, 3: 0.18, 4: 0.16})
+    # Of the characters, those in any n words in a row that stood before.
+    max_repeated_n_grams: dict[int, float] = Field(default={5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10})
+
+    @field_validator("max_top_n_gram", "max_repeated_n_grams")
+    @classmethod
+    def _fractions(cls, limits: dict[int, float]) -> dict[int, float]:
+        for n, limit in limits.items():
+            if n < 1 or not 0 < limit <= 1:
+                raise ValueError(f"found {n}: {limit}; expected words in a row: a fraction over 0 and up to 1")
+        return limits
+
+
+def repeated(messages: Sequence[Message], limits: Repetition) -> str | None:
+    """Which measure of a dialogue is over its limit, in words; None where none is."""
+    texts = [message.text.strip() for message in messages]
+    words = [word for text in texts for word in text.split()]
+    if len(words) < limits.min_words:
+        return None
+    n_characters = max(1, sum(map(len, texts)))
+    n_repeated, repeated_characters = find_duplicates(texts)
+    if limits.max_repeated_messages is not None and n_repeated > limits.max_repeated_messages * len(texts):
+        return "repeated messages"
+    limit = limits.max_repeated_message_characters
+    if limit is not None and repeated_characters > limit * n_characters:
+        return "characters of repeated messages"
+    for n, limit in limits.max_top_n_gram.items():
+        if _characters_of_top(words, n) > limit * n_characters:
+            return f"one {n}-gram"
+    for n, limit in limits.max_repeated_n_grams.items():
+        if find_all_duplicate(words, n) > limit * n_characters:
+            return f"repeated {n}-grams"
+    return None
+
+
+def _characters_of_top(words: Sequence[str], n: int) -> int:
+    """Characters in the n-gram that stands most often, of several the longest, over all its places."""
+    counts = Counter(zip(*(words[i:] for i in range(n)), strict=False))
+    most = max(counts.values(), default=1)
+    if most == 1:
+        return 0
+    return most * max(len(" ".join(n_gram)) for n_gram, count in counts.items() if count == most)
