@@ -57,7 +57,9 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert ours.keys() == theirs.keys()
     for name in theirs:
         assert theirs[name].norm() > 0, name
-        assert (ours[name] - theirs[name]).norm() <= 2e-5 * theirs[name].norm(), name
+        # a gradient is read off weights that were rounded once more
+        rounding = torch.finfo(torch.float32).eps * expected["masters"][0][name].norm()
+        assert (ours[name] - theirs[name]).norm() <= 2e-5 * theirs[name].norm() + rounding, name
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-5)
 
 
