@@ -61,7 +61,11 @@ class HashedIds(Section):
 
 
 class Scrub(Section):
-    """What is scrubbed from texts, speakers' names, ids and metadata; false or null leaves a kind as it is."""
+    """What is scrubbed from texts, speakers' names, ids and metadata; false or null leaves a kind as it is.
+
+    What quarantine.jsonl says of a bad record is scrubbed too, and counted apart. With `ids` it says file, line and a
+    reason without values, but not how the record begins: what of a broken record is an id nobody can tell.
+    """
 
     email: bool = True
     phone: Phones | None = Phones()
@@ -85,16 +89,13 @@ def scrub(dialogue: Dialogue, settings: Scrub) -> tuple[Dialogue, Counter[str]]:
     counts: Counter[str] = Counter()
     speakers = _renamed_speakers(dialogue, settings, counts)
     messages = tuple(_scrub_message(message, speakers, settings, counts) for message in dialogue.messages)
-    participants, identity = dialogue.participants, dialogue.id
+    participants = dialogue.participants
     if settings.ids:
         participants = tuple(pseudonym(settings.ids.salt, participant) for participant in participants)
         counts[HASHED_ID] += len(participants)
-    if scrub_text(identity, settings, counts) != identity:
-        # Not a placeholder: ids tell dialogues apart.
-        identity = pseudonym(settings.ids.salt if settings.ids else "", "dialogue", identity)
     scrubbed = replace(
         dialogue,
-        id=identity,
+        id=scrub_id(dialogue.id, settings, counts),
         messages=messages,
         character=speakers.get(dialogue.character, dialogue.character),
         participants=participants,
@@ -113,6 +114,13 @@ def scrub_text(text: str, settings: Scrub, counts: Counter[str]) -> str:
         if text == before:  # what was replaced may have hidden something that stood too close
             break
     return text
+
+
+def scrub_id(identity: str, settings: Scrub, counts: Counter[str]) -> str:
+    """An id of a dialogue, or its hash where it holds personal data: placeholders would not tell dialogues apart."""
+    if scrub_text(identity, settings, counts) == identity:
+        return identity
+    return pseudonym(settings.ids.salt if settings.ids else "", "dialogue", identity)
 
 
 def _scrub_message(message: Message, speakers: Mapping[str, str], settings: Scrub, counts: Counter[str]) -> Message:
