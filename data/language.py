@@ -11,6 +11,7 @@ from data.dialogue import NARRATOR, Message
 from recipes.loader import Section
 
 _CHARACTERS_READ = 500  # what follows changes hardly any answer, and the time grows with it
+_TIMES_AS_LIKELY = 10  # as English, a short question in English is up to six times as likely Nigerian Pidgin, or Shona
 _NO_LANGUAGE = "zxx"  # such as addresses and listings
 
 
@@ -20,7 +21,7 @@ class Languages(Section):
 
     # ISO 639-1 codes.
     keep: tuple[str, ...] = Field(min_length=1)
-    # A dialogue is left out when another language is at least so likely.
+    # A dialogue is left out when another language is at least so likely, and ten times as likely as all of these.
     min_confidence: float = Field(default=0.5, gt=0, le=1)
     # Dialogues with fewer letters are kept.
     min_letters: int = Field(default=30, ge=1)
@@ -40,8 +41,10 @@ def other_language(messages: Sequence[Message], rule: Languages) -> str | None:
     text = _beginning(message.text for message in messages if message.speaker != NARRATOR)
     if sum(map(str.isalpha, text)) < rule.min_letters:
         return None
-    language, confidence = _identifier().classify(text)
-    is_other = language not in (*rule.keep, _NO_LANGUAGE) and confidence >= rule.min_confidence
+    ranked = _identifier().rank(text)
+    language, confidence = ranked[0]
+    kept = sum(likelihood for code, likelihood in ranked if code in rule.keep)
+    is_other = language != _NO_LANGUAGE and confidence >= max(rule.min_confidence, _TIMES_AS_LIKELY * kept)
     return language if is_other else None
 
 
