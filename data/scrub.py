@@ -228,6 +228,7 @@ _EMAIL = re.compile(
     rf"(?:[{_LETTER}0-9](?:[{_LETTER}0-9-]{{0,61}}[{_LETTER}0-9])?\.)+"
     rf"(?:[Xx][Nn]--[A-Za-z0-9-]{{1,58}}[A-Za-z0-9]|[{_LETTER}]{{2,63}})"
 )
+_IN_URL = re.compile(r"://\S*\Z")
 
 _CARD = re.compile(
     r"(?<![\w.])(?<!\d-)"
@@ -262,37 +263,45 @@ _CODE_BEFORE = re.compile(
 
 
 def _url_credentials(text: str, settings: Scrub, counts: Counter[str]) -> str:
-    return _substitute(_CREDENTIALS, lambda match: "@", text, "url_credentials", counts) if "://" in text else text
+    if "://" not in text:
+        return text
+    return _substitute(_CREDENTIALS, lambda match: ("", "@"), text, "url_credentials", counts)
 
 
 def _emails(text: str, settings: Scrub, counts: Counter[str]) -> str:
-    return _substitute(_EMAIL, lambda match: "", text, "email", counts) if "@" in text else text
+    def path_of_url(match: re.Match[str]) -> tuple[str, str]:
+        if not _IN_URL.search(text[max(0, match.start() - 256) : match.start()]):
+            return "", ""
+        local = match[0].partition("@")[0]
+        return local[: 1 + max(map(local.rfind, "/?&"))], ""
+
+    return _substitute(_EMAIL, path_of_url, text, "email", counts) if "@" in text else text
 
 
 def _cards(text: str, settings: Scrub, counts: Counter[str]) -> str:
-    def rest(match: re.Match[str]) -> str | None:
+    def digits_after(match: re.Match[str]) -> tuple[str, str] | None:
         for end in (len(match[0]), 19):  # 4-4-4-4, then three digits that may not belong to it
             digits = "".join(filter(str.isdigit, match[0][:end]))
             if _ISSUED.fullmatch(digits) and _luhn(digits):
-                return match[0][end:]
+                return "", match[0][end:]
         return None
 
-    return _substitute(_CARD, rest, text, "card", counts)
+    return _substitute(_CARD, digits_after, text, "card", counts)
 
 
 def _ips(text: str, settings: Scrub, counts: Counter[str]) -> str:
-    def v4_rest(match: re.Match[str]) -> str | None:
+    def nothing_of_v4(match: re.Match[str]) -> tuple[str, str] | None:
         before = text[max(0, match.start() - 24) : match.start()]
         is_version = len(match[0]) < _SHORTEST_IP_V4 or _VERSION_BEFORE.search(before)
-        return "" if not is_version and _is_public(match[0]) else None
+        return ("", "") if not is_version and _is_public(match[0]) else None
 
-    def v6_rest(match: re.Match[str]) -> str | None:
+    def colon_after_v6(match: re.Match[str]) -> tuple[str, str] | None:
         end = len(match[0]) - (match[0].endswith(":") and not match[0].endswith("::"))  # a colon of the sentence
-        return match[0][end:] if _is_public(match[0][:end]) else None
+        return ("", match[0][end:]) if _is_public(match[0][:end]) else None
 
     if "." in text:
-        text = _substitute(_IP_V4, v4_rest, text, "ip", counts)
-    return _substitute(_IP_V6, v6_rest, text, "ip", counts) if ":" in text else text
+        text = _substitute(_IP_V4, nothing_of_v4, text, "ip", counts)
+    return _substitute(_IP_V6, colon_after_v6, text, "ip", counts) if ":" in text else text
 
 
 def _phones(text: str, settings: Scrub, counts: Counter[str]) -> str:
@@ -332,16 +341,21 @@ def _is_phone(text: str, start: int, number: str) -> bool:
 
 
 def _substitute(
-    pattern: re.Pattern[str], rest: Callable[[re.Match[str]], str | None], text: str, kind: str, counts: Counter[str]
+    pattern: re.Pattern[str],
+    kept: Callable[[re.Match[str]], tuple[str, str] | None],
+    text: str,
+    kind: str,
+    counts: Counter[str],
 ) -> str:
-    """Matches become the placeholder and what `rest` leaves of them, unless that is None: then they stay."""
+    """Matches become the placeholder between what is `kept` of their beginning and end; where that is None, they
+    stay."""
 
     def replacement(match: re.Match[str]) -> str:
-        left = rest(match)
-        if left is None:
+        ends = kept(match)
+        if ends is None:
             return match[0]
         counts[kind] += 1
-        return PLACEHOLDERS[kind] + left
+        return PLACEHOLDERS[kind].join(ends)
 
     return pattern.sub(replacement, text)
 

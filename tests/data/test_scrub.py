@@ -139,6 +139,12 @@ def test_credentials_leave_the_host_of_a_url() -> None:
     assert_kept("https://host.example/@ann/12")
 
 
+def test_of_a_url_the_address_alone_is_replaced() -> None:
+    for url in ("https://example.com/page.html?name=John&%s", "see http://x.org/%s", "https://x.org/?mail&%s&n=1 ok"):
+        assert scrubbed(url % "ann@mail.example")[0] == url % "[email]"
+    assert scrubbed("see https://x.org. a/b&c@mail.example")[0] == "see https://x.org. [email]"
+
+
 prices = st.builds(
     lambda sign, whole, cents: f"{sign}{whole:,}.{cents:02d}",
     st.sampled_from(["$", "€", "£", "USD "]),
