@@ -3,12 +3,13 @@ find them are in data/pipeline/minhash.py."""
 
 from pydantic import Field
 
-from data.dialogue import Dialogue
+from data.dialogue import NARRATOR, Dialogue
 from recipes.loader import Section
 
 
 class NearDuplicates(Section):
-    """Dialogues that say almost what one before them says are left out, found with MinHash.
+    """Dialogues in which is said almost what one before them says are left out, found with MinHash; what the narrator
+    tells makes no difference.
 
     Every `n_grams` words in a row are a shingle, and the similarity of two dialogues is that of their sets of shingles
     (Jaccard: common over all); case, punctuation, accents and the digits of numbers make no difference. Two of
@@ -35,5 +36,7 @@ class NearDuplicates(Section):
 
 
 def compared_text(dialogue: Dialogue) -> str:
-    """What is compared of a dialogue: what is said, whoever says it; names, ids and times make no difference."""
-    return "\n".join(message.text for message in dialogue.messages)
+    """What is compared of a dialogue: what is said, whoever says it; names, ids and times make no difference. Nor does
+    what the narrator tells, unless as the character: many short dialogues have the definition of one character."""
+    silent = NARRATOR if dialogue.character != NARRATOR else None
+    return "\n".join(message.text for message in dialogue.messages if message.speaker != silent)

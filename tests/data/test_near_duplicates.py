@@ -2,7 +2,7 @@
 
 import pytest
 
-from data.dialogue import Dialogue, Message
+from data.dialogue import NARRATOR, Dialogue, Message
 from data.near_duplicates import NearDuplicates, compared_text
 
 
@@ -19,3 +19,9 @@ def test_names_and_times_are_not_compared() -> None:
     one = Dialogue("1", (Message("Ann", "hi", 1.0), Message("Bob", "you")), "Ann")
     other = Dialogue("2", (Message("Eve", "hi"), Message("Ian", "you", 5.0)), "Ian", ("p",))
     assert compared_text(one) == compared_text(other) == "hi\nyou"
+
+
+def test_the_definition_of_a_character_is_not_compared() -> None:
+    said = (Message(NARRATOR, "Ann is an old friend. " * 50), Message("Ann", "hi"), Message("Bob", "you"))
+    assert compared_text(Dialogue("1", said, "Ann")) == "hi\nyou"
+    assert compared_text(Dialogue("1", said, NARRATOR)).startswith("Ann is an old friend.")
