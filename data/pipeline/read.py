@@ -1,8 +1,9 @@
 """Stage read: records to clean dialogues, what is known of them in numbers, and the texts to encode."""
 
+import gc
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,8 +62,20 @@ class ReadUnits(ItemStep):
         with open(folder / _QUARANTINE, "w", encoding="utf-8", newline="\n") as quarantine:
             good = without_bad(unit.read(self.sources[unit.source]), ledger, unit.source, quarantine)
             named = (replace(dialogue, id=prefix + dialogue.id, source=unit.source) for dialogue in good)
-            _write(folder, named, ledger, self.settings)
+            with _rare_collections():
+                _write(folder, named, ledger, self.settings)
         write_json(folder / _LEDGER, {"source": unit.source, **ledger.to_dict()})
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Python's collector looks for cycles after every 700 new objects: dialogues are many, and none has a cycle."""
+    before = gc.get_threshold()
+    gc.set_threshold(50_000, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def _write(folder: Path, dialogues: Iterable[Dialogue], ledger: Ledger, settings: ReadSettings) -> None:
@@ -73,7 +86,7 @@ def _write(folder: Path, dialogues: Iterable[Dialogue], ledger: Ledger, settings
         for given in _batches(dialogues):
             cleaned = [_cleaned(dialogue, settings, ledger) for dialogue in given]
             kept = [dialogue for dialogue in cleaned if dialogue is not None]
-            lines = [to_json(dialogue).encode() + b"\n" for dialogue in kept]
+            lines = [to_json(dialogue) + b"\n" for dialogue in kept]
             texts, messages, n_messages = render(kept, settings.continue_within_seconds)
             rows = rows_of(kept, settings.seed)
             n_bytes = messages["prefix_bytes"].astype(np.int64) + messages["body_bytes"]

@@ -37,14 +37,14 @@ speakers = st.text(st.characters(exclude_characters=":\n\r", exclude_categories=
     lambda name: bool(name.strip())
 )
 times = st.none() | st.floats(0, 2e9) | st.integers(0, 2_000_000_000)
-messages = st.builds(Message, speakers, texts, times, st.none() | st.dictionaries(st.text(max_size=3), st.integers()))
+messages = st.builds(Message, speakers, texts, times, st.none() | st.dictionaries(st.text(max_size=3), st.integers(-(2**63), 2**64 - 1)))
 
 
 @st.composite
 def dialogues(draw: st.DrawFn) -> Dialogue:
     drawn = draw(st.lists(messages, min_size=1, max_size=4))
     character = draw(st.sampled_from(drawn)).speaker
-    metadata = draw(st.dictionaries(st.text(max_size=4), st.integers() | st.text(max_size=4), max_size=3))
+    metadata = draw(st.dictionaries(st.text(max_size=4), st.integers(-(2**63), 2**64 - 1) | st.text(max_size=4), max_size=3))
     identity, source = draw(st.text(min_size=1, max_size=5)), draw(st.text(max_size=3))
     return Dialogue(identity, tuple(drawn), character, ("p1", "p2"), metadata, source)
 
@@ -182,7 +182,7 @@ def test_supervision_that_cannot_be_meant_is_an_error(speaker: str, metadata: di
 @settings(max_examples=50)
 @given(dialogue=dialogues())
 def test_json_round_trip(dialogue: Dialogue) -> None:
-    line = to_json(dialogue)
+    line = to_json(dialogue).decode()
     assert "\n" not in line
     assert from_json(line) == dialogue
 
