@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from data.dialogue import NARRATOR, Dialogue
 from data.language import Languages, other_language
+from data.quarantine import scrub_rejected
 from data.repetition import Repetition, repeated
 from data.scrub import Scrub, scrub
 from data.sources.record import LeftOut, Rejected
@@ -67,7 +68,7 @@ class Ledger:
         self.filtered[reason] = self.filtered.get(reason, 0) + count
 
     def count_scrubbed(self, counts: Mapping[str, int]) -> None:
-        """Count values that were replaced in dialogues."""
+        """Count values that were replaced."""
         for kind, count in counts.items():
             self.scrubbed[kind] = self.scrubbed.get(kind, 0) + count
 
@@ -111,9 +112,14 @@ class Ledger:
 
 
 def without_bad(
-    records: Iterable[Dialogue | LeftOut | Rejected], ledger: Ledger, source: str, quarantine: IO[str]
+    records: Iterable[Dialogue | LeftOut | Rejected],
+    ledger: Ledger,
+    source: str,
+    quarantine: IO[str],
+    rule: Scrub | None = None,
 ) -> Iterator[Dialogue]:
-    """The dialogues among the records, in order. Bad records are written to `quarantine` (JSONL)."""
+    """The dialogues among the records, in order. Bad records are written to `quarantine` (JSONL), by the rule without
+    personal data; what was replaced there is counted beside what is replaced in dialogues, as "email in quarantine"."""
     for record in records:
         ledger.read += 1
         if isinstance(record, Dialogue):
@@ -122,6 +128,9 @@ def without_bad(
             ledger.filter(record.reason)
         else:
             ledger.quarantined += 1
+            if rule:
+                record, counts = scrub_rejected(record, rule)
+                ledger.count_scrubbed({f"{kind} in quarantine": count for kind, count in counts.items()})
             quarantine.write(json.dumps({"source": source, **asdict(record)}, ensure_ascii=False) + "\n")
 
 

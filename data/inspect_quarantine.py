@@ -1,7 +1,6 @@
 """Why records were quarantined: the reasons in groups, each with its count and examples."""
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +9,9 @@ from rich.console import Console
 from rich.text import Text
 
 from data.inspect_text import visible
+from data.quarantine import general_reason
 from data.shards import ShardError
 
-_QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
-_NUMBER = re.compile(r"(?<![\w.-])-?\d+(?:[.,]\d+)*(?:e[+-]?\d+)?", re.IGNORECASE)
 _N_GROUPS, _N_EXAMPLES, _EXAMPLE_WIDTH = 20, 2, 160
 
 
@@ -25,11 +23,6 @@ class ReasonGroup:
     reason: str
     count: int = 0
     examples: list[dict[str, object]] = field(default_factory=list)
-
-
-def general_reason(reason: str) -> str:
-    """The reason without the values it names: what is quoted becomes '..', a number N."""
-    return _NUMBER.sub("N", _QUOTED.sub("'..'", reason))
 
 
 def group_reasons(path: Path) -> list[ReasonGroup]:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Self
+from urllib.parse import unquote
 
 from pydantic import Field, field_validator, model_validator
 
@@ -61,7 +62,12 @@ class HashedIds(Section):
 
 
 class Scrub(Section):
-    """What is scrubbed from texts, speakers' names, ids and metadata; false or null leaves a kind as it is."""
+    """What is scrubbed from texts, speakers' names, ids and metadata; false or null leaves a kind as it is.
+
+    Dialogues' and participants' ids that hold such data become hashes; set `ids` where they can be guessed from these.
+    What quarantine.jsonl says of a bad record is scrubbed too, and counted apart. With `ids` it says file, line and a
+    reason without values, but not how the record begins: what of a broken record is an id nobody can tell.
+    """
 
     email: bool = True
     phone: Phones | None = Phones()
@@ -85,16 +91,14 @@ def scrub(dialogue: Dialogue, settings: Scrub) -> tuple[Dialogue, Counter[str]]:
     counts: Counter[str] = Counter()
     speakers = _renamed_speakers(dialogue, settings, counts)
     messages = tuple(_scrub_message(message, speakers, settings, counts) for message in dialogue.messages)
-    participants, identity = dialogue.participants, dialogue.id
     if settings.ids:
-        participants = tuple(pseudonym(settings.ids.salt, participant) for participant in participants)
+        participants = tuple(pseudonym(settings.ids.salt, participant) for participant in dialogue.participants)
         counts[HASHED_ID] += len(participants)
-    if scrub_text(identity, settings, counts) != identity:
-        # Not a placeholder: ids tell dialogues apart.
-        identity = pseudonym(settings.ids.salt if settings.ids else "", "dialogue", identity)
+    else:
+        participants = tuple(scrub_id(participant, settings, counts) for participant in dialogue.participants)
     scrubbed = replace(
         dialogue,
-        id=identity,
+        id=scrub_id(dialogue.id, settings, counts),
         messages=messages,
         character=speakers.get(dialogue.character, dialogue.character),
         participants=participants,
@@ -113,6 +117,24 @@ def scrub_text(text: str, settings: Scrub, counts: Counter[str]) -> str:
         if text == before:  # what was replaced may have hidden something that stood too close
             break
     return text
+
+
+def scrub_id(identity: str, settings: Scrub, counts: Counter[str]) -> str:
+    """An id, or its hash where it holds personal data: placeholders would not tell dialogues apart.
+
+    It is searched more strictly than a text: + and the digits of a number with its country are a phone number, whatever
+    stands around them, _ is a space, and %2B a +. A national number that is joined to other words ("chat-4155550132")
+    stays, as in texts: so look serial numbers.
+    """
+    plain = unquote(identity)
+    found = Counter(phone=len(_PHONE_OF_COUNTRY.findall(plain)) if settings.phone else 0)
+    for reading in (plain, plain.replace("_", " ")):
+        if not found.total():
+            scrub_text(reading, settings, found)
+    if not found.total():
+        return identity
+    counts.update(found)
+    return pseudonym(settings.ids.salt if settings.ids else "", "id", identity)
 
 
 def _scrub_message(message: Message, speakers: Mapping[str, str], settings: Scrub, counts: Counter[str]) -> Message:
@@ -215,6 +237,7 @@ _FEWEST_PHONE_DIGITS = 8  # without a country
 _PHONE_DIGITS = re.compile(r"(?:\d[^\w\n]{0,4}){6}\d")
 _NO_PHONE = re.compile(r"\d+\.\d+|\d{4}[-–]\d{4}")
 _SERIAL_BEFORE, _SERIAL_AFTER = re.compile(r"\w-\Z"), re.compile(r"-\w")
+_PHONE_OF_COUNTRY = re.compile(r"[+＋][\s(]?[1-9](?:[\s()./-]{0,2}\d){6}")
 _CODE_BEFORE = re.compile(
     r"(?:[#№/=_.@]|\b(?:order|invoice|ticket|tracking|bug|case|ref|reference|account|id|isbn|serial|item)"
     r"(?: (?:number|no\.?|id|is))*[\s:#]{1,3})\Z",

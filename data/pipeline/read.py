@@ -60,7 +60,8 @@ class ReadUnits(ItemStep):
         prefix = f"{unit.source}/" if len(self.sources) > 1 else ""
         ledger = Ledger()
         with open(folder / _QUARANTINE, "w", encoding="utf-8", newline="\n") as quarantine:
-            good = without_bad(unit.read(self.sources[unit.source]), ledger, unit.source, quarantine)
+            records = unit.read(self.sources[unit.source])
+            good = without_bad(records, ledger, unit.source, quarantine, self.settings.scrub)
             named = (replace(dialogue, id=prefix + dialogue.id, source=unit.source) for dialogue in good)
             with _rare_collections():
                 _write(folder, named, ledger, self.settings)

@@ -123,6 +123,16 @@ def test_replaced_values_are_counted_and_summed() -> None:
     assert Ledger.total(ledgers).scrubbed == {"email": 2, "phone": 2, "id": 2}
 
 
+def test_values_replaced_in_the_quarantine_are_counted_apart(tmp_path: Path) -> None:
+    bad = Rejected("f.jsonl", 3, "not JSON", "{ann@example.com")
+    ledger = Ledger()
+    with open(tmp_path / "q.jsonl", "w") as file:
+        given = list(without_bad([bad, talk("A:ann@example.com", "B:y")], ledger, "chats", file, Scrub()))
+    list(scrubbed(given, Scrub(), ledger))
+    assert ledger.scrubbed == {"email": 1, "email in quarantine": 1}
+    assert json.loads((tmp_path / "q.jsonl").read_text())["record"] == "{[email]"
+
+
 def test_duplicates_are_of_turns_and_texts() -> None:
     ledger = Ledger()
     dialogues = [

@@ -105,9 +105,13 @@ def test_personal_data_is_scrubbed_and_counted(
     write_chats(chats, 60)
     chats.write_text(chats.read_text().replace("hello", "ann@example.org"))
     found = chats.read_text().count("ann@example.org")
-    assert main([str(recipe_file), 'scrub={ids: {salt: "a secret"}}']) == 0
+    with open(chats, "a") as file:
+        file.write('{"id": "ann@example.org", "text": "ann@example.org"}\n')
+    rule = ["max_bad_fraction=0.1", 'scrub={ids: {salt: "a secret"}}']
+    assert main([str(recipe_file), *rule]) == 0
     records = json.loads((tmp_path / "run" / "manifest.json").read_text())["records"]
     assert records["scrubbed"] == {"email": found, "id": 60}
+    assert "ann" not in (tmp_path / "run" / "quarantine.jsonl").read_text()
     texts = "".join((tmp_path / "run" / "dialogues" / f"{side}.jsonl").read_text() for side in ("train", "heldout"))
     assert texts.count("[email]") == found and "@" not in texts and '"u3"' not in texts
     assert f"{found} email" in capsys.readouterr().out

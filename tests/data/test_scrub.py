@@ -3,6 +3,7 @@
 from collections import Counter
 from datetime import datetime
 from ipaddress import IPv4Address, IPv6Address
+from urllib.parse import quote
 
 import phonenumbers
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from data.dialogue import CONTROL_SURFACES, Dialogue, Message
-from data.scrub import PLACEHOLDERS, HashedIds, Phones, Scrub, scrub, scrub_text
+from data.scrub import PLACEHOLDERS, HashedIds, Phones, Scrub, scrub, scrub_id, scrub_text
 from data.stable_hash import pseudonym
 
 EVERYTHING = Scrub(ids=HashedIds(salt="a salt of tests"))
@@ -233,6 +234,72 @@ def test_every_kind_can_be_left_alone() -> None:
         Scrub(email=False, phone=None, card=False, ip=False, url_credentials=False)
     with pytest.raises(ValidationError, match="region 'UK' is unknown"):
         Phones(regions=("UK",))
+
+
+separators = st.sampled_from(["-", "_", "/", ":", ".", "#", "@", "=", " ", ""])
+
+
+@settings(max_examples=300)
+@given(
+    region=st.sampled_from(sorted(phonenumbers.SUPPORTED_REGIONS)),
+    form=st.sampled_from([phonenumbers.PhoneNumberFormat.E164, phonenumbers.PhoneNumberFormat.INTERNATIONAL]),
+    quoted=st.booleans(),
+    before=st.sampled_from(["", "chat", "2018", "tel", "order", "a1"]),
+    after=st.sampled_from(["", "3", "0007", "x", "2018-09-01", "415"]),
+    between=st.tuples(separators, separators),
+)
+@example(region="US", form=0, quoted=False, before="chat", after="3", between=("-", "-"))
+def test_no_id_holds_a_phone_number_with_its_country(
+    region: str, form: int, quoted: bool, before: str, after: str, between: tuple[str, str]
+) -> None:
+    number = phonenumbers.example_number_for_type(region, phonenumbers.PhoneNumberType.MOBILE)
+    assume(number is not None)
+    written = phonenumbers.format_number(number, form)
+    identity = f"{before}{between[0]}{quote(written) if quoted else written}{between[1]}{after}"
+    counts: Counter[str] = Counter()
+    assert scrub_id(identity, EVERYTHING, counts) == pseudonym("a salt of tests", "id", identity)
+    assert counts["phone"] >= 1
+
+
+@given(address=st.emails(), before=separators, after=separators)
+@example(address="ann_b@example.org", before="_", after="_")
+def test_no_id_holds_an_address(address: str, before: str, after: str) -> None:
+    assume(any(character.isalnum() for character in address.partition("@")[0]))
+    for written in (address, quote(address)):
+        identity = f"chat{before}{written}{after}3"
+        assert scrub_id(identity, EVERYTHING, Counter()) == pseudonym("a salt of tests", "id", identity)
+
+
+@pytest.mark.parametrize(
+    "identity", ["4155552671_2", "sms_4155552671", "415-555-2671_3", "user:4155552671", "1_81.169.145.78"]
+)
+def test_no_id_holds_other_values(identity: str) -> None:
+    counts: Counter[str] = Counter()
+    assert scrub_id(identity, EVERYTHING, counts) != identity and counts.total() == 1
+
+
+@pytest.mark.parametrize(
+    "identity",
+    [
+        "logs/2018-09-01_12.30.jsonl@4155550132",  # where a line of a large file begins
+        "chat-4155550132",
+        "2018-09-01T12:30:45+01:00-12345678",
+        "2018-09-01T12:30:45+0100_3",
+        "c++11_1234567",
+        "714682ad-f218-f762-7605-00e7c4baee47",
+        "100%_sure",
+    ],
+)
+def test_ids_that_stay(identity: str) -> None:
+    assert scrub_id(identity, EVERYTHING, Counter()) == identity
+
+
+def test_participants_that_are_addresses_are_hashed_without_ids_too() -> None:
+    dialogue = Dialogue("d", (Message("Ann", "hi"),), "Ann", ("+14155550132", "p", "ann@example.org", "+14155550132"))
+    result, counts = scrub(dialogue, Scrub())
+    phone, kept, address, again = result.participants
+    assert phone == again != address and kept == "p" and counts == {"phone": 2, "email": 1}
+    assert not any(character in phone + address for character in "+@")
 
 
 def test_a_dialogue_is_scrubbed_everywhere() -> None:

@@ -1,0 +1,65 @@
+"""What is written of a bad record, and how it is kept free of personal data where the recipe scrubs."""
+
+import re
+from collections import Counter
+from dataclasses import replace
+
+from data.scrub import Scrub, scrub_id, scrub_text
+from data.sources.record import Rejected, beginning
+
+NOT_SHOWN = "(not shown: scrub.ids)"
+_SHOWN = len(beginning("." * 10_000))  # characters of a record; the end of a longer one is cut off
+_MOST_QUOTED = 40  # characters that a reason may quote; sources cut what is longer, anywhere
+
+_QUOTED = re.compile(r"(?<!\w)b?'(?:[^'\\]|\\.)*(?:'|\Z)|(?<!\w)b?\"(?:[^\"\\]|\\.)*(?:\"|\Z)", re.DOTALL)
+_FOUND = re.compile(r"(?<=found ).+\Z", re.DOTALL)  # not always in quotes
+_NUMBER = re.compile(r"(?<![\w.-])-?\d+(?:[.,]\d+)*(?:e[+-]?\d+)?", re.IGNORECASE)
+_ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2})|[bfnrt])")  # of JSON and of Python, also twice
+# The last word, which is no longer than an address, and the digits of a number before it.
+_CUT_END = re.compile(r"[\d\W]*\S{0,320}\Z")
+
+
+def general_reason(reason: str) -> str:
+    """The reason without the values it names: what is quoted becomes '..', a number N."""
+    return _NUMBER.sub("N", _without_quotes(reason, 0))
+
+
+def scrub_rejected(rejected: Rejected, settings: Scrub) -> tuple[Rejected, Counter[str]]:
+    """The rejection without personal data, and how many values of each kind were replaced.
+
+    What is cut may end within a value that is then no pattern's: the end of a long record goes, and what a reason
+    quotes at length. Where ids are hashed, nobody can tell which part of a broken record is one: the record is not
+    shown, and the reason names no values. File and line stay, so that the record can be found.
+    """
+    counts: Counter[str] = Counter()
+    reason, record = rejected.reason, NOT_SHOWN
+    if settings.ids:
+        reason = general_reason(_FOUND.sub("..", reason))
+    else:
+        reason = _without_quotes(_FOUND.sub(lambda match: _short(match, ".."), reason), _MOST_QUOTED)
+        record = _without_escapes(rejected.record)
+        if len(rejected.record) >= _SHOWN:
+            record = _CUT_END.sub("", record)
+        record = scrub_text(record, settings, counts)
+    line = scrub_id(rejected.line, settings, counts) if isinstance(rejected.line, str) else rejected.line
+    reason = scrub_text(_without_escapes(reason), settings, counts)
+    return replace(rejected, line=line, reason=reason, record=record), +counts
+
+
+def _without_quotes(reason: str, longest: int) -> str:
+    """Quotes of more characters become '..'."""
+    return _QUOTED.sub(lambda match: _short(match, "'..'", longest), reason)
+
+
+def _short(match: re.Match[str], otherwise: str, longest: int = _MOST_QUOTED) -> str:
+    return match[0] if len(match[0]) <= longest else otherwise
+
+
+def _without_escapes(text: str) -> str:
+    r"""Characters in the place of their escapes: of `\n4155550132` and `ann\u0040example.org` no pattern knows."""
+
+    def meant(match: re.Match[str]) -> str:
+        character = chr(int(match[1] or match[2] or "20", 16))
+        return match[0] if "\ud800" <= character <= "\udfff" else character
+
+    return _ESCAPE.sub(meant, text)
