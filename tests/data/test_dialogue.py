@@ -36,15 +36,16 @@ texts = st.lists(
 speakers = st.text(st.characters(exclude_characters=":\n\r", exclude_categories=["Cs"]), min_size=1, max_size=8).filter(
     lambda name: bool(name.strip())
 )
+json_integers = st.integers(-(2**63), 2**64 - 1)
 times = st.none() | st.floats(0, 2e9) | st.integers(0, 2_000_000_000)
-messages = st.builds(Message, speakers, texts, times, st.none() | st.dictionaries(st.text(max_size=3), st.integers(-(2**63), 2**64 - 1)))
+messages = st.builds(Message, speakers, texts, times, st.none() | st.dictionaries(st.text(max_size=3), json_integers))
 
 
 @st.composite
 def dialogues(draw: st.DrawFn) -> Dialogue:
     drawn = draw(st.lists(messages, min_size=1, max_size=4))
     character = draw(st.sampled_from(drawn)).speaker
-    metadata = draw(st.dictionaries(st.text(max_size=4), st.integers(-(2**63), 2**64 - 1) | st.text(max_size=4), max_size=3))
+    metadata = draw(st.dictionaries(st.text(max_size=4), json_integers | st.text(max_size=4), max_size=3))
     identity, source = draw(st.text(min_size=1, max_size=5)), draw(st.text(max_size=3))
     return Dialogue(identity, tuple(drawn), character, ("p1", "p2"), metadata, source)
 
