@@ -25,6 +25,7 @@ CONTROL_SURFACES = ("<pad>", "<unk>", "<bos>", "<|message|>", "<|end|>")  # in t
 WORD_JOINER = "\u2060"
 NO_LABEL = -1
 LABEL_KEY, TRAINED_KEY = "engagement_label", "trained"  # of a message's metadata
+_TIME_LIMIT = 2**63  # seconds; it leaves out infinity, nan, and integers that are no float
 _MESSAGE_KEYS = {"speaker", "text", "time", "metadata"}
 
 _SURFACE = re.compile("|".join(re.escape(surface) for surface in CONTROL_SURFACES))
@@ -66,9 +67,9 @@ class Message:
         if not self.text.isascii():
             _check_encodable("text", self.text)
         if self.time is not None and not (
-            isinstance(self.time, (int, float)) and not isinstance(self.time, bool) and math.isfinite(self.time)
+            isinstance(self.time, (int, float)) and not isinstance(self.time, bool) and abs(self.time) < _TIME_LIMIT
         ):
-            raise DialogueError(f"time is {self.time!r}: expected a finite number of unix seconds")
+            raise DialogueError(f"time is {_shown(self.time)}: expected a finite number of unix seconds")
         if self.metadata is not None and not isinstance(self.metadata, Mapping):
             raise DialogueError(f"metadata is {type(self.metadata).__name__}: expected an object")
         if self.metadata:
@@ -159,6 +160,10 @@ def check_times(messages: Sequence[Message]) -> None:
                 f"message {number}: its time is {latest - message.time:g} s before an earlier message's"
             )
         latest = message.time
+
+
+def _shown(value: object) -> str:
+    return "an integer of many digits" if isinstance(value, int) and abs(value) >= 2**256 else repr(value)
 
 
 def _check_supervision(metadata: Mapping[str, Any]) -> None:

@@ -226,3 +226,9 @@ def test_files_round_trip_and_errors_name_the_line(tmp_path: Path) -> None:
 def test_bad_records_say_what_is_wrong(line: str, reason: str) -> None:
     with pytest.raises(DialogueError, match=reason):
         from_json(line)
+
+
+@pytest.mark.parametrize("time", [float("nan"), float("inf"), -float("inf"), 10**400, -(10**400), True, "1"])
+def test_a_time_that_is_no_moment_is_an_error(time: Any) -> None:
+    with pytest.raises(DialogueError, match=r"time is .*: expected a finite number of unix seconds"):
+        Message("A", "x", time)
