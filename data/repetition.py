@@ -7,7 +7,6 @@ n-gram that stands once, so that every short dialogue failed. Lines and paragrap
 from collections import Counter
 from collections.abc import Sequence
 
-from datatrove.pipeline.filters.gopher_repetition_filter import find_all_duplicate, find_duplicates
 from pydantic import Field, field_validator
 
 from data.dialogue import Message
@@ -41,6 +40,8 @@ class Repetition(Section):
 
 def repeated(messages: Sequence[Message], limits: Repetition) -> str | None:
     """Which measure of a dialogue is over its limit, in words; None where none is."""
+    from datatrove.pipeline.filters.gopher_repetition_filter import find_all_duplicate, find_duplicates
+
     texts = [message.text.strip() for message in messages]
     words = [word for text in texts for word in text.split()]
     if len(words) < limits.min_words:

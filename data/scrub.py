@@ -53,7 +53,8 @@ class Phones(Section):
 
 
 class HashedIds(Section):
-    """Ids of people, hashed: participants, and the values of these keys wherever they are in the metadata."""
+    """Ids of people, hashed: participants, dialogues' ids that name one, and the values of these keys wherever they are
+    in the metadata. Speakers' names stay: they are what the model reads and what a prompt says."""
 
     # With it and a guess of an id, a hash can be checked: keep the recipe as safe as the ids.
     salt: str = Field(min_length=8)
@@ -91,14 +92,18 @@ def scrub(dialogue: Dialogue, settings: Scrub) -> tuple[Dialogue, Counter[str]]:
     counts: Counter[str] = Counter()
     speakers = _renamed_speakers(dialogue, settings, counts)
     messages = tuple(_scrub_message(message, speakers, settings, counts) for message in dialogue.messages)
+    identity = scrub_id(dialogue.id, settings, counts)
     if settings.ids:
         participants = tuple(pseudonym(settings.ids.salt, participant) for participant in dialogue.participants)
         counts[HASHED_ID] += len(participants)
+        if identity == dialogue.id and any(_stands_in(identity, participant) for participant in dialogue.participants):
+            identity = _hash_of_id(identity, settings)
+            counts[HASHED_ID] += 1
     else:
         participants = tuple(scrub_id(participant, settings, counts) for participant in dialogue.participants)
     scrubbed = replace(
         dialogue,
-        id=scrub_id(dialogue.id, settings, counts),
+        id=identity,
         messages=messages,
         character=speakers.get(dialogue.character, dialogue.character),
         participants=participants,
@@ -134,7 +139,18 @@ def scrub_id(identity: str, settings: Scrub, counts: Counter[str]) -> str:
     if not found.total():
         return identity
     counts.update(found)
+    return _hash_of_id(identity, settings)
+
+
+def _hash_of_id(identity: str, settings: Scrub) -> str:
     return pseudonym(settings.ids.salt if settings.ids else "", "id", identity)
+
+
+def _stands_in(identity: str, participant: str) -> bool:
+    """Whether the one id holds the other, not within a longer word or number."""
+    if not participant or participant not in identity:
+        return False
+    return re.search(rf"(?<![^\W_]){re.escape(participant)}(?![^\W_])", identity) is not None
 
 
 def _scrub_message(message: Message, speakers: Mapping[str, str], settings: Scrub, counts: Counter[str]) -> Message:

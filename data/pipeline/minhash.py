@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -252,14 +253,18 @@ def _chunks(pairs: Path) -> Iterator[np.ndarray]:
 def _dropped_of_unit(members: Path, claimed: np.ndarray) -> np.ndarray:
     """The rows of a unit that share a group with a kept row; the groups of the others are claimed."""
     records = np.fromfile(members, dtype=_MEMBER) if members.exists() else np.empty(0, dtype=_MEMBER)
-    records.sort(order=["row", "group"])
-    rows, starts = np.unique(records["row"], return_index=True)
+    records = records[np.argsort(records["row"], kind="stable")]
+    starts = np.flatnonzero(np.diff(records["row"], prepend=-1))
+    edges, groups = [*starts.tolist(), len(records)], records["group"].tolist()
+    is_claimed = claimed.data  # (a row has a few groups: array operations on them take seven times as long)
     dropped = []
-    for row, groups in zip(rows, np.split(records["group"], starts[1:]), strict=False):
-        if claimed[groups].any():
+    for row, (first, end) in zip(records["row"][starts].tolist(), pairwise(edges), strict=True):
+        of_row = groups[first:end]
+        if any(map(is_claimed.__getitem__, of_row)):
             dropped.append(row)
         else:
-            claimed[groups] = True
+            for group in of_row:
+                is_claimed[group] = True
     return np.array(dropped, dtype=np.int64)
 
 

@@ -12,19 +12,20 @@ from data.sources.corpus_file import CorpusFile
 from data.sources.corpus_source import RecordSource, json_of
 from data.sources.first_names import first_names
 from data.sources.record import RecordError, SourceError
+from data.stable_hash import pseudonym
 
 _SLIDER_DEFAULT = 5  # a rating of 5 says nothing: the slider stood there
 
 
 class ChitchatSource(RecordSource):
     """Sessions as they are; consecutive messages of one sender stay separate. The character is one of the senders,
-    chosen by a hash of the session's id."""
+    chosen by a hash of the session's id. The participants are the senders, hashed."""
 
     suffixes: ClassVar = (".json",)
 
     kind: Literal["chitchat"]
     path: str | None = None  # type: ignore[assignment]  # a dataset.json; null takes the installed package's
-    # Senders are ids: first_names gives each a stable first name, ids keeps the ids.
+    # Senders are ids: first_names gives each a stable first name, ids the hash that stands for the participant.
     names: Literal["first_names", "ids"] = "first_names"
     topic_as_scene: bool = True  # the topic shown to the two becomes a first message by the narrator
 
@@ -59,7 +60,8 @@ class ChitchatSource(RecordSource):
         if not sent:
             raise RecordError("no messages")
         senders = sorted({sender for sender, _, _ in sent})
-        names = first_names(senders) if self.names == "first_names" else {sender: sender for sender in senders}
+        hashes = {sender: pseudonym("chitchat", sender) for sender in senders}
+        names = first_names(senders) if self.names == "first_names" else hashes
         topic = record.get("prompt") or ""
         scene = (Message(NARRATOR, topic),) if self.topic_as_scene and topic.strip() else ()
         ratings = {name: value for name, value in (record.get("ratings") or {}).items() if value != _SLIDER_DEFAULT}
@@ -69,7 +71,7 @@ class ChitchatSource(RecordSource):
             id=identity,
             messages=scene + messages,
             character=names[any_speaker(identity, senders)],
-            participants=tuple(senders),
+            participants=tuple(hashes.values()),
             metadata={"topic": topic, "ratings": ratings},
         )
 

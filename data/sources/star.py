@@ -7,6 +7,7 @@ from data.dialogue import NARRATOR, Dialogue, Message, check_times
 from data.sources.corpus_file import CorpusFile
 from data.sources.corpus_source import RecordSource, json_of
 from data.sources.record import LeftOut
+from data.stable_hash import pseudonym
 
 USER, WIZARD = "User", "Wizard"
 _SPEAKING = ("utter", "pick_suggestion")
@@ -16,8 +17,8 @@ class StarSource(RecordSource):
     """What the user and the wizard say to each other; the character is the wizard, whose task the narrator tells. Most
     of the wizard's lines are picked suggestions: each message's metadata has the action and the suggestion's label.
     The participant is the user alone: the same workers play either part, but the wizard's words are a flow chart's.
-    Completion level (a disconnect can be either's), scenario and questionnaires are in the metadata. Dialogues that
-    end before anybody speaks are left out."""
+    Workers are hashed. Completion level (a disconnect can be either's), scenario, questionnaires and who the wizard was
+    are in the metadata. Dialogues that end before anybody speaks are left out."""
 
     suffixes: ClassVar = (".json",)
 
@@ -42,12 +43,12 @@ class StarSource(RecordSource):
             id=str(record["DialogueID"]),
             messages=(task, *said),
             character=WIZARD if WIZARD in speakers else USER,
-            participants=(record["AnonymizedUserWorkerID"],),
+            participants=(pseudonym("star", record["AnonymizedUserWorkerID"]),),
             metadata={
                 "completion": record["CompletionLevel"],
                 "domains": scenario["Domains"],
                 "user_task": scenario["UserTask"],
-                "wizard": record["AnonymizedWizardWorkerID"],
+                "wizard": {"worker_id": pseudonym("star", record["AnonymizedWizardWorkerID"])},
                 "user_answers": _answers(record["UserQuestionnaire"]),
                 "wizard_answers": _answers(record["WizardQuestionnaire"]),
             },

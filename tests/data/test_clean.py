@@ -1,6 +1,8 @@
 """Cleaning: every record is counted once, filters and duplicates, and too many bad records stop the run."""
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -158,3 +160,8 @@ def test_too_many_bad_records_stop_with_examples(tmp_path: Path) -> None:
         check_bad_fraction(ledgers, 0.5, path, kept)
     assert json.loads(kept.read_text().splitlines()[0]) == {"source": "large", **asdict(others[0])}
     assert len(kept.read_text().splitlines()) == 7
+
+
+def test_commands_that_clean_nothing_start_without_datatrove() -> None:
+    loaded = "import sys, data.clean; print('datatrove' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, check=True).stdout == b"False\n"

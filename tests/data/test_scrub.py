@@ -294,6 +294,17 @@ def test_ids_that_stay(identity: str) -> None:
     assert scrub_id(identity, EVERYTHING, Counter()) == identity
 
 
+def test_ids_of_dialogues_that_name_a_participant_are_hashed_with_them() -> None:
+    for identity in ("u17", "u17/3", "chat_u17_3", "2018-u17", "p.17:u17"):
+        dialogue = Dialogue(identity, (Message("Ann", "hi"),), "Ann", ("u1", "u17"))
+        result, counts = scrub(dialogue, EVERYTHING)
+        assert result.id == pseudonym("a salt of tests", "id", identity) and counts == {"id": 3}
+        assert scrub(dialogue, Scrub()) == (dialogue, {})
+    for identity in ("u171/3", "xu17", "u", "chat 17"):
+        dialogue = Dialogue(identity, (Message("Ann", "hi"),), "Ann", ("u1", "u17"))
+        assert scrub(dialogue, EVERYTHING)[0].id == identity
+
+
 def test_participants_that_are_addresses_are_hashed_without_ids_too() -> None:
     dialogue = Dialogue("d", (Message("Ann", "hi"),), "Ann", ("+14155550132", "p", "ann@example.org", "+14155550132"))
     result, counts = scrub(dialogue, Scrub())

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,11 +14,13 @@ from hypothesis import strategies as st
 from data.near_duplicates import NearDuplicates
 from data.pipeline.executor import LocalSettings, Stage
 from data.pipeline.minhash import (
+    _MEMBER,
     BUCKETS,
     CLUSTERS,
     SIGNATURES,
     DialogueSignature,
     UnicodeWords,
+    _dropped_of_unit,
     dropped_rows,
     minhash_config,
     minhash_stages,
@@ -100,6 +103,29 @@ def test_what_is_dropped_is_similar_to_what_is_kept_and_nothing_kept_repeats(
     for n_tasks in (2, 16):
         assert dropped(units, tmp_path_factory.mktemp("tasks"), rule, n_tasks) == gone
     assert dropped([texts], tmp_path_factory.mktemp("together"), rule) == gone
+
+
+members = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 9)), max_size=40, unique=True)
+
+
+@given(units=st.lists(members, max_size=4))
+def test_rows_are_dropped_one_after_the_other(
+    units: list[list[tuple[int, int]]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    file = tmp_path_factory.mktemp("unit") / "members"
+    claimed, expected_claimed = np.zeros(10, dtype=bool), set()
+    for unit in units:
+        expected = []
+        for row in sorted({row for row, _ in unit}):
+            groups = {group for other, group in unit if other == row}
+            if groups & expected_claimed:
+                expected.append(row)
+            else:
+                expected_claimed |= groups
+        np.array(unit, dtype=_MEMBER).tofile(file)
+        assert _dropped_of_unit(file, claimed).tolist() == expected
+        assert set(np.flatnonzero(claimed).tolist()) == expected_claimed
+    assert _dropped_of_unit(file.with_name("none"), claimed).tolist() == []
 
 
 def test_pairs_are_found_with_the_chance_that_is_told(tmp_path: Path) -> None:

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 
-from data.dialogue import NARRATOR, Dialogue, Message
+from data.dialogue import NARRATOR, Dialogue, Message, to_json
 from data.sources.chitchat import ChitchatSource
 from data.sources.first_names import FIRST_NAMES, first_names
 from data.sources.record import Rejected, SourceError
+from data.stable_hash import pseudonym
+
+U1, U2 = pseudonym("chitchat", "u1"), pseudonym("chitchat", "u2")
 
 
 def session(**changes: Any) -> dict[str, Any]:
@@ -37,12 +40,13 @@ def test_a_session_becomes_a_dialogue(tmp_path: Path) -> None:
     start = 1525289895.0  # 2018-05-02T19:38:15Z
     assert dialogue.messages == (
         Message(NARRATOR, "What did you learn?"),
-        Message("u1", "Hello", start),
-        Message("u1", "How are you?", start + 5),
-        Message("u2", "fine", start + 14),
+        Message(U1, "Hello", start),
+        Message(U1, "How are you?", start + 5),
+        Message(U2, "fine", start + 14),
     )
-    assert dialogue.character in ("u1", "u2")
-    assert dialogue.participants == ("u1", "u2")
+    assert dialogue.character in (U1, U2)
+    assert dialogue.participants == (U1, U2)
+    assert '"u' not in to_json(dialogue)
     assert dialogue.metadata["ratings"] == {"witty": 10}, "5 is where the slider stands: no rating"
 
 
@@ -66,7 +70,7 @@ def test_names_are_distinct_in_a_dialogue() -> None:
 
 def test_characters_are_spread_over_both(tmp_path: Path) -> None:
     dialogues = read(tmp_path, {str(i): session() for i in range(60)}, names="ids")
-    assert 15 < sum(isinstance(d, Dialogue) and d.character == "u1" for d in dialogues) < 45
+    assert 15 < sum(isinstance(d, Dialogue) and d.character == U1 for d in dialogues) < 45
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data.dialogue import NARRATOR, Dialogue, Message
+from data.dialogue import NARRATOR, Dialogue, Message, to_json
+from data.scrub import HashedIds, Scrub, scrub
 from data.sources.record import LeftOut, Rejected
 from data.sources.star import StarSource
 
@@ -49,10 +50,23 @@ def test_what_is_said_and_what_is_known(tmp_path: Path) -> None:
         Message("User", "I missed my bus", 100),
         Message("Wizard", "Which line?", 120, {"action": "pick_suggestion", "label": "bus_ask_line"}),
     )
-    assert (dialogue.id, dialogue.character, dialogue.participants) == ("12", "Wizard", ("u-1",))
+    assert (dialogue.id, dialogue.character) == ("12", "Wizard")
     assert dialogue.metadata["completion"] == "EarlyDisconnectDuringDialogue"
     assert dialogue.metadata["user_answers"] == {"Was it calm?": False}
     assert dialogue.metadata["wizard_answers"] == {}
+
+
+def test_workers_are_hashed_and_by_the_recipe_once_more(tmp_path: Path) -> None:
+    """The same worker has the same hash as user and as wizard, also after the recipe's rule."""
+    swapped = record(SAID) | {"AnonymizedUserWorkerID": "w-2", "AnonymizedWizardWorkerID": "u-1"}
+    dialogues = read(tmp_path, record(SAID), swapped)
+    rule = Scrub(ids=HashedIds(salt="a salt of tests"))
+    for one, other in (dialogues, [scrub(dialogue, rule)[0] for dialogue in dialogues]):
+        people = {one.participants[0], other.participants[0]}
+        assert len(people) == 2
+        assert one.metadata["wizard"]["worker_id"] == other.participants[0] not in ("w-2", *one.participants)
+        assert "u-1" not in to_json(one) and "w-2" not in to_json(one)
+    assert {d.participants for d in dialogues}.isdisjoint(scrub(d, rule)[0].participants for d in dialogues)
 
 
 def test_silent_and_disordered_dialogues(tmp_path: Path) -> None:
