@@ -111,15 +111,29 @@ class Ledger:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Quarantine:
+    """Where the bad records of a source go: counted, and written as JSON lines, by the rule without personal data. What
+    was replaced there is counted beside what is replaced in dialogues, as "email in quarantine"."""
+
+    file: IO[str]
+    source: str
+    ledger: Ledger
+    rule: Scrub | None = None
+
+    def add(self, record: Rejected) -> None:
+        """Put one more there."""
+        self.ledger.quarantined += 1
+        if self.rule:
+            record, counts = scrub_rejected(record, self.rule)
+            self.ledger.count_scrubbed({f"{kind} in quarantine": count for kind, count in counts.items()})
+        self.file.write(json.dumps({"source": self.source, **asdict(record)}, ensure_ascii=False) + "\n")
+
+
 def without_bad(
-    records: Iterable[Dialogue | LeftOut | Rejected],
-    ledger: Ledger,
-    source: str,
-    quarantine: IO[str],
-    rule: Scrub | None = None,
+    records: Iterable[Dialogue | LeftOut | Rejected], ledger: Ledger, quarantine: Quarantine
 ) -> Iterator[Dialogue]:
-    """The dialogues among the records, in order. Bad records are written to `quarantine` (JSONL), by the rule without
-    personal data; what was replaced there is counted beside what is replaced in dialogues, as "email in quarantine"."""
+    """The dialogues among the records, in order; every record is counted."""
     for record in records:
         ledger.read += 1
         if isinstance(record, Dialogue):
@@ -127,11 +141,7 @@ def without_bad(
         elif isinstance(record, LeftOut):
             ledger.filter(record.reason)
         else:
-            ledger.quarantined += 1
-            if rule:
-                record, counts = scrub_rejected(record, rule)
-                ledger.count_scrubbed({f"{kind} in quarantine": count for kind, count in counts.items()})
-            quarantine.write(json.dumps({"source": source, **asdict(record)}, ensure_ascii=False) + "\n")
+            quarantine.add(record)
 
 
 def scrubbed(dialogues: Iterable[Dialogue], rule: Scrub, ledger: Ledger) -> Iterator[Dialogue]:

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import orjson
 
 NARRATOR = "narrator"
 CONTROL_SURFACES = ("<pad>", "<unk>", "<bos>", "<|message|>", "<|end|>")  # in the order of their ids, 0 to 4
 WORD_JOINER = "\u2060"
 NO_LABEL = -1
 LABEL_KEY, TRAINED_KEY = "engagement_label", "trained"  # of a message's metadata
+_TIME_LIMIT = 2**63  # seconds; it leaves out infinity, nan, and integers that are no float
 _MESSAGE_KEYS = {"speaker", "text", "time", "metadata"}
 
 _SURFACE = re.compile("|".join(re.escape(surface) for surface in CONTROL_SURFACES))
@@ -65,9 +67,9 @@ class Message:
         if not self.text.isascii():
             _check_encodable("text", self.text)
         if self.time is not None and not (
-            isinstance(self.time, (int, float)) and not isinstance(self.time, bool) and math.isfinite(self.time)
+            isinstance(self.time, (int, float)) and not isinstance(self.time, bool) and abs(self.time) < _TIME_LIMIT
         ):
-            raise DialogueError(f"time is {self.time!r}: expected a finite number of unix seconds")
+            raise DialogueError(f"time is {_shown(self.time)}: expected a finite number of unix seconds")
         if self.metadata is not None and not isinstance(self.metadata, Mapping):
             raise DialogueError(f"metadata is {type(self.metadata).__name__}: expected an object")
         if self.metadata:
@@ -158,6 +160,10 @@ def check_times(messages: Sequence[Message]) -> None:
                 f"message {number}: its time is {latest - message.time:g} s before an earlier message's"
             )
         latest = message.time
+
+
+def _shown(value: object) -> str:
+    return "an integer of many digits" if isinstance(value, int) and abs(value) >= 2**256 else repr(value)
 
 
 def _check_supervision(metadata: Mapping[str, Any]) -> None:
@@ -309,8 +315,11 @@ def encode_dialogue(
     return EncodedDialogue(np.asarray(ids, dtype=np.int64), trained, label, np.asarray(starts), np.asarray(text_starts))
 
 
-def to_json(dialogue: Dialogue) -> str:
-    """One line of JSON; `from_json` gives an equal dialogue."""
+def to_json(dialogue: Dialogue) -> bytes:
+    """One line of JSON in UTF-8, without its line break; `from_json` gives an equal dialogue.
+
+    Raises TypeError where metadata holds what JSON has no form for, or an integer of more than 64 bits.
+    """
     record = {
         "id": dialogue.id,
         "character": dialogue.character,
@@ -319,10 +328,10 @@ def to_json(dialogue: Dialogue) -> str:
         "metadata": dict(dialogue.metadata),
         "source": dialogue.source,
     }
-    return json.dumps(record, ensure_ascii=False, allow_nan=False)
+    return orjson.dumps(record)
 
 
-def from_json(line: str) -> Dialogue:
+def from_json(line: str | bytes) -> Dialogue:
     """The dialogue of a line written by `to_json`. Raises DialogueError saying what is wrong with the line."""
     try:
         record = json.loads(line)
@@ -357,25 +366,27 @@ def messages_from_records(records: object) -> tuple[Message, ...]:
     """Messages from a JSON list of {"speaker", "text", "time"?, "metadata"?}. Raises DialogueError with the number."""
     if not isinstance(records, list):
         raise DialogueError(f"messages is {type(records).__name__}: expected a list of objects with speaker and text")
-    messages = []
-    for number, record in enumerate(records):
-        if not isinstance(record, dict) or "speaker" not in record or "text" not in record:
-            raise DialogueError(f"message {number}: expected an object with speaker and text, found {str(record)[:80]}")
-        if not record.keys() <= _MESSAGE_KEYS:
-            unknown = sorted(record.keys() - _MESSAGE_KEYS)
-            raise DialogueError(f"message {number}: unknown key {unknown[0]!r}; expected speaker, text, time, metadata")
-        try:
+    messages: list[Message] = []
+    try:
+        for record in records:
             messages.append(Message(**record))
-        except DialogueError as error:
-            raise DialogueError(f"message {number}: {error}") from None
+    except TypeError:
+        raise DialogueError(f"message {len(messages)}: {_not_a_message(records[len(messages)])}") from None
+    except DialogueError as error:
+        raise DialogueError(f"message {len(messages)}: {error}") from None
     return tuple(messages)
+
+
+def _not_a_message(record: object) -> str:
+    if isinstance(record, dict) and (unknown := sorted(map(str, record.keys() - _MESSAGE_KEYS))):
+        return f"unknown key {unknown[0]!r}; expected speaker, text, time, metadata"
+    return f"expected an object with speaker and text, found {str(record)[:80]}"
 
 
 def write_dialogues(path: Path, dialogues: Iterable[Dialogue]) -> None:
     """Write one dialogue a line."""
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        for dialogue in dialogues:
-            file.write(to_json(dialogue) + "\n")
+    with open(path, "wb") as file:
+        file.writelines(to_json(dialogue) + b"\n" for dialogue in dialogues)
 
 
 def read_dialogues(path: Path | str) -> Iterator[Dialogue]:

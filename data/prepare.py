@@ -68,7 +68,9 @@ def _progress(stage: Stage, work: WorkFolder, logs: Path) -> tuple[str, Callable
 def stages(recipe: DataRecipe, work: WorkFolder, n_units: int) -> list[Stage]:
     """All stages in order."""
     sources, n = named_sources(recipe.sources), recipe.n_tasks
-    settings = ReadSettings(recipe.filters, recipe.scrub, recipe.seed, recipe.continue_within_seconds)
+    settings = ReadSettings(
+        recipe.filters, recipe.scrub, recipe.prompt_template, recipe.seed, recipe.continue_within_seconds
+    )
     near = recipe.near_duplicates
     minhash = minhash_stages(work, texts_read(work), n_units, near, n) if near else []
     select = SelectDialogues(work, list(sources), n_units, recipe.split, recipe.max_bad_fraction, near is not None)
@@ -92,6 +94,8 @@ def _inputs(recipe: DataRecipe) -> dict[str, Path]:
     if isinstance(recipe.tokenizer, TokenizerFile):
         path = Path(recipe.tokenizer.path)
         inputs["tokenizer"] = path / MODEL_FILE if path.is_dir() else path
+    if recipe.prompt_template:
+        inputs |= {f"prompt template: {path}": path for path in recipe.prompt_template.files()}
     return inputs
 
 

@@ -18,6 +18,8 @@ def describe_problems(schema: type[BaseModel], document: Document, error: Valida
     told: dict[Path, list[str]] = {}
     order: dict[Path, tuple[str, int]] = {}
     for detail in error.errors():
+        if detail["type"] == "too_short" and len(detail["input"]) >= detail["ctx"]["min_length"]:
+            continue  # only because items of it have problems, which are told
         path, section, value = _follow(schema, detail["loc"])
         place = document.place(path)
         source, _, line = place.rpartition(":")

@@ -11,10 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
+
+from data.pipeline.recipe import DataRecipe
+from recipes.loader import load_recipe
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "BENCHMARKS.md")]
 FENCE = re.compile(r"^```(?:bash|sh|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+RECIPES = re.compile(r"^```yaml\n(.*?)^```", re.MULTILINE | re.DOTALL)
 CHEAP = {"help"}  # make targets that are run as printed; of the others, what they would do is looked at
 
 
@@ -160,3 +165,15 @@ def test_commands_are_found_in_blocks() -> None:
         (5, ("head",)),
     ]
     assert module_call(("torchrun", "--standalone", "-m", "train.sft", "x.yaml")) == ("train.sft", ["x.yaml"])
+
+
+@pytest.mark.parametrize("block", RECIPES.findall((ROOT / "README.md").read_text("utf-8")))
+def test_the_readme_s_pieces_of_recipes_fit_the_demo_s(
+    block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    yaml = YAML(typ="safe")
+    recipe = yaml.load(ROOT / "recipes" / "demo" / "data.yaml") | yaml.load(block)
+    with open(tmp_path / "data.yaml", "w", encoding="utf-8") as file:
+        yaml.dump(recipe, file)
+    assert load_recipe(DataRecipe, tmp_path / "data.yaml").run_dir == "runs/demo/data"

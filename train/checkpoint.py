@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -19,8 +20,8 @@ from train.engine import World
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
 _NONE, _ALL_DAMAGED = -1.0, -2.0
 
-Write = Callable[[Path], Mapping[Path, str]]
-"""Writes one rank's files below a directory, synced, and says the sha256 of each."""
+Write = Callable[[Path, threading.Event], Mapping[Path, str]]
+"""Writes one rank's files below a directory, synced, and says the sha256 of each; fails soon once the event is set."""
 
 
 class CheckpointError(RuntimeError):
@@ -52,6 +53,7 @@ class _Pending:
     target: Path
     work: Background | None
     completing: bool = False
+    abandoned: threading.Event = field(default_factory=threading.Event)
 
 
 class Checkpoints:
@@ -74,12 +76,12 @@ class Checkpoints:
         self.finish()
         target = self.directory / f"step_{state.step:08d}"
         staging = self.directory / f".writing_{target.name}"
-        self._pending = _Pending(state, staging, target, work=None)
+        pending = self._pending = _Pending(state, staging, target, work=None)
         _, failure = on_main(self._world, lambda: self._make_room(staging))
         if failure:
             raise self._error(failure)
         write = snapshot()
-        self._pending.work = Background(lambda: self._write_part(staging, write))
+        pending.work = Background(lambda: self._write_part(pending, write))
 
     def report(self) -> tuple[float, float]:
         """Whether this rank's thread is busy, and whether it has failed, as numbers to be summed over all ranks."""
@@ -105,6 +107,16 @@ class Checkpoints:
             if self._pending.work:
                 self._pending.work.wait(POLL_SECONDS)
             self.advance(*self._world.sum([*self.report()]))
+
+    def abandon(self) -> None:
+        """Give up a save whose files are still being written, for a newer one that is urgent (called on every rank)."""
+        pending = self._pending
+        if pending is None or pending.completing:
+            return
+        pending.abandoned.set()
+        while pending.work and self._world.sum([self.report()[0]])[0]:
+            pending.work.wait(POLL_SECONDS)
+        self._pending = None  # the next save removes its files
 
     def newest(self) -> tuple[Path, CheckpointState] | None:
         """The newest checkpoint whose every file has its recorded hash, or None when there is none at all.
@@ -166,9 +178,10 @@ class Checkpoints:
         for leftover in self.directory.glob(".*_step_*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
-    def _write_part(self, staging: Path, write: Write) -> None:
+    def _write_part(self, pending: _Pending, write: Write) -> None:
+        staging = pending.staging
         try:
-            hashes = write(staging)
+            hashes = write(staging, pending.abandoned)
         except RuntimeError:
             _try_to_write(staging)
             raise

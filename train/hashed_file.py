@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -13,14 +14,19 @@ _PIECE = 16 << 20
 _SYNC_EVERY = 256 << 20
 
 
+class AbandonedError(Exception):
+    """Nobody wants the file any more."""
+
+
 class HashedFile:
     """What `torch.save` writes to (`write`, `flush`). At the end of its block the file is synced, and `sha256` known.
 
     Writing, hashing and syncing are each a thread's work, so that a file takes as long as the slowest of them. Raises
-    OSError as the file does, a late one of the disk too.
+    OSError as the file does, a late one of the disk too, and AbandonedError once that event is set.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, abandoned: threading.Event) -> None:
+        self._abandoned = abandoned
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by __exit__)
         self._digest = hashlib.sha256()
         self._hasher, self._syncer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
@@ -36,6 +42,8 @@ class HashedFile:
         """Write all of `content`."""
         view = memoryview(content).cast("B")
         for start in range(0, len(view), _PIECE):
+            if self._abandoned.is_set():
+                raise AbandonedError
             piece = view[start : start + _PIECE]
             hashed = self._hasher.submit(self._digest.update, piece)
             try:

@@ -134,6 +134,8 @@ def train(
             position = reader.position(step)
             state = CheckpointState(step, position, world.size, skipped.total, skipped.in_a_row, recent.state())
             clock = time.perf_counter()
+            if n_stops:  # whoever asked may not wait for two
+                checkpoints.abandon()
             checkpoints.save(state, snapshot)
             extra, clock = {"save_seconds": time.perf_counter() - clock}, time.perf_counter()
         if is_last or n_stops:
@@ -212,8 +214,6 @@ def accumulate(engine: Engine, batches: list[Any], count: float) -> dict[str, Te
         engine.world.progress.at(f"micro-batch {number} of {len(batches)}, backward")
         engine.accumulate(loss.total * torch.where(sums["loss"].isfinite(), 1 / max(count, 1), float("nan")))
     return sums
-
-
 
 
 def no_grad_sum(engine: Engine, batches: list[Any], count: Callable[[Any], int]) -> dict[str, float]:

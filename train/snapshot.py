@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections import OrderedDict
 from pathlib import Path
 from typing import IO, Any, cast
@@ -44,8 +45,8 @@ class Snapshot:
         if self._copied:
             self._copied.synchronize()
 
-    def write(self, directory: Path) -> dict[Path, str]:
-        """Write the files below `directory`, synced; the sha256 of each."""
+    def write(self, directory: Path, abandoned: threading.Event) -> dict[Path, str]:
+        """Write the files below `directory`, synced; the sha256 of each. Ends early once `abandoned` is set."""
         if self._failure:
             raise self._failure
         self.wait()
@@ -54,7 +55,7 @@ class Snapshot:
         for name, content in self._files:
             path = directory / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            with HashedFile(path) as file:
+            with HashedFile(path, abandoned) as file:
                 torch.save(content, cast(IO[bytes], file))
             hashes[path] = file.sha256
         return hashes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -327,10 +328,10 @@ def _snapshot(engine: Engine, job: Job) -> Write:
         _write_model(job, weights, directory)
         return {path: file_sha256(path) for path in directory.iterdir()}
 
-    def write(directory: Path) -> dict[Path, str]:
+    def write(directory: Path, abandoned: threading.Event) -> dict[Path, str]:
         with ThreadPoolExecutor(1) as beside:
             model = beside.submit(write_model, directory / "model")
-            return {**state.write(directory), **model.result()}
+            return {**state.write(directory, abandoned), **model.result()}
 
     return write
 

@@ -1,23 +1,27 @@
 """Stage read: records to clean dialogues, what is known of them in numbers, and the texts to encode."""
 
+import gc
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from data.atomic_file import write_json
-from data.clean import Filters, Ledger, passing, scrubbed, without_bad
+from data.clean import Filters, Ledger, Quarantine, passing, scrubbed, without_bad
 from data.dialogue import Dialogue, from_json, to_json
 from data.pipeline.item_step import ItemStep
 from data.pipeline.record import RECORD, ROW, participants_of, records_of, rows_of
 from data.pipeline.unit import read_units
 from data.pipeline.work_folder import WorkFolder
+from data.prompt_values import PromptError
 from data.rendered import MESSAGE, RenderedDialogues, render
 from data.scrub import Scrub
+from data.sources.record import rejected
 from data.sources.source import DialogueSource
+from data.training_template import TrainingTemplate
 
 READ = "read"
 UNITS_FILE = "units.json"
@@ -38,6 +42,7 @@ class ReadSettings:
 
     filters: Filters
     scrub: Scrub | None
+    prompt_template: TrainingTemplate | None
     seed: int
     continue_within_seconds: float | None
 
@@ -58,23 +63,37 @@ class ReadUnits(ItemStep):
         unit = read_units(self.work.path / UNITS_FILE)[number]
         prefix = f"{unit.source}/" if len(self.sources) > 1 else ""
         ledger = Ledger()
-        with open(folder / _QUARANTINE, "w", encoding="utf-8", newline="\n") as quarantine:
-            records = unit.read(self.sources[unit.source])
-            good = without_bad(records, ledger, unit.source, quarantine, self.settings.scrub)
+        with open(folder / _QUARANTINE, "w", encoding="utf-8", newline="\n") as file:
+            quarantine = Quarantine(file, unit.source, ledger, self.settings.scrub)
+            good = without_bad(unit.read(self.sources[unit.source]), ledger, quarantine)
             named = (replace(dialogue, id=prefix + dialogue.id, source=unit.source) for dialogue in good)
-            _write(folder, named, ledger, self.settings)
+            with _rare_collections():
+                _write(folder, named, ledger, quarantine, self.settings)
         write_json(folder / _LEDGER, {"source": unit.source, **ledger.to_dict()})
 
 
-def _write(folder: Path, dialogues: Iterable[Dialogue], ledger: Ledger, settings: ReadSettings) -> None:
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Python's collector looks for cycles after every 700 new objects: dialogues are many, and none has a cycle."""
+    before = gc.get_threshold()
+    gc.set_threshold(50_000, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+def _write(
+    folder: Path, dialogues: Iterable[Dialogue], ledger: Ledger, quarantine: Quarantine, settings: ReadSettings
+) -> None:
     """All files of a unit but its quarantine and its ledger, some dialogues at a time."""
     with ExitStack() as opened:
         lines_file = opened.enter_context(open(folder / _DIALOGUES, "wb"))
         columns = {name: opened.enter_context(open(folder / f"{name}.bin", "wb")) for name in _COLUMNS}
         for given in _batches(dialogues):
-            cleaned = [_cleaned(dialogue, settings, ledger) for dialogue in given]
+            cleaned = [_cleaned(dialogue, settings, ledger, quarantine) for dialogue in given]
             kept = [dialogue for dialogue in cleaned if dialogue is not None]
-            lines = [to_json(dialogue).encode() + b"\n" for dialogue in kept]
+            lines = [to_json(dialogue) + b"\n" for dialogue in kept]
             texts, messages, n_messages = render(kept, settings.continue_within_seconds)
             rows = rows_of(kept, settings.seed)
             n_bytes = messages["prefix_bytes"].astype(np.int64) + messages["body_bytes"]
@@ -99,10 +118,19 @@ def _batches(dialogues: Iterable[Dialogue]) -> Iterator[list[Dialogue]]:
         yield batch
 
 
-def _cleaned(dialogue: Dialogue, settings: ReadSettings, ledger: Ledger) -> Dialogue | None:
-    """The dialogue as it is kept, or None when it was counted as left out."""
+def _cleaned(
+    dialogue: Dialogue, settings: ReadSettings, ledger: Ledger, quarantine: Quarantine
+) -> Dialogue | None:
+    """The dialogue as it is kept, or None when it was counted as left out or bad."""
     clean = scrubbed([dialogue], settings.scrub, ledger) if settings.scrub else [dialogue]
-    return next(passing(clean, settings.filters, ledger), None)
+    kept = next(passing(clean, settings.filters, ledger), None)
+    if kept is None or settings.prompt_template is None:
+        return kept
+    try:
+        return settings.prompt_template.apply(kept)
+    except PromptError as error:
+        quarantine.add(rejected(dialogue.source, dialogue.id, str(error), to_json(kept)))
+        return None
 
 
 class UnitResults:

@@ -11,6 +11,7 @@ from data.pipeline.tokenizer_stage import TokenizerRule
 from data.scrub import Scrub
 from data.sources.registry import AnySource
 from data.split import SplitRule
+from data.training_template import TrainingTemplate
 from recipes.loader import Section
 from recipes.run_directory import MayChange
 
@@ -30,6 +31,8 @@ class DataRecipe(Section):
     scrub: Scrub | None = None
     # Exact duplicates always go; null keeps the near ones.
     near_duplicates: NearDuplicates | None = None
+    # A template that says the dialogues as its prompts will; null: as they are, which is the default template.
+    prompt_template: TrainingTemplate | None = None
     # A partner who has not written after this time is gone (the engagement label 0); null: any later message counts.
     continue_within_seconds: float | None = Field(gt=0)
     # More quarantined records than this, of any one source, is an error.

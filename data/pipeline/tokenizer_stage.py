@@ -25,7 +25,7 @@ class TrainedTokenizer(Section):
     # Characters of dialogues, chosen by a hash, that it learns from.
     sample_characters: int = Field(default=10_000_000, gt=0)
     # Share of the characters that get a piece of their own; the rest are written in bytes.
-    character_coverage: float = Field(default=0.9995, gt=0, le=1)
+    character_coverage: float = Field(default=0.9995, ge=0.98, le=1)  # SentencePiece's range
 
 
 class TokenizerFile(Section):

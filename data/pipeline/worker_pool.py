@@ -37,10 +37,8 @@ class WorkerPool:
     def map(self, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
         """The results of all calls, in order; the first exception of one as soon as it happens. Raises StageError when
         a process dies."""
-        futures: list[Future[Any]] = []
         try:
-            with _interrupts_held():  # processes are started here
-                futures = [self._executor.submit(function, *call) for call in calls]
+            futures = self._submit(function, calls)
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             for future in done:
                 future.result()
@@ -50,6 +48,13 @@ class WorkerPool:
                 "a worker process was killed (out of memory?); run the same command again to continue, with fewer "
                 "workers if it repeats"
             ) from None
+
+    def _submit(self, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Future[Any]]:
+        try:
+            with _interrupts_held():  # processes are started here
+                return [self._executor.submit(function, *call) for call in calls]
+        except (EOFError, ConnectionError) as error:  # what starts the processes was killed itself
+            raise BrokenProcessPool from error
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Preparation end to end beside the usual way, on the same machine, text and tokenizer: tokens a second of both.
+"""Preparation end to end beside the usual way, on the same machine, text and tokenizer: tokens a second and memory.
 
     python tests/data/prepare_peer.py chats.jsonl --tokenizer runs/demo/data --workers 2
 
@@ -9,6 +9,7 @@ It scans for no bad record, no duplicate and no held-out participant, and keeps 
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -36,6 +38,7 @@ row_length: {row_length}
 continue_within_seconds: 600
 executor: {{kind: local, workers: {workers}}}
 """
+_SECONDS_BETWEEN_LOOKS = 0.25
 _tokenizer: Any = None  # of a process of the usual way
 
 
@@ -118,16 +121,31 @@ def grouped(batch: dict[str, list[list[int]]], row_length: int) -> dict[str, lis
     return {"input_ids": [joined[first : first + row_length] for first in range(0, total, row_length)]}
 
 
-def timed(name: str, command: list[str], folder: Path) -> float:
-    """Wall seconds of a command, its start included; what it prints goes to a file."""
+def timed(name: str, command: list[str], folder: Path) -> tuple[float, int]:
+    """Wall seconds of a command, its start included, and the most bytes of memory that it and its processes had at once
+    (proportional set size: the pages of mapped files count too). What it prints goes to a file."""
     log = folder / f"{name}.log"
+    peak_bytes = 0
     began = time.monotonic()
     with open(log, "wb") as file:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
-        ended = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
-    if ended.returncode:
-        raise RuntimeError(f"{name} ended with {ended.returncode}:\n{log.read_text()[-3000:]}")
-    return time.monotonic() - began
+        running = psutil.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        while running.poll() is None:
+            peak_bytes = max(peak_bytes, memory_of(running))
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+    if running.returncode:
+        raise RuntimeError(f"{name} ended with {running.returncode}:\n{log.read_text()[-3000:]}")
+    return time.monotonic() - began, peak_bytes
+
+
+def memory_of(process: psutil.Process) -> int:
+    """Bytes of a process and all its descendants."""
+    total = 0
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for one in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                total += one.memory_full_info().pss
+    return total
 
 
 def compare(work: Work, repeats: int, console: Console) -> None:
@@ -135,23 +153,27 @@ def compare(work: Work, repeats: int, console: Console) -> None:
     from data.pipeline.merge import read_manifest_of
 
     seconds: dict[str, list[float]] = {"ours": [], "usual": []}
+    peak_bytes = dict.fromkeys(seconds, 0)
     commands = {"ours": ours(work), "usual": usual(work)}
     n_tokens = {}
     for _ in range(repeats):
         for name, command in commands.items():
             for left in (name, "datasets_cache"):
                 shutil.rmtree(work.folder / left, ignore_errors=True)
-            seconds[name].append(timed(name, command, work.folder))
+            taken, used = timed(name, command, work.folder)
+            seconds[name].append(taken)
+            peak_bytes[name] = max(peak_bytes[name], used)
     manifest = read_manifest_of(work.folder / "ours")
     n_tokens["ours"] = sum(manifest[side]["n_tokens"] for side in ("train", "heldout"))
     n_tokens["usual"] = int((work.folder / "usual.log").read_text().split()[-1])
-    table = Table("", "tokens", "seconds", "tokens/s")
+    table = Table("", "tokens", "seconds", "tokens/s", "peak MiB")
     for column in table.columns[1:]:
         column.justify = "right"
     rates = {name: n_tokens[name] / min(taken) for name, taken in seconds.items()}
-    for name, taken in seconds.items():
-        every = ", ".join(f"{second:.1f}" for second in taken)
-        table.add_row(name, f"{n_tokens[name]:,}", every, f"{rates[name]:,.0f}")
+    for name, all_seconds in seconds.items():
+        every = ", ".join(f"{second:.1f}" for second in all_seconds)
+        row = (f"{n_tokens[name]:,}", every, f"{rates[name]:,.0f}", f"{peak_bytes[name] / 2**20:,.0f}")
+        table.add_row(name, *row)
     console.print(table)
     console.print(f"ours / usual: {rates['ours'] / rates['usual']:.2f}", highlight=False)
 

@@ -15,6 +15,7 @@ from data.clean import (
     CleanError,
     Filters,
     Ledger,
+    Quarantine,
     check_bad_fraction,
     passing,
     scrubbed,
@@ -53,8 +54,8 @@ def test_every_record_is_counted_once(
     given_records: list[Dialogue | LeftOut | Rejected], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     ledger, path = Ledger(), tmp_path_factory.mktemp("clean") / "q.jsonl"
-    with open(path, "w") as quarantine:
-        dialogues = without_bad(given_records, ledger, "chats", quarantine)
+    with open(path, "w") as file:
+        dialogues = without_bad(given_records, ledger, Quarantine(file, "chats", ledger))
         ledger.kept = len(list(without_duplicates(passing(dialogues, Filters(), ledger), set(), ledger)))
     ledger.balance()
     assert ledger.read == len(given_records)
@@ -129,7 +130,8 @@ def test_values_replaced_in_the_quarantine_are_counted_apart(tmp_path: Path) -> 
     bad = Rejected("f.jsonl", 3, "not JSON", "{ann@example.com")
     ledger = Ledger()
     with open(tmp_path / "q.jsonl", "w") as file:
-        given = list(without_bad([bad, talk("A:ann@example.com", "B:y")], ledger, "chats", file, Scrub()))
+        quarantine = Quarantine(file, "chats", ledger, Scrub())
+        given = list(without_bad([bad, talk("A:ann@example.com", "B:y")], ledger, quarantine))
     list(scrubbed(given, Scrub(), ledger))
     assert ledger.scrubbed == {"email": 1, "email in quarantine": 1}
     assert json.loads((tmp_path / "q.jsonl").read_text())["record"] == "{[email]"
@@ -152,7 +154,7 @@ def test_too_many_bad_records_stop_with_examples(tmp_path: Path) -> None:
     others = [Rejected("other.jsonl", 1, "not UTF-8", ""), *[talk("A:x", "B:y")] * 99]
     with open(path, "w") as file:
         for name, given_records in (("large", others), ("small", [BAD] * 6 + [talk("A:x", "B:y")] * 4)):
-            list(without_bad(given_records, ledgers[name], name, file))
+            list(without_bad(given_records, ledgers[name], Quarantine(file, name, ledgers[name])))
     check_bad_fraction(ledgers, 0.6, path, kept)
     with pytest.raises(CleanError, match=r"source small: 6 of 10 records.*kept\.jsonl.*first:\n  f\.jsonl:3: not JSON"):
         check_bad_fraction(ledgers, 0.5, path, kept)

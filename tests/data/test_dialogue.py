@@ -36,15 +36,16 @@ texts = st.lists(
 speakers = st.text(st.characters(exclude_characters=":\n\r", exclude_categories=["Cs"]), min_size=1, max_size=8).filter(
     lambda name: bool(name.strip())
 )
+json_integers = st.integers(-(2**63), 2**64 - 1)
 times = st.none() | st.floats(0, 2e9) | st.integers(0, 2_000_000_000)
-messages = st.builds(Message, speakers, texts, times, st.none() | st.dictionaries(st.text(max_size=3), st.integers()))
+messages = st.builds(Message, speakers, texts, times, st.none() | st.dictionaries(st.text(max_size=3), json_integers))
 
 
 @st.composite
 def dialogues(draw: st.DrawFn) -> Dialogue:
     drawn = draw(st.lists(messages, min_size=1, max_size=4))
     character = draw(st.sampled_from(drawn)).speaker
-    metadata = draw(st.dictionaries(st.text(max_size=4), st.integers() | st.text(max_size=4), max_size=3))
+    metadata = draw(st.dictionaries(st.text(max_size=4), json_integers | st.text(max_size=4), max_size=3))
     identity, source = draw(st.text(min_size=1, max_size=5)), draw(st.text(max_size=3))
     return Dialogue(identity, tuple(drawn), character, ("p1", "p2"), metadata, source)
 
@@ -182,7 +183,7 @@ def test_supervision_that_cannot_be_meant_is_an_error(speaker: str, metadata: di
 @settings(max_examples=50)
 @given(dialogue=dialogues())
 def test_json_round_trip(dialogue: Dialogue) -> None:
-    line = to_json(dialogue)
+    line = to_json(dialogue).decode()
     assert "\n" not in line
     assert from_json(line) == dialogue
 
@@ -225,3 +226,9 @@ def test_files_round_trip_and_errors_name_the_line(tmp_path: Path) -> None:
 def test_bad_records_say_what_is_wrong(line: str, reason: str) -> None:
     with pytest.raises(DialogueError, match=reason):
         from_json(line)
+
+
+@pytest.mark.parametrize("time", [float("nan"), float("inf"), -float("inf"), 10**400, -(10**400), True, "1"])
+def test_a_time_that_is_no_moment_is_an_error(time: Any) -> None:
+    with pytest.raises(DialogueError, match=r"time is .*: expected a finite number of unix seconds"):
+        Message("A", "x", time)

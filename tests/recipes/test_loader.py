@@ -46,6 +46,7 @@ class Recipe(Section):
     schedule: Schedule
     sources: tuple[Schedule, ...] = ()
     languages: tuple[str, ...] = ()
+    parts: tuple[Constant, ...] = Field((Constant(kind="constant", rate=1.0),), min_length=1)
     weights: dict[str, float] = Field(default_factory=dict)
     clip: float | Literal["auto"] | None = None
     shuffle: bool = True
@@ -261,3 +262,14 @@ def test_print_recipe_shows_every_key(recipe_file: Path, capsys: pytest.CaptureF
     shown = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert "  max_steps: 20" in shown
     assert "clip: null" in shown
+
+
+def test_a_list_of_items_with_problems_is_not_called_empty(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(GOOD + "parts:\n- {kind: constant, rate: fast}\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(Recipe, path)
+    (problem,) = str(caught.value).splitlines()[1:]
+    assert 'parts.0.rate: found "fast", expected a number' in problem
+    with pytest.raises(RecipeError, match="parts: found"):
+        load_recipe(Recipe, path, ["parts=[]"])

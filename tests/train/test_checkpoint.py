@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from rich.console import Console
 from data.sampler import DataPosition
 from train.checkpoint import CheckpointError, Checkpoints, CheckpointState, Write, damage
 from train.engine import World
+from train.hashed_file import HashedFile
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -23,7 +25,7 @@ def state(step: int) -> CheckpointState:
     return CheckpointState(step, position, 1, 4, ("a spike",), {"loss": [1.5]})
 
 
-def write(staging: Path) -> dict[Path, str]:
+def write(staging: Path, abandoned: threading.Event) -> dict[Path, str]:
     (staging / "optimizer").mkdir()
     file = staging / "optimizer" / "state.pt"
     file.write_bytes(bytes(range(200)))
@@ -84,8 +86,8 @@ def test_all_damaged_is_an_error(checkpoints: Checkpoints) -> None:
 def test_a_write_that_fails_leaves_the_old_checkpoint(checkpoints: Checkpoints) -> None:
     save(checkpoints, 5)
 
-    def full_disk(staging: Path) -> dict[Path, str]:
-        write(staging)
+    def full_disk(staging: Path, abandoned: threading.Event) -> dict[Path, str]:
+        write(staging, abandoned)
         raise OSError(28, "No space left on device")
 
     with pytest.raises(CheckpointError, match="No space left on device"):
@@ -100,9 +102,9 @@ def test_training_goes_on_while_files_are_written(checkpoints: Checkpoints) -> N
     save(checkpoints, 5)
     released = threading.Event()
 
-    def slow_disk(staging: Path) -> dict[Path, str]:
+    def slow_disk(staging: Path, abandoned: threading.Event) -> dict[Path, str]:
         released.wait(60)
-        return write(staging)
+        return write(staging, abandoned)
 
     checkpoints.save(state(10), lambda: slow_disk)
     assert checkpoints.report() == (1.0, 0.0)
@@ -117,8 +119,37 @@ def test_training_goes_on_while_files_are_written(checkpoints: Checkpoints) -> N
     assert (checkpoints.directory / "latest").read_text() == "step_00000015\n"
 
 
+def test_an_abandoned_save_makes_way_for_the_next(checkpoints: Checkpoints) -> None:
+    save(checkpoints, 5)
+
+    def endless(staging: Path, abandoned: threading.Event) -> dict[Path, str]:
+        with HashedFile(staging / "state.pt", abandoned) as file:
+            while True:
+                file.write(b"x")
+
+    checkpoints.save(state(10), lambda: endless)
+    checkpoints.abandon()
+    assert checkpoints.report() == (0.0, 0.0)
+    save(checkpoints, 11)
+    checkpoints.abandon()  # nothing is pending
+    names = sorted(path.name for path in checkpoints.directory.iterdir())
+    assert names == ["latest", "step_00000005", "step_00000011"]
+
+
+def test_a_save_that_is_written_cannot_be_abandoned(checkpoints: Checkpoints) -> None:
+    checkpoints.save(state(5), lambda: write)
+    while checkpoints.report()[0]:
+        time.sleep(0.01)
+    checkpoints.advance(*checkpoints.report())
+    checkpoints.abandon()
+    checkpoints.finish()
+    found = checkpoints.newest()
+    assert found is not None
+    assert found[1] == state(5)
+
+
 def test_a_failure_in_the_background_ends_the_training(checkpoints: Checkpoints) -> None:
-    def full_disk(staging: Path) -> dict[Path, str]:
+    def full_disk(staging: Path, abandoned: threading.Event) -> dict[Path, str]:
         raise OSError(28, "No space left on device")
 
     checkpoints.save(state(10), lambda: full_disk)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def test_what_is_written_is_what_was_there(tmp_path: Path) -> None:
     weights.zero_()
     counter["step"] = 4
     file = tmp_path / "optimizer" / "state.pt"
-    assert snapshot.write(tmp_path) == {file: file_sha256(file)}
+    assert snapshot.write(tmp_path, threading.Event()) == {file: file_sha256(file)}
     found = torch.load(tmp_path / "optimizer" / "state.pt", weights_only=True)
     expected = torch.arange(6.0).view(2, 3)
     assert torch.equal(kept, expected)
@@ -40,4 +41,4 @@ def test_a_copy_that_fails_is_told_when_it_is_written(tmp_path: Path, monkeypatc
     snapshot = Snapshot()
     snapshot.save({"a": torch.ones(2)}, "state.pt")
     with pytest.raises(RuntimeError, match="allocate memory"):
-        snapshot.write(tmp_path)
+        snapshot.write(tmp_path, threading.Event())

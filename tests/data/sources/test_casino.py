@@ -66,8 +66,8 @@ def test_a_negotiation(tmp_path: Path) -> None:
     people = dialogue.metadata["people"]
     assert people[first]["value2issue"]["High"] == "Food"
     assert people[second]["outcomes"]["satisfaction"] == "Undecided"
-    assert "martian" not in to_json(dialogue)
-    assert "203" not in to_json(dialogue)
+    assert b"martian" not in to_json(dialogue)
+    assert b"203" not in to_json(dialogue)
 
 
 def test_either_may_be_the_character(tmp_path: Path) -> None:

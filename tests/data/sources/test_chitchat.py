@@ -46,7 +46,7 @@ def test_a_session_becomes_a_dialogue(tmp_path: Path) -> None:
     )
     assert dialogue.character in (U1, U2)
     assert dialogue.participants == (U1, U2)
-    assert '"u' not in to_json(dialogue)
+    assert b'"u' not in to_json(dialogue)
     assert dialogue.metadata["ratings"] == {"witty": 10}, "5 is where the slider stands: no rating"
 
 

@@ -67,7 +67,6 @@ def check_written(records: list[Dialogue | LeftOut | Rejected]) -> None:
     for record in records:
         if isinstance(record, Dialogue):
             line = to_json(record)
-            line.encode()
             assert from_json(line).messages == record.messages
         elif isinstance(record, Rejected):
             assert record.reason

@@ -43,7 +43,7 @@ def test_rows_become_dialogues(tmp_path: Path) -> None:
     assert len(second.messages) == 4
     assert first.metadata == {"topic": "board games", "work_seconds": 61}
     assert first.participants == second.participants != third.participants
-    assert "WALICE" not in to_json(first)
+    assert b"WALICE" not in to_json(first)
 
 
 def test_blocked_workers_are_left_out_and_empty_rows_rejected(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_workers_are_hashed_and_by_the_recipe_once_more(tmp_path: Path) -> None:
         people = {one.participants[0], other.participants[0]}
         assert len(people) == 2
         assert one.metadata["wizard"]["worker_id"] == other.participants[0] not in ("w-2", *one.participants)
-        assert "u-1" not in to_json(one) and "w-2" not in to_json(one)
+        assert b"u-1" not in to_json(one) and b"w-2" not in to_json(one)
     assert {d.participants for d in dialogues}.isdisjoint(scrub(d, rule)[0].participants for d in dialogues)
 
 
