@@ -6,8 +6,9 @@ n-gram that stands once, so that every short dialogue failed. Lines and paragrap
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from data.dialogue import Message
 from recipes.loader import Section
@@ -36,6 +37,13 @@ class Repetition(Section):
             if n < 1 or not 0 < limit <= 1:
                 raise ValueError(f"found {n}: {limit}; expected words in a row: a fraction over 0 and up to 1")
         return limits
+
+    @model_validator(mode="after")
+    def _measures_something(self) -> Self:
+        of_messages = (self.max_repeated_messages, self.max_repeated_message_characters)
+        if of_messages == (None, None) and not self.max_top_n_gram and not self.max_repeated_n_grams:
+            raise ValueError("every measure is left out, so all would pass; leave the section out")
+        return self
 
 
 def repeated(messages: Sequence[Message], limits: Repetition) -> str | None:

@@ -58,7 +58,7 @@ class HashedIds(Section):
 
     # With it and a guess of an id, a hash can be checked: keep the recipe as safe as the ids.
     salt: str = Field(min_length=8)
-    # Case, - and _ make no difference: worker_id is also WorkerId.
+    # Case, - and _ make no difference: worker_id is also WorkerId. Add those of your logs, such as user or customer.
     metadata_keys: tuple[str, ...] = ("worker_id", "user_id", "participant_id", "annotator_id", "author_id")
 
 
@@ -74,7 +74,8 @@ class Scrub(Section):
     phone: Phones | None = Phones()
     # 14 to 19 digits of a card issuer's range with a right check digit.
     card: bool = True
-    # Public addresses of version 4 and 6; private ones name nobody.
+    # Public addresses of version 4 and 6; private ones name nobody. Version numbers look like the shortest, which stay:
+    # those of fewer than 10 characters.
     ip: bool = True
     # User and password before the host of a URL.
     url_credentials: bool = True
@@ -281,7 +282,7 @@ def _emails(text: str, settings: Scrub, counts: Counter[str]) -> str:
 def _cards(text: str, settings: Scrub, counts: Counter[str]) -> str:
     def digits_after(match: re.Match[str]) -> tuple[str, str] | None:
         for end in (len(match[0]), 19):  # 4-4-4-4, then three digits that may not belong to it
-            digits = "".join(filter(str.isdigit, match[0][:end]))
+            digits = "".join(str(int(digit)) for digit in match[0][:end] if digit.isdigit())
             if _ISSUED.fullmatch(digits) and _luhn(digits):
                 return "", match[0][end:]
         return None

@@ -53,6 +53,8 @@ class MergeResults(ItemStep):
                     _copy_lines(UnitResults(self.work, unit), selection.sides(unit) == SIDES[side], file)
             sides[side] = self._merge_side(side, [unit.source for unit in units], tokenizer)
         ledgers = selection.ledgers()
+        total = Ledger.total(ledgers.values())
+        assert total.kept == sum(figures["n_dialogues"] for figures in sides.values()), "kept dialogues are lost"
         fingerprints = [figures["fingerprint"] for figures in sides.values()]
         manifest = {
             "format": FORMAT,
@@ -60,7 +62,7 @@ class MergeResults(ItemStep):
             "tokenizer_sha256": _sha256(tokenizer),
             "vocab_size": tokenizer.vocab_size,
             "row_length": self.row_length,
-            "records": Ledger.total(ledgers.values()).to_dict(),
+            "records": total.to_dict(),
             "sources": {name: ledger.to_dict() for name, ledger in ledgers.items()},
             **sides,
         }

@@ -78,3 +78,5 @@ def test_limits_are_keys_of_a_recipe(tmp_path_factory: pytest.TempPathFactory) -
     assert load_recipe(Recipe, path) == recipe
     with pytest.raises(ValidationError, match=r"found 2: 1\.5; expected words in a row"):
         Repetition(max_top_n_gram={2: 1.5})
+    with pytest.raises(ValidationError, match="every measure is left out"):
+        only()

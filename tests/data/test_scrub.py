@@ -98,6 +98,7 @@ CARDS = [
 def test_card_numbers_are_found_and_only_with_their_check_digit(number: str) -> None:
     assert_found("card", "my card is ", number, ", exp 12/27")
     assert_found("card", "", number, " 123")
+    assert_found("card", "", number.translate({ord("0") + i: ord("٠") + i for i in range(10)}), " 123")
     wrong = number[:-1] + str((int(number[-1]) + 1) % 10)
     assert "[card]" not in scrubbed(wrong)[0]
 
