@@ -133,10 +133,12 @@ def scrub_id(identity: str, settings: Scrub, counts: Counter[str]) -> str:
     stays, as in texts: so look serial numbers.
     """
     plain = unquote(identity)
-    found = Counter(phone=len(_PHONE_OF_COUNTRY.findall(plain)) if settings.phone else 0)
-    for reading in (plain, plain.replace("_", " ")):
-        if not found.total():
-            scrub_text(reading, settings, found)
+    found: Counter[str] = Counter()
+    scrub_text(plain.replace("_", " "), settings, found)
+    if not found.total() and "@" in plain:  # an address may have a _
+        scrub_text(plain, settings, found)
+    if not found.total() and settings.phone:
+        found["phone"] += len(_PHONE_OF_COUNTRY.findall(plain))
     if not found.total():
         return identity
     counts.update(found)
@@ -252,7 +254,8 @@ _IP_V6 = re.compile(r"(?<![\w:.])[23][0-9A-Fa-f]{3}(?::[0-9A-Fa-f]{0,4}){2,8}(?!
 
 _OPENING = "([（［"
 _FEWEST_PHONE_DIGITS = 8  # without a country
-_PHONE_DIGITS = re.compile(r"(?:\d[^\w\n]{0,4}){6}\d")
+# With + and a country at least 7, otherwise as many as the fewest.
+_PHONE_DIGITS = re.compile(r"(?:[+＋][^\w\n]{0,4}\d|\d[^\w\n]{0,4}\d)(?:[^\w\n]{0,4}\d){6}")
 _NO_PHONE = re.compile(r"\d+\.\d+|\d{4}[-–]\d{4}")
 _SERIAL_BEFORE, _SERIAL_AFTER = re.compile(r"\w-\Z"), re.compile(r"-\w")
 _PHONE_OF_COUNTRY = re.compile(r"[+＋][\s(]?[1-9](?:[\s()./-]{0,2}\d){6}")
