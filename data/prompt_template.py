@@ -200,13 +200,19 @@ class PromptTemplate:
         any reply, with the ids of the prompt that serving would render at that place.
 
         The template gets `messages`, `character` and `values`. Raises PromptError when it leaves out or changes a
-        message; what it adds (definitions, say) has no time and is trained only where the character says it.
+        message, or lets another character reply; what it adds (definitions, say) has no time and is trained only where
+        the character says it.
         """
         given = conversation_values(dialogue.messages, dialogue.character) | dict(values or {})
         parts = self.parts(given)
         *said, last = [self._message(part, number) for number, part in enumerate(parts)]
         if last.text:
             said.append(last)  # no reply follows
+        elif last.speaker != dialogue.character:
+            raise PromptError(
+                f"{self.name}: dialogue {dialogue.id!r}: the template's reply is by {last.speaker!r}, expected its "
+                f"character {dialogue.character!r}"
+            )
         unmatched = list(reversed(dialogue.messages))
         messages = []
         for message in said:

@@ -79,6 +79,13 @@ def test_a_template_that_loses_a_message_trains_nothing(source: str) -> None:
         PromptTemplate(source + "- content: 'Ann:'\n").dialogue(dialogue)
 
 
+def test_the_reply_is_the_dialogue_s_character_s() -> None:
+    dialogue = Dialogue("one", (Message("Zed", "hi"), Message("Ann", "yes")), "Ann")
+    said = "{% for m in messages %}- speaker: {{ m.speaker }}\n  content: {{ m.text }}\n{% endfor %}"
+    with pytest.raises(PromptError, match="reply is by 'Zed', expected its character 'Ann'"):
+        PromptTemplate(said + "- content: '{{ character.name }}:'\n").dialogue(dialogue, {"character": {"name": "Zed"}})
+
+
 def test_a_template_without_a_reply_still_trains() -> None:
     said = "{% for m in messages %}- content: '{{ m.speaker }}: {{ m.text }}'\n{% endfor %}"
     source = "- role: system\n  content: scene\n" + said
