@@ -1,5 +1,6 @@
 """Which dialogues are held out: by time or by a fraction, and never a participant on both sides."""
 
+import math
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from typing import Annotated, Literal
@@ -12,8 +13,12 @@ from scipy.sparse.csgraph import connected_components
 from data.dialogue import Dialogue
 from recipes.loader import Section
 
-TRAIN, HELDOUT, UNDATED, SHARED = range(4)
-DROPPED = {UNDATED: "no time to split by", SHARED: "participant is held out"}
+TRAIN, HELDOUT, UNDATED, SPANNING, SHARED = range(5)
+DROPPED = {
+    UNDATED: "no time to split by",
+    SPANNING: "goes on when the held-out time has begun",
+    SHARED: "participant is held out",
+}
 """On neither side, and why."""
 
 
@@ -22,7 +27,8 @@ class SplitError(ValueError):
 
 
 class TimeSplit(Section):
-    """Dialogues that begin on `heldout_from` (UTC) or later are held out; undated ones are dropped."""
+    """Dialogues that begin on `heldout_from` (UTC) or later are held out; undated ones are dropped, and those that begin
+    before and go on after it."""
 
     kind: Literal["time"]
     heldout_from: date
@@ -44,18 +50,19 @@ SplitRule = Annotated[TimeSplit | FractionSplit, Field(discriminator="kind")]
 
 @dataclass(frozen=True, slots=True)
 class SplitRecords:
-    """What a split depends on, of n dialogues: `source` number, `start_time` in unix seconds (nan: none),
+    """What a split depends on, of n dialogues: `source` number, `start_time` and `end_time` in unix seconds (nan: none),
     `heldout_hash` uint64 (of seed and id), `n_participants`, and `participants` uint64, hashes one after the other."""
 
     source: np.ndarray
     start_time: np.ndarray
+    end_time: np.ndarray
     heldout_hash: np.ndarray
     n_participants: np.ndarray
     participants: np.ndarray
 
 
 def split(records: SplitRecords, rule: TimeSplit | FractionSplit) -> np.ndarray:
-    """Of each dialogue TRAIN, HELDOUT, UNDATED or SHARED, int8. Raises SplitError when one side is left empty."""
+    """Of each dialogue TRAIN, HELDOUT or one of DROPPED, int8. Raises SplitError when one side is left empty."""
     sides = _by_time(records, rule) if isinstance(rule, TimeSplit) else _by_fraction(records, rule)
     if len(sides) and not ((sides == TRAIN).any() and (sides == HELDOUT).any()):
         empty = "held-out" if (sides == TRAIN).any() else "training"
@@ -76,14 +83,16 @@ def _span(records: SplitRecords) -> str:
     return f"they begin from {first} to {last}: change split.heldout_from or split.by_participant"
 
 
-def start_time(dialogue: Dialogue) -> float | None:
-    """Unix seconds of the first dated message."""
-    return next((message.time for message in dialogue.messages if message.time is not None), None)
+def time_span(dialogue: Dialogue) -> tuple[float, float]:
+    """Unix seconds of the first and of the last message by their times; nan where none has a time."""
+    times = [message.time for message in dialogue.messages if message.time is not None]
+    return (min(times), max(times)) if times else (math.nan, math.nan)
 
 
 def _by_time(records: SplitRecords, rule: TimeSplit) -> np.ndarray:
     boundary = datetime.combine(rule.heldout_from, datetime.min.time(), UTC).timestamp()
     sides = np.full(len(records.source), TRAIN, np.int8)
+    sides[records.end_time >= boundary] = SPANNING
     sides[records.start_time >= boundary] = HELDOUT
     sides[np.isnan(records.start_time)] = UNDATED
     if rule.by_participant:

@@ -6,10 +6,12 @@ import numpy as np
 
 from data.clean import content_key
 from data.dialogue import Dialogue
-from data.split import start_time
+from data.split import time_span
 from data.stable_hash import stable_hash
 
-RECORD = np.dtype([("start_time", "<f8"), ("heldout_hash", "<u8"), ("n_participants", "<u4"), ("is_kept", "?")])
+RECORD = np.dtype(
+    [("start_time", "<f8"), ("end_time", "<f8"), ("heldout_hash", "<u8"), ("n_participants", "<u4"), ("is_kept", "?")]
+)
 """A dialogue that was read, those the filters drop too: whoever takes part in it may be held out. No time is nan."""
 
 ROW = np.dtype(
@@ -28,8 +30,8 @@ ROW = np.dtype(
 def records_of(dialogues: Sequence[Dialogue], is_kept: Sequence[bool], seed: int) -> np.ndarray:
     """Dialogues as RECORDs."""
     records = np.empty(len(dialogues), RECORD)
-    times = [start_time(dialogue) for dialogue in dialogues]
-    records["start_time"] = [np.nan if time is None else time for time in times]
+    times = np.array([time_span(dialogue) for dialogue in dialogues]).reshape(-1, 2)
+    records["start_time"], records["end_time"] = times.T
     records["heldout_hash"] = [stable_hash("heldout", seed, dialogue.id) for dialogue in dialogues]
     records["n_participants"] = [len(dialogue.participants) for dialogue in dialogues]
     records["is_kept"] = is_kept

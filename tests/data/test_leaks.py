@@ -42,7 +42,7 @@ def logs(draw: st.DrawFn) -> list[Dialogue]:
             said[generator.randrange(len(said))] = generator.choice(words)
         half = len(said) // 2
         time = MIDNIGHT + generator.uniform(-9, 9) * DAY
-        messages = (Message("Ann", " ".join(said[:half]), time), Message("Bob", " ".join(said[half:]), time + 1))
+        messages = (Message("Ann", " ".join(said[:half]), time), Message("Bob", " ".join(said[half:]), time + DAY))
         people = draw(st.lists(st.integers(0, 40).map("p{}".format), max_size=2, unique=True))
         dialogues.append(Dialogue(f"d{number}", messages, "Bob", tuple(people)))
     return dialogues
@@ -65,6 +65,7 @@ def sides_of(dialogues: list[Dialogue], rule: TimeSplit | FractionSplit, folder:
     split_records = SplitRecords(
         source=np.zeros(len(kept), np.int64),
         start_time=records["start_time"],
+        end_time=records["end_time"],
         heldout_hash=records["heldout_hash"],
         n_participants=records["n_participants"],
         participants=participants_of(kept),
@@ -92,8 +93,8 @@ def test_no_participant_and_no_near_duplicate_is_on_both_sides(
     assert {p for d in train for p in d.participants}.isdisjoint(p for d in heldout for p in d.participants)
     assert max(similarity(one, other) for one in train for other in heldout) < ALIKE
     if isinstance(rule, TimeSplit):
-        starts = [[message.time or 0 for d in side for message in d.messages[:1]] for side in (train, heldout)]
-        assert max(starts[0]) < MIDNIGHT <= min(starts[1])
+        times = [[message.time or 0 for d in side for message in d.messages] for side in (train, heldout)]
+        assert max(times[0]) < MIDNIGHT <= min(times[1])
 
 
 def test_the_property_can_fail(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from data.split import (
     SplitRecords,
     TimeSplit,
     split,
-    start_time,
+    time_span,
 )
 from data.stable_hash import stable_hash
 
@@ -33,10 +33,11 @@ def talk(identity: str, time: float | None, *participants: str) -> Dialogue:
 
 def records_of(dialogues: list[Dialogue], seed: int) -> SplitRecords:
     names = sorted({dialogue.source for dialogue in dialogues})
-    times = [start_time(dialogue) for dialogue in dialogues]
+    start_time, end_time = np.array([time_span(dialogue) for dialogue in dialogues]).reshape(-1, 2).T
     return SplitRecords(
         source=np.array([names.index(dialogue.source) for dialogue in dialogues], np.int64),
-        start_time=np.array([np.nan if time is None else time for time in times]),
+        start_time=start_time,
+        end_time=end_time,
         heldout_hash=np.array([stable_hash("heldout", seed, dialogue.id) for dialogue in dialogues], np.uint64),
         n_participants=np.array([len(dialogue.participants) for dialogue in dialogues], np.int64),
         participants=np.array([stable_hash(p) for d in dialogues for p in d.participants], np.uint64),
@@ -73,6 +74,23 @@ def test_time_split_is_exact_and_drops_shared_participants() -> None:
     assert dropped == {"no time to split by": ["undated"], "participant is held out": ["shared"]}
     kept = Sides(dialogues, BY_TIME.model_copy(update={"by_participant": False}), seed=0)
     assert ids(kept.train) == ["old", "shared"]
+
+
+def test_what_goes_on_when_the_held_out_time_has_begun_is_on_neither_side() -> None:
+    def spanning(identity: str, *times: float | None) -> Dialogue:
+        return Dialogue(identity, tuple(Message("A", "x", time) for time in times), "A", (identity,))
+
+    before, after = SEPTEMBER - 9, SEPTEMBER
+    dialogues = [
+        spanning("old", before, None, before + 1),
+        spanning("new", after, after + 1),
+        spanning("both", before, after, None),
+    ]
+    result = Sides(dialogues, BY_TIME, seed=0)
+    assert (ids(result.train), ids(result.heldout)) == (["old"], ["new"])
+    dropped = {reason: ids(dialogues) for reason, dialogues in result.dropped.items()}
+    assert dropped == {"goes on when the held-out time has begun": ["both"]}
+    assert np.isnan(time_span(spanning("undated", None))).all()
 
 
 @settings(max_examples=60)
