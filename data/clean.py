@@ -72,6 +72,11 @@ class Ledger:
         for kind, count in counts.items():
             self.scrubbed[kind] = self.scrubbed.get(kind, 0) + count
 
+    @property
+    def scrubbed_told(self) -> str:
+        """What was replaced, for people: "2 email, 1 phone"; empty where nothing was."""
+        return ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.scrubbed.items()))
+
     @classmethod
     def total(cls, ledgers: Iterable["Ledger"]) -> "Ledger":
         """The sums over several sources."""

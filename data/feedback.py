@@ -12,9 +12,10 @@ import json
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
@@ -22,7 +23,7 @@ from pydantic import Field
 from rich.console import Console
 
 from data.atomic_file import atomic_file, write_json
-from data.clean import CleanError, Ledger, check_bad_fraction
+from data.clean import CleanError, Ledger, Quarantine, check_bad_fraction
 from data.dialogue import Dialogue, message_to_record
 from data.feedback_conversation import NO_CONTEXT, Conversation, LoggedTurn, join_turns
 from data.feedback_event import read_event
@@ -39,7 +40,9 @@ from data.feedback_labels import (
 from data.feedback_pairs import PairSettings, RuleCounts, select_pairs, to_pair
 from data.feedback_parts import Line, UserParts, user_of
 from data.feedback_report import Counts, key_figure, print_report, to_report
+from data.feedback_scrub import scrub_turns
 from data.preferences import pair_to_json
+from data.scrub import Scrub
 from data.sources.record import RecordError, Rejected, SourceError, beginning
 from data.sources.source import find_files, parse_object, read_lines
 from data.stable_hash import pseudonym
@@ -67,6 +70,8 @@ class FeedbackRecipe(Section):
     labels: LabelSettings
     # Of what stood before a pair's or a reply's text: the narrator's opening, and the last so many messages; null: all.
     max_context_messages: int | None = Field(default=None, ge=1)
+    # Personal data in texts, names and ids become placeholders and hashes; null: they stay.
+    scrub: Scrub | None = None
     # More quarantined lines than this is an error.
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     # The log is worked on in so many parts, whole users each; memory is that of the largest.
@@ -80,12 +85,7 @@ class Outputs:
     pairs: IO[str]
     dialogues: IO[str]
     replies: IO[str]
-    quarantine: IO[str]
-
-    def reject(self, rejected: Rejected, lines: Ledger) -> None:
-        """Write a line to quarantine, and count it."""
-        lines.quarantined += 1
-        self.quarantine.write(json.dumps({"source": _SOURCE, **asdict(rejected)}, ensure_ascii=False) + "\n")
+    quarantine: Quarantine
 
 
 def convert(recipe: FeedbackRecipe, steps: Steps) -> Counts:
@@ -95,7 +95,8 @@ def convert(recipe: FeedbackRecipe, steps: Steps) -> Counts:
     counts = Counts(pairs={rule.kind: RuleCounts() for rule in recipe.pairs.rules})
     with ExitStack() as opened:
         names = (PAIRS_FILE, DIALOGUES_FILE, REPLIES_FILE, QUARANTINE_FILE)
-        outputs = Outputs(*(opened.enter_context(atomic_file(run_dir / name, "w")) for name in names))
+        pairs, dialogues, replies, bad = (opened.enter_context(atomic_file(run_dir / name, "w")) for name in names)
+        outputs = Outputs(pairs, dialogues, replies, Quarantine(bad, _SOURCE, counts.lines, recipe.scrub))
         parts = opened.enter_context(UserParts(run_dir / _PARTS_DIRECTORY, recipe.parts))
         with steps.following("reading", "lines", lambda: counts.lines.read):
             _divide(files, parts, outputs, counts.lines)
@@ -122,21 +123,26 @@ def _divide(files: Sequence[Path], parts: UserParts, outputs: Outputs, lines: Le
             try:
                 parts.add(user_of(parse_object(content)), file_number, number, content)
             except RecordError as error:
-                outputs.reject(Rejected(str(path), number, str(error), beginning(content)), lines)
+                outputs.quarantine.add(Rejected(str(path), number, str(error), beginning(content)))
 
 
 def _convert_user(user: str, lines: Sequence[Line], recipe: FeedbackRecipe, outputs: Outputs, counts: Counts) -> None:
     """Write what one user's lines give."""
-    joined = join_turns(_events(lines, outputs, counts.lines))
+    logged = list(_events(lines, outputs.quarantine))
+    if recipe.scrub:
+        replaced: Counter[str] = Counter()
+        logged = scrub_turns(logged, recipe.scrub, replaced)
+        counts.lines.count_scrubbed(replaced)
+    joined = join_turns(logged)
     for rejected in joined.rejected:
-        outputs.reject(rejected, counts.lines)
+        outputs.quarantine.add(rejected)
     counts.lines.duplicates += joined.n_repeated
     if joined.n_without_context:
         counts.lines.filter(NO_CONTEXT, joined.n_without_context)
     counts.lines.kept += sum(len(conversation.turns) for conversation in joined.conversations)
     counts.n_users += bool(joined.conversations)
     counts.n_conversations += len(joined.conversations)
-    participant = pseudonym("feedback", user)
+    participant = _participant(user, recipe.scrub)
     turns = (turn for conversation in joined.conversations for turn in conversation.turns)
     for comparison in select_pairs(turns, recipe.pairs, user, recipe.seed, counts.pairs):
         pair = to_pair(comparison, participant, recipe.max_context_messages)
@@ -144,12 +150,17 @@ def _convert_user(user: str, lines: Sequence[Line], recipe: FeedbackRecipe, outp
     _write_labels(joined.conversations, user, participant, recipe, outputs, counts.labels)
 
 
-def _events(lines: Iterable[Line], outputs: Outputs, ledger: Ledger) -> Iterator[LoggedTurn]:
+def _participant(user: str, rule: Scrub | None) -> str:
+    salt = (rule.ids.salt,) if rule and rule.ids else ()
+    return pseudonym(*salt, "feedback", user)
+
+
+def _events(lines: Iterable[Line], quarantine: Quarantine) -> Iterator[LoggedTurn]:
     for line in lines:
         try:
             yield LoggedTurn(read_event(line.content), line.file, line.number)
         except RecordError as error:
-            outputs.reject(Rejected(line.file, line.number, str(error), beginning(line.content)), ledger)
+            quarantine.add(Rejected(line.file, line.number, str(error), beginning(line.content)))
 
 
 def _write_labels(

@@ -43,6 +43,7 @@ def to_report(counts: Counts) -> dict[str, Any]:
             "excluded": dict(sorted(counts.lines.filtered.items())),
             "used": counts.lines.kept,
         },
+        "scrubbed": dict(sorted(counts.lines.scrubbed.items())),
         "pairs": {
             rule: {
                 "found": of_rule.ledger.read,
@@ -75,6 +76,8 @@ def print_report(counts: Counts, console: Console) -> None:
     console.print(
         _count_table(f"lines of {counts.n_users:,} users, {counts.n_conversations:,} conversations", _lines(counts))
     )
+    if counts.lines.scrubbed:
+        console.print(f"scrubbed: {counts.lines.scrubbed_told}", highlight=False, soft_wrap=True)
     for rule, of_rule in counts.pairs.items():
         rows = [
             ("found", of_rule.ledger.read),

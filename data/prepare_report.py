@@ -38,8 +38,7 @@ def print_report(run_dir: Path, manifest: Mapping[str, Any], seconds: float, con
     if ledger.blank_messages:
         console.print(f"{ledger.blank_messages:,} messages without text were taken out of dialogues", soft_wrap=True)
     if ledger.scrubbed:
-        told = ", ".join(f"{count:,} {kind}" for kind, count in sorted(ledger.scrubbed.items()))
-        console.print(f"scrubbed: {told}", highlight=False, soft_wrap=True)
+        console.print(f"scrubbed: {ledger.scrubbed_told}", highlight=False, soft_wrap=True)
     console.print(side_table(sides))
     console.print(
         f"{run_dir}: {key_figure(sides)}, {manifest['vocab_size']:,} pieces, training fingerprint "

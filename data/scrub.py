@@ -13,7 +13,7 @@ beyond ASCII, reads IP addresses out of longer numbers ("1.2.3.4.5"), and needs 
 import ipaddress
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Self
@@ -91,7 +91,7 @@ class Scrub(Section):
 def scrub(dialogue: Dialogue, settings: Scrub) -> tuple[Dialogue, Counter[str]]:
     """The dialogue without personal data, and how many values of each kind were replaced (a speaker's name once)."""
     counts: Counter[str] = Counter()
-    speakers = _renamed_speakers(dialogue, settings, counts)
+    speakers = renamed_speakers(dict.fromkeys(m.speaker for m in dialogue.messages), settings, counts)
     messages = tuple(_scrub_message(message, speakers, settings, counts) for message in dialogue.messages)
     identity = scrub_id(dialogue.id, settings, counts)
     if settings.ids:
@@ -145,6 +145,22 @@ def scrub_id(identity: str, settings: Scrub, counts: Counter[str]) -> str:
     return _hash_of_id(identity, settings)
 
 
+def renamed_speakers(names: Iterable[str], settings: Scrub, counts: Counter[str]) -> dict[str, str]:
+    """The new names of those of the distinct names that carry personal data; still as many names as before."""
+    scrubbed = {name: scrub_text(name, settings, counts) for name in names}
+    taken = {name for name, new in scrubbed.items() if new == name}
+    renamed = {}
+    for name, new in scrubbed.items():
+        if new == name:
+            continue
+        number = 1
+        while (distinct := new if number == 1 else f"{new} {number}") in taken:
+            number += 1
+        taken.add(distinct)
+        renamed[name] = distinct
+    return renamed
+
+
 def _hash_of_id(identity: str, settings: Scrub) -> str:
     return pseudonym(settings.ids.salt if settings.ids else "", "id", identity)
 
@@ -163,23 +179,6 @@ def _scrub_message(message: Message, speakers: Mapping[str, str], settings: Scru
     if text is message.text and speaker is message.speaker and metadata == message.metadata:
         return message
     return replace(message, speaker=speaker, text=text, metadata=metadata)
-
-
-def _renamed_speakers(dialogue: Dialogue, settings: Scrub, counts: Counter[str]) -> dict[str, str]:
-    """The new names of the speakers whose names carry personal data; still as many names as before."""
-    names = dict.fromkeys(message.speaker for message in dialogue.messages)
-    scrubbed = {name: scrub_text(name, settings, counts) for name in names}
-    taken = {name for name in names if scrubbed[name] == name}
-    renamed = {}
-    for name, new in scrubbed.items():
-        if new == name:
-            continue
-        number = 1
-        while (distinct := new if number == 1 else f"{new} {number}") in taken:
-            number += 1
-        taken.add(distinct)
-        renamed[name] = distinct
-    return renamed
 
 
 def _scrub_metadata(value: Any, speakers: Mapping[str, str], settings: Scrub, counts: Counter[str]) -> Any:

@@ -27,8 +27,8 @@ class SplitError(ValueError):
 
 
 class TimeSplit(Section):
-    """Dialogues that begin on `heldout_from` (UTC) or later are held out; undated ones are dropped, and those that begin
-    before and go on after it."""
+    """Dialogues that begin on `heldout_from` (UTC) or later are held out. Undated ones are dropped, and those that
+    begin before and go on after it."""
 
     kind: Literal["time"]
     heldout_from: date
@@ -50,7 +50,7 @@ SplitRule = Annotated[TimeSplit | FractionSplit, Field(discriminator="kind")]
 
 @dataclass(frozen=True, slots=True)
 class SplitRecords:
-    """What a split depends on, of n dialogues: `source` number, `start_time` and `end_time` in unix seconds (nan: none),
+    """What a split depends on, of n dialogues: `source` number, `start_time`, `end_time` in unix seconds (nan: none),
     `heldout_hash` uint64 (of seed and id), `n_participants`, and `participants` uint64, hashes one after the other."""
 
     source: np.ndarray

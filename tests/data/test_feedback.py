@@ -126,6 +126,38 @@ def test_bad_lines_are_quarantined_and_counted(recipe: Path, tmp_path: Path, log
     assert "missing conversation" in found[str(events), 3]
 
 
+def test_personal_data_is_scrubbed_before_pairs_are_made(recipe: Path, tmp_path: Path, log: Any) -> None:
+    assert main([str(recipe), f"run_dir={tmp_path}/plain"]) == 0
+    private = {"address": "ann.smith@example.com", "user": "worker-77", "turn": "+14155550132"}
+    for event in log.events:
+        event["user"] = f"{private['user']}-{event['user']}"
+        event["turn"] = f"{private['turn']}/{event['turn']}"
+        event["after"] = event["after"] and f"{private['turn']}/{event['after']}"
+        for said in (*event["messages"], *event["candidates"], *filter(None, [event.get("edit")])):
+            said["text"] += f" write to {private['address']}"
+        for message in event["messages"]:
+            if message["speaker"] != "narrator":
+                message["speaker"] += f" {private['address']}"
+    lines = [json.dumps(event) for event in log.events]
+    folder = tmp_path / "private"
+    folder.mkdir()
+    (folder / "log.jsonl").write_text("\n".join([*lines, lines[0].replace('"kept"', '"keeps"'), lines[1][:200]]) + "\n")
+    given = [str(recipe), f"events={folder}", "scrub={ids: {salt: a secret word}}"]
+    assert main(given) == 0
+    for name, content in outputs(tmp_path / "run").items():
+        assert not [value for value in private.values() if value.encode() in content], name
+    report, plain = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("run", "plain"))
+    assert report["scrubbed"]["email"] > len(log.events)
+    assert plain["scrubbed"] == {}
+    assert report["lines"]["quarantined"] == plain["lines"]["quarantined"] + 2
+    found = {rule: of_rule["found"] for rule, of_rule in report["pairs"].items()}
+    assert found == {rule: of_rule["found"] for rule, of_rule in plain["pairs"].items()}
+    pairs = read_pairs(tmp_path / "run" / "pairs.jsonl")
+    assert all(pair.chosen.endswith(" write to [email]") for pair in pairs)
+    assert {m.speaker for pair in pairs for m in pair.messages if "[email]" in m.speaker}
+    assert len(read_chats(tmp_path / "run" / "dialogues.jsonl")) == plain["conversations"]
+
+
 def test_too_many_bad_lines_stop_it(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "events" / "day3.jsonl").write_text("nothing\n")
     assert main([str(recipe), "max_bad_fraction=0"]) == 2

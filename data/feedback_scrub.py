@@ -1,0 +1,58 @@
+"""Feedback events without personal data: what data/scrub.py does to dialogues, before turns become pairs and labels."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from itertools import groupby
+
+from data.feedback_conversation import LoggedTurn
+from data.feedback_event import FeedbackEvent
+from data.scrub import Scrub, renamed_speakers, scrub_id, scrub_text
+
+
+def scrub_turns(logged: Iterable[LoggedTurn], settings: Scrub, counts: Counter[str]) -> list[LoggedTurn]:
+    """One user's turns with texts, speakers and ids as the settings want them; in a conversation a speaker keeps one
+    name. The user's own id, which nothing that is written holds, stays. What was replaced is added to `counts`."""
+    scrubbed = []
+    for _, turns in groupby(sorted(logged, key=_conversation), key=_conversation):
+        conversation = list(turns)
+        names = (name for turn in conversation for name in _speakers(turn.event))
+        speakers = renamed_speakers(dict.fromkeys(names), settings, counts)
+        scrubbed += [replace(turn, event=_scrub_event(turn.event, speakers, settings, counts)) for turn in conversation]
+    return scrubbed
+
+
+def _conversation(turn: LoggedTurn) -> str:
+    return turn.event.conversation
+
+
+def _speakers(event: FeedbackEvent) -> Iterable[str]:
+    return (*(message.speaker for message in event.messages), event.character)
+
+
+def _scrub_event(
+    event: FeedbackEvent, speakers: Mapping[str, str], settings: Scrub, counts: Counter[str]
+) -> FeedbackEvent:
+    def clean(text: str) -> str:
+        return scrub_text(text, settings, counts)
+
+    def name(speaker: str) -> str:
+        return speakers.get(speaker, speaker)
+
+    mentioned: Counter[str] = Counter()  # ids that are counted where they are a turn's own
+    return event.model_copy(
+        update={
+            "conversation": scrub_id(event.conversation, settings, mentioned),
+            "turn": scrub_id(event.turn, settings, counts),
+            "after": event.after and scrub_id(event.after, settings, mentioned),
+            "character": name(event.character),
+            "messages": tuple(
+                message.model_copy(update={"speaker": name(message.speaker), "text": clean(message.text)})
+                for message in event.messages
+            ),
+            "candidates": tuple(
+                candidate.model_copy(update={"text": clean(candidate.text)}) for candidate in event.candidates
+            ),
+            "edit": event.edit and event.edit.model_copy(update={"text": clean(event.edit.text)}),
+        }
+    )
