@@ -9,9 +9,10 @@ in groups, by several processes, that are joined in order.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ MANIFEST_FILE = "manifest.json"
 FORMAT = "dramatis-packed-1"
 STREAMS = ("tokens", "trained", "label", "documents")
 _PAD_ID = 0
+_ROWS_AT_ONCE = 512
 _HASH_CHUNK = 1 << 20
 
 
@@ -98,23 +100,16 @@ def write_shards(
 def write_group(
     directory: Path, rows: Iterable[PackedRow], *, row_length: int, vocab_size: int, rows_per_shard: int
 ) -> dict[str, Any]:
-    """Write rows as shards for `join_groups`, to which the figures returned are given. One shard is held in memory."""
+    """Write rows as shards for `join_groups`, to which the figures returned are given. Some rows are held in memory."""
     contents = {stream: hashlib.sha256() for stream in STREAMS}
     shards: list[dict[str, Any]] = []
     n_padding = 0
     iterator = iter(rows)
-    while chunk := list(islice(iterator, rows_per_shard)):
-        files = {}
-        for stream, data in _shard_streams(chunk, vocab_size).items():
-            name = _shard_name(len(shards), stream)
-            with atomic_file(directory / name) as file:
-                file.write(data)
-            files[stream] = {"name": name, "bytes": data.nbytes, "sha256": hashlib.sha256(data.data).hexdigest()}
-            if stream != "documents":
-                contents[stream].update(data.data)
-        n_padding += sum(row.n_padding for row in chunk)
-        contents["documents"].update(_documents_of_rows(chunk).data)
-        shards.append({"n_rows": len(chunk), "files": files})
+    while (first := next(iterator, None)) is not None:
+        of_shard = chain([first], islice(iterator, rows_per_shard - 1))
+        shard, padding = _write_shard(directory, len(shards), of_shard, vocab_size, contents)
+        shards.append(shard)
+        n_padding += padding
     n_rows = sum(shard["n_rows"] for shard in shards)
     return {
         "n_rows": n_rows,
@@ -122,6 +117,42 @@ def write_group(
         "contents": [contents[stream].hexdigest() for stream in STREAMS],
         "shards": shards,
     }
+
+
+def _write_shard(
+    directory: Path, number: int, rows: Iterator[PackedRow], vocab_size: int, contents: Mapping[str, Any]
+) -> tuple[dict[str, Any], int]:
+    """Write a shard, and add what it holds to the digests `contents`; its entry of the manifest, and its padding."""
+    n_padding = 0
+    n_documents: list[int] = []  # of each row
+    lengths: list[np.ndarray] = []
+    digests = {stream: hashlib.sha256() for stream in STREAMS}
+    n_bytes = dict.fromkeys(STREAMS, 0)
+    with ExitStack() as opened:
+        paths = {stream: directory / _shard_name(number, stream) for stream in STREAMS}
+        files = {stream: opened.enter_context(atomic_file(path)) for stream, path in paths.items()}
+
+        def write(stream: str, array: np.ndarray) -> None:
+            files[stream].write(array.data)
+            digests[stream].update(array.data)
+            n_bytes[stream] += array.nbytes
+
+        while chunk := list(islice(rows, _ROWS_AT_ONCE)):
+            for stream, array in _token_streams(chunk, vocab_size).items():
+                write(stream, array)
+                contents[stream].update(array.data)
+            n_padding += sum(row.n_padding for row in chunk)
+            n_documents += [len(row.document_lengths) for row in chunk]
+            lengths += [row.document_lengths for row in chunk]
+            # without offsets, which depend on the shard
+            counted = [part for row in chunk for part in ([len(row.document_lengths)], row.document_lengths)]
+            contents["documents"].update(np.concatenate(counted).astype("<i4").data)
+        write("documents", np.concatenate([np.cumsum([0, *n_documents]), *lengths]).astype("<i4"))
+    entries = {
+        stream: {"name": path.name, "bytes": n_bytes[stream], "sha256": digests[stream].hexdigest()}
+        for stream, path in paths.items()
+    }
+    return {"n_rows": len(n_documents), "files": entries}, n_padding
 
 
 def join_groups(
@@ -170,21 +201,14 @@ def _shard_name(number: int, stream: str) -> str:
     return f"shard_{number:05d}.{stream}.bin"
 
 
-def _shard_streams(chunk: Sequence[PackedRow], vocab_size: int) -> dict[str, np.ndarray]:
-    offsets = np.cumsum([0] + [len(row.document_lengths) for row in chunk])
+def _token_streams(rows: Sequence[PackedRow], vocab_size: int) -> dict[str, np.ndarray]:
+    """What is stored of every token of the rows."""
     dtype = np.dtype(token_dtype(vocab_size)).newbyteorder("<")
     return {
-        "tokens": np.concatenate([row.tokens_L for row in chunk]).astype(dtype, copy=False),
-        "trained": np.concatenate([row.trained_L for row in chunk]).astype(np.uint8, copy=False),
-        "label": np.concatenate([row.label_L for row in chunk]).astype(np.int8, copy=False),
-        "documents": np.concatenate([offsets, *(row.document_lengths for row in chunk)]).astype("<i4"),
+        "tokens": np.concatenate([row.tokens_L for row in rows]).astype(dtype, copy=False),
+        "trained": np.concatenate([row.trained_L for row in rows]).astype(np.uint8, copy=False),
+        "label": np.concatenate([row.label_L for row in rows]).astype(np.int8, copy=False),
     }
-
-
-def _documents_of_rows(chunk: Sequence[PackedRow]) -> np.ndarray:
-    """For each row how many documents it holds, then their lengths: without offsets, which depend on the shard."""
-    parts = [part for row in chunk for part in ([len(row.document_lengths)], row.document_lengths)]
-    return np.concatenate(parts).astype("<i4")
 
 
 def _fingerprint(tokenizer_sha256: str, row_length: int, digests: Sequence[str]) -> str:

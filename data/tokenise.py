@@ -10,8 +10,8 @@ import pyarrow as pa
 from data.tokenizer import DialogueTokenizer
 
 _SPACE = ord(" ")
-_MAX_REMEMBERED = 1 << 18  # words; more are forgotten and encoded again
-_MAX_WORD_BYTES = 64  # a longer one is unlikely to come again
+_MAX_REMEMBERED = 1 << 18  # words, and
+_MAX_REMEMBERED_BYTES = 1 << 24  # of them; more are forgotten and encoded again
 
 
 class BulkEncoder:
@@ -25,7 +25,7 @@ class BulkEncoder:
     def __init__(self, tokenizer: DialogueTokenizer) -> None:
         self.tokenizer = tokenizer
         self._splits_at_spaces = not any(re.search("[^ ] ", piece.text) for piece in tokenizer.pieces())
-        self._known: dict[bytes, list[int]] = {}
+        self._forget()
 
     def encode(self, texts_B: np.ndarray, n_bytes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """`texts_B`: UTF-8 of all texts, one after the other, uint8; `n_bytes` of each text. Returns their token ids
@@ -35,15 +35,14 @@ class BulkEncoder:
         words = pa.Array.from_buffers(
             pa.binary(), len(edges) - 1, [None, pa.py_buffer(edges), pa.py_buffer(np.ascontiguousarray(texts_B))]
         ).dictionary_encode()
-        ids, starts = self._ids_of(words.dictionary.to_pylist())
-        numbers = words.indices.to_numpy(zero_copy_only=False)
-        n_tokens = np.diff(starts)[numbers]
+        numbers = self._numbers_of(words.dictionary.to_pylist())[words.indices.to_numpy(zero_copy_only=False)]
+        n_tokens = self._n_ids[numbers]
         token_ends = np.cumsum(n_tokens, dtype=np.int64)
-        n_total = int(token_ends[-1]) if len(token_ends) else 0
-        places = np.arange(n_total) + np.repeat(starts[numbers] - (token_ends - n_tokens), n_tokens)
+        places = np.repeat(self._starts[numbers] - (token_ends - n_tokens), n_tokens)
+        places += np.arange(len(places))
         ends_by_word = np.concatenate([[0], token_ends])
         text_token_ends = ends_by_word[np.searchsorted(edges, text_ends)]
-        return ids[places], np.diff(text_token_ends, prepend=0)
+        return self._ids[places], np.diff(text_token_ends, prepend=0)
 
     def _word_edges(self, texts_B: np.ndarray, text_ends: np.ndarray) -> np.ndarray:
         """Where words begin, and the end of the last, int32: at every text's edge, and where spaces begin."""
@@ -55,19 +54,25 @@ class BulkEncoder:
         is_edge[text_ends] = True
         return np.flatnonzero(is_edge).astype(np.int32)
 
-    def _ids_of(self, words: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of the words one after the other, int32, and where each word's begin (and the last's end), int64."""
-        new = [word for word in words if word not in self._known]
-        if len(self._known) + len(new) > _MAX_REMEMBERED:
-            self._known.clear()
-            new = list(words)
+    def _forget(self) -> None:
+        self._number_of_word: dict[bytes, int] = {}
+        self._n_bytes = 0
+        # of the word of each number: where its ids begin among all, and how many it has
+        self._ids, self._starts, self._n_ids = np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64)
+
+    def _numbers_of(self, words: Sequence[bytes]) -> np.ndarray:
+        """The numbers of distinct words, int64; those that are new are encoded and get one."""
+        known = self._number_of_word
+        new = [word for word in words if word not in known]
+        n_bytes = self._n_bytes + sum(map(len, new))
+        if known and (len(known) + len(new) > _MAX_REMEMBERED or n_bytes > _MAX_REMEMBERED_BYTES):
+            self._forget()
+            return self._numbers_of(words)
+        self._n_bytes = n_bytes
         encoded = self.tokenizer.encode_many([word.decode() for word in new])
-        self._known.update(zip(new, encoded, strict=True))
-        per_word = [self._known[word] for word in words]
-        starts = np.zeros(len(words) + 1, np.int64)
-        np.cumsum([len(ids) for ids in per_word], out=starts[1:])
-        ids = np.fromiter(chain.from_iterable(per_word), np.int32, count=int(starts[-1]))
-        for word in new:
-            if len(word) > _MAX_WORD_BYTES:
-                del self._known[word]
-        return ids, starts
+        n_ids = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        starts = len(self._ids) + np.cumsum(n_ids) - n_ids
+        known.update(zip(new, range(len(known), len(known) + len(new)), strict=True))
+        self._ids = np.append(self._ids, np.fromiter(chain.from_iterable(encoded), np.int32, int(n_ids.sum())))
+        self._starts, self._n_ids = np.append(self._starts, starts), np.append(self._n_ids, n_ids)
+        return np.fromiter(map(known.__getitem__, words), np.int64, len(words))

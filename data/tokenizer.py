@@ -146,10 +146,10 @@ def train_tokenizer(
 
     if vocab_size <= SMALLEST_VOCABULARY:
         raise TokenizerError(f"vocab_size is {vocab_size}: expected more than {SMALLEST_VOCABULARY} (control + bytes)")
-    model = io.BytesIO()
+    model, failures = io.BytesIO(), list[BaseException]()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sample(texts, sample_characters),
+            sentence_iterator=_noting_failure(_sample(texts, sample_characters), failures),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -173,6 +173,8 @@ def train_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as error:
+        if failures:  # of whoever gives the texts, Ctrl-C too: SentencePiece makes a text of it
+            raise failures[0] from None
         raise TokenizerError(_training_failure(vocab_size, str(error))) from None
     tokenizer = DialogueTokenizer(_with_literal_spaces(model.getvalue()), source="the trained tokenizer")
     if out_path is not None:
@@ -205,6 +207,14 @@ def _with_literal_spaces(model_bytes: bytes) -> bytes:
         piece.piece = piece.piece.replace(_SENTENCEPIECE_SPACE, " ")
     model.normalizer_spec.escape_whitespaces = False
     return model.SerializeToString(deterministic=True)
+
+
+def _noting_failure(texts: Iterator[str], failures: list[BaseException]) -> Iterator[str]:
+    try:
+        yield from texts
+    except BaseException as failure:
+        failures.append(failure)
+        raise
 
 
 def _sample(texts: Iterable[str], sample_characters: int | None) -> Iterator[str]:

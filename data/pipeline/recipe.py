@@ -44,7 +44,7 @@ class DataRecipe(Section):
     # What is read and tokenised at a time, and not done again after an interruption: so much of the files.
     unit_bytes: int = Field(default=64 << 20, ge=1)
     # Tokens that are packed at a time; they bound the memory of a task.
-    pack_tokens: int = Field(default=32_000_000, ge=1)
+    pack_tokens: int = Field(default=16_000_000, ge=1)
     rows_per_shard: int = Field(default=65_536, ge=1)
 
     @property

@@ -42,14 +42,18 @@ def test_what_is_remembered_makes_no_difference(tokenizer: DialogueTokenizer, ba
         assert encoded(encoder, texts) == [tokenizer.encode(text) for text in texts]
 
 
-def test_few_words_are_remembered(tokenizer: DialogueTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenise_module, "_MAX_REMEMBERED", 10)
+@pytest.mark.parametrize(("most_words", "most_bytes"), [(10, 1 << 20), (1 << 20, 250)])
+def test_few_words_are_remembered(
+    tokenizer: DialogueTokenizer, monkeypatch: pytest.MonkeyPatch, most_words: int, most_bytes: int
+) -> None:
+    monkeypatch.setattr(tokenise_module, "_MAX_REMEMBERED", most_words)
+    monkeypatch.setattr(tokenise_module, "_MAX_REMEMBERED_BYTES", most_bytes)
     encoder = BulkEncoder(tokenizer)
     for first in range(0, 60, 7):
         texts = [f"word {number} {'x' * number}" for number in range(first, first + 4)]
         assert encoded(encoder, texts) == [tokenizer.encode(text) for text in texts]
-        assert len(encoder._known) <= 10
-        assert all(len(word) <= 64 for word in encoder._known)
+        assert len(encoder._number_of_word) <= most_words
+        assert sum(map(len, encoder._number_of_word)) <= most_bytes
 
 
 def test_pieces_across_spaces_keep_texts_whole(tokenizer: DialogueTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """The tokenizer: exact round trip, no control id from text, the split the format rests on, honest errors."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -144,3 +145,13 @@ def test_a_foreign_model_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(TokenizerError, match="ids 0 to 4"):
         DialogueTokenizer.load(tmp_path / "foreign.model")
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(5, "Input/output error")])
+def test_what_stops_the_texts_stops_the_training_as_itself(failure: BaseException) -> None:
+    def texts() -> Iterator[str]:
+        yield from ["some words"] * 20
+        raise failure
+
+    with pytest.raises(type(failure)):
+        train_tokenizer(texts(), None, 300)
