@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -199,13 +200,13 @@ def content_key(dialogue: Dialogue) -> bytes:
     order: dict[str, int] = {}
     turns = [order.setdefault(message.speaker, len(order)) for message in dialogue.messages]
     texts = [message.text for message in dialogue.messages]
-    shape = repr((turns, order.get(NARRATOR), list(map(len, texts))))
-    return hashlib.sha256((shape + "".join(texts)).encode()).digest()[:16]
+    shape = array("q", [len(turns), order.get(NARRATOR, -1), *turns, *map(len, texts)])
+    return hashlib.sha256(shape.tobytes() + "".join(texts).encode()).digest()[:16]
 
 
 def _without_blanks(dialogue: Dialogue, ledger: Ledger) -> Dialogue | None:
     """The dialogue without messages that hold white space only; None when its character says nothing else."""
-    messages = tuple(message for message in dialogue.messages if message.text.strip())
+    messages = tuple([message for message in dialogue.messages if message.text.strip()])
     if len(messages) == len(dialogue.messages):
         return dialogue
     ledger.blank_messages += len(dialogue.messages) - len(messages)

@@ -109,11 +109,11 @@ class Dialogue:
             raise DialogueError(
                 f"dialogue {self.id!r}: character {self.character!r} writes nothing; speakers: {sorted(speakers)}"
             )
-        for number, message in enumerate(self.messages):
-            if message.metadata and message.is_supervised and message.speaker != self.character:
+        for message in [message for message in self.messages if message.metadata]:
+            if message.is_supervised and message.speaker != self.character:
                 raise DialogueError(
-                    f"message {number}: {LABEL_KEY} or {TRAINED_KEY} on a message by {message.speaker!r}; "
-                    f"only those of the character {self.character!r} are supervised"
+                    f"message {self.messages.index(message)}: {LABEL_KEY} or {TRAINED_KEY} on a message by "
+                    f"{message.speaker!r}; only those of the character {self.character!r} are supervised"
                 )
 
 

@@ -36,23 +36,21 @@ def render(
     dialogues: Sequence[Dialogue], continue_within_seconds: float | None
 ) -> tuple[list[bytes], np.ndarray, np.ndarray]:
     """The parts of RenderedDialogues: the texts as bytes, the messages, and how many each dialogue has."""
-    texts: list[bytes] = []
+    said = [message for dialogue in dialogues for message in dialogue.messages]
+    speakers = [message.speaker for message in said]
+    prefixes = {speaker: speaker_prefix(speaker).encode() for speaker in dict.fromkeys(speakers)}
+    texts = [b""] * (2 * len(said))
+    texts[::2] = map(prefixes.__getitem__, speakers)
+    texts[1::2] = [message_body(message.text).encode() for message in said]
+    n_bytes = np.fromiter(map(len, texts), np.int64, len(texts))
+    messages = np.empty(len(said), MESSAGE)
+    messages["prefix_bytes"], messages["body_bytes"] = n_bytes[::2], n_bytes[1::2]
     trained: list[bool] = []
     labels: list[int] = []
-    prefixes: dict[str, bytes] = {}
     for dialogue in dialogues:
-        for message in dialogue.messages:
-            prefix = prefixes.get(message.speaker)
-            if prefix is None:
-                prefix = prefixes[message.speaker] = speaker_prefix(message.speaker).encode()
-            texts.append(prefix)
-            texts.append(message_body(message.text).encode())
         is_trained, label = supervision(dialogue, continue_within_seconds)
         trained += is_trained
         labels += label
-    n_bytes = np.fromiter(map(len, texts), np.int64, len(texts))
-    messages = np.empty(len(labels), MESSAGE)
-    messages["prefix_bytes"], messages["body_bytes"] = n_bytes[::2], n_bytes[1::2]
     messages["trained"], messages["label"] = trained, labels
     return texts, messages, np.array([len(dialogue.messages) for dialogue in dialogues], np.int64)
 

@@ -5,11 +5,9 @@ import hashlib
 
 def stable_hash(*parts: str | int) -> int:
     """A 64-bit number that depends on the parts alone (their boundaries included)."""
-    digest = hashlib.sha256()
-    for part in parts:
-        encoded = str(part).encode("utf-8", "surrogatepass")
-        digest.update(len(encoded).to_bytes(8, "little") + encoded)
-    return int.from_bytes(digest.digest()[:8], "little")
+    encoded = [str(part).encode("utf-8", "surrogatepass") for part in parts]
+    whole = b"".join([len(part).to_bytes(8, "little") + part for part in encoded])
+    return int.from_bytes(hashlib.sha256(whole).digest()[:8], "little")
 
 
 def stable_fraction(*parts: str | int) -> float:

@@ -4,7 +4,7 @@ import gc
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +66,9 @@ class ReadUnits(ItemStep):
         with open(folder / _QUARANTINE, "w", encoding="utf-8", newline="\n") as file:
             quarantine = Quarantine(file, unit.source, ledger, self.settings.scrub)
             good = without_bad(unit.read(self.sources[unit.source]), ledger, quarantine)
-            named = (replace(dialogue, id=prefix + dialogue.id, source=unit.source) for dialogue in good)
+            named = (
+                Dialogue(prefix + d.id, d.messages, d.character, d.participants, d.metadata, unit.source) for d in good
+            )
             with _rare_collections():
                 _write(folder, named, ledger, quarantine, self.settings)
         write_json(folder / _LEDGER, {"source": unit.source, **ledger.to_dict()})
@@ -103,8 +105,8 @@ def _write(
             participants_of(given).tofile(columns["participants"])
             rows.tofile(columns["rows"])
             messages.tofile(columns["messages"])
-            columns["texts"].writelines(texts)
-            lines_file.writelines(lines)
+            columns["texts"].write(b"".join(texts))
+            lines_file.write(b"".join(lines))
 
 
 def _batches(dialogues: Iterable[Dialogue]) -> Iterator[list[Dialogue]]:

@@ -93,6 +93,8 @@ def check_dialogue(dialogue: Dialogue) -> None:
                 f"{', found milliseconds?' if 0 < message.time < 1000 * _SECONDS[1] else ''}"
             )
     of_messages = [message.metadata for message in dialogue.messages if message.metadata is not None]
+    if not dialogue.metadata and not of_messages and "".join((dialogue.id, *dialogue.participants)).isascii():
+        return
     if _is_plain([dialogue.id, dialogue.participants, dialogue.metadata, of_messages]):
         return
     _check_value("id", dialogue.id)
