@@ -1,4 +1,4 @@
-"""The dialogue format: messages and dialogues as records, as JSON lines and as tokens; one code for every stage.
+"""The dialogue format: messages and dialogues, and their one form as tokens, for every stage.
 
 A dialogue is `<bos>` then, for each message, `<|message|>{speaker}: {text}<|end|>`. A generation prompt stops after
 `<|message|>{character}:`. A scene or a character definition is a message by the speaker `narrator`.
@@ -8,17 +8,14 @@ Two keys of a message's metadata say how a message of the character is supervise
 loss of SFT, as a reply that its reader threw away must be. On anybody else's message they are an error.
 """
 
-import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import orjson
 
 NARRATOR = "narrator"
 CONTROL_SURFACES = ("<pad>", "<unk>", "<bos>", "<|message|>", "<|end|>")  # in the order of their ids, 0 to 4
@@ -26,7 +23,6 @@ WORD_JOINER = "\u2060"
 NO_LABEL = -1
 LABEL_KEY, TRAINED_KEY = "engagement_label", "trained"  # of a message's metadata
 _TIME_LIMIT = 2**63  # seconds; it leaves out infinity, nan, and integers that are no float
-_MESSAGE_KEYS = {"speaker", "text", "time", "metadata"}
 
 _SURFACE = re.compile("|".join(re.escape(surface) for surface in CONTROL_SURFACES))
 _JOINERS = re.compile(f"{WORD_JOINER}({WORD_JOINER}?)")
@@ -313,90 +309,3 @@ def encode_dialogue(
         label[end - 1] = continues
         trained[first:end] = is_answer
     return EncodedDialogue(np.asarray(ids, dtype=np.int64), trained, label, np.asarray(starts), np.asarray(text_starts))
-
-
-def to_json(dialogue: Dialogue) -> bytes:
-    """One line of JSON in UTF-8, without its line break; `from_json` gives an equal dialogue.
-
-    Raises TypeError where metadata holds what JSON has no form for, or an integer of more than 64 bits.
-    """
-    record = {
-        "id": dialogue.id,
-        "character": dialogue.character,
-        "messages": [message_to_record(message) for message in dialogue.messages],
-        "participants": list(dialogue.participants),
-        "metadata": dict(dialogue.metadata),
-        "source": dialogue.source,
-    }
-    return orjson.dumps(record)
-
-
-def from_json(line: str | bytes) -> Dialogue:
-    """The dialogue of a line written by `to_json`. Raises DialogueError saying what is wrong with the line."""
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DialogueError(f"not JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise DialogueError(f"expected a JSON object, found {type(record).__name__}")
-    missing = [key for key in ("id", "character", "messages") if key not in record]
-    if missing:
-        raise DialogueError(f"missing {', '.join(missing)}; found the keys {sorted(record)}")
-    return Dialogue(
-        id=record["id"],
-        messages=messages_from_records(record["messages"]),
-        character=record["character"],
-        participants=tuple(record.get("participants", ())),
-        metadata=record.get("metadata", {}),
-        source=record.get("source", ""),
-    )
-
-
-def message_to_record(message: Message) -> dict[str, Any]:
-    """The JSON object of a message; an unknown time and absent metadata are left out."""
-    record: dict[str, Any] = {"speaker": message.speaker, "text": message.text}
-    if message.time is not None:
-        record["time"] = message.time
-    if message.metadata is not None:
-        record["metadata"] = dict(message.metadata)
-    return record
-
-
-def messages_from_records(records: object) -> tuple[Message, ...]:
-    """Messages from a JSON list of {"speaker", "text", "time"?, "metadata"?}. Raises DialogueError with the number."""
-    if not isinstance(records, list):
-        raise DialogueError(f"messages is {type(records).__name__}: expected a list of objects with speaker and text")
-    messages: list[Message] = []
-    try:
-        for record in records:
-            messages.append(Message(**record))
-    except TypeError:
-        raise DialogueError(f"message {len(messages)}: {_not_a_message(records[len(messages)])}") from None
-    except DialogueError as error:
-        raise DialogueError(f"message {len(messages)}: {error}") from None
-    return tuple(messages)
-
-
-def _not_a_message(record: object) -> str:
-    if isinstance(record, dict) and (unknown := sorted(map(str, record.keys() - _MESSAGE_KEYS))):
-        return f"unknown key {unknown[0]!r}; expected speaker, text, time, metadata"
-    return f"expected an object with speaker and text, found {str(record)[:80]}"
-
-
-def write_dialogues(path: Path, dialogues: Iterable[Dialogue]) -> None:
-    """Write one dialogue a line."""
-    with open(path, "wb") as file:
-        file.writelines(to_json(dialogue) + b"\n" for dialogue in dialogues)
-
-
-def read_dialogues(path: Path | str) -> Iterator[Dialogue]:
-    """Dialogues of a JSONL file in order. Raises DialogueError naming file and line."""
-    path = Path(path)
-    if not path.is_file():
-        raise DialogueError(f"{path}: no such file; expected dialogues as JSON lines")
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield from_json(line)
-            except DialogueError as error:
-                raise DialogueError(f"{path}:{number}: {error}") from None

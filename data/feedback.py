@@ -24,7 +24,8 @@ from rich.console import Console
 
 from data.atomic_file import atomic_file, write_json
 from data.clean import CleanError, Ledger, Quarantine, check_bad_fraction
-from data.dialogue import Dialogue, message_to_record
+from data.dialogue import Dialogue
+from data.dialogue_json import message_to_record
 from data.feedback_conversation import NO_CONTEXT, Conversation, LoggedTurn, join_turns
 from data.feedback_event import read_event
 from data.feedback_labels import (

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from data.atomic_file import atomic_file
-from data.dialogue import DialogueError, Message, check_speaker, message_to_record, messages_from_records
+from data.dialogue import DialogueError, Message, check_speaker
+from data.dialogue_json import message_to_record, messages_from_records
 from data.sources.hh_rlhf import ASSISTANT, parse_transcript, transcript_of
 from data.sources.record import RecordError
 from data.sources.source import parse_object, read_lines

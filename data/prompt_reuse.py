@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from data.dialogue import NARRATOR, Dialogue, Message, message_body, read_dialogues, speaker_prefix
+from data.dialogue import NARRATOR, Dialogue, Message, message_body, speaker_prefix
+from data.dialogue_json import read_dialogues
 from data.message_encoder import MessageEncoder
 from data.prompt_truncation import CONTEXT_COST, planned_parts, surviving_parts
 from data.sources.registry import SOURCES

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from data.dialogue import Dialogue, read_dialogues
+from data.dialogue import Dialogue
+from data.dialogue_json import read_dialogues
 from data.shards import PackedDataset
 from data.tokenizer import DialogueTokenizer
 from eval.ablation_plots import draw_ablation

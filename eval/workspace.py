@@ -10,7 +10,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from rich.console import Console
 from rich.table import Table
 
-from data.dialogue import read_dialogues
+from data.dialogue_json import read_dialogues
 from data.shards import PackedDataset
 from data.tokenizer import MODEL_FILE, DialogueTokenizer
 from eval.context import Reply, ReplyContext, select_contexts

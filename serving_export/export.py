@@ -22,7 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import save_file
 
 from data.atomic_file import sync_path, write_json
-from data.dialogue import Dialogue, check_speaker, read_dialogues
+from data.dialogue import Dialogue, check_speaker
+from data.dialogue_json import read_dialogues
 from data.prompt import DEFAULT_TEMPLATE, PromptTemplate
 from data.tokenizer import MODEL_FILE, DialogueTokenizer
 from model.config import ModelConfig

@@ -11,7 +11,8 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from rich.console import Console
 from rich.progress import track
 
-from data.dialogue import decode_reply, read_dialogues
+from data.dialogue import decode_reply
+from data.dialogue_json import read_dialogues
 from data.preferences import PreferencePair, read_pairs, write_pairs
 from data.tokenizer import DialogueTokenizer
 from eval.context import ReplyContext, select_contexts

@@ -11,7 +11,8 @@ import numpy as np
 
 from data.atomic_file import write_json
 from data.clean import Filters, Ledger, Quarantine, passing, scrubbed, without_bad
-from data.dialogue import Dialogue, from_json, to_json
+from data.dialogue import Dialogue
+from data.dialogue_json import from_json, to_json
 from data.pipeline.item_step import ItemStep
 from data.pipeline.record import RECORD, ROW, participants_of, records_of, rows_of
 from data.pipeline.unit import read_units

@@ -2,7 +2,8 @@
 
 from typing import Any, ClassVar, Literal
 
-from data.dialogue import NARRATOR, Dialogue, check_times, messages_from_records
+from data.dialogue import NARRATOR, Dialogue, check_times
+from data.dialogue_json import messages_from_records
 from data.sources.character import any_speaker
 from data.sources.json_source import JsonFormat, JsonSource
 from data.sources.record import RecordError

@@ -16,7 +16,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from data.dialogue import Dialogue, DialogueError, Message, read_dialogues
+from data.dialogue import Dialogue, DialogueError, Message
+from data.dialogue_json import read_dialogues
 from recipes.loader import tell_error
 
 _WORD = re.compile(r"\w+")

@@ -20,12 +20,9 @@ from data.dialogue import (
     encode_prompt,
     encode_reply,
     escape,
-    from_json,
-    read_dialogues,
-    to_json,
     unescape,
-    write_dialogues,
 )
+from data.dialogue_json import from_json, read_dialogues, to_json, write_dialogues
 from data.tokenizer import DialogueTokenizer
 
 J = "\u2060"

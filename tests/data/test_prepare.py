@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from data.dialogue import encode_dialogue, read_dialogues
+from data.dialogue import encode_dialogue
+from data.dialogue_json import read_dialogues
 from data.pipeline.recipe import DataRecipe
 from data.prepare import main
 from data.shards import PackedDataset

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from data.dialogue import NARRATOR, Dialogue, Message, encode_prompt, encode_reply, write_dialogues
+from data.dialogue import NARRATOR, Dialogue, Message, encode_prompt, encode_reply
+from data.dialogue_json import write_dialogues
 from data.message_encoder import MessageEncoder
 from data.prompt import PromptTemplate, conversation_values, main
 from data.prompt_reuse import Conversation, Rule, naive, planned, replay, stepped, stitched

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from data.dialogue import NARRATOR, Dialogue, Message, encode_dialogue, read_dialogues
+from data.dialogue import NARRATOR, Dialogue, Message, encode_dialogue
+from data.dialogue_json import read_dialogues
 from data.prepare import main
 from data.prompt import PromptTemplate, conversation_values
 from data.tokenizer import DialogueTokenizer

@@ -14,7 +14,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.dialogue import Dialogue, encode_prompt, read_dialogues
+from data.dialogue import Dialogue, encode_prompt
+from data.dialogue_json import read_dialogues
 from data.tokenizer import DialogueTokenizer
 from model.attention_ops import Documents
 from model.generate import Sampling, generate

@@ -9,7 +9,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from data.dialogue import Dialogue, Message, write_dialogues
+from data.dialogue import Dialogue, Message
+from data.dialogue_json import write_dialogues
 from data.tokenizer import DialogueTokenizer
 from model.transformer import Transformer
 from model.weights import save_model

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from data.dialogue import Dialogue, Message, encode_dialogue, write_dialogues
+from data.dialogue import Dialogue, Message, encode_dialogue
+from data.dialogue_json import write_dialogues
 from data.packing import EncodedCorpus, best_fit, cut
 from data.shards import packed_rows, write_shards
 from data.tokenizer import train_tokenizer

@@ -1,0 +1,99 @@
+"""Dialogues and messages as JSON: records, and lines of files."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from data.dialogue import Dialogue, DialogueError, Message
+
+_MESSAGE_KEYS = {"speaker", "text", "time", "metadata"}
+
+
+def to_json(dialogue: Dialogue) -> bytes:
+    """One line of JSON in UTF-8, without its line break; `from_json` gives an equal dialogue.
+
+    Raises TypeError where metadata holds what JSON has no form for, or an integer of more than 64 bits.
+    """
+    record = {
+        "id": dialogue.id,
+        "character": dialogue.character,
+        "messages": [message_to_record(message) for message in dialogue.messages],
+        "participants": list(dialogue.participants),
+        "metadata": dict(dialogue.metadata),
+        "source": dialogue.source,
+    }
+    return orjson.dumps(record)
+
+
+def from_json(line: str | bytes) -> Dialogue:
+    """The dialogue of a line written by `to_json`. Raises DialogueError saying what is wrong with the line."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DialogueError(f"not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise DialogueError(f"expected a JSON object, found {type(record).__name__}")
+    missing = [key for key in ("id", "character", "messages") if key not in record]
+    if missing:
+        raise DialogueError(f"missing {', '.join(missing)}; found the keys {sorted(record)}")
+    return Dialogue(
+        id=record["id"],
+        messages=messages_from_records(record["messages"]),
+        character=record["character"],
+        participants=tuple(record.get("participants", ())),
+        metadata=record.get("metadata", {}),
+        source=record.get("source", ""),
+    )
+
+
+def message_to_record(message: Message) -> dict[str, Any]:
+    """The JSON object of a message; an unknown time and absent metadata are left out."""
+    record: dict[str, Any] = {"speaker": message.speaker, "text": message.text}
+    if message.time is not None:
+        record["time"] = message.time
+    if message.metadata is not None:
+        record["metadata"] = dict(message.metadata)
+    return record
+
+
+def messages_from_records(records: object) -> tuple[Message, ...]:
+    """Messages from a JSON list of {"speaker", "text", "time"?, "metadata"?}. Raises DialogueError with the number."""
+    if not isinstance(records, list):
+        raise DialogueError(f"messages is {type(records).__name__}: expected a list of objects with speaker and text")
+    messages: list[Message] = []
+    try:
+        for record in records:
+            messages.append(Message(**record))
+    except TypeError:
+        raise DialogueError(f"message {len(messages)}: {_not_a_message(records[len(messages)])}") from None
+    except DialogueError as error:
+        raise DialogueError(f"message {len(messages)}: {error}") from None
+    return tuple(messages)
+
+
+def _not_a_message(record: object) -> str:
+    if isinstance(record, dict) and (unknown := sorted(map(str, record.keys() - _MESSAGE_KEYS))):
+        return f"unknown key {unknown[0]!r}; expected speaker, text, time, metadata"
+    return f"expected an object with speaker and text, found {str(record)[:80]}"
+
+
+def write_dialogues(path: Path, dialogues: Iterable[Dialogue]) -> None:
+    """Write one dialogue a line."""
+    with open(path, "wb") as file:
+        file.writelines(to_json(dialogue) + b"\n" for dialogue in dialogues)
+
+
+def read_dialogues(path: Path | str) -> Iterator[Dialogue]:
+    """Dialogues of a JSONL file in order. Raises DialogueError naming file and line."""
+    path = Path(path)
+    if not path.is_file():
+        raise DialogueError(f"{path}: no such file; expected dialogues as JSON lines")
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield from_json(line)
+            except DialogueError as error:
+                raise DialogueError(f"{path}:{number}: {error}") from None
