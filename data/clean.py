@@ -5,16 +5,17 @@ import json
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
 from data.dialogue import NARRATOR, Dialogue
 from data.language import Languages, other_language
-from data.quarantine import scrub_rejected
+from data.ledger import Ledger
+from data.quarantine import Quarantine
 from data.repetition import Repetition, repeated
 from data.scrub import Scrub, scrub
 from data.sources.record import LeftOut, Rejected
@@ -51,95 +52,9 @@ class Filters(Section):
         return self
 
 
-@dataclass
-class Ledger:
-    """Where every record went: `read` = quarantined + filtered + duplicates + near_duplicates + kept."""
-
-    read: int = 0
-    quarantined: int = 0
-    filtered: dict[str, int] = field(default_factory=dict)
-    duplicates: int = 0
-    near_duplicates: int = 0
-    kept: int = 0
-    blank_messages: int = 0  # messages without text, removed from dialogues
-    scrubbed: dict[str, int] = field(default_factory=dict)  # values that were replaced, by kind
-
-    def filter(self, reason: str, count: int = 1) -> None:
-        """Count dialogues that were left out for a reason."""
-        self.filtered[reason] = self.filtered.get(reason, 0) + count
-
-    def count_scrubbed(self, counts: Mapping[str, int]) -> None:
-        """Count values that were replaced."""
-        for kind, count in counts.items():
-            self.scrubbed[kind] = self.scrubbed.get(kind, 0) + count
-
-    @property
-    def scrubbed_told(self) -> str:
-        """What was replaced, for people: "2 email, 1 phone"; empty where nothing was."""
-        return ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.scrubbed.items()))
-
-    @classmethod
-    def total(cls, ledgers: Iterable["Ledger"]) -> "Ledger":
-        """The sums over several sources."""
-        total = cls()
-        for ledger in ledgers:
-            total.read += ledger.read
-            total.quarantined += ledger.quarantined
-            total.duplicates += ledger.duplicates
-            total.near_duplicates += ledger.near_duplicates
-            total.kept += ledger.kept
-            total.blank_messages += ledger.blank_messages
-            for reason, count in ledger.filtered.items():
-                total.filter(reason, count)
-            total.count_scrubbed(ledger.scrubbed)
-        return total
-
-    def balance(self) -> None:
-        """Assert that no record is lost."""
-        gone = self.quarantined + sum(self.filtered.values()) + self.duplicates + self.near_duplicates
-        assert self.read == gone + self.kept, f"records are lost: {self}"
-
-    @classmethod
-    def from_dict(cls, counts: Mapping[str, Any]) -> "Ledger":
-        """What `to_dict` gave."""
-        return cls(**{**counts, "filtered": dict(counts["filtered"]), "scrubbed": dict(counts["scrubbed"])})
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "read": self.read,
-            "quarantined": self.quarantined,
-            "filtered": dict(sorted(self.filtered.items())),
-            "duplicates": self.duplicates,
-            "near_duplicates": self.near_duplicates,
-            "kept": self.kept,
-            "blank_messages": self.blank_messages,
-            "scrubbed": dict(sorted(self.scrubbed.items())),
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Quarantine:
-    """Where the bad records of a source go: counted, and written as JSON lines, by the rule without personal data. What
-    was replaced there is counted beside what is replaced in dialogues, as "email in quarantine"."""
-
-    file: IO[str]
-    source: str
-    ledger: Ledger
-    rule: Scrub | None = None
-
-    def add(self, record: Rejected) -> None:
-        """Put one more there."""
-        self.ledger.quarantined += 1
-        if self.rule:
-            record, counts = scrub_rejected(record, self.rule)
-            self.ledger.count_scrubbed({f"{kind} in quarantine": count for kind, count in counts.items()})
-        self.file.write(json.dumps({"source": self.source, **asdict(record)}, ensure_ascii=False) + "\n")
-
-
-def without_bad(
-    records: Iterable[Dialogue | LeftOut | Rejected], ledger: Ledger, quarantine: Quarantine
-) -> Iterator[Dialogue]:
-    """The dialogues among the records, in order; every record is counted."""
+def without_bad(records: Iterable[Dialogue | LeftOut | Rejected], quarantine: Quarantine) -> Iterator[Dialogue]:
+    """The dialogues among the records, in order; every record is counted in the quarantine's ledger."""
+    ledger = quarantine.ledger
     for record in records:
         ledger.read += 1
         if isinstance(record, Dialogue):

@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from data.clean import Ledger
 from data.dialogue import LABEL_KEY, TRAINED_KEY, Dialogue, Message
 from data.feedback_conversation import Conversation, Turn
 from data.feedback_event import FeedbackEvent
 from data.feedback_pairs import smallest_hashes
+from data.ledger import Ledger
 from recipes.loader import Section
 
 Unwanted = Literal["negative", "unlabelled"]

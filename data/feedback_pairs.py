@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from data.clean import Ledger
 from data.feedback_conversation import Turn
 from data.feedback_event import FeedbackEvent
+from data.ledger import Ledger
 from data.preferences import PreferencePair
 from data.stable_hash import stable_hash
 from recipes.loader import Section

@@ -1,9 +1,12 @@
-"""What is written of a bad record, and how it is kept free of personal data where the recipe scrubs."""
+"""Where bad records go, and how what is written of them is kept free of personal data where the recipe scrubs."""
 
+import json
 import re
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from typing import IO
 
+from data.ledger import Ledger
 from data.scrub import Scrub, scrub_id, scrub_text
 from data.sources.record import Rejected, beginning
 
@@ -17,6 +20,25 @@ _NUMBER = re.compile(r"(?<![\w.-])-?\d+(?:[.,]\d+)*(?:e[+-]?\d+)?", re.IGNORECAS
 _ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2})|[bfnrt])")  # of JSON and of Python, also twice
 # The last word, which is no longer than an address, and the digits of a number before it.
 _CUT_END = re.compile(r"[\d\W]*\S{0,320}\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantine:
+    """Where the bad records of a source go: counted, and written as JSON lines, by the rule without personal data. What
+    was replaced there is counted beside what is replaced in dialogues, as "email in quarantine"."""
+
+    file: IO[str]
+    source: str
+    ledger: Ledger
+    rule: Scrub | None = None
+
+    def add(self, record: Rejected) -> None:
+        """Put one more there."""
+        self.ledger.quarantined += 1
+        if self.rule:
+            record, counts = scrub_rejected(record, self.rule)
+            self.ledger.count_scrubbed({f"{kind} in quarantine": count for kind, count in counts.items()})
+        self.file.write(json.dumps({"source": self.source, **asdict(record)}, ensure_ascii=False) + "\n")
 
 
 def general_reason(reason: str) -> str:

@@ -10,7 +10,7 @@ from typing import IO, Any
 import numpy as np
 
 from data.atomic_file import atomic_file, write_json
-from data.clean import Ledger
+from data.ledger import Ledger
 from data.pipeline.item_step import ItemStep
 from data.pipeline.pack import packed_groups
 from data.pipeline.read import UNITS_FILE, UnitResults

@@ -10,14 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from data.atomic_file import write_json
-from data.clean import Filters, Ledger, Quarantine, passing, scrubbed, without_bad
+from data.clean import Filters, passing, scrubbed, without_bad
 from data.dialogue import Dialogue
 from data.dialogue_json import from_json, to_json
+from data.ledger import Ledger
 from data.pipeline.item_step import ItemStep
 from data.pipeline.record import RECORD, ROW, participants_of, records_of, rows_of
 from data.pipeline.unit import read_units
 from data.pipeline.work_folder import WorkFolder
 from data.prompt_values import PromptError
+from data.quarantine import Quarantine
 from data.rendered import MESSAGE, RenderedDialogues, render
 from data.scrub import Scrub
 from data.sources.record import rejected
@@ -66,12 +68,12 @@ class ReadUnits(ItemStep):
         ledger = Ledger()
         with open(folder / _QUARANTINE, "w", encoding="utf-8", newline="\n") as file:
             quarantine = Quarantine(file, unit.source, ledger, self.settings.scrub)
-            good = without_bad(unit.read(self.sources[unit.source]), ledger, quarantine)
+            good = without_bad(unit.read(self.sources[unit.source]), quarantine)
             named = (
                 Dialogue(prefix + d.id, d.messages, d.character, d.participants, d.metadata, unit.source) for d in good
             )
             with _rare_collections():
-                _write(folder, named, ledger, quarantine, self.settings)
+                _write(folder, named, quarantine, self.settings)
         write_json(folder / _LEDGER, {"source": unit.source, **ledger.to_dict()})
 
 
@@ -86,15 +88,13 @@ def _rare_collections() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
-def _write(
-    folder: Path, dialogues: Iterable[Dialogue], ledger: Ledger, quarantine: Quarantine, settings: ReadSettings
-) -> None:
+def _write(folder: Path, dialogues: Iterable[Dialogue], quarantine: Quarantine, settings: ReadSettings) -> None:
     """All files of a unit but its quarantine and its ledger, some dialogues at a time."""
     with ExitStack() as opened:
         lines_file = opened.enter_context(open(folder / _DIALOGUES, "wb"))
         columns = {name: opened.enter_context(open(folder / f"{name}.bin", "wb")) for name in _COLUMNS}
         for given in _batches(dialogues):
-            cleaned = [_cleaned(dialogue, settings, ledger, quarantine) for dialogue in given]
+            cleaned = [_cleaned(dialogue, settings, quarantine) for dialogue in given]
             kept = [dialogue for dialogue in cleaned if dialogue is not None]
             lines = [to_json(dialogue) + b"\n" for dialogue in kept]
             texts, messages, n_messages = render(kept, settings.continue_within_seconds)
@@ -121,10 +121,9 @@ def _batches(dialogues: Iterable[Dialogue]) -> Iterator[list[Dialogue]]:
         yield batch
 
 
-def _cleaned(
-    dialogue: Dialogue, settings: ReadSettings, ledger: Ledger, quarantine: Quarantine
-) -> Dialogue | None:
+def _cleaned(dialogue: Dialogue, settings: ReadSettings, quarantine: Quarantine) -> Dialogue | None:
     """The dialogue as it is kept, or None when it was counted as left out or bad."""
+    ledger = quarantine.ledger
     clean = scrubbed([dialogue], settings.scrub, ledger) if settings.scrub else [dialogue]
     kept = next(passing(clean, settings.filters, ledger), None)
     if kept is None or settings.prompt_template is None:

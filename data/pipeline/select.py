@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from data.atomic_file import atomic_file, write_json
-from data.clean import CleanError, Ledger, check_bad_fraction
+from data.clean import CleanError, check_bad_fraction
+from data.ledger import Ledger
 from data.pipeline.item_step import ItemStep
 from data.pipeline.minhash import dropped_rows
 from data.pipeline.read import UnitResults

@@ -11,19 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from data.clean import (
-    CleanError,
-    Filters,
-    Ledger,
-    Quarantine,
-    check_bad_fraction,
-    passing,
-    scrubbed,
-    without_bad,
-    without_duplicates,
-)
+from data.clean import CleanError, Filters, check_bad_fraction, passing, scrubbed, without_bad, without_duplicates
 from data.dialogue import NARRATOR, Dialogue, Message
 from data.language import Languages
+from data.ledger import Ledger
+from data.quarantine import Quarantine
 from data.repetition import Repetition
 from data.scrub import HashedIds, Scrub
 from data.sources.record import LeftOut, Rejected
@@ -55,7 +47,7 @@ def test_every_record_is_counted_once(
 ) -> None:
     ledger, path = Ledger(), tmp_path_factory.mktemp("clean") / "q.jsonl"
     with open(path, "w") as file:
-        dialogues = without_bad(given_records, ledger, Quarantine(file, "chats", ledger))
+        dialogues = without_bad(given_records, Quarantine(file, "chats", ledger))
         ledger.kept = len(list(without_duplicates(passing(dialogues, Filters(), ledger), set(), ledger)))
     ledger.balance()
     assert ledger.read == len(given_records)
@@ -131,7 +123,7 @@ def test_values_replaced_in_the_quarantine_are_counted_apart(tmp_path: Path) -> 
     ledger = Ledger()
     with open(tmp_path / "q.jsonl", "w") as file:
         quarantine = Quarantine(file, "chats", ledger, Scrub())
-        given = list(without_bad([bad, talk("A:ann@example.com", "B:y")], ledger, quarantine))
+        given = list(without_bad([bad, talk("A:ann@example.com", "B:y")], quarantine))
     list(scrubbed(given, Scrub(), ledger))
     assert ledger.scrubbed == {"email": 1, "email in quarantine": 1}
     assert json.loads((tmp_path / "q.jsonl").read_text())["record"] == "{[email]"
@@ -154,7 +146,7 @@ def test_too_many_bad_records_stop_with_examples(tmp_path: Path) -> None:
     others = [Rejected("other.jsonl", 1, "not UTF-8", ""), *[talk("A:x", "B:y")] * 99]
     with open(path, "w") as file:
         for name, given_records in (("large", others), ("small", [BAD] * 6 + [talk("A:x", "B:y")] * 4)):
-            list(without_bad(given_records, ledgers[name], Quarantine(file, name, ledgers[name])))
+            list(without_bad(given_records, Quarantine(file, name, ledgers[name])))
     check_bad_fraction(ledgers, 0.6, path, kept)
     with pytest.raises(CleanError, match=r"source small: 6 of 10 records.*kept\.jsonl.*first:\n  f\.jsonl:3: not JSON"):
         check_bad_fraction(ledgers, 0.5, path, kept)
