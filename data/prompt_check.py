@@ -13,7 +13,6 @@ from typing import Any
 
 from jinja2 import nodes
 
-from data.prompt_jinja import sources
 from data.prompt_parts import TemplatePart
 from data.prompt_template import PromptTemplate
 from data.prompt_values import PromptError
@@ -200,7 +199,7 @@ def _uses_of(template: PromptTemplate, path: str) -> str:
     """file:line where a template first uses a value, best where it prints it."""
     key = path.split(".")[0]
     used: list[tuple[str, int]] = []
-    for name, tree in sources(template.environment, template.source, template.name):
+    for name, tree in template.sources():
         for output in tree.find_all(nodes.Output):
             for child in output.nodes:
                 if key in _names(child):

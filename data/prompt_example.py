@@ -5,7 +5,6 @@ from typing import Any
 
 from jinja2 import meta, nodes
 
-from data.prompt_jinja import sources
 from data.prompt_template import PromptTemplate
 
 _NAMES = frozenset({"speaker", "author", "name"})
@@ -24,7 +23,7 @@ def called_functions(template: PromptTemplate) -> list[str]:
 
 def _uses(template: PromptTemplate) -> "_Uses":
     uses = _Uses()
-    for _, tree in sources(template.environment, template.source, template.name):
+    for _, tree in template.sources():
         uses.add(tree)
     return uses
 

@@ -145,7 +145,7 @@ def _captured(block: nodes.AssignBlock) -> nodes.Filter:
     return block.filter
 
 
-def sources(environment: TemplateEnvironment, source: str, name: str) -> Iterator[tuple[str, nodes.Template]]:
+def template_sources(environment: TemplateEnvironment, source: str, name: str) -> Iterator[tuple[str, nodes.Template]]:
     """The syntax tree of a template and of every file that it includes or imports by name, each once."""
     seen: set[str] = set()
     pending = [(name, source)]

@@ -4,7 +4,7 @@ A template has two levels. `parts` is Prompt Poet's: any roles, any contents, no
 messages of the dialogue format, and needs to know who says each and who is to reply.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ import jinja2
 
 from data.dialogue import Dialogue, DialogueError, Encoder, Message
 from data.message_encoder import MessageEncoder
-from data.prompt_jinja import RESERVED, TemplateEnvironment
+from data.prompt_jinja import RESERVED, TemplateEnvironment, template_sources
 from data.prompt_parts import PartReader, TemplatePart
 from data.prompt_truncation import CONTEXT_COST, planned_parts, surviving_parts
 from data.prompt_values import PromptError, Texts, current_texts, plain
@@ -114,6 +114,16 @@ class PromptTemplate:
         except (OSError, UnicodeDecodeError) as error:
             raise PromptError(f"{path}: cannot be read as a template ({error})") from None
         return cls(source, str(path), path.parent, functions)
+
+    def sources(self) -> Iterator[tuple[str, jinja2.nodes.Template]]:
+        """The name and the syntax tree of the template and of every file that it includes or imports by name. Raises
+        PromptError where one is not there or is no template."""
+        try:
+            yield from template_sources(self.environment, self.source, self.name)
+        except jinja2.TemplateNotFound as error:
+            raise PromptError(f"{self.name}: it includes {error.name}, which is not in its folder") from None
+        except jinja2.TemplateError as error:
+            raise PromptError(_jinja_message(error, self.name)) from None
 
     def parts(
         self,

@@ -113,8 +113,9 @@ class Checkpoints:
         pending = self._pending
         if pending is None or pending.completing:
             return
+        assert pending.work is not None, "only a save that is being completed has ranks without work"
         pending.abandoned.set()
-        while pending.work and self._world.sum([self.report()[0]])[0]:
+        while self._world.sum([self.report()[0]])[0]:
             pending.work.wait(POLL_SECONDS)
         self._pending = None  # the next save removes its files
 
