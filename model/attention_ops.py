@@ -14,7 +14,7 @@ from torch.nn import functional as F
 Backend = Literal["auto", "flash_attn_4", "flash_attn_2", "varlen", "flex", "sdpa", "reference"]
 """Fastest first, which is the order "auto" tries them in."""
 
-BOUNDARY_PADDING = 512
+BOUNDARY_PADDING = 32
 """Kernels get their boundaries padded to a multiple of this by empty documents: few shapes, so few compilations."""
 
 

@@ -15,10 +15,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from model.attention_ops import AttentionBackward, AttentionOp, Documents, attend_with_backward
-from model.kernels.geglu import geglu, geglu_backward_
+from model.gated_product import gated_product
+from model.kernels.add_rows import add_rows
+from model.kernels.geglu import geglu_backward_
 from model.kernels.norm import Scales, add_norm, add_norm_backward
 from model.kernels.rotary import normed_heads, normed_heads_backward
-from model.matrix_product import stacked, vector_gradient, weight_gradients
+from model.matrix_product import stacked, weight_gradients
 
 if TYPE_CHECKING:
     from model.attention import KeyValue, Rope
@@ -86,6 +88,7 @@ class _Kept:
     middle_scales: Scales
     ff_normed_TD: Tensor | None
     gate_in_TX: Tensor
+    interleaved: bool
     product_TF: Tensor | None
     ff_out_TD: Tensor
     end_scales: Scales
@@ -98,9 +101,7 @@ def fused_block(
     attention, feed_forward = block.attention, block.feed_forward
     has_own = attention.owns_cache
     n_kv_heads = attention.n_kv_heads if has_own else 0
-    form = _Form(
-        attention.n_heads, n_kv_heads, attention.window, attention.eps, attend, documents, block.recompute
-    )
+    form = _Form(attention.n_heads, n_kv_heads, attention.window, attention.eps, attend, documents, block.recompute)
     weights = _Weights(
         attention_norm_in=block.attention_norm_in.weight,
         w_q=attention.w_q.weight,
@@ -173,12 +174,9 @@ def _run(
     )
     attended_TX = attended_THK.flatten(1)
     attention_out_TD = F.linear(attended_TX, w.w_o)
-    x_TD, ff_normed_TD, middle_scales = add_norm(
-        x_TD, attention_out_TD, w.attention_norm_out, w.ff_norm_in, form.eps
-    )
+    x_TD, ff_normed_TD, middle_scales = add_norm(x_TD, attention_out_TD, w.attention_norm_out, w.ff_norm_in, form.eps)
     assert ff_normed_TD is not None
-    gate_in_TX = F.linear(ff_normed_TD, stacked([w.w_gate, w.w_in]))
-    product_TF = geglu(gate_in_TX)
+    gate_in_TX, interleaved, product_TF = gated_product(ff_normed_TD, stacked([w.w_gate, w.w_in]))
     ff_out_TD = F.linear(product_TF, w.w_out)
     out_TD, _, end_scales = add_norm(x_TD, ff_out_TD, w.ff_norm_out, None, form.eps)
     kept = _Kept(
@@ -192,6 +190,7 @@ def _run(
         middle_scales=middle_scales,
         ff_normed_TD=ff_normed_TD if keeps_all else None,
         gate_in_TX=gate_in_TX,
+        interleaved=interleaved,
         product_TF=product_TF if keeps_all else None,
         ff_out_TD=ff_out_TD,
         end_scales=end_scales,
@@ -204,10 +203,10 @@ def _feed_forward_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the sum between attention and feed-forward, and of the attention's output; fills in weights'."""
     end = add_norm_backward(grad_TD, None, None, kept.ff_out_TD, w.ff_norm_out, None, kept.end_scales)
-    assert end.u_TD is not None and end.w_u_D is not None
-    gradients["ff_norm_out"] = vector_gradient(w.ff_norm_out, end.w_u_D)
+    assert end.u_TD is not None and end.w_u_PD is not None
+    gradients["ff_norm_out"] = _vector_gradient(w.ff_norm_out, end.w_u_PD)
     grad_TF = end.u_TD @ w.w_out
-    geglu_backward_(kept.gate_in_TX, grad_TF, remakes_product=kept.product_TF is None)
+    geglu_backward_(kept.gate_in_TX, grad_TF, kept.interleaved, remakes_product=kept.product_TF is None)
     product_TF = grad_TF if kept.product_TF is None else kept.product_TF  # made again in the gradient's place
     (gradients["w_out"],) = weight_gradients([w.w_out], end.u_TD, product_TF)
     del grad_TF, product_TF, end
@@ -219,9 +218,9 @@ def _feed_forward_backward(
     )  # fmt: skip
     normed_TD = middle.y_TD if normed_TD is None else normed_TD
     assert middle.x_TD is not None and middle.u_TD is not None and normed_TD is not None
-    assert middle.w_u_D is not None and middle.w_y_D is not None
-    gradients["attention_norm_out"] = vector_gradient(w.attention_norm_out, middle.w_u_D)
-    gradients["ff_norm_in"] = vector_gradient(w.ff_norm_in, middle.w_y_D)
+    assert middle.w_u_PD is not None and middle.w_y_PD is not None
+    gradients["attention_norm_out"] = _vector_gradient(w.attention_norm_out, middle.w_u_PD)
+    gradients["ff_norm_in"] = _vector_gradient(w.ff_norm_in, middle.w_y_PD)
     gradients["w_gate"], gradients["w_in"] = weight_gradients([w.w_gate, w.w_in], kept.gate_in_TX, normed_TD)
     return middle.x_TD, middle.u_TD
 
@@ -243,20 +242,20 @@ def _attention_backward(
         asked = (k_grad_TGK, v_grad_TGK)
         key_value_grads = [ours if more is None else ours + more for ours, more in zip(key_value_grads, asked)]
         k_grad_TGK, v_grad_TGK = (grad.contiguous() for grad in key_value_grads)
-    heads_grad_TX, q_norm_grad_K, k_norm_grad_K = normed_heads_backward(
+    heads_grad_TX, q_norm_grad_PK, k_norm_grad_PK = normed_heads_backward(
         kept.heads_TX, w.q_norm, w.k_norm, *rope, q_grad_THK.contiguous(), k_grad_TGK, v_grad_TGK, form.eps
     )
-    gradients["q_norm"] = vector_gradient(w.q_norm, q_norm_grad_K)
-    if w.k_norm is not None and k_norm_grad_K is not None:
-        gradients["k_norm"] = vector_gradient(w.k_norm, k_norm_grad_K)
+    gradients["q_norm"] = _vector_gradient(w.q_norm, q_norm_grad_PK)
+    if w.k_norm is not None and k_norm_grad_PK is not None:
+        gradients["k_norm"] = _vector_gradient(w.k_norm, k_norm_grad_PK)
     normed_TD = kept.attention_normed_TD
     start = add_norm_backward(
         grad_sum_TD, heads_grad_TX @ stacked(w.heads), x_TD, None, None, w.attention_norm_in, kept.start_scales,
         remakes_y=normed_TD is None,
     )  # fmt: skip
     normed_TD = start.y_TD if normed_TD is None else normed_TD
-    assert start.x_TD is not None and start.w_y_D is not None and normed_TD is not None
-    gradients["attention_norm_in"] = vector_gradient(w.attention_norm_in, start.w_y_D)
+    assert start.x_TD is not None and start.w_y_PD is not None and normed_TD is not None
+    gradients["attention_norm_in"] = _vector_gradient(w.attention_norm_in, start.w_y_PD)
     names = ("w_q", "w_k", "w_v") if form.owns_cache else ("w_q",)
     gradients.update(zip(names, weight_gradients(w.heads, heads_grad_TX, normed_TD), strict=True))
     return start.x_TD, *((None, None) if form.owns_cache else key_value_grads)
@@ -264,3 +263,11 @@ def _attention_backward(
 
 def _normed_heads(heads_TX: Tensor, rope: Rope, form: _Form, w: _Weights) -> tuple[Tensor, Tensor, Tensor]:
     return normed_heads(heads_TX, w.q_norm, w.k_norm, *rope, form.n_heads, form.n_kv_heads, form.eps)
+
+
+def _vector_gradient(weight: Tensor, parts_PD: Tensor) -> Tensor | None:
+    """The sum of float32 parts in the weight's dtype; None when it was added to the engine's `main_grad` instead."""
+    if hasattr(weight, "main_grad"):
+        add_rows(weight.main_grad, parts_PD)
+        return None
+    return parts_PD.sum(0).to(weight.dtype)

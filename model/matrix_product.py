@@ -46,14 +46,6 @@ def weight_gradients(weights: Sequence[Tensor], grad_TX: Tensor, input_TY: Tenso
     return [None] * len(weights)
 
 
-def vector_gradient(weight: Tensor, gradient_D: Tensor) -> Tensor | None:
-    """The same for a vector's float32 gradient: None when it was added to `main_grad`, else in the weight's dtype."""
-    if hasattr(weight, "main_grad"):
-        weight.main_grad.add_(gradient_D)
-        return None
-    return gradient_D.to(weight.dtype)
-
-
 def _as_one(matrices: Sequence[Tensor]) -> Tensor | None:
     """A view of matrices that lie one after the other in one storage; None when they do not."""
     first, width = matrices[0], matrices[0].shape[1]

@@ -81,6 +81,26 @@ class World:
         self.progress.tick()
         return values
 
+    def sum_later(self, values: dict[str, Tensor]) -> Callable[[], dict[str, float]]:
+        """The same for scalars on the device, which goes on working meanwhile: what is returned waits for the sums."""
+        names = sorted(values)
+        totals = torch.stack([values[name].detach().double() for name in names])
+        if self.size > 1:
+            torch.distributed.all_reduce(totals)
+        host, arrived = totals, None
+        if totals.device.type == "cuda":
+            host = torch.empty_like(totals, device="cpu", pin_memory=True).copy_(totals, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+
+        def sums() -> dict[str, float]:
+            if arrived:
+                arrived.synchronize()
+            self.progress.tick()
+            return dict(zip(names, host.tolist(), strict=True))
+
+        return sums
+
     def first_text(self, text: str | None) -> str:
         """The text of the first rank that has one, with its number."""
         if self.size == 1:
@@ -216,10 +236,10 @@ class Engine:
             group["lr"] = peak_lr * lr_multiplier
         if hasattr(self._optimizer, "fp32_groups_has_gradients"):
             _mark_gradient_sums(self._optimizer)
-        with _norm_check(self._optimizer, accepts) as refused:
+        with _norm_check(self._optimizer, accepts) as norm:
             self._deepspeed.step()
-        norm = refused[0] if refused else float(self._deepspeed.get_global_grad_norm() or 0.0)
-        return norm, bool(self._deepspeed.was_step_applied())
+        value = float(self._deepspeed.get_global_grad_norm() or 0.0) if norm.value is None else norm.value
+        return value, bool(self._deepspeed.was_step_applied())
 
     def snapshot(self) -> Snapshot:
         """A copy of this rank's optimizer state and random state, to be written as files (called on every rank)."""
@@ -277,33 +297,36 @@ class Engine:
         return weights
 
 
+@dataclass
+class _Norm:
+    """The gradient's norm before clipping; None when it is not finite."""
+
+    value: float | None = None
+    is_accepted: bool = True
+
+
 @contextmanager
-def _norm_check(optimizer: Any, accepts: Callable[[float], bool] | None) -> Iterator[list[float]]:
-    """Let `accepts` judge the gradient's norm too, where DeepSpeed looks whether it is finite; yields a refused one.
+def _norm_check(optimizer: Any, accepts: Callable[[float], bool] | None) -> Iterator[_Norm]:
+    """Note the gradient's norm where DeepSpeed looks whether it is finite, and let `accepts` judge it there too.
 
     BF16_Optimizer and both ZeRO optimizers ask `is_invalid_grad_norm` of the global norm, the same on all ranks, before
-    they touch weights or state, and then clear the gradients and return. ZeRO-1/2 asks again when it clips.
+    they touch weights or state, and then clear the gradients and return. ZeRO-1/2 asks again when it clips. To read the
+    norm afterwards would be to wait until the weights are updated.
     """
-    refused: list[float] = []
-    if accepts is None:
-        yield refused
-        return
     module = sys.modules[type(optimizer).__module__]
-    is_invalid, answers = module.is_invalid_grad_norm, {}
+    is_invalid, found = module.is_invalid_grad_norm, _Norm()
 
     def is_refused(norm: Tensor | float) -> bool:
-        if is_invalid(norm):
-            return True
         value = float(norm)
-        if value not in answers:
-            answers[value] = accepts(value)
-            if not answers[value]:
-                refused.append(value)
-        return not answers[value]
+        if is_invalid(value):
+            return True
+        if found.value is None:
+            found.value, found.is_accepted = value, accepts is None or accepts(value)
+        return not found.is_accepted
 
     module.is_invalid_grad_norm = is_refused  # type: ignore[attr-defined]
     try:
-        yield refused
+        yield found
     finally:
         module.is_invalid_grad_norm = is_invalid  # type: ignore[attr-defined]
 

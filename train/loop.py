@@ -148,9 +148,9 @@ def train(
         at("counting tokens")
         (count,) = world.sum([float(sum(stage.count(batch) for batch in batches))])
         tokens_since_log += sum(len(batch.tokens_T) for batch in batches) * world.size
-        sums = accumulate(engine, batches, count)
+        means = accumulate(engine, batches, count)
         at("optimizer step")
-        accepts = recent.judge(sums["loss"], count)
+        accepts = recent.judge(means)
         gradient_norm, taken = engine.step(schedule.multiplier(step, config.max_steps), accepts)
         if metrics and fresh:
             extra |= metrics.first_step()
@@ -159,11 +159,9 @@ def train(
         reason = skipped.note(taken, recent.refusal)
         at("logging")
         if step % config.log_every == 0 or reason:
-            names = sorted(sums)
-            totals = world.sum(torch.stack([sums[name] for name in names]).tolist())
+            values = means()
             if metrics:
                 seconds, clock = time.perf_counter() - clock, time.perf_counter()
-                values = {name: total / max(count, 1) for name, total in zip(names, totals, strict=True)}
                 values["lr"] = engine.peak_lr * schedule.multiplier(step - 1, config.max_steps)
                 values["gradient_norm"] = gradient_norm
                 values |= throughput.figures(tokens_since_log, seconds)
@@ -202,8 +200,12 @@ class StepReader:
         return rows, [self._stage.collate(part) for part in parts]
 
 
-def accumulate(engine: Engine, batches: list[Any], count: float) -> dict[str, Tensor]:
-    """Add the gradient of sum(loss) / count over micro-batches. The sums stay on the device: nothing waits for it."""
+def accumulate(engine: Engine, batches: list[Any], count: float) -> Callable[[], dict[str, float]]:
+    """Add the gradient of sum(loss) / count over micro-batches. Returns what gives the means over all ranks.
+
+    Nothing waits for the device, and the means come before the weights are updated: whoever asks for them after that
+    was launched gets them at once, and the next step is launched while the device is still busy with this one.
+    """
     sums: dict[str, Tensor] = {}
     for number, batch in enumerate(batches, 1):
         engine.world.progress.at(f"micro-batch {number} of {len(batches)}, forward")
@@ -213,7 +215,8 @@ def accumulate(engine: Engine, batches: list[Any], count: float) -> dict[str, Te
         # a loss that is not finite must make a gradient that is not finite: that step is then refused
         engine.world.progress.at(f"micro-batch {number} of {len(batches)}, backward")
         engine.accumulate(loss.total * torch.where(sums["loss"].isfinite(), 1 / max(count, 1), float("nan")))
-    return sums
+    total = engine.world.sum_later(sums)
+    return lambda: {name: value / max(count, 1) for name, value in total().items()}
 
 
 def no_grad_sum(engine: Engine, batches: list[Any], count: Callable[[Any], int]) -> dict[str, float]:

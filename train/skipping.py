@@ -11,7 +11,6 @@ from typing import Annotated, NoReturn
 
 import numpy as np
 from pydantic import Field, PositiveFloat
-from torch import Tensor
 
 from recipes.loader import Section
 from train.engine import World
@@ -59,18 +58,17 @@ class RecentSteps:
         """A copy of the windows, oldest first, to be given to `__init__`."""
         return {name: list(values) for name, values in self._values.items()} or None
 
-    def judge(self, loss: Tensor, count: float) -> Callable[[float], bool] | None:
+    def judge(self, means: Callable[[], dict[str, float]]) -> Callable[[float], bool] | None:
         """For `Engine.step`: whether a step with this loss and a gradient norm is accepted. All ranks answer alike.
 
-        `loss` is the sum over this rank's share of the step's `count` tokens, on the device.
+        `means` gives the step's "loss" over all ranks; it is called when the norm is there.
         """
         if not self._settings:
             return None
-        (total,) = self._world.sum([float(loss)])
         self.refusal = None
 
         def accepts(gradient_norm: float) -> bool:
-            found = {"loss": total / max(count, 1), "gradient_norm": gradient_norm}
+            found = {"loss": means()["loss"], "gradient_norm": gradient_norm}
             reasons = [reason for name, value in found.items() if (reason := self._reason(name, value))]
             # their values could differ in the last bit, and then one rank alone would take the step
             (n_refusing,) = self._world.sum([float(bool(reasons))])

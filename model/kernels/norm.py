@@ -101,15 +101,15 @@ class Scales:
 
 @dataclass(frozen=True)
 class AddNormGradients:
-    """Gradients of `add_norm`, those of the weights in float32, and where asked for `y_TD` once more.
+    """Gradients of `add_norm`, those of the weights as the kernel's P programs summed them, and y once more if asked.
 
     Where there is no y, the gradient of x is that of out, unchanged, and not repeated.
     """
 
     x_TD: Tensor | None
     u_TD: Tensor | None
-    w_u_D: Tensor | None
-    w_y_D: Tensor | None
+    w_u_PD: Tensor | None
+    w_y_PD: Tensor | None
     y_TD: Tensor | None
 
 
@@ -147,16 +147,16 @@ def add_norm_backward(
     x_gradient_TD, u_gradient_TD, y_TD = (
         torch.empty_like(grad_out_TD) if has else None for has in (has_y, has_u, remakes_y)
     )
-    partial_2PD = grad_out_TD.new_empty(2, n_programs, width, dtype=torch.float32)
+    w_u_PD, w_y_PD = (
+        grad_out_TD.new_empty(n_programs, width, dtype=torch.float32) if has else None for has in (has_u, has_y)
+    )
     if n_rows:
         _add_norm_backward_kernel[(n_programs,)](
             x_TD, u_TD, w_u_D, w_y_D, scales.u_T, scales.out_T, grad_out_TD, grad_y_TD,
-            x_gradient_TD, u_gradient_TD, y_TD, partial_2PD[0], partial_2PD[1], n_rows, width,
+            x_gradient_TD, u_gradient_TD, y_TD, w_u_PD, w_y_PD, n_rows, width,
             HAS_U=has_u, HAS_Y=has_y, REMAKES_Y=remakes_y, BLOCK=block, num_warps=n_warps,
         )  # fmt: skip
-    first, last = (0 if has_u else 1), (2 if has_y else 1)
-    sums = dict(zip(range(first, last), partial_2PD[first:last].sum(1).unbind(0), strict=True))
-    return AddNormGradients(x_gradient_TD, u_gradient_TD, sums.get(0), sums.get(1), y_TD)
+    return AddNormGradients(x_gradient_TD, u_gradient_TD, w_u_PD, w_y_PD, y_TD)
 
 
 def _launch(width: int) -> tuple[int, int]:

@@ -160,7 +160,10 @@ def normed_heads_backward(
     x_TX: Tensor, w_q_K: Tensor, w_k_K: Tensor | None, cos_TC: Tensor, sin_TC: Tensor, grad_q_THK: Tensor,
     grad_k_TGK: Tensor | None, grad_v_TGK: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Gradients of x_TX, and in float32 of w_q_K and w_k_K, from those of q, k and v (None where there are no keys)."""
+    """Gradients of x_TX, w_q_K and w_k_K (None where there are no keys), from those of q, k and v.
+
+    Those of the weights are float32 and a row for each of the kernel's P programs, to be summed.
+    """
     n_tokens, n_heads, d_head = grad_q_THK.shape
     n_kv_heads = 0 if grad_k_TGK is None else grad_k_TGK.shape[1]
     n_programs = min(triton.cdiv(n_tokens, _TOKENS), _PROGRAMS_A_PROCESSOR * n_processors(x_TX.device))
@@ -174,5 +177,5 @@ def normed_heads_backward(
             n_tokens, n_heads, n_kv_heads, d_head // 2, eps,
             TOKENS=_TOKENS, BLOCK=triton.next_power_of_2(d_head // 2), num_warps=4,
         )  # fmt: skip
-    q_gradient_K, k_gradient_K = partial_P2K.sum(0).unbind(0)
-    return x_gradient_TX, q_gradient_K, None if w_k_K is None else k_gradient_K
+    q_gradient_PK, k_gradient_PK = partial_P2K.unbind(1)
+    return x_gradient_TX, q_gradient_PK, None if w_k_K is None else k_gradient_PK

@@ -19,7 +19,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 
 def accepts(recent: RecentSteps, loss: float, gradient_norm: float) -> bool:
-    judge = recent.judge(torch.tensor(loss * 4, dtype=torch.float64), count=4)
+    judge = recent.judge(lambda: {"loss": loss})
     assert judge is not None
     return judge(gradient_norm)
 
@@ -33,7 +33,7 @@ def after(values: list[float], settings: SkipSpikes) -> RecentSteps:
 
 def test_without_the_option_there_is_nothing_to_ask() -> None:
     recent = RecentSteps(None, ALONE)
-    assert recent.judge(torch.tensor(1.0), 1) is None
+    assert recent.judge(dict) is None
     assert recent.state() is None
 
 

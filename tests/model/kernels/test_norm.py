@@ -37,8 +37,9 @@ def test_values_and_gradients(n_rows: int, width: int, branch: bool, normed: boo
         grad_out_TD, grad_y_TD if normed else None, x_TD, *inputs, scales, remakes_y=normed and remakes_y
     )
     torch.testing.assert_close(found_out_TD, out_TD.detach(), rtol=1e-5, atol=1e-5)
-    pairs = [(found.u_TD, u_grad, branch), (found.w_u_D, w_u_grad, branch), (found.x_TD, x_grad, normed)]
-    pairs += [(found.w_y_D, w_y_grad, normed), (found_y_TD, y_TD.detach(), normed)]
+    w_u_found, w_y_found = (None if parts is None else parts.sum(0) for parts in (found.w_u_PD, found.w_y_PD))
+    pairs = [(found.u_TD, u_grad, branch), (w_u_found, w_u_grad, branch), (found.x_TD, x_grad, normed)]
+    pairs += [(w_y_found, w_y_grad, normed), (found_y_TD, y_TD.detach(), normed)]
     pairs += [(found.y_TD, y_TD.detach(), normed and remakes_y)]
     for ours, expected, is_there in pairs:
         assert (ours is not None) == is_there

@@ -1,0 +1,74 @@
+"""gelu(x w_gate) * (x w_in): a product and then the gate, or both in one kernel where quack-kernels has one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.kernels.geglu import geglu
+
+_GatedProduct = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def gated_product(x_TD: Tensor, w_gate_in_XD: Tensor) -> tuple[Tensor, bool, Tensor]:
+    """(gate_in_TX, interleaved, product_TF): x times weights whose first half of rows is the gate's, and their GeGLU.
+
+    `interleaved`: how gate_in_TX lies, a column of the gate and one of the linear branch in turn, or all of the gate's
+    first. `geglu_backward_` takes both.
+    """
+    in_one = _gated_product_of_quack(x_TD.device, x_TD.dtype)
+    # the kernel's loads are of 16 bytes
+    if in_one and x_TD.numel() and x_TD.shape[1] % 8 == 0 and len(w_gate_in_XD) % 16 == 0:
+        gate_in_TX, product_TF = in_one(x_TD, w_gate_in_XD)
+        return gate_in_TX, True, product_TF
+    gate_in_TX = F.linear(x_TD, w_gate_in_XD)
+    return gate_in_TX, False, geglu(gate_in_TX)
+
+
+@cache
+def _gated_product_of_quack(device: torch.device, dtype: torch.dtype) -> _GatedProduct | None:
+    """quack-kernels' product with the gate in its epilogue; None where it is not, or does not do what it should."""
+    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    if not is_hopper or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    try:
+        from quack.gemm_config import GemmConfig
+        from quack.gemm_interface import gemm_gated
+    except ImportError:  # it comes with flash-attn-4
+        return None
+    # the fastest of eight on an H100, by little
+    config = GemmConfig(tile_m=128, tile_n=192, pingpong=True, cluster_m=2, cluster_n=1, is_dynamic_persistent=False)
+
+    def in_one(x_TD: Tensor, w_gate_in_XD: Tensor) -> tuple[Tensor, Tensor]:
+        return gemm_gated(x_TD, w_gate_in_XD.T, activation="geglu", concat_layout=("B",), config=config)
+
+    obstacle = _obstacle(in_one, device, dtype)
+    if obstacle:
+        warnings.warn(
+            f"quack-kernels' gated product is not used, which costs 2% of training's speed: {obstacle}. "
+            "The gpu extra names the versions that fit each other",
+            stacklevel=2,
+        )
+    return None if obstacle else in_one
+
+
+def _obstacle(in_one: _GatedProduct, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a kernel cannot be used, found by using it: its compiler and it must fit each other."""
+    generator = torch.Generator(device).manual_seed(0)
+    x_TD, w_XD = (torch.randn(256, 64, device=device, dtype=dtype, generator=generator) / 3 for _ in range(2))
+    expected_TX = F.linear(x_TD, w_XD)
+    gate_TF, linear_TF = expected_TX.float().chunk(2, dim=1)
+    expected_TF = F.gelu(gate_TF, approximate="tanh") * linear_TF
+    try:
+        gate_in_TX, product_TF = in_one(x_TD, w_XD)
+        found_TX = torch.cat([gate_in_TX[:, 0::2], gate_in_TX[:, 1::2]], dim=1)
+        torch.testing.assert_close(found_TX, expected_TX, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(product_TF.float(), expected_TF, rtol=0.05, atol=0.05)
+    except Exception as error:  # of any kind: what compiles it has its own
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return None
