@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from model.attention_ops import AttentionBackward, AttentionOp, Documents, attend_with_backward
 from model.gated_product import gated_product
 from model.kernels.add_rows import add_rows
-from model.kernels.geglu import geglu_backward_
+from model.kernels.geglu import geglu_backward
 from model.kernels.norm import Scales, add_norm, add_norm_backward
 from model.kernels.rotary import normed_heads, normed_heads_backward
 from model.matrix_product import stacked, weight_gradients
@@ -206,7 +206,7 @@ def _feed_forward_backward(
     assert end.u_TD is not None and end.w_u_PD is not None
     gradients["ff_norm_out"] = _vector_gradient(w.ff_norm_out, end.w_u_PD)
     grad_TF = end.u_TD @ w.w_out
-    geglu_backward_(kept.gate_in_TX, grad_TF, kept.interleaved, remakes_product=kept.product_TF is None)
+    kept.gate_in_TX = geglu_backward(kept.gate_in_TX, grad_TF, kept.interleaved, kept.product_TF is None)
     product_TF = grad_TF if kept.product_TF is None else kept.product_TF  # made again in the gradient's place
     (gradients["w_out"],) = weight_gradients([w.w_out], end.u_TD, product_TF)
     del grad_TF, product_TF, end

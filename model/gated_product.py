@@ -19,7 +19,7 @@ def gated_product(x_TD: Tensor, w_gate_in_XD: Tensor) -> tuple[Tensor, bool, Ten
     """(gate_in_TX, interleaved, product_TF): x times weights whose first half of rows is the gate's, and their GeGLU.
 
     `interleaved`: how gate_in_TX lies, a column of the gate and one of the linear branch in turn, or all of the gate's
-    first. `geglu_backward_` takes both.
+    first. `geglu_backward` takes both.
     """
     in_one = _gated_product_of_quack(x_TD.device, x_TD.dtype)
     # the kernel's loads are of 16 bytes

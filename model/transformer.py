@@ -29,8 +29,8 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
 
     def forward(self, tokens_T: Tensor) -> Tensor:
-        # the scale is rounded to the weight's dtype first, as the stock engines do
-        scale = torch.tensor(self.scale, dtype=self.weight.dtype, device=self.weight.device)
+        # rounded to the weight's dtype first, as the stock engines do; a tensor on the device would be waited for
+        scale = torch.tensor(self.scale, dtype=self.weight.dtype, device="cpu").item()
         return F.embedding(tokens_T, self.weight) * scale
 
 

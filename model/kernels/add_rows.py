@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ROWS, _COLUMNS = 128, 16
+_ROWS, _COLUMNS = 1024, 8  # all rows at once: the pass is nothing but waiting for memory
 
 
 @triton.jit
@@ -31,5 +31,5 @@ def add_rows(total_D: Tensor, rows_PD: Tensor) -> None:
     assert total_D.is_contiguous()
     if n_rows:
         _add_rows_kernel[(triton.cdiv(n_columns, _COLUMNS),)](
-            total_D, rows_PD, n_rows, n_columns, rows_PD.stride(0), ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4
+            total_D, rows_PD, n_rows, n_columns, rows_PD.stride(0), ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=8
         )

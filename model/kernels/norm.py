@@ -15,6 +15,7 @@ from torch import Tensor
 from model.kernels.launch import n_processors
 
 _PROGRAMS_A_PROCESSOR = 8  # of 4 warps at width 2048: the fastest on an H100 of 2, 4, 8 and 4, 8, 16
+_MOST_PROGRAMS = 1024  # as many rows as add_rows takes at once
 
 
 @triton.jit
@@ -141,7 +142,7 @@ def add_norm_backward(
     """
     n_rows, width = grad_out_TD.shape
     block, n_warps = _launch(width)
-    n_programs = min(n_rows, _PROGRAMS_A_PROCESSOR * n_processors(grad_out_TD.device))
+    n_programs = min(n_rows, _PROGRAMS_A_PROCESSOR * n_processors(grad_out_TD.device), _MOST_PROGRAMS)
     has_u, has_y = u_TD is not None, w_y_D is not None
     assert has_y or not remakes_y
     x_gradient_TD, u_gradient_TD, y_TD = (
