@@ -46,6 +46,14 @@ def weight_gradients(weights: Sequence[Tensor], grad_TX: Tensor, input_TY: Tenso
     return [None] * len(weights)
 
 
+def scaled_gradient(weight: Tensor, gradient: Tensor, scale: Tensor) -> Tensor | None:
+    """A float32 gradient times a scalar in the weight's dtype (its memory is used): None when added to `main_grad`."""
+    if hasattr(weight, "main_grad"):
+        weight.main_grad.addcmul_(gradient, scale)
+        return None
+    return gradient.mul_(scale).to(weight.dtype)
+
+
 def _as_one(matrices: Sequence[Tensor]) -> Tensor | None:
     """A view of matrices that lie one after the other in one storage; None when they do not."""
     first, width = matrices[0], matrices[0].shape[1]

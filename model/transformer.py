@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -31,7 +32,26 @@ class Embedding(nn.Module):
     def forward(self, tokens_T: Tensor) -> Tensor:
         # rounded to the weight's dtype first, as the stock engines do; a tensor on the device would be waited for
         scale = torch.tensor(self.scale, dtype=self.weight.dtype, device="cpu").item()
+        if hasattr(self.weight, "main_grad"):
+            return _EmbeddedTokens.apply(tokens_T, self.weight, scale)
         return F.embedding(tokens_T, self.weight) * scale
+
+
+class _EmbeddedTokens(torch.autograd.Function):
+    """The same, its gradient added to the float32 one that the engine keeps as `main_grad`: rows of tokens, not all."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens_T: Tensor, weight_VD: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(tokens_T)
+        ctx.weight_VD, ctx.scale = weight_VD, scale
+        return F.embedding(tokens_T, weight_VD) * scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[None, None, None]:
+        (tokens_T,) = ctx.saved_tensors
+        ctx.weight_VD.main_grad.index_add_(0, tokens_T, grad_TD.float(), alpha=ctx.scale)
+        return None, None, None
 
 
 class Block(nn.Module):

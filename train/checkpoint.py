@@ -13,15 +13,15 @@ from rich.console import Console
 
 from data.atomic_file import atomic_file, sync_path, write_json
 from data.sampler import DataPosition
-from data.shards import file_sha256
 from train.background import POLL_SECONDS, Background, on_main
 from train.engine import World
+from train.hashed_file import file_hash
 
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
 _NONE, _ALL_DAMAGED = -1.0, -2.0
 
 Write = Callable[[Path, threading.Event], Mapping[Path, str]]
-"""Writes one rank's files below a directory, synced, and says the sha256 of each; fails soon once the event is set."""
+"""Writes one rank's files below a directory, synced, and says the hash of each; fails soon once the event is set."""
 
 
 class CheckpointError(RuntimeError):
@@ -186,13 +186,13 @@ class Checkpoints:
         except RuntimeError:
             _try_to_write(staging)
             raise
-        by_name = {str(path.relative_to(staging)): sha256 for path, sha256 in hashes.items()}
+        by_name = {str(path.relative_to(staging)): of_file for path, of_file in hashes.items()}
         write_json(_part(staging, self._world.rank), by_name)
 
     def _complete(self, pending: _Pending) -> None:
         staging, target = pending.staging, pending.target
         write_json(staging / STATE, {**asdict(pending.state), "position": pending.state.position.to_dict()})
-        hashes = {STATE: file_sha256(staging / STATE)}
+        hashes = {STATE: file_hash(staging / STATE)}
         for rank in range(self._world.size):
             hashes |= json.loads(_part(staging, rank).read_text())
             _part(staging, rank).unlink()
@@ -227,7 +227,7 @@ def damage(path: Path) -> str | None:
     for name, expected in hashes.items():
         if not (path / name).is_file():
             return f"{name} is missing"
-        if file_sha256(path / name) != expected:
+        if file_hash(path / name) != expected:
             return f"{name} does not have the hash it was written with"
     return None
 

@@ -22,8 +22,9 @@ from model.execution import Execution, Recompute
 from model.transformer import Block
 from recipes.loader import Section
 from recipes.run_directory import MayChange
+from train.host_memory import HostMemory
 from train.optim import AdamW, Muon, build_optimizer
-from train.snapshot import Snapshot, host_copy
+from train.snapshot import Snapshot
 from train.watchdog import Progress
 
 OPTIMIZER_DIRECTORY = "optimizer"
@@ -198,7 +199,7 @@ class Engine:
 
         obstacle = optimizer.obstacle(settings.precision, settings.zero_stage) if isinstance(optimizer, Muon) else None
         assert obstacle is None, obstacle
-        self.world = world
+        self.world, self.host_memory = world, HostMemory()
         self.peak_lr, self._zero_stage = optimizer.lr, settings.zero_stage
         module.to(world.device, torch.bfloat16 if settings.precision == "bfloat16" else torch.float32)
         if settings.zero_stage == 3:
@@ -243,7 +244,7 @@ class Engine:
 
     def snapshot(self) -> Snapshot:
         """A copy of this rank's optimizer state and random state, to be written as files (called on every rank)."""
-        snapshot = Snapshot()
+        snapshot = Snapshot(self.host_memory)
         usual, self._deepspeed.checkpoint_engine = self._deepspeed.checkpoint_engine, snapshot
         self._deepspeed._copy_recovery_script = lambda save_path: None  # a script for the weights, which `model/` holds
         self._deepspeed.save_checkpoint(
@@ -293,7 +294,7 @@ class Engine:
         for name, parameter in self.module.named_parameters():  # one at a time: the whole need not fit on a device
             with deepspeed.zero.GatheredParameters([parameter]):
                 if self.world.is_main:
-                    weights[name] = host_copy(parameter.detach())
+                    weights[name] = snapshot.copy(parameter.detach())
         return weights
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,6 +9,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import xxhash
+
+_Hash = xxhash.xxh3_128
+"""It is to find damage, not forgery: ten times as fast as SHA-256, which would be slower than a disk."""
 _PIECE = 16 << 20
 _SYNC_EVERY = 256 << 20
 
@@ -19,7 +22,7 @@ class AbandonedError(Exception):
 
 
 class HashedFile:
-    """What `torch.save` writes to (`write`, `flush`). At the end of its block the file is synced, and `sha256` known.
+    """What `torch.save` writes to (`write`, `flush`). At the end of its block the file is synced, and `hash` known.
 
     Writing, hashing and syncing are each a thread's work, so that a file takes as long as the slowest of them. Raises
     OSError as the file does, a late one of the disk too, and AbandonedError once that event is set.
@@ -28,13 +31,13 @@ class HashedFile:
     def __init__(self, path: Path, abandoned: threading.Event) -> None:
         self._abandoned = abandoned
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by __exit__)
-        self._digest = hashlib.sha256()
+        self._digest = _Hash()
         self._hasher, self._syncer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._sync: Future[None] | None = None
         self._unsynced = 0
 
     @property
-    def sha256(self) -> str:
+    def hash(self) -> str:
         """Hex digest of what has been written."""
         return self._digest.hexdigest()
 
@@ -83,3 +86,12 @@ class HashedFile:
             self._hasher.shutdown()
             self._syncer.shutdown()
             self._file.close()
+
+
+def file_hash(path: Path) -> str:
+    """What `HashedFile.hash` was when the file was written, if it is as it was written."""
+    digest = _Hash()
+    with open(path, "rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from train.hashed_file import HashedFile
+from train.host_memory import HostMemory
 
 
 class Snapshot:
@@ -21,7 +22,8 @@ class Snapshot:
     protocol), which therefore touches no disk: a full one cannot leave the ranks in different collectives.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, memory: HostMemory) -> None:
+        self._memory, self._lent = memory, list[Tensor]()
         self._files: list[tuple[Path, Any]] = []
         self._copies: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
         self._failure: Exception | None = None
@@ -31,8 +33,19 @@ class Snapshot:
         """The copy of a tensor; the same one when asked again, so that shared tensors stay shared."""
         key = (source.data_ptr(), source.shape, source.stride(), source.dtype)
         if key not in self._copies:  # the source is kept as well: its address must not be given to another one
-            self._copies[key] = (source, host_copy(source))
+            self._copies[key] = (source, self.copy(source))
         return self._copies[key][1]
+
+    def copy(self, source: Tensor) -> Tensor:
+        """A copy of its own, of a tensor that may be freed after this."""
+        self._lent.append(self._memory.copy(source))
+        return self._lent[-1]
+
+    def release(self) -> None:
+        """Nothing more will be written: the next snapshot may have the memory."""
+        self._files.clear()
+        self._memory.give_back(self._lent)
+        self._lent.clear()
 
     def finish(self) -> None:
         """Nothing more will be copied."""
@@ -46,24 +59,25 @@ class Snapshot:
             self._copied.synchronize()
 
     def write(self, directory: Path, abandoned: threading.Event) -> dict[Path, str]:
-        """Write the files below `directory`, synced; the sha256 of each. Ends early once `abandoned` is set."""
+        """Write the files below `directory`, synced; the hash of each. Ends early once `abandoned` is set."""
         if self._failure:
             raise self._failure
         self.wait()
         hashes = {}
-        torch.serialization.set_crc32_options(False)  # of every tensor, in one thread; the file's sha256 says more
+        torch.serialization.set_crc32_options(False)  # of every tensor, in one thread; the file's hash says more
         for name, content in self._files:
             path = directory / name
             path.parent.mkdir(parents=True, exist_ok=True)
             with HashedFile(path, abandoned) as file:
                 torch.save(content, cast(IO[bytes], file))
-            hashes[path] = file.sha256
+            hashes[path] = file.hash
         return hashes
 
     def save(self, state_dict: Any, path: str) -> None:
         try:
             self._files.append((Path(path), self._copy_of(state_dict)))
-        except (RuntimeError, MemoryError) as error:  # raised by `write`: here the other ranks are in a collective
+        except (RuntimeError, MemoryError, OSError) as error:
+            # raised by `write`: here the other ranks are in a collective
             self._failure = error
 
     def create(self, info: Any) -> None: ...
@@ -83,9 +97,3 @@ class Snapshot:
         if type(value) in (list, tuple):
             return type(value)(self._copy_of(item) for item in value)
         return copy.deepcopy(value)
-
-
-def host_copy(source: Tensor) -> Tensor:
-    """A copy in host memory, which the device fills in the order of its stream (pinned: torch reuses the blocks)."""
-    target = torch.empty_like(source, device="cpu", pin_memory=source.is_cuda, memory_format=torch.contiguous_format)
-    return target.copy_(source, non_blocking=True)

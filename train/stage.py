@@ -20,7 +20,7 @@ from torch import nn
 from data.batch import PackedBatch, PackedRows, collate
 from data.mixture import MixtureData, MixtureRows, open_mixture
 from data.sampler import Rows
-from data.shards import PackedDataset, file_sha256
+from data.shards import PackedDataset
 from data.synthetic import SyntheticData, SyntheticRows
 from eval.scoring import spread_rows
 from model.attention_ops import Backend, Documents, choose_backend
@@ -35,6 +35,7 @@ from train.background import on_main
 from train.checkpoint import CheckpointError, Checkpoints, CheckpointState, Write
 from train.elastic import universal_form
 from train.engine import Engine, EngineConfig, World, join_world
+from train.hashed_file import file_hash
 from train.loop import LoopConfig, LoopError, Loss, Outcome, Stage, no_grad_sum, train
 from train.memory_report import Summary
 from train.metrics import Metrics, WandbConfig, plot_metrics
@@ -326,19 +327,22 @@ def _snapshot(engine: Engine, job: Job) -> Write:
             return {}
         state.wait()
         _write_model(job, weights, directory)
-        return {path: file_sha256(path) for path in directory.iterdir()}
+        return {path: file_hash(path) for path in directory.iterdir()}
 
     def write(directory: Path, abandoned: threading.Event) -> dict[Path, str]:
-        with ThreadPoolExecutor(1) as beside:
-            model = beside.submit(write_model, directory / "model")
-            return {**state.write(directory, abandoned), **model.result()}
+        try:
+            with ThreadPoolExecutor(1) as beside:
+                model = beside.submit(write_model, directory / "model")
+                return {**state.write(directory, abandoned), **model.result()}
+        finally:
+            state.release()
 
     return write
 
 
 def _save_weights(engine: Engine, job: Job, run_dir: Path) -> None:
     """Write the finished model."""
-    snapshot = Snapshot()
+    snapshot = Snapshot(engine.host_memory)
     weights = engine.weights(snapshot)
     snapshot.finish()
     snapshot.wait()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.matrix_product import add_product
+from model.matrix_product import add_product, scaled_gradient
 
 LOGIT_CHUNK_ELEMENTS = 2**27
 """Logits that exist at one time (256 MiB in bfloat16)."""
@@ -81,7 +81,7 @@ class _SummedLoss(torch.autograd.Function):
                 )
                 torch.mm(gradient_CV, embed_VD, out=hidden_gradient_TD[chunk])
                 add_product(embed_gradient_VD, gradient_CV.T, hidden_TD[chunk])
-        ctx.embed_dtype = embed_VD.dtype
+        ctx.embed_VD = embed_VD
         ctx.save_for_backward(hidden_gradient_TD, embed_gradient_VD)
         return total
 
@@ -89,7 +89,7 @@ class _SummedLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden_gradient_TD, embed_gradient_VD = ctx.saved_tensors
         scale = gradients[0]
-        embed_gradient_VD = embed_gradient_VD.mul_(scale).to(ctx.embed_dtype)
+        embed_gradient_VD = scaled_gradient(ctx.embed_VD, embed_gradient_VD, scale)
         return hidden_gradient_TD * scale.to(hidden_gradient_TD.dtype), embed_gradient_VD, None, None, None, None
 
 

@@ -1,4 +1,4 @@
-"""Rows summed into a vector that holds something already: one pass where PyTorch needs two."""
+"""Rows summed into a vector that holds something already: in one pass and with all of them read at once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ROWS, _COLUMNS = 1024, 8  # all rows at once: the pass is nothing but waiting for memory
+from model.kernels.launch import MOST_SUMS
+
+_COLUMNS = 8
 
 
 @triton.jit
@@ -31,5 +33,5 @@ def add_rows(total_D: Tensor, rows_PD: Tensor) -> None:
     assert total_D.is_contiguous()
     if n_rows:
         _add_rows_kernel[(triton.cdiv(n_columns, _COLUMNS),)](
-            total_D, rows_PD, n_rows, n_columns, rows_PD.stride(0), ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=8
+            total_D, rows_PD, n_rows, n_columns, rows_PD.stride(0), ROWS=MOST_SUMS, COLUMNS=_COLUMNS, num_warps=8
         )

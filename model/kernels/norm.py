@@ -12,10 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.launch import n_processors
+from model.kernels.launch import n_summing_programs
 
-_PROGRAMS_A_PROCESSOR = 8  # of 4 warps at width 2048: the fastest on an H100 of 2, 4, 8 and 4, 8, 16
-_MOST_PROGRAMS = 1024  # as many rows as add_rows takes at once
+_PROGRAMS_A_PROCESSOR, _STAGES = 4, 3  # of 4 warps at width 2048: the fastest on an H100 of 2 to 16 and 1 to 4
 
 
 @triton.jit
@@ -51,7 +50,7 @@ def _add_norm_kernel(
 def _add_norm_backward_kernel(
     x_ptr, u_ptr, w_u_ptr, w_y_ptr, u_scale_ptr, out_scale_ptr, grad_out_ptr, grad_y_ptr,
     grad_x_ptr, grad_u_ptr, y_ptr, grad_w_u_ptr, grad_w_y_ptr, n_rows, width,
-    HAS_U: tl.constexpr, HAS_Y: tl.constexpr, REMAKES_Y: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_U: tl.constexpr, HAS_Y: tl.constexpr, REMAKES_Y: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK)
     inside = columns < width
@@ -62,7 +61,7 @@ def _add_norm_backward_kernel(
         w_u = _load(w_u_ptr, 0, columns, width)
     if HAS_Y:
         w_y = _load(w_y_ptr, 0, columns, width)
-    for row_number in range(program, n_rows, tl.num_programs(0)):
+    for row_number in tl.range(program, n_rows, tl.num_programs(0), num_stages=STAGES):
         row = row_number + tl.full([], 0, tl.int64)  # offsets may exceed 32 bits
         grad = _load(grad_out_ptr, row, columns, width)
         if HAS_U:
@@ -142,7 +141,7 @@ def add_norm_backward(
     """
     n_rows, width = grad_out_TD.shape
     block, n_warps = _launch(width)
-    n_programs = min(n_rows, _PROGRAMS_A_PROCESSOR * n_processors(grad_out_TD.device), _MOST_PROGRAMS)
+    n_programs = n_summing_programs(n_rows, _PROGRAMS_A_PROCESSOR, grad_out_TD.device)
     has_u, has_y = u_TD is not None, w_y_D is not None
     assert has_y or not remakes_y
     x_gradient_TD, u_gradient_TD, y_TD = (
@@ -155,7 +154,7 @@ def add_norm_backward(
         _add_norm_backward_kernel[(n_programs,)](
             x_TD, u_TD, w_u_D, w_y_D, scales.u_T, scales.out_T, grad_out_TD, grad_y_TD,
             x_gradient_TD, u_gradient_TD, y_TD, w_u_PD, w_y_PD, n_rows, width,
-            HAS_U=has_u, HAS_Y=has_y, REMAKES_Y=remakes_y, BLOCK=block, num_warps=n_warps,
+            HAS_U=has_u, HAS_Y=has_y, REMAKES_Y=remakes_y, BLOCK=block, STAGES=_STAGES, num_warps=n_warps,
         )  # fmt: skip
     return AddNormGradients(x_gradient_TD, u_gradient_TD, w_u_PD, w_y_PD, y_TD)
 

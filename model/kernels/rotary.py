@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.launch import n_processors
+from model.kernels.launch import n_summing_programs
 
-_TOKENS, _PROGRAMS_A_PROCESSOR = 16, 8  # the fastest on an H100 of 4 to 32 and 4 to 16
+_TOKENS = 16
+_PROGRAMS_A_PROCESSOR, _STAGES = 4, 3  # of the backward pass: the fastest on an H100 of 4 to 32, 4 to 16 and 1 to 3
 
 
 @triton.jit
@@ -78,11 +79,11 @@ def _rotary_kernel(
 @triton.jit
 def _rotary_heads_backward(
     in_ptr, grad_ptr, out_ptr, weight_ptr, cos, sin, tokens_T1, columns_1C, inside_TC, sum_first, sum_second,
-    first_head, n_heads, n_all, half, eps, ROTATES: tl.constexpr,
+    first_head, n_heads, n_all, half, eps, ROTATES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     if ROTATES:
         w_first, w_second = _load_weight(weight_ptr, columns_1C, half)
-    for head in range(n_heads):
+    for head in tl.range(0, n_heads, num_stages=STAGES):
         source = (tokens_T1 * n_all + first_head + head) * (2 * half)
         first, second, scale = _load_normed(in_ptr, source, columns_1C, inside_TC, half, eps)
         grad = (tokens_T1 * n_heads + head) * (2 * half)
@@ -101,7 +102,7 @@ def _rotary_heads_backward(
 @triton.jit
 def _rotary_backward_kernel(
     x_ptr, w_q_ptr, w_k_ptr, cos_ptr, sin_ptr, grad_q_ptr, grad_k_ptr, grad_v_ptr, grad_x_ptr, grad_w_ptr,
-    n_tokens, n_q, n_kv, half, eps, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    n_tokens, n_q, n_kv, half, eps, TOKENS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     columns_1C = tl.arange(0, BLOCK)[None, :]
     n_all = n_q + 2 * n_kv
@@ -117,15 +118,15 @@ def _rotary_backward_kernel(
         sin = tl.load(sin_ptr + tokens_T1 * half + columns_1C, mask=inside, other=0.0)
         q_first, q_second = _rotary_heads_backward(
             x_ptr, grad_q_ptr, grad_x_ptr, w_q_ptr, cos, sin, tokens_T1, columns_1C, inside, q_first, q_second,
-            0, n_q, n_all, half, eps, True,
+            0, n_q, n_all, half, eps, True, STAGES,
         )  # fmt: skip
         k_first, k_second = _rotary_heads_backward(
             x_ptr, grad_k_ptr, grad_x_ptr, w_k_ptr, cos, sin, tokens_T1, columns_1C, inside, k_first, k_second,
-            n_q, n_kv, n_all, half, eps, True,
+            n_q, n_kv, n_all, half, eps, True, STAGES,
         )  # fmt: skip
         _rotary_heads_backward(
             x_ptr, grad_v_ptr, grad_x_ptr, w_k_ptr, cos, sin, tokens_T1, columns_1C, inside, k_first, k_second,
-            n_q + n_kv, n_kv, n_all, half, eps, False,
+            n_q + n_kv, n_kv, n_all, half, eps, False, STAGES,
         )  # fmt: skip
     sums_ptr = grad_w_ptr + program * (4 * half) + tl.arange(0, BLOCK)
     kept = tl.arange(0, BLOCK) < half
@@ -166,7 +167,7 @@ def normed_heads_backward(
     """
     n_tokens, n_heads, d_head = grad_q_THK.shape
     n_kv_heads = 0 if grad_k_TGK is None else grad_k_TGK.shape[1]
-    n_programs = min(triton.cdiv(n_tokens, _TOKENS), _PROGRAMS_A_PROCESSOR * n_processors(x_TX.device))
+    n_programs = n_summing_programs(triton.cdiv(n_tokens, _TOKENS), _PROGRAMS_A_PROCESSOR, x_TX.device)
     x_gradient_TX = torch.empty_like(x_TX)
     partial_P2K = x_TX.new_empty(n_programs, 2, d_head, dtype=torch.float32)
     if n_tokens:
@@ -175,7 +176,7 @@ def normed_heads_backward(
             grad_q_THK, grad_q_THK if grad_k_TGK is None else grad_k_TGK,
             grad_q_THK if grad_v_TGK is None else grad_v_TGK, x_gradient_TX, partial_P2K,
             n_tokens, n_heads, n_kv_heads, d_head // 2, eps,
-            TOKENS=_TOKENS, BLOCK=triton.next_power_of_2(d_head // 2), num_warps=4,
+            TOKENS=_TOKENS, BLOCK=triton.next_power_of_2(d_head // 2), STAGES=_STAGES, num_warps=4,
         )  # fmt: skip
     q_gradient_PK, k_gradient_PK = partial_P2K.unbind(1)
     return x_gradient_TX, q_gradient_PK, None if w_k_K is None else k_gradient_PK

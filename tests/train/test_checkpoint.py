@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import threading
 import time
@@ -15,7 +14,7 @@ from rich.console import Console
 from data.sampler import DataPosition
 from train.checkpoint import CheckpointError, Checkpoints, CheckpointState, Write, damage
 from train.engine import World
-from train.hashed_file import HashedFile
+from train.hashed_file import HashedFile, file_hash
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -29,7 +28,7 @@ def write(staging: Path, abandoned: threading.Event) -> dict[Path, str]:
     (staging / "optimizer").mkdir()
     file = staging / "optimizer" / "state.pt"
     file.write_bytes(bytes(range(200)))
-    return {file: hashlib.sha256(bytes(range(200))).hexdigest()}
+    return {file: file_hash(file)}
 
 
 def save(checkpoints: Checkpoints, step: int, write: Write = write) -> None:

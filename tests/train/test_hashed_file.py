@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from pathlib import Path
 
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
 from train import hashed_file
-from train.hashed_file import AbandonedError, HashedFile
+from train.hashed_file import AbandonedError, HashedFile, file_hash
 
 
 @given(parts=st.lists(st.binary(max_size=40), max_size=6), piece=st.integers(1, 9), sync_every=st.integers(1, 30))
@@ -26,7 +26,7 @@ def test_content_and_hash(
             for part in parts:
                 assert file.write(memoryview(part)) == len(part)
     assert path.read_bytes() == b"".join(parts)
-    assert file.sha256 == hashlib.sha256(b"".join(parts)).hexdigest()
+    assert file.hash == xxhash.xxh3_128_hexdigest(b"".join(parts)) == file_hash(path)
 
 
 def test_a_full_disk_is_told() -> None:

@@ -136,3 +136,23 @@ def test_dpo_starts_at_log_two() -> None:
     loss, margin = dpo_loss(same, same, same, same, beta=0.3)
     assert float(loss) == pytest.approx(2 * math.log(2))
     assert margin.tolist() == [0, 0]
+
+
+def test_the_embedding_gets_its_gradient_where_the_engine_sums_in_float32() -> None:
+    """As a tied embedding does from both sides, twice, and none in `.grad`."""
+
+    def differentiated(model: Transformer) -> Transformer:
+        tokens_T, targets_T = torch.randint(23, (2, 12), generator=torch.Generator().manual_seed(2))
+        hidden_TD = model(tokens_T, Documents.from_lengths([5, 7]))
+        (0.3 * next_token_loss(model, hidden_TD, targets_T)).backward()
+        return model
+
+    expected = differentiated(Transformer(CONFIG, seed=1)).embed_tokens.weight.grad
+    assert expected is not None
+    model = Transformer(CONFIG, seed=1)
+    weight = model.embed_tokens.weight
+    weight.main_grad = torch.zeros_like(weight)  # type: ignore[attr-defined]
+    for _ in range(2):
+        differentiated(model)
+    assert weight.grad is None
+    torch.testing.assert_close(weight.main_grad, 2 * expected)

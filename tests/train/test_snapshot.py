@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.shards import file_sha256
+from train.hashed_file import file_hash
+from train.host_memory import HostMemory
 from train.snapshot import Snapshot
 
 
 def test_what_is_written_is_what_was_there(tmp_path: Path) -> None:
     weights, counter = torch.arange(6.0).view(2, 3), {"step": 3, "beta": (0.9, 0.95)}
-    snapshot = Snapshot()
+    snapshot = Snapshot(HostMemory())
     state = {"module": OrderedDict(a=weights, transposed=weights.T), "list": [weights, "text"], "group": counter}
     snapshot.save(state, "./optimizer/state.pt")
     kept = snapshot.tensor(weights)
@@ -23,7 +24,7 @@ def test_what_is_written_is_what_was_there(tmp_path: Path) -> None:
     weights.zero_()
     counter["step"] = 4
     file = tmp_path / "optimizer" / "state.pt"
-    assert snapshot.write(tmp_path, threading.Event()) == {file: file_sha256(file)}
+    assert snapshot.write(tmp_path, threading.Event()) == {file: file_hash(file)}
     found = torch.load(tmp_path / "optimizer" / "state.pt", weights_only=True)
     expected = torch.arange(6.0).view(2, 3)
     assert torch.equal(kept, expected)
@@ -34,11 +35,11 @@ def test_what_is_written_is_what_was_there(tmp_path: Path) -> None:
 
 
 def test_a_copy_that_fails_is_told_when_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_memory(source: torch.Tensor) -> torch.Tensor:
+    def no_memory(memory: HostMemory, source: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("can't allocate memory")
 
-    monkeypatch.setattr("train.snapshot.host_copy", no_memory)
-    snapshot = Snapshot()
+    monkeypatch.setattr(HostMemory, "copy", no_memory)
+    snapshot = Snapshot(HostMemory())
     snapshot.save({"a": torch.ones(2)}, "state.pt")
     with pytest.raises(RuntimeError, match="allocate memory"):
         snapshot.write(tmp_path, threading.Event())
