@@ -6,6 +6,7 @@ one kernel each (model/kernels), a gradient product adds into the engine's float
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -204,7 +205,7 @@ def _feed_forward_backward(
     """Gradients of the sum between attention and feed-forward, and of the attention's output; fills in weights'."""
     end = add_norm_backward(grad_TD, None, None, kept.ff_out_TD, w.ff_norm_out, None, kept.end_scales)
     assert end.u_TD is not None and end.w_u_PD is not None
-    gradients["ff_norm_out"] = _vector_gradient(w.ff_norm_out, end.w_u_PD)
+    (gradients["ff_norm_out"],) = _vector_gradients([w.ff_norm_out], [end.w_u_PD])
     grad_TF = end.u_TD @ w.w_out
     kept.gate_in_TX = geglu_backward(kept.gate_in_TX, grad_TF, kept.interleaved, kept.product_TF is None)
     product_TF = grad_TF if kept.product_TF is None else kept.product_TF  # made again in the gradient's place
@@ -219,8 +220,9 @@ def _feed_forward_backward(
     normed_TD = middle.y_TD if normed_TD is None else normed_TD
     assert middle.x_TD is not None and middle.u_TD is not None and normed_TD is not None
     assert middle.w_u_PD is not None and middle.w_y_PD is not None
-    gradients["attention_norm_out"] = _vector_gradient(w.attention_norm_out, middle.w_u_PD)
-    gradients["ff_norm_in"] = _vector_gradient(w.ff_norm_in, middle.w_y_PD)
+    gradients["attention_norm_out"], gradients["ff_norm_in"] = _vector_gradients(
+        [w.attention_norm_out, w.ff_norm_in], [middle.w_u_PD, middle.w_y_PD]
+    )
     gradients["w_gate"], gradients["w_in"] = weight_gradients([w.w_gate, w.w_in], kept.gate_in_TX, normed_TD)
     return middle.x_TD, middle.u_TD
 
@@ -242,12 +244,11 @@ def _attention_backward(
         asked = (k_grad_TGK, v_grad_TGK)
         key_value_grads = [ours if more is None else ours + more for ours, more in zip(key_value_grads, asked)]
         k_grad_TGK, v_grad_TGK = (grad.contiguous() for grad in key_value_grads)
-    heads_grad_TX, q_norm_grad_PK, k_norm_grad_PK = normed_heads_backward(
+    heads_grad_TX, *norm_grads_PK = normed_heads_backward(
         kept.heads_TX, w.q_norm, w.k_norm, *rope, q_grad_THK.contiguous(), k_grad_TGK, v_grad_TGK, form.eps
     )
-    gradients["q_norm"] = _vector_gradient(w.q_norm, q_norm_grad_PK)
-    if w.k_norm is not None and k_norm_grad_PK is not None:
-        gradients["k_norm"] = _vector_gradient(w.k_norm, k_norm_grad_PK)
+    norms = [weight for weight in (w.q_norm, w.k_norm) if weight is not None]
+    gradients.update(zip(("q_norm", "k_norm"), _vector_gradients(norms, norm_grads_PK)))
     normed_TD = kept.attention_normed_TD
     start = add_norm_backward(
         grad_sum_TD, heads_grad_TX @ stacked(w.heads), x_TD, None, None, w.attention_norm_in, kept.start_scales,
@@ -255,7 +256,7 @@ def _attention_backward(
     )  # fmt: skip
     normed_TD = start.y_TD if normed_TD is None else normed_TD
     assert start.x_TD is not None and start.w_y_PD is not None and normed_TD is not None
-    gradients["attention_norm_in"] = _vector_gradient(w.attention_norm_in, start.w_y_PD)
+    (gradients["attention_norm_in"],) = _vector_gradients([w.attention_norm_in], [start.w_y_PD])
     names = ("w_q", "w_k", "w_v") if form.owns_cache else ("w_q",)
     gradients.update(zip(names, weight_gradients(w.heads, heads_grad_TX, normed_TD), strict=True))
     return start.x_TD, *((None, None) if form.owns_cache else key_value_grads)
@@ -265,9 +266,10 @@ def _normed_heads(heads_TX: Tensor, rope: Rope, form: _Form, w: _Weights) -> tup
     return normed_heads(heads_TX, w.q_norm, w.k_norm, *rope, form.n_heads, form.n_kv_heads, form.eps)
 
 
-def _vector_gradient(weight: Tensor, parts_PD: Tensor) -> Tensor | None:
-    """The sum of float32 parts in the weight's dtype; None when it was added to the engine's `main_grad` instead."""
-    if hasattr(weight, "main_grad"):
-        add_rows(weight.main_grad, parts_PD)
-        return None
-    return parts_PD.sum(0).to(weight.dtype)
+def _vector_gradients(weights: Sequence[Tensor], parts_PD: Sequence[Tensor]) -> list[Tensor | None]:
+    """The sums of float32 parts in the weights' dtype; None where they were added to the engine's `main_grad`."""
+    totals: list[Tensor] = [weight.main_grad for weight in weights if hasattr(weight, "main_grad")]
+    if len(totals) < len(weights):
+        return [parts.sum(0).to(weight.dtype) for weight, parts in zip(weights, parts_PD, strict=True)]
+    add_rows(totals, parts_PD)
+    return [None] * len(weights)

@@ -8,6 +8,13 @@ import torch
 from torch import Tensor
 
 
+def product(left_XT: Tensor, right_TY: Tensor) -> Tensor:
+    """left @ right in float32, whatever the factors' dtype."""
+    if left_XT.dtype != torch.float32 and left_XT.device.type == "cuda":
+        return torch.mm(left_XT, right_TY, out_dtype=torch.float32)
+    return (left_XT @ right_TY).float()
+
+
 def add_product(total_XY: Tensor, left_XT: Tensor, right_TY: Tensor) -> None:
     """total += left @ right in float32, in place, whatever the factors' dtype."""
     if left_XT.dtype == total_XY.dtype:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.matrix_product import add_product, scaled_gradient
+from model.matrix_product import add_product, product, scaled_gradient
 
 LOGIT_CHUNK_ELEMENTS = 2**27
 """Logits that exist at one time (256 MiB in bfloat16)."""
@@ -68,19 +68,21 @@ class _SummedLoss(torch.autograd.Function):
         n_tokens = max(LOGIT_CHUNK_ELEMENTS // len(embed_VD), 1)
         differentiate = any(ctx.needs_input_grad[:2])
         hidden_gradient_TD = torch.empty_like(hidden_TD) if differentiate else None
-        embed_gradient_VD = torch.zeros_like(embed_VD, dtype=torch.float32) if differentiate else None
+        embed_gradient_VD = None
         total = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
         for start in range(0, len(targets_T), n_tokens):
             chunk = slice(start, start + n_tokens)
             logits_CV, targets_C, weight_C = hidden_TD[chunk] @ embed_VD.T, targets_T[chunk], weight_T[chunk]
-            logprob_C, normalizer_C = _statistics(logits_CV, targets_C, softcap)
-            total += ((z_loss * normalizer_C.square() - logprob_C) * weight_C).sum()
-            if hidden_gradient_TD is not None and embed_gradient_VD is not None:
-                gradient_CV = _logit_gradient_(
-                    logits_CV, targets_C, normalizer_C, -weight_C, 2 * z_loss * normalizer_C * weight_C, softcap
-                )
+            if hidden_gradient_TD is not None:
+                loss_C, gradient_CV = _losses_and_gradient_(logits_CV, targets_C, weight_C, z_loss, softcap)
                 torch.mm(gradient_CV, embed_VD, out=hidden_gradient_TD[chunk])
-                add_product(embed_gradient_VD, gradient_CV.T, hidden_TD[chunk])
+                if embed_gradient_VD is None:
+                    embed_gradient_VD = product(gradient_CV.T, hidden_TD[chunk])
+                else:
+                    add_product(embed_gradient_VD, gradient_CV.T, hidden_TD[chunk])
+            else:
+                loss_C = _losses(*_statistics(logits_CV, targets_C, softcap), weight_C, z_loss)
+            total += loss_C.sum()
         ctx.embed_VD = embed_VD
         ctx.save_for_backward(hidden_gradient_TD, embed_gradient_VD)
         return total
@@ -110,6 +112,25 @@ def token_logprobs(
         nothing = hidden_TD.float().sum() * 0  # keeps the graph: every rank must run the same backward pass
         return nothing.expand(0), nothing.expand(0)
     return _TokenLogprobs.apply(hidden_TD, embed_VD, targets_T, softcap)
+
+
+def _losses(logprob_C: Tensor, normalizer_C: Tensor, weight_C: Tensor, z_loss: float) -> Tensor:
+    return (z_loss * normalizer_C.square() - logprob_C) * weight_C
+
+
+def _losses_and_gradient_(
+    logits_CV: Tensor, targets_C: Tensor, weight_C: Tensor, z_loss: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Weighted losses and their gradient by the logits, which are overwritten."""
+    if logits_CV.is_cuda:
+        from model.kernels.cross_entropy import losses_and_gradient_
+
+        return losses_and_gradient_(logits_CV, targets_C, weight_C, z_loss, softcap), logits_CV
+    logprob_C, normalizer_C = _statistics(logits_CV, targets_C, softcap)
+    gradient_CV = _logit_gradient_(
+        logits_CV, targets_C, normalizer_C, -weight_C, 2 * z_loss * normalizer_C * weight_C, softcap
+    )
+    return _losses(logprob_C, normalizer_C, weight_C, z_loss), gradient_CV
 
 
 def _statistics(logits_CV: Tensor, targets_C: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:

@@ -18,12 +18,8 @@ def _capped(logits, softcap, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
-def _statistics_kernel(
-    logits_ptr, target_ptr, logprob_ptr, normalizer_ptr, vocab_size, softcap, HAS_CAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    row_ptr = logits_ptr + row * vocab_size
+def _normalizer(row_ptr, vocab_size, softcap, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr):
+    """Log of the sum of exp over a row, in one read."""
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, vocab_size, BLOCK):
@@ -35,7 +31,31 @@ def _statistics_kernel(
         total = total * tl.exp(largest - larger) + tl.exp(logits - larger)
         largest = larger
     overall = tl.max(largest)
-    normalizer = overall + tl.log(tl.sum(total * tl.exp(largest - overall)))
+    return overall + tl.log(tl.sum(total * tl.exp(largest - overall)))
+
+
+@triton.jit
+def _write_gradient(
+    row_ptr, columns, vocab_size, target, normalizer, grad_logprob, grad_normalizer, softcap, HAS_CAP: tl.constexpr
+):  # fmt: skip
+    """Over logits: of grad_logprob * log-probability of the target + grad_normalizer * normalizer."""
+    inside = columns < vocab_size
+    capped = _capped(tl.load(row_ptr + columns, mask=inside, other=0.0).to(tl.float32), softcap, HAS_CAP)
+    grad = tl.exp(capped - normalizer) * (grad_normalizer - grad_logprob)
+    grad += tl.where(columns == target, grad_logprob, 0.0)
+    if HAS_CAP:
+        grad *= 1 - (capped / softcap) * (capped / softcap)
+    tl.store(row_ptr + columns, grad.to(row_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _statistics_kernel(
+    logits_ptr, target_ptr, logprob_ptr, normalizer_ptr, vocab_size, softcap, HAS_CAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * vocab_size
+    normalizer = _normalizer(row_ptr, vocab_size, softcap, HAS_CAP, BLOCK)
     target = tl.load(row_ptr + tl.load(target_ptr + row)).to(tl.float32)
     tl.store(logprob_ptr + row, _capped(target, softcap, HAS_CAP) - normalizer)
     tl.store(normalizer_ptr + row, normalizer)
@@ -48,16 +68,29 @@ def _gradient_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < vocab_size
-    places = logits_ptr + row * vocab_size + columns
-    capped = _capped(tl.load(places, mask=inside, other=0.0).to(tl.float32), softcap, HAS_CAP)
-    grad_logprob = tl.load(grad_logprob_ptr + row)
-    probability = tl.exp(capped - tl.load(normalizer_ptr + row))
-    grad = probability * (tl.load(grad_normalizer_ptr + row) - grad_logprob)
-    grad += tl.where(columns == tl.load(target_ptr + row), grad_logprob, 0.0)
-    if HAS_CAP:
-        grad *= 1 - (capped / softcap) * (capped / softcap)
-    tl.store(places, grad.to(logits_ptr.dtype.element_ty), mask=inside)
+    _write_gradient(
+        logits_ptr + row * vocab_size, columns, vocab_size, tl.load(target_ptr + row), tl.load(normalizer_ptr + row),
+        tl.load(grad_logprob_ptr + row), tl.load(grad_normalizer_ptr + row), softcap, HAS_CAP,
+    )  # fmt: skip
+
+
+@triton.jit
+def _loss_kernel(
+    logits_ptr, target_ptr, weight_ptr, loss_ptr, vocab_size, z_loss, softcap, HAS_CAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * vocab_size
+    target, weight = tl.load(target_ptr + row), tl.load(weight_ptr + row)
+    logit = _capped(tl.load(row_ptr + target).to(tl.float32), softcap, HAS_CAP)  # before anything is overwritten
+    normalizer = _normalizer(row_ptr, vocab_size, softcap, HAS_CAP, BLOCK)
+    tl.store(loss_ptr + row, weight * (z_loss * normalizer * normalizer - (logit - normalizer)))
+    tl.debug_barrier()
+    for start in range(0, vocab_size, BLOCK):  # the row again, from the cache
+        _write_gradient(
+            row_ptr, start + tl.arange(0, BLOCK), vocab_size, target, normalizer, -weight,
+            2 * z_loss * normalizer * weight, softcap, HAS_CAP,
+        )  # fmt: skip
 
 
 def logit_statistics(logits_CV: Tensor, targets_C: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
@@ -83,3 +116,16 @@ def logit_gradient_(
         softcap or 1.0, HAS_CAP=softcap is not None, BLOCK=block, num_warps=8,
     )  # fmt: skip
     return logits_CV
+
+
+def losses_and_gradient_(
+    logits_CV: Tensor, targets_C: Tensor, weight_C: Tensor, z_loss: float, softcap: float | None
+) -> Tensor:
+    """loss_C = weight * (z_loss * log-normaliser^2 - log-probability), float32; its gradient overwrites the logits."""
+    n_rows, vocab_size = logits_CV.shape
+    loss_C = torch.empty(n_rows, dtype=torch.float32, device=logits_CV.device)
+    _loss_kernel[(n_rows,)](
+        logits_CV, targets_C, weight_C, loss_C, vocab_size, z_loss, softcap or 1.0,
+        HAS_CAP=softcap is not None, BLOCK=min(_BLOCK, triton.next_power_of_2(vocab_size)), num_warps=8,
+    )  # fmt: skip
+    return loss_C

@@ -160,8 +160,8 @@ def normed_heads(
 def normed_heads_backward(
     x_TX: Tensor, w_q_K: Tensor, w_k_K: Tensor | None, cos_TC: Tensor, sin_TC: Tensor, grad_q_THK: Tensor,
     grad_k_TGK: Tensor | None, grad_v_TGK: Tensor | None, eps: float,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Gradients of x_TX, w_q_K and w_k_K (None where there are no keys), from those of q, k and v.
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of x_TX, w_q_K and, where there are keys, w_k_K, from those of q, k and v.
 
     Those of the weights are float32 and a row for each of the kernel's P programs, to be summed.
     """
@@ -178,5 +178,5 @@ def normed_heads_backward(
             n_tokens, n_heads, n_kv_heads, d_head // 2, eps,
             TOKENS=_TOKENS, BLOCK=triton.next_power_of_2(d_head // 2), STAGES=_STAGES, num_warps=4,
         )  # fmt: skip
-    q_gradient_PK, k_gradient_PK = partial_P2K.unbind(1)
-    return x_gradient_TX, q_gradient_PK, None if w_k_K is None else k_gradient_PK
+    sums_PK = partial_P2K.unbind(1)
+    return x_gradient_TX, *sums_PK[: 1 if w_k_K is None else 2]

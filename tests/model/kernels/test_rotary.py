@@ -44,11 +44,11 @@ def test_values_and_gradients(n_tokens: int, n_heads: int, n_kv_heads: int, half
     found = normed_heads(x_TX.detach(), *weights, cos_TC, sin_TC, n_heads, n_kv_heads, EPS)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs.detach(), rtol=1e-4, atol=1e-5)
-    x_found, w_q_found, w_k_found = normed_heads_backward(
+    x_found, w_q_found, *w_k_found = normed_heads_backward(
         x_TX.detach(), *weights, cos_TC, sin_TC, grads[0], *(grads[1:] if has_keys else (None, None)), EPS
     )
     torch.testing.assert_close(x_found, x_grad, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(w_q_found.sum(0), w_q_grad, rtol=1e-3, atol=1e-4)
-    assert (w_k_found is not None) == has_keys
-    if w_k_found is not None:
-        torch.testing.assert_close(w_k_found.sum(0), w_k_grad, rtol=1e-3, atol=1e-4)
+    assert len(w_k_found) == has_keys
+    for found_PK in w_k_found:
+        torch.testing.assert_close(found_PK.sum(0), w_k_grad, rtol=1e-3, atol=1e-4)
