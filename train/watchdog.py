@@ -5,8 +5,9 @@ started, and reads what the others say. The rules:
 
 - A rank has failed whose process is gone (looked up on its own host), or that has published nothing for the timeout.
 - When none has moved for the timeout, those have failed that are furthest behind: the others wait for them. If all are
-  in the same phase, it is those that are not in a collective; but then a phase that may last is left alone: any of them
-  until the first step is taken (checking data, compiling), evaluating, saving, and what comes after the last step.
+  in the same phase, it is those that are not in a collective, and whose GPU is not in one either, since it has done all
+  it was given. But then a phase that may last is left alone: any of them until the first step is taken (checking data,
+  compiling), evaluating, saving, and what comes after the last step.
 - A rank that has ended by itself has told why; it is named if all others then wait for the timeout.
 - Every finished sum over the ranks is a move: whoever waits by polling, for a save or for rank 0, is never stuck.
 """
@@ -27,6 +28,7 @@ from types import TracebackType
 from typing import Self
 
 import psutil
+import torch
 from torch.distributed import PrefixStore, TCPStore
 
 EXIT_CODE = 3
@@ -68,7 +70,8 @@ class Report:
     """What a rank publishes.
 
     beat: grows with each report; seconds: since it has moved; line: where its main thread is; in_collective: whether
-    that is a collective; has_left: it ends by itself, and tells why if there is something to tell.
+    that is a collective, or its GPU has not done all that it was given; has_left: it ends by itself, and tells why if
+    there is something to tell.
     """
 
     rank: int
@@ -173,8 +176,9 @@ class Watchdog:
     others. A rank alone is not watched.
     """
 
-    def __init__(self, progress: Progress, rank: int, size: int, timeout_seconds: float):
+    def __init__(self, progress: Progress, rank: int, size: int, timeout_seconds: float, device: torch.device):
         self._progress, self._rank, self._size, self._timeout = progress, rank, size, timeout_seconds
+        self._device = device
         self._period = min(5.0, timeout_seconds / 10)
         # two containers of one machine may have its name, and each its own process numbers
         namespace = os.readlink("/proc/self/ns/pid") if sys.platform == "linux" else ""
@@ -286,12 +290,13 @@ class Watchdog:
         return found
 
     def _line(self) -> tuple[str, bool]:
-        """Where the main thread is, and whether that is inside a collective."""
+        """Where the main thread is, and whether that is inside a collective or the device may be."""
         frame = sys._current_frames().get(self._main_thread)
         if frame is None:
             return "?", False
         file = frame.f_code.co_filename
         in_collective = f"torch{os.sep}distributed{os.sep}" in file or f"deepspeed{os.sep}comm{os.sep}" in file
+        in_collective = in_collective or _is_busy(self._device)  # NCCL's are waited for wherever a result is read
         return f"{file}:{frame.f_lineno} ({frame.f_code.co_name})", in_collective
 
     def _tell(self, message: str) -> None:
@@ -308,6 +313,16 @@ class Watchdog:
             )  # fmt: skip
         else:
             time.sleep(1.0)
+
+
+def _is_busy(device: torch.device) -> bool:
+    """Whether a GPU has not done all that the default stream gave it."""
+    if device.type != "cuda":
+        return False
+    try:
+        return not torch.cuda.default_stream(device).query()
+    except RuntimeError:  # of an earlier failure on the device, which the main thread will meet
+        return False
 
 
 def _is_running(pid: int) -> bool:

@@ -12,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from train.watchdog import EXIT_CODE, Heard, Progress, Report, verdict
+from train.watchdog import EXIT_CODE, Heard, Progress, Report, _is_busy, verdict
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT, SILENCE = 600.0, 20.0
@@ -97,6 +98,17 @@ def test_phases_may_last_until_the_first_step_is_taken() -> None:
         found.append(progress.may_last)
     assert found == [True, True, False, True]
     assert progress.n_phases == 4
+
+
+def test_a_gpu_is_busy_until_it_has_done_all_it_was_given() -> None:
+    assert not _is_busy(torch.device("cpu"))
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    device = torch.device("cuda", 0)
+    torch.cuda._sleep(10**9)
+    assert _is_busy(device)
+    torch.cuda.synchronize()
+    assert not _is_busy(device)
 
 
 def start(how: str, failing: int, recipe: Path, *overrides: str) -> subprocess.Popen[str]:
