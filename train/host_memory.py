@@ -14,7 +14,7 @@ _SMALLEST = 1 << 20
 
 
 class HostMemory:
-    """Lends memory for copies of tensors. What is given back is lent again: to lock it took its time."""
+    """Lends memory for copies of tensors. What is given back is lent again: to find and to lock it took its time."""
 
     def __init__(self) -> None:
         self._free: dict[int, list[Tensor]] = defaultdict(list)
@@ -25,12 +25,12 @@ class HostMemory:
         Raises OSError or RuntimeError when there is not enough memory, or not enough may be locked.
         """
         n_bytes = source.numel() * source.element_size()
-        if source.is_cuda and n_bytes >= _SMALLEST:
-            target = self._lend(n_bytes).view(source.dtype).view(source.shape)
+        if n_bytes < _SMALLEST:
+            target = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
         else:
-            target = torch.empty_like(
-                source, device="cpu", pin_memory=source.is_cuda, memory_format=torch.contiguous_format
-            )
+            free = self._free[n_bytes]
+            memory_N = free.pop() if free else _new(n_bytes, is_locked=source.is_cuda)
+            target = memory_N.view(source.dtype).view(source.shape)
         return target.copy_(source, non_blocking=True)
 
     def give_back(self, copies: Iterable[Tensor]) -> None:
@@ -40,13 +40,11 @@ class HostMemory:
             if len(memory_N) >= _SMALLEST:
                 self._free[len(memory_N)].append(memory_N)
 
-    def _lend(self, n_bytes: int) -> Tensor:
-        same_size = self._free[n_bytes]
-        return same_size.pop() if same_size else _locked(n_bytes)
 
-
-def _locked(n_bytes: int) -> Tensor:
-    """Bytes of host memory that stay where they are."""
+def _new(n_bytes: int, is_locked: bool) -> Tensor:
+    """Bytes of host memory, which stay where they are when they are locked."""
+    if not is_locked:
+        return torch.empty(n_bytes, dtype=torch.uint8)
     memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)  # a thousand times fewer pages to find and to lock

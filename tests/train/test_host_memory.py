@@ -16,22 +16,21 @@ DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.uint
 
 @given(rounds=st.lists(st.lists(st.tuples(SHAPES, DTYPES), max_size=4), max_size=4))
 def test_memory_is_lent_to_one_at_a_time_and_again(rounds: list[list[tuple[list[int], torch.dtype]]]) -> None:
-    lent = HostMemory()
+    memory = HostMemory()
     with pytest.MonkeyPatch.context() as patch:
         new: list[int] = []
 
-        def locked(n_bytes: int) -> torch.Tensor:
+        def poisoned(n_bytes: int, is_locked: bool) -> torch.Tensor:
             new.append(n_bytes)
             return torch.full((n_bytes,), 255, dtype=torch.uint8)
 
-        patch.setattr(host_memory, "_locked", locked)
+        patch.setattr(host_memory, "_new", poisoned)
         patch.setattr(host_memory, "_SMALLEST", 1)
         for contents in rounds:
-            copies = [lent._lend(torch.empty(s, dtype=d).nbytes).view(d).view(s) for s, d in contents]
-            for number, copied in enumerate(copies):
-                copied.fill_(number)
-            assert all(bool((copied == number).all()) for number, copied in enumerate(copies))
-            lent.give_back(copies)
+            sources = [torch.full(shape, number, dtype=dtype) for number, (shape, dtype) in enumerate(contents)]
+            copies = [memory.copy(source) for source in sources]
+            assert all(map(torch.equal, copies, sources))
+            memory.give_back(copies)
         sizes = [[torch.empty(shape, dtype=dtype).nbytes for shape, dtype in contents] for contents in rounds]
         most = {size: max(part.count(size) for part in sizes) for part in sizes for size in part}
         assert sorted(new) == sorted(size for size, count in most.items() for _ in range(count))
