@@ -15,6 +15,7 @@ from torch import Tensor
 from model.kernels.launch import n_summing_programs
 
 _PROGRAMS_A_PROCESSOR, _STAGES = 4, 3  # of 4 warps at width 2048: the fastest on an H100 of 2 to 16 and 1 to 4
+_WIDEST_AHEAD = 4096  # what is read ahead lies in shared memory, of which there is not enough for wider rows
 
 
 @triton.jit
@@ -141,6 +142,7 @@ def add_norm_backward(
     """
     n_rows, width = grad_out_TD.shape
     block, n_warps = _launch(width)
+    stages = _STAGES if block <= _WIDEST_AHEAD else 1
     n_programs = n_summing_programs(n_rows, _PROGRAMS_A_PROCESSOR, grad_out_TD.device)
     has_u, has_y = u_TD is not None, w_y_D is not None
     assert has_y or not remakes_y
@@ -154,7 +156,7 @@ def add_norm_backward(
         _add_norm_backward_kernel[(n_programs,)](
             x_TD, u_TD, w_u_D, w_y_D, scales.u_T, scales.out_T, grad_out_TD, grad_y_TD,
             x_gradient_TD, u_gradient_TD, y_TD, w_u_PD, w_y_PD, n_rows, width,
-            HAS_U=has_u, HAS_Y=has_y, REMAKES_Y=remakes_y, BLOCK=block, STAGES=_STAGES, num_warps=n_warps,
+            HAS_U=has_u, HAS_Y=has_y, REMAKES_Y=remakes_y, BLOCK=block, STAGES=stages, num_warps=n_warps,
         )  # fmt: skip
     return AddNormGradients(x_gradient_TD, u_gradient_TD, w_u_PD, w_y_PD, y_TD)
 
