@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from model.attention_ops import AttentionBackward, AttentionOp, Documents, attend_with_backward
-from model.gated_product import gated_product
 from model.kernels.add_rows import add_rows
+from model.kernels.gated_product import gated_product
 from model.kernels.geglu import geglu_backward
 from model.kernels.norm import Scales, add_norm, add_norm_backward
 from model.kernels.rotary import normed_heads, normed_heads_backward

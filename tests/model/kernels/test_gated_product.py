@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 pytest.importorskip("triton")
-from model.gated_product import _gated_product_of_quack, _obstacle, gated_product
+from model.kernels.gated_product import _gated_product_of_quack, _obstacle, gated_product
 from model.kernels.geglu import geglu_backward
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
