@@ -230,6 +230,8 @@ class Watchdog:
         return False
 
     def _run(self) -> None:
+        if self._device.type == "cuda":  # for this thread, which would else come to another rank's
+            torch.cuda.set_device(self._device)
         while not self._stop.wait(self._period):
             try:
                 self._publish()
