@@ -27,7 +27,6 @@ FORMAT = "dramatis-packed-1"
 STREAMS = ("tokens", "trained", "label", "documents")
 _PAD_ID = 0
 _ROWS_AT_ONCE = 512
-_HASH_CHUNK = 1 << 20
 
 
 class ShardError(ValueError):
@@ -313,8 +312,5 @@ def _check_file(path: Path, entry: dict[str, Any], verify: str) -> None:
 
 def file_sha256(path: Path) -> str:
     """Hex sha256 of a file."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(_HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -90,8 +91,5 @@ class HashedFile:
 
 def file_hash(path: Path) -> str:
     """What `HashedFile.hash` was when the file was written, if it is as it was written."""
-    digest = _Hash()
     with open(path, "rb") as file:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, _Hash).hexdigest()

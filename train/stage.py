@@ -197,8 +197,7 @@ def run_stage(
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     try:
-        timeout_seconds = 60 * recipe.engine.timeout_minutes
-        with Watchdog(world.progress, world.rank, world.size, timeout_seconds, world.device) as watchdog:
+        with Watchdog(world, 60 * recipe.engine.timeout_minutes) as watchdog:
             try:
                 return _run(recipe, dict(inputs), prepare, summary, world, console, stop)
             except RuntimeError as error:

@@ -25,11 +25,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import psutil
 import torch
 from torch.distributed import PrefixStore, TCPStore
+
+if TYPE_CHECKING:
+    from train.engine import World
 
 EXIT_CODE = 3
 _TOLD = "has_told"
@@ -176,9 +179,10 @@ class Watchdog:
     others. A rank alone is not watched.
     """
 
-    def __init__(self, progress: Progress, rank: int, size: int, timeout_seconds: float, device: torch.device):
-        self._progress, self._rank, self._size, self._timeout = progress, rank, size, timeout_seconds
-        self._device = device
+    def __init__(self, world: World, timeout_seconds: float):
+        rank, size = world.rank, world.size
+        self._progress, self._rank, self._size, self._device = world.progress, rank, size, world.device
+        self._timeout = timeout_seconds
         self._period = min(5.0, timeout_seconds / 10)
         # two containers of one machine may have its name, and each its own process numbers
         namespace = os.readlink("/proc/self/ns/pid") if sys.platform == "linux" else ""
@@ -298,8 +302,8 @@ class Watchdog:
             return "?", False
         file = frame.f_code.co_filename
         in_collective = f"torch{os.sep}distributed{os.sep}" in file or f"deepspeed{os.sep}comm{os.sep}" in file
-        in_collective = in_collective or _is_busy(self._device)  # NCCL's are waited for wherever a result is read
-        return f"{file}:{frame.f_lineno} ({frame.f_code.co_name})", in_collective
+        # NCCL's are waited for wherever a result is read
+        return f"{file}:{frame.f_lineno} ({frame.f_code.co_name})", in_collective or _is_busy(self._device)
 
     def _tell(self, message: str) -> None:
         """Print it, unless another rank does."""
