@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from recipes.child_process import Ended, StopRequests, run_child
+from recipes.interrupt import tell_interrupt
 from recipes.loader import RecipeError, Section, load_recipe, read_document
 from recipes.run_directory import RunDirectoryError, RunState, inspect_run_directory, move_aside, read_done
 from recipes.stages import STAGES, Stage
@@ -188,7 +189,7 @@ def run(stages: Sequence[Planned], console: Console, stops: StopRequests) -> int
     for number, planned in enumerate(stages, 1):
         state = make_room(planned, console)
         ended = None
-        if state is not RunState.FINISHED:
+        if state is not RunState.FINISHED and not stops.received:  # it may have come while the inputs were hashed
             how = "continues" if state is RunState.UNFINISHED else "starts"
             console.rule(f"[bold]{number}/{len(stages)} {planned.name}[/] {how}: {planned.recipe_path}", align="left")
             environment = stage_environment(planned.nproc_per_node)
@@ -318,6 +319,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _tell_plan(stages, console)
             return 0
         return run(stages, console, StopRequests())
+    except KeyboardInterrupt:
+        return tell_interrupt()
     except (RecipeError, RunDirectoryError) as error:
         tell_problems(error)
         return 2

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from recipes.child_process import Child, Ended, StopRequests
+from recipes.interrupt import tell_interrupt
 from recipes.loader import RecipeError, read_document
 from recipes.pipeline import Planned, check, make_room, minutes, path_override, stage_environment, tell_problems
 from recipes.run_directory import RunDirectoryError, RunState, inspect_run_directory, read_done
@@ -276,6 +277,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _tell_plan(runs, slots, console)
             return 0
         return run_all(runs, slots, console, StopRequests())
+    except KeyboardInterrupt:
+        return tell_interrupt()
     except (RecipeError, RunDirectoryError) as error:
         tell_problems(error)
         return 2

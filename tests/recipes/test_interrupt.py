@@ -1,0 +1,48 @@
+"""Ctrl-C ends an entry point with one line and exit code 130, whatever it was doing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import recipes.pipeline
+import recipes.sweep
+from recipes.interrupt import EXIT_CODE
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("module", ["recipes.pipeline", "recipes.sweep"])
+@pytest.mark.parametrize("imported", ["rich.table", "recipes.stages", "recipes.run_directory"])
+def test_ctrl_c_while_modules_are_imported_is_one_line(tmp_path: Path, module: str, imported: str) -> None:
+    # a module finder that sends Ctrl-C to its own process when the named module is asked for
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Interrupts:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {imported!r}:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupts())\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-m", module, "recipes/demo", "--dry-run"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (EXIT_CODE, "")
+    assert done.stderr.split("\n") == ["", "interrupted; run the same command again", ""]
+
+
+@pytest.mark.parametrize("module", [recipes.pipeline, recipes.sweep])
+def test_ctrl_c_while_planning_is_one_line(
+    module: object, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "check", interrupted)
+    monkeypatch.chdir(ROOT)
+    assert module.main(["recipes/ablation/mqa.yaml" if module is recipes.sweep else "recipes/demo"]) == EXIT_CODE  # type: ignore[attr-defined]
+    assert "interrupted; run the same command again" in capfd.readouterr().err
