@@ -222,20 +222,6 @@ def encode_prompt(tokenizer: Encoder, messages: Sequence[Message], character: st
     return [*ids, tokenizer.message_id, *tokenizer.encode(speaker_prefix(character))]
 
 
-def first_that_fits(tokenizer: Encoder, messages: Sequence[Message], character: str, max_tokens: int) -> int:
-    """The first message from which on a prompt has at most `max_tokens`; len(messages) where not even the last fits.
-
-    A prompt is the concatenation of its messages, so each is encoded once, from the newest back.
-    """
-    length, first = len(encode_prompt(tokenizer, (), character)), len(messages)
-    while first > 0:
-        length += len(encode_message(tokenizer, messages[first - 1]))
-        if length > max_tokens:
-            break
-        first -= 1
-    return first
-
-
 def encode_reply(tokenizer: Encoder, text: str) -> list[int]:
     """A reply as it continues a generation prompt: " text" and `<|end|>`."""
     return [*tokenizer.encode(message_body(text)), tokenizer.end_id]

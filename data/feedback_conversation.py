@@ -4,8 +4,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from data.dialogue import NARRATOR, Message
+from data.dialogue import Message
 from data.feedback_event import FeedbackEvent
+from data.prompt_fit import n_opening_messages
 from data.sources.record import Rejected, beginning
 
 NO_CONTEXT = "what it continues is not in the log, or is quarantined"
@@ -143,8 +144,7 @@ def _tree(lines: dict[str, LoggedTurn], joined: Joined) -> list[Turn]:
 def _turn(event: FeedbackEvent, before: Turn | None) -> Turn:
     messages = tuple(Message(message.speaker, message.text, message.time) for message in event.messages)
     if before is None:
-        n_opening = next((i for i, message in enumerate(messages) if message.speaker != NARRATOR), len(messages))
-        return Turn(event, messages, None, None, messages[:n_opening])
+        return Turn(event, messages, None, None, messages[: n_opening_messages(messages)])
     edited_before = before if before.event.edit else before.edited_before
     return Turn(event, messages, before, edited_before, before.opening)
 

@@ -5,6 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+def reasons_told(counts: Mapping[str, int]) -> str:
+    """Counts by reason, for people, the commonest first: "12 the newest message is too long, 1 ..."."""
+    return ", ".join(f"{n:,} {reason}" for reason, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
 @dataclass
 class Ledger:
     """Where every record went: `read` = quarantined + filtered + duplicates + near_duplicates + kept."""

@@ -23,7 +23,7 @@ from data.tokenizer import DialogueTokenizer
 from eval.ablation_plots import draw_ablation
 from eval.ablation_runs import AblationRecipe, Arm, describe_arm, read_arms, unseen_rows
 from eval.ablation_table import key_figure, render_table
-from eval.context import select_contexts
+from eval.context import ReplyContext
 from eval.decode_speed import device_name, measure_speed, speed_prompts
 from eval.parts import Part, run_parts
 from eval.perplexity import CONTROL, TURN_BINS, ScoredTargets, in_turns, paired_difference, score_dataset, turn_label
@@ -32,7 +32,7 @@ from eval.recall import build_probes, candidate_logprobs, summarise_recall
 from eval.report import to_json
 from eval.scoring import OnProgress, share_of
 from eval.statistics import Bootstrap
-from eval.workspace import EvalError, check_finished, print_inputs
+from eval.workspace import EvalError, check_finished, heldout_contexts, print_inputs
 from model.transformer import Transformer
 from model.weights import load_model
 from recipes.loader import dump_recipe, parse_command_line, tell_error
@@ -50,14 +50,18 @@ class Ablation:
     tokenizer: DialogueTokenizer
     heldout: PackedDataset
     dialogues: list[Dialogue]
+    contexts: list[ReplyContext]
     arms: dict[str, Arm]
     models: dict[str, Transformer]
     device: torch.device
     bootstrap: Bootstrap
 
 
-def open_ablation(recipe: AblationRecipe) -> Ablation:
-    """Load data, arms and models. Raises EvalError, or the errors of the readers, naming what is wrong."""
+def open_ablation(recipe: AblationRecipe, console: Console) -> Ablation:
+    """Load data, contexts, arms and models; print how many dialogues gave no context.
+
+    Raises EvalError, or the errors of the readers, naming what is wrong.
+    """
     check_finished("data", recipe.data)
     data = Path(recipe.data)
     tokenizer, heldout = DialogueTokenizer.load(data), PackedDataset(data / "heldout")
@@ -66,8 +70,11 @@ def open_ablation(recipe: AblationRecipe) -> Ablation:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = {name: load_model(Path(arm.best.run_dir) / "model", device) for name, arm in arms.items()}
     dialogues = list(read_dialogues(data / "dialogues" / "heldout.jsonl"))
+    contexts = heldout_contexts(dialogues, tokenizer, recipe.seed, recipe.contexts, console)
+    if recipe.ranking.n_contexts > len(contexts):
+        raise EvalError(f"ranking.n_contexts: {recipe.ranking.n_contexts} asked for, {len(contexts)} found; lower it")
     bootstrap = Bootstrap(recipe.bootstrap.n_resamples, recipe.bootstrap.confidence_level, recipe.seed)
-    return Ablation(recipe, tokenizer, heldout, dialogues, arms, models, device, bootstrap)
+    return Ablation(recipe, tokenizer, heldout, dialogues, contexts, arms, models, device, bootstrap)
 
 
 def loss_part(space: Ablation, on_progress: OnProgress) -> dict[str, Any]:
@@ -118,15 +125,9 @@ def _has_context(targets: ScoredTargets, low: int, high: int) -> NDArray[np.bool
 def ranking_part(space: Ablation, on_progress: OnProgress) -> dict[str, Any]:
     """The true next reply among distractors."""
     recipe = space.recipe
-    contexts = select_contexts(
-        space.dialogues, space.tokenizer, len(space.dialogues), recipe.seed,
-        recipe.contexts.max_prompt_tokens, recipe.contexts.min_messages,
-    )  # fmt: skip
-    if recipe.ranking.n_contexts > len(contexts):
-        raise EvalError(f"ranking.n_contexts: {recipe.ranking.n_contexts} asked for, {len(contexts)} found; lower it")
     return evaluate_ranking(
-        space.models, space.tokenizer, contexts, recipe.ranking, recipe.seed, recipe.batch_tokens, space.bootstrap,
-        on_progress,
+        space.models, space.tokenizer, space.contexts, recipe.ranking, recipe.seed, recipe.batch_tokens,
+        space.bootstrap, on_progress,
     )  # fmt: skip
 
 
@@ -206,7 +207,7 @@ def run(recipe: AblationRecipe, console: Console) -> None:
             return
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
-        report = to_json({"schema_version": 1, **evaluate(open_ablation(recipe), console)})
+        report = to_json({"schema_version": 1, **evaluate(open_ablation(recipe, console), console)})
         write_outputs(run_dir, report)
         finish_run(run_dir, recipe, recipe.inputs(), key_figure(report), time.monotonic() - started)
     console.print(render_table(report), highlight=False, markup=False, soft_wrap=True)

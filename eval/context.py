@@ -1,12 +1,16 @@
 """Held-out contexts to reply to and the replies models give: shared by ranking, preference, quality and samples."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.dialogue import NARRATOR, Dialogue, Message, decode_reply, encode_message, encode_prompt, encode_reply
+from data.dialogue import NARRATOR, Dialogue, Message, decode_reply, encode_reply
+from data.message_encoder import MessageEncoder
+from data.prompt_fit import fit_prompt
+from data.sources.record import LeftOut
 from data.tokenizer import DialogueTokenizer
 from model.generate import Sampling, generate
 from model.transformer import Transformer
@@ -16,7 +20,7 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class ReplyContext:
-    """What came before one reply of the character, cut to a token budget at message borders, and the human reply."""
+    """What came before one reply of the character, as far as `fit_prompt` keeps it, and the human reply."""
 
     dialogue_id: str
     messages: tuple[Message, ...]
@@ -43,22 +47,29 @@ def select_contexts(
     seed: int,
     max_prompt_tokens: int = 192,
     min_messages: int = 2,
+    left_out: Counter[str] | None = None,
 ) -> list[ReplyContext]:
     """Up to `n` contexts, at most one a dialogue (so that they are independent), drawn by `seed` alone.
 
-    A context ends in a message of somebody else and holds at least `min_messages` messages before any cut.
+    A context ends in a message of somebody else and holds at least `min_messages` messages before any cut. `left_out`,
+    when given, receives the number of dialogues that were looked at and gave no context, by reason.
     """
     rng = np.random.default_rng(seed)
+    encoder = MessageEncoder(tokenizer)
     chosen: list[ReplyContext] = []
+    reasons: Counter[str] = Counter() if left_out is None else left_out
     for number in rng.permutation(len(dialogues)):
         dialogue = dialogues[number]
         places = _reply_places(dialogue, min_messages)
         # One draw a dialogue, used or not, keeps later draws the same when a limit changes.
         pick = float(rng.random())
         if not places:
+            reasons[f"the character answers nobody after {min_messages} messages"] += 1
             continue
-        context = _context_at(dialogue, places[int(pick * len(places))], tokenizer, max_prompt_tokens)
-        if context is not None:
+        context = _context_at(dialogue, places[int(pick * len(places))], encoder, max_prompt_tokens)
+        if isinstance(context, LeftOut):
+            reasons[context.reason] += 1
+        else:
             chosen.append(context)
         if len(chosen) == n:
             break
@@ -79,26 +90,17 @@ def _reply_places(dialogue: Dialogue, min_messages: int) -> list[int]:
 
 
 def _context_at(
-    dialogue: Dialogue, place: int, tokenizer: DialogueTokenizer, max_prompt_tokens: int
-) -> ReplyContext | None:
-    """The context before message `place`, its oldest messages dropped until it fits; a scene definition stays."""
+    dialogue: Dialogue, place: int, encoder: MessageEncoder, max_prompt_tokens: int
+) -> ReplyContext | LeftOut:
+    """The context before message `place`, or why it does not fit."""
     reply = dialogue.messages[place]
-    pinned = 1 if dialogue.messages[0].speaker == NARRATOR else 0
-    # A prompt is the concatenation of its messages, so lengths add up; only as many are encoded as fit.
-    length = len(encode_prompt(tokenizer, dialogue.messages[:pinned], dialogue.character))
-    first = place
-    while first > pinned:
-        length += len(encode_message(tokenizer, dialogue.messages[first - 1]))
-        if length > max_prompt_tokens:
-            break
-        first -= 1
-    if first == place:
-        return None
-    kept = (*dialogue.messages[:pinned], *dialogue.messages[first:place])
-    prompt = tuple(encode_prompt(tokenizer, kept, dialogue.character))
-    assert len(prompt) <= max_prompt_tokens
-    human_tokens = tuple(encode_reply(tokenizer, reply.text))
-    return ReplyContext(dialogue.id, kept, dialogue.character, reply.text, place + 1, prompt, human_tokens)
+    fitted = fit_prompt(encoder, dialogue.messages[:place], dialogue.character, max_prompt_tokens)
+    if isinstance(fitted, LeftOut):
+        return fitted
+    human_tokens = tuple(encode_reply(encoder.tokenizer, reply.text))
+    return ReplyContext(
+        dialogue.id, fitted.messages, dialogue.character, reply.text, place + 1, tuple(fitted.tokens), human_tokens
+    )
 
 
 def sample_replies(

@@ -225,7 +225,7 @@ def run(recipe: EvalRecipe, console: Console) -> None:
             return
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
-        report = to_json(evaluate(open_workspace(recipe), console))
+        report = to_json(evaluate(open_workspace(recipe, console), console))
         paths = write_report(recipe.run_dir, report)
         figure = key_figure(report)
         finish_run(recipe.run_dir, recipe, recipe.inputs(), figure, time.monotonic() - started)

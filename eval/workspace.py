@@ -1,6 +1,7 @@
 """What an evaluation works on: the recipe's schema; models, data and contexts, loaded; errors that name what lacks."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,9 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from rich.console import Console
 from rich.table import Table
 
+from data.dialogue import Dialogue
 from data.dialogue_json import read_dialogues
+from data.ledger import reasons_told
 from data.shards import PackedDataset
 from data.tokenizer import MODEL_FILE, DialogueTokenizer
 from eval.context import Reply, ReplyContext, select_contexts
@@ -150,8 +153,11 @@ class Workspace:
         )
 
 
-def open_workspace(recipe: EvalRecipe) -> Workspace:
-    """Load data, models and contexts. Raises EvalError, or the errors of the readers, naming what is wrong."""
+def open_workspace(recipe: EvalRecipe, console: Console) -> Workspace:
+    """Load data, models and contexts; print how many dialogues gave no context.
+
+    Raises EvalError, or the errors of the readers, naming what is wrong.
+    """
     for name, path in recipe.inputs().items():
         check_finished(name, path)
     data = Path(recipe.data)
@@ -168,13 +174,23 @@ def open_workspace(recipe: EvalRecipe) -> Workspace:
         check_fits("scorer", recipe.scorer, config, tokenizer, recipe, heldout.row_length)
         scorer = load_scorer(Path(recipe.scorer) / "model", device)
     dialogues = list(read_dialogues(data / "dialogues" / "heldout.jsonl"))
-    section = recipe.contexts
-    contexts = select_contexts(
-        dialogues, tokenizer, len(dialogues), recipe.seed, section.max_prompt_tokens, section.min_messages
-    )
+    contexts = heldout_contexts(dialogues, tokenizer, recipe.seed, recipe.contexts, console)
     check_contexts(recipe, len(contexts))
     bootstrap = Bootstrap(recipe.bootstrap.n_resamples, recipe.bootstrap.confidence_level, recipe.seed)
     return Workspace(recipe, tokenizer, train, heldout, len(dialogues), models, scorer, contexts, bootstrap)
+
+
+def heldout_contexts(
+    dialogues: Sequence[Dialogue], tokenizer: DialogueTokenizer, seed: int, section: ContextSection, console: Console
+) -> list[ReplyContext]:
+    """All contexts of the held-out dialogues; the dialogues without one are counted and printed by reason."""
+    left_out: Counter[str] = Counter()
+    contexts = select_contexts(
+        dialogues, tokenizer, len(dialogues), seed, section.max_prompt_tokens, section.min_messages, left_out
+    )
+    told = f"{len(contexts)} contexts of at most {section.max_prompt_tokens} tokens from {len(dialogues)} dialogues"
+    console.print(f"{told}; none: {reasons_told(left_out)}" if left_out else told, highlight=False, soft_wrap=True)
+    return contexts
 
 
 def check_finished(name: str, path: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +18,12 @@ from rich.progress import track
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from data.dialogue import encode_prompt, encode_reply, first_that_fits
+from data.dialogue import encode_reply
+from data.ledger import reasons_told
+from data.message_encoder import MessageEncoder
 from data.preferences import PreferencePair, hold_out, load_hh_rlhf, read_pairs
+from data.prompt_fit import fit_prompt
+from data.sources.record import LeftOut
 from data.tokenizer import DialogueTokenizer
 from model.attention_ops import Documents
 from model.transformer import Transformer
@@ -54,7 +59,8 @@ class DPORecipe(TrainingRecipe):
     beta: PositiveFloat = 0.1
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     max_pair_tokens: PositiveInt
-    """Longest prompt + reply; a longer prompt loses its oldest messages, a pair that still does not fit is left out."""
+    """Longest prompt + reply. A longer prompt loses its oldest messages, but neither the narrator's opening nor the
+    newest message; a pair that still does not fit is left out and counted."""
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
 
 
@@ -129,17 +135,22 @@ class PairRows:
         )  # fmt: skip
 
 
-def encode_pairs(pairs: Sequence[PreferencePair], tokenizer: DialogueTokenizer, max_tokens: int) -> list[EncodedPair]:
-    """Token ids of the pairs that fit `max_tokens`; a prompt is cut at message boundaries, oldest first."""
-    encoded = []
+def encode_pairs(
+    pairs: Sequence[PreferencePair], tokenizer: DialogueTokenizer, max_tokens: int
+) -> tuple[list[EncodedPair], Counter[str]]:
+    """Token ids of the pairs that fit `max_tokens` by the rule of data/prompt_fit.py, and how many do not."""
+    encoded: list[EncodedPair] = []
+    left_out: Counter[str] = Counter()
+    encoder = MessageEncoder(tokenizer)
     for pair in pairs:
         chosen, rejected = encode_reply(tokenizer, pair.chosen), encode_reply(tokenizer, pair.rejected)
-        room = max_tokens - max(len(chosen), len(rejected))
-        first = first_that_fits(tokenizer, pair.messages, pair.character, room)
-        prompt = encode_prompt(tokenizer, pair.messages[first:], pair.character)
-        if len(prompt) <= room:
-            encoded.append(EncodedPair(prompt, chosen, rejected, pair.group))
-    return encoded
+        longest = max(len(chosen), len(rejected))
+        prompt = fit_prompt(encoder, pair.messages, pair.character, max_tokens, longest)
+        if isinstance(prompt, LeftOut):
+            left_out[prompt.reason] += 1
+        else:
+            encoded.append(EncodedPair(prompt.tokens, chosen, rejected, pair.group))
+    return encoded, left_out
 
 
 def reply_logprobs(trunk: Transformer, batch: PairBatch) -> Tensor:
@@ -233,16 +244,15 @@ def prepare(recipe: DPORecipe, world: World, console: Console) -> Job:
     source = Path(recipe.init_from) / "model"
     tokenizer = DialogueTokenizer.load(source)
     pairs = collect_pairs(recipe, trunk, tokenizer, world, console)
-    encoded = encode_pairs(pairs, tokenizer, recipe.max_pair_tokens)
-    console.print(f"{len(encoded)} of {len(pairs)} pairs fit {recipe.max_pair_tokens} tokens", highlight=False)
+    encoded, left_out = encode_pairs(pairs, tokenizer, recipe.max_pair_tokens)
+    fitting = f"{len(encoded)} of {len(pairs)} pairs fit max_pair_tokens {recipe.max_pair_tokens}"
+    if left_out:
+        fitting += f"; left out: {reasons_told(left_out)}"
+    console.print(fitting, highlight=False)
     sides = hold_out([pair.group for pair in encoded], recipe.heldout_fraction, recipe.seed)
     heldout, rows = (PairRows([encoded[i] for i in side]) for side in sides)
     if min(heldout.n_rows, rows.n_rows) < world.size:
-        n_groups = len({pair.group for pair in encoded})
-        raise LoopError(
-            f"{len(encoded)} pairs of {n_groups} users or contexts are too few to train on and hold "
-            f"{recipe.heldout_fraction:.0%} out"
-        )
+        raise LoopError(_too_few(encoded, heldout.n_rows, recipe, world.size, fitting))
     model_key = hashlib.sha256((source / "model.safetensors").read_bytes()).hexdigest() + recipe.engine.precision
     for part in (rows, heldout):
         add_reference(part, trunk, model_key, Path(recipe.run_dir) / "reference", world, console)
@@ -261,6 +271,23 @@ def prepare(recipe: DPORecipe, world: World, console: Console) -> Job:
         tokenizer=source / "tokenizer.model",
         finish=lambda engine, outcome, console: _finish(outcome, rows, heldout),
     )
+
+
+def _too_few(encoded: Sequence[EncodedPair], n_heldout: int, recipe: DPORecipe, n_ranks: int, fitting: str) -> str:
+    """Why a split of the pairs leaves a side without enough, and what would mend it."""
+    sizes = sorted(Counter(pair.group for pair in encoded).values())
+    found = (
+        f"{fitting}. They are of {len(sizes)} group(s): pairs of one user (metadata.user), or of one context where no "
+        f"user is given, stay on one side. heldout_fraction {recipe.heldout_fraction:g} splits them into "
+        f"{len(encoded) - n_heldout} for training and {n_heldout} held out; each side needs at least {n_ranks}, one a "
+        "rank"
+    )
+    smallest = sizes[0] / len(encoded) if len(sizes) > 1 else 1.0
+    if n_heldout < n_ranks and recipe.heldout_fraction < smallest < 1:
+        return f"{found}. The smallest group has {sizes[0]} pair(s): set heldout_fraction to {smallest:.2f} or more"
+    if len(encoded) < 2 * n_ranks and recipe.max_pair_tokens and "left out" in fitting:
+        return f"{found}. Raise max_pair_tokens, or add pairs"
+    return f"{found}. Add pairs of other users or contexts"
 
 
 def _finish(outcome: Outcome, rows: PairRows, heldout: PairRows) -> tuple[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -65,7 +66,10 @@ def sample_pairs(
     The files, and what is in them, do not depend on the number of ranks.
     """
     dialogues = list(read_dialogues(data / "dialogues" / "train.jsonl"))
-    contexts = select_contexts(dialogues, tokenizer, settings.n_contexts, seed, settings.max_context_tokens)
+    without: Counter[str] = Counter()
+    contexts = select_contexts(
+        dialogues, tokenizer, settings.n_contexts, seed, settings.max_context_tokens, left_out=without
+    )
     trunk, head = load_scorer(Path(settings.scorer) / "model", world.device)
     policy.eval()
     folder.mkdir(parents=True, exist_ok=True)

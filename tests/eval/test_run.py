@@ -54,10 +54,12 @@ def test_whole_evaluation(pipeline: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 def test_same_seed_gives_the_same_numbers(pipeline: Path) -> None:
     recipe = load_recipe(EvalRecipe, DEMO, overrides(pipeline))
-    first, second = (to_json(evaluate(open_workspace(recipe), Console(quiet=True))) for _ in range(2))
+    first, second = (
+        to_json(evaluate(open_workspace(recipe, Console(quiet=True)), Console(quiet=True))) for _ in range(2)
+    )
     only_replies = dict.fromkeys(("perplexity", "ranking", "engagement", "preference", "user_sensitivity"))
     another_seed = recipe.model_copy(update={"seed": 1, **only_replies})
-    other = to_json(evaluate(open_workspace(another_seed), Console(quiet=True)))
+    other = to_json(evaluate(open_workspace(another_seed, Console(quiet=True)), Console(quiet=True)))
     assert {part: first[part] for part in PARTS} == {part: second[part] for part in PARTS}
     assert first["samples"] == second["samples"] != other["samples"]
 

@@ -17,6 +17,7 @@ from data.dialogue import Message, decode_reply, encode_prompt, encode_reply
 from data.feedback import main as convert_feedback
 from data.preferences import PreferencePair, read_pairs, write_pairs
 from data.prepare import main as prepare_data
+from data.prompt_fit import NEWEST_TOO_LONG, REPLY_TOO_LONG
 from data.tokenizer import DialogueTokenizer
 from model.attention_ops import Documents
 from model.weights import load_model, load_scorer
@@ -102,7 +103,7 @@ def test_what_users_did_trains_preferences_and_the_scorer(
     pairs = read_pairs(runs / "feedback" / "pairs.jsonl")
     tokenizer = DialogueTokenizer.load(runs / "pretrain" / "model")
     assert len(pairs) > 20
-    for pair, encoded in zip(pairs, encode_pairs(pairs, tokenizer, 10**6), strict=True):
+    for pair, encoded in zip(pairs, encode_pairs(pairs, tokenizer, 10**6)[0], strict=True):
         assert encoded.prompt == encode_prompt(tokenizer, pair.messages, pair.character)
         for text, reply in ((pair.chosen, encoded.chosen), (pair.rejected, encoded.rejected)):
             assert decode_reply(tokenizer, reply[:-1]) == text
@@ -148,11 +149,15 @@ def test_long_prompts_lose_their_oldest_messages(runs: Path) -> None:
     tokenizer = DialogueTokenizer.load(runs / "pretrain" / "model")
     messages = tuple(Message("Ann", f"the cat sat {'tea ' * i}") for i in range(6))
     pair = PreferencePair("p", messages, "Ben", "yes", "no no no", source="test")
-    (encoded,) = encode_pairs([pair], tokenizer, 60)
+    ((encoded,), left_out) = encode_pairs([pair], tokenizer, 60)
+    assert not left_out
     assert len(encoded.prompt) + max(len(encoded.chosen), len(encoded.rejected)) <= 60
     kept = next(n for n in range(7) if encode_prompt(tokenizer, messages[n:], "Ben") == encoded.prompt)
     assert 0 < kept < 6
-    assert encode_pairs([pair], tokenizer, 5) == []
+    assert encode_pairs([pair], tokenizer, 5) == ([], {REPLY_TOO_LONG: 1})
+    newest = len(encode_prompt(tokenizer, messages[-1:], "Ben")) + max(len(encoded.chosen), len(encoded.rejected))
+    assert len(encode_pairs([pair], tokenizer, newest)[0]) == 1
+    assert encode_pairs([pair], tokenizer, newest - 1) == ([], {NEWEST_TOO_LONG: 1})
 
 
 @pytest.mark.parametrize(

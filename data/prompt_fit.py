@@ -1,0 +1,88 @@
+"""One rule for every prompt that must not exceed a number of tokens: DPO, SFT, evaluation, sampling and serving.
+
+1. The narrator's messages before anybody else's set the scene and define the characters. They are pinned.
+2. The newest message, and a narrator's note that follows it, are what the reply answers. They are pinned too.
+3. Of what lies between, the newest messages that fit are kept, without gaps. A narrator's message in the middle of a
+   conversation tells an event, and goes with the messages of its age.
+
+Where the pinned messages do not fit, there is no prompt, but a reason. A prompt whose context was cut away whole, or
+whose newest message was cut short, would ask the model to answer something else. (A prompt template marks pinned parts
+itself, and cuts in rare deep steps: data/prompt_truncation.py.)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from data.dialogue import NARRATOR, Encoder, Message
+from data.message_encoder import MessageEncoder
+from data.sources.record import LeftOut
+
+REPLY_TOO_LONG = "the reply alone is too long"
+SCENE_TOO_LONG = "the narrator's opening messages are too long"
+NEWEST_TOO_LONG = "the newest message is too long"
+
+
+@dataclass(frozen=True, slots=True)
+class FittedPrompt:
+    """The messages that are kept, the tokens to generate from, and how many messages were cut."""
+
+    messages: tuple[Message, ...]
+    tokens: list[int]
+    n_cut: int
+
+
+def n_opening_messages(messages: Sequence[Message]) -> int:
+    """How many narrator's messages stand before anybody else's."""
+    return next((i for i, message in enumerate(messages) if message.speaker != NARRATOR), len(messages))
+
+
+def fit_prompt(
+    tokenizer: Encoder | MessageEncoder,
+    messages: Sequence[Message],
+    character: str,
+    max_tokens: int,
+    reply_tokens: int = 0,
+) -> FittedPrompt | LeftOut:
+    """The prompt for `character`'s reply to `messages`, with at most `max_tokens` tokens less the reply's, or why there
+    is none.
+
+    Each message is encoded at most once, from the newest back, and none beyond the first that does not fit. Without
+    messages the prompt is `<bos><|message|>character:`. Raises DialogueError for a bad name.
+    """
+    encoder = tokenizer if isinstance(tokenizer, MessageEncoder) else MessageEncoder(tokenizer)
+    reply = encoder.opening(character)
+    room = max_tokens - reply_tokens - 1 - len(reply)  # 1 for <bos>
+    if room < 0:
+        return LeftOut(REPLY_TOO_LONG)
+    n_opening = n_opening_messages(messages)
+    opening: list[int] = []
+    for message in messages[:n_opening]:
+        opening += encoder.message(message.speaker, message.text)
+        if len(opening) > room:
+            return LeftOut(SCENE_TOO_LONG)
+    room -= len(opening)
+    first, newest_first = len(messages), []
+    n_pinned = _n_newest(messages[n_opening:], character)
+    while first > n_opening:
+        message = messages[first - 1]
+        ids = encoder.message(message.speaker, message.text)
+        if len(ids) > room:
+            break
+        room -= len(ids)
+        newest_first.append(ids)
+        first -= 1
+    if len(newest_first) < n_pinned:
+        return LeftOut(NEWEST_TOO_LONG)
+    tokens = [encoder.tokenizer.bos_id, *opening]
+    for ids in reversed(newest_first):
+        tokens += ids
+    kept = (*messages[:n_opening], *messages[first:])
+    return FittedPrompt(kept, [*tokens, *reply], len(messages) - len(kept))
+
+
+def _n_newest(conversation: Sequence[Message], character: str) -> int:
+    """How many messages at the end must stay: the newest, and with the narrator's after it the newest of others."""
+    if character == NARRATOR:  # its messages are replies here
+        return min(1, len(conversation))
+    notes = next((i for i, message in enumerate(reversed(conversation)) if message.speaker != NARRATOR), None)
+    return 0 if notes is None else notes + 1
