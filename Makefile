@@ -27,7 +27,7 @@ types: $(STAMP)
 	$(IN_VENV) -m mypy
 
 unit: $(STAMP)
-	OMP_NUM_THREADS=1 $(IN_VENV) -m pytest -n auto --dist loadfile
+	$(IN_VENV) -m pytest -n auto --dist loadfile
 
 test-engines: $(BUNDLE)/manifest.json $(STAMP) ## the bundle in vLLM (its own venv): the same greedy tokens as ours
 	BASE_PYTHON=$(PYTHON) bash tests/engines/run.sh $(BUNDLE) $(dir $(BUNDLE))data/dialogues/heldout.jsonl

@@ -1,4 +1,4 @@
-"""Nothing asserts how long something takes: hypothesis has no deadline, and draws the same examples every time."""
+"""One thread a process. Nothing asserts how long something takes: hypothesis has no deadline, and repeats examples."""
 
 import importlib.util
 import os
@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import settings
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only wait for each other's threads
+import torch
 
 settings.register_profile("dramatis", deadline=None, derandomize=True)
 settings.load_profile("dramatis")
