@@ -40,6 +40,7 @@ class DialogueTokenizer:
     bos_id = 2
     message_id = 3
     end_id = 4
+    forbidden_in_reply = (pad_id, unk_id, bos_id, message_id)
 
     def __init__(self, model_bytes: bytes, source: str = "tokenizer") -> None:
         import sentencepiece

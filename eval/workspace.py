@@ -149,7 +149,7 @@ class Workspace:
             top_k=section.top_k,
             top_p=section.top_p,
             seed=self.recipe.seed,
-            forbidden_ids=(tokenizer.pad_id, tokenizer.unk_id, tokenizer.bos_id, tokenizer.message_id),
+            forbidden_ids=tokenizer.forbidden_in_reply,
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,11 +15,24 @@ from model.kv_cache import CacheStep, PagedKVCache
 from model.transformer import Transformer
 
 FinishReason = Literal["stop", "length"]
+NO_TOKEN = -1
+
+
+class SamplingError(ValueError):
+    """A sampling value that has no meaning; the message names it."""
+
+
+class NonFiniteLogits(ValueError):  # noqa: N818 (reads as what happened)
+    """Logits that are infinite or not numbers, so that no token can be drawn."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a reply is drawn. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 cut nothing (arXiv 1904.09751)."""
+    """How a reply is drawn (arXiv 1904.09751). Raises SamplingError for a value out of range.
+
+    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 cut nothing. Tokens that tie with the k-th likeliest are kept,
+    and the likeliest token is kept whatever `top_p` is.
+    """
 
     max_new_tokens: int
     stop_ids: tuple[int, ...]
@@ -26,6 +41,15 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
     forbidden_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        # a comparison, unlike float(), takes an integer of any size
+        if not 0 <= self.temperature <= sys.float_info.max:
+            raise SamplingError(f"temperature is {self.temperature!r}; expected a finite number of at least 0")
+        if not 0 < self.top_p <= 1:
+            raise SamplingError(f"top_p is {self.top_p!r}; expected a number above 0 and at most 1")
+        if self.top_k < 0:
+            raise SamplingError(f"top_k is {self.top_k!r}; expected 0 (no cut) or more")
 
 
 @dataclass(frozen=True)
@@ -37,40 +61,81 @@ class Completion:
     finish_reason: FinishReason
 
 
-def sampling_probabilities(logits_V: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution `sampling` draws from: tempered, then cut to top_k, then to the smallest set of mass top_p."""
-    logits_V = logits_V.float() / sampling.temperature
-    if 0 < sampling.top_k < len(logits_V):
-        kth = logits_V.topk(sampling.top_k).values[-1]
-        logits_V = logits_V.masked_fill(logits_V < kth, float("-inf"))
-    probabilities_V = logits_V.softmax(-1)
-    if sampling.top_p < 1:
-        sorted_V, order_V = probabilities_V.sort(descending=True)
-        mass_before_V = sorted_V.cumsum(-1) - sorted_V
-        probabilities_V[order_V[mass_before_V >= sampling.top_p]] = 0
-        probabilities_V = probabilities_V / probabilities_V.sum()
-    return probabilities_V
+def uniform(seed: int, position: int) -> float:
+    """The number in [0, 1) that draws token `position` of a reply, whatever was computed or drawn before it."""
+    digest = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def sample(
-    logits_BV: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator]
-) -> tuple[Tensor, Tensor]:
-    """(token_B, logprob_B): one draw a row, each by its own rule and generator, so a batch changes no one's draw.
+def sampling_probabilities(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """(B, V) float64: what each row is drawn from: tempered, cut to top_k, then to the smallest set of mass top_p.
 
-    The log-probability is the model's own (temperature 1, nothing cut).
+    A row is NaN when one of its logits is not finite or all its tokens are forbidden. Temperature 0 is the limit: the
+    likeliest tokens share the mass.
     """
-    logits_BV = logits_BV.float()
-    chosen: list[Tensor] = []
-    for logits_V, sampling, generator in zip(logits_BV, samplings, generators, strict=True):
-        allowed_V = logits_V
+    allowed_BV = _allowed(logits_BV, samplings)
+    for row, sampling in enumerate(samplings):
+        # before the temperature, since a very high one makes different logits equal
+        if 0 < sampling.top_k < allowed_BV.shape[1]:
+            allowed_V = allowed_BV[row]
+            allowed_V.masked_fill_(allowed_V < allowed_V.topk(sampling.top_k).values[-1], -torch.inf)
+    # The best logit is 0 before the division, so that no temperature overflows it, and a tiny one sends the others to
+    # -inf. Hardware may take a subnormal number for 0.
+    temperatures = [max(float(sampling.temperature), sys.float_info.min) for sampling in samplings]
+    temperature_B = torch.tensor(temperatures, dtype=torch.float64, device=allowed_BV.device)
+    probabilities_BV = ((allowed_BV - allowed_BV.amax(-1, keepdim=True)) / temperature_B[:, None]).softmax(-1)
+    for row, sampling in enumerate(samplings):
+        if sampling.top_p < 1:
+            probabilities_BV[row] = _nucleus(allowed_BV[row], probabilities_BV[row], sampling.top_p)
+    return probabilities_BV
+
+
+def _allowed(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """Logits in float64: -inf for a row's forbidden tokens, NaN in all of a row that has a logit that is not finite."""
+    allowed_BV = logits_BV.double().masked_fill(~logits_BV.isfinite().all(-1, keepdim=True), torch.nan)
+    for row, sampling in enumerate(samplings):
         if sampling.forbidden_ids:
-            allowed_V = logits_V.index_fill(0, torch.tensor(sampling.forbidden_ids, device=logits_V.device), -torch.inf)
-        if sampling.temperature == 0:
-            chosen.append(allowed_V.argmax())
-        else:
-            chosen.append(torch.multinomial(sampling_probabilities(allowed_V, sampling), 1, generator=generator)[0])
-    token_B = torch.stack(chosen)
-    return token_B, logits_BV.log_softmax(-1).gather(1, token_B[:, None])[:, 0]
+            forbidden = torch.tensor(sampling.forbidden_ids, device=allowed_BV.device)
+            allowed_BV[row].index_fill_(0, forbidden, -torch.inf)
+    return allowed_BV
+
+
+def _nucleus(logits_V: Tensor, probabilities_V: Tensor, top_p: float) -> Tensor:
+    """The smallest set of the likeliest tokens whose mass is at least `top_p`, at least one token, as probabilities."""
+    order_V = logits_V.argsort(descending=True, stable=True)
+    sorted_V = probabilities_V[order_V]
+    mass_V = sorted_V.cumsum(0)
+    is_cut_V = torch.cat([torch.zeros_like(mass_V[:1]), mass_V[:-1]]) >= top_p
+    is_cut_V[0] = False
+    kept_V = torch.empty_like(sorted_V).scatter_(0, order_V, sorted_V.masked_fill(is_cut_V, 0))
+    return kept_V / kept_V.sum()
+
+
+def sample(logits_BV: Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """(token_B, logprob_B): one draw a row, each by its own rule and its number of [0, 1) (see `uniform`).
+
+    The log-probability is the model's own (temperature 1, nothing cut). No row depends on another: one that cannot be
+    drawn, as `sampling_probabilities` says, has token NO_TOKEN and a log-probability of NaN.
+    """
+    is_greedy_B = torch.tensor([sampling.temperature == 0 for sampling in samplings], device=logits_BV.device)
+    if bool(is_greedy_B.all()):
+        allowed_BV = _allowed(logits_BV, samplings)
+        token_B, is_drawn_B = allowed_BV.argmax(-1), allowed_BV.amax(-1).isfinite()
+    else:
+        probabilities_BV = sampling_probabilities(logits_BV, samplings)
+        drawn_B = _inverse_cumulative(probabilities_BV, uniforms)
+        token_B = torch.where(is_greedy_B, probabilities_BV.argmax(-1), drawn_B)
+        is_drawn_B = ~probabilities_BV.isnan().any(-1)
+    logprob_B = logits_BV.float().log_softmax(-1).gather(1, token_B[:, None])[:, 0]
+    return token_B.where(is_drawn_B, NO_TOKEN), logprob_B.where(is_drawn_B, torch.nan)
+
+
+def _inverse_cumulative(probabilities_BV: Tensor, uniforms: Sequence[float]) -> Tensor:
+    """For each row the first token whose cumulative probability is above its number; never one of probability 0."""
+    cumulative_BV = probabilities_BV.cumsum(-1).masked_fill(probabilities_BV == 0, 0)
+    uniform_B = torch.tensor(uniforms, dtype=torch.float64, device=probabilities_BV.device)
+    above_BV = cumulative_BV > (uniform_B * cumulative_BV.amax(-1))[:, None]
+    return above_BV.int().argmax(-1)
 
 
 @torch.no_grad()
@@ -84,9 +149,10 @@ def generate(
 ) -> list[list[Completion]]:
     """`n_samples` completions of every prompt; each prompt is prefilled once and its full pages are shared.
 
-    Sample j of prompt i draws from a generator seeded by (sampling.seed, i, j), whatever else is in the batch.
+    Sample j of prompt i draws by a seed of (sampling.seed, i, j), whatever else is in the batch.
     `on_step` is called after every decoding step with the number of sequences still running.
-    Raises ValueError for an empty prompt or one that leaves no room below the model's max_length.
+    Raises ValueError for an empty prompt or one that leaves no room below the model's max_length, NonFiniteLogits
+    where the model's logits are no numbers.
     """
     if not prompts:
         return []
@@ -101,13 +167,18 @@ def generate(
             own = pages if copy == n_samples - 1 else _fork(cache, pages, len(prompt))
             own = own + cache.allocator.allocate(cache.pages_for(length) - len(own))
             seed = (sampling.seed * 1_000_003 + number) * 1_000_003 + copy
-            generator = torch.Generator(device=device).manual_seed(seed % 2**63)
-            running.append(_Sequence(number, len(prompt), length, own, generator, [], []))
+            running.append(_Sequence(number, len(prompt), length, own, seed, [], []))
     finished = list(running)
     logits_BV = logits_BV.repeat_interleave(n_samples, dim=0)
     while running:
-        tokens_B, logprobs_B = sample(logits_BV, [sampling] * len(running), [s.generator for s in running])
+        uniforms = [uniform(s.seed, len(s.tokens)) for s in running]
+        tokens_B, logprobs_B = sample(logits_BV, [sampling] * len(running), uniforms)
         for sequence, token, logprob in zip(running, tokens_B.tolist(), logprobs_B.tolist(), strict=True):
+            if token == NO_TOKEN:
+                raise NonFiniteLogits(
+                    f"the model's logits for token {len(sequence.tokens)} of a reply to prompt {sequence.prompt} are "
+                    "not finite; its weights or activations have overflowed"
+                )
             sequence.tokens.append(token)
             sequence.logprobs.append(logprob)
         running = [sequence for sequence in running if not sequence.is_done(sampling.stop_ids)]
@@ -149,7 +220,7 @@ class _Sequence:
     n_prompt: int
     longest: int
     pages: list[int]
-    generator: torch.Generator
+    seed: int
     tokens: list[int]
     logprobs: list[float]
 

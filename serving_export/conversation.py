@@ -59,7 +59,8 @@ class _History:
     """A digest of everything before a message's text."""
 
     def __init__(self, salt: str | None):
-        self._sha256 = hashlib.sha256(hashlib.sha256(b"no salt" if salt is None else b"salt:" + salt.encode()).digest())
+        tagged = b"no salt" if salt is None else b"salt:" + salt.encode(errors="surrogatepass")
+        self._sha256 = hashlib.sha256(hashlib.sha256(tagged).digest())
 
     def extend(self, ids: Sequence[int]) -> None:
         self._sha256.update(struct.pack(f"<{len(ids)}q", *ids))

@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from model.generate import Sampling, sample
+from model.generate import NO_TOKEN, Sampling, sample, uniform
 from model.kv_cache import CacheStep, PagedKVCache
 from model.transformer import Transformer
 from serving_export.prefix_cache import PrefixCache
@@ -37,12 +37,14 @@ class QueueFull(RuntimeError):  # noqa: N818 (reads as what happened)
 class Event:
     """One step of a generation: a token (None in an end without one) and, in the last event, why it ended.
 
-    `n_cached` is how many tokens of the prompt came from the prefix cache.
+    `n_cached` is how many tokens of the prompt came from the prefix cache. `error` says what happened where
+    `finish_reason` is "error".
     """
 
     token: int | None
     finish_reason: EngineFinish | None
     n_cached: int
+    error: str | None = None
 
 
 @dataclass
@@ -93,6 +95,7 @@ class Engine:
 
     Out of pages, it evicts cached prefixes, then lets new requests wait, then preempts the youngest running request,
     whose tokens are computed again later; what was drawn is never drawn anew.
+    A request that fails ends alone: the others of its batch are computed without it.
     """
 
     def __init__(
@@ -117,7 +120,6 @@ class Engine:
         self._inbox: deque[Generation] = deque()
         self._waiting: deque[Generation] = deque()
         self._running: list[Generation] = []  # oldest first
-        self._generators: dict[int, torch.Generator] = {}
         self._wake = threading.Condition()
         self._stopping = False
         self._refusing = False
@@ -202,10 +204,10 @@ class Engine:
                     return
             try:
                 self.step()
-            except Exception:  # a failed step must end its requests, not the service
-                _LOG.exception("an engine step failed; its requests are ended")
+            except Exception as error:  # scheduling failed, which is nobody's request: the service goes on
+                _LOG.exception("the engine's scheduling failed; its requests are ended")
                 for generation in self._running[:] or list(self._waiting)[:1]:
-                    self._end(generation, "error")
+                    self._end(generation, "error", error=_described(error))
 
     def step(self) -> bool:
         """Admit, prefill a chunk, decode one token for everyone; False when there is nothing left to do."""
@@ -242,7 +244,6 @@ class Engine:
                 generation.n_cached = generation.n_computed
                 self.prefix_cache.count_lookup(generation.n_computed, generation.n_prompt)
                 self.counters.prompt_tokens += generation.n_prompt
-                self._generators[generation.number] = torch.Generator(self.device).manual_seed(generation.sampling.seed)
             self._running.append(generation)
 
     def _make_room(self, count: int, spare: int = 0) -> bool:
@@ -281,46 +282,85 @@ class Engine:
         self.counters.preemptions += 1
 
     def _advance(self, chunks: list[tuple[Generation, int]]) -> None:
-        """Compute the next tokens of each, and draw one for those that have no more to compute."""
+        """Compute the next tokens of each and draw one for those that have no more to compute.
+
+        Where that fails, each is computed alone, which finds and ends the ones that cannot be.
+        """
         if not chunks:
             return
-        sequences = [(g.tokens[g.n_computed : g.n_computed + length], g.n_computed, g.pages) for g, length in chunks]
-        hidden_BD = self.model.extend(CacheStep.build(sequences, self.device), self.cache)
+        drawn = None
+        try:
+            drawn = self._compute(chunks)
+        except Exception as error:
+            if len(chunks) == 1:
+                self._fail(chunks[0][0], error)
+                return
+        if drawn is None:
+            for chunk in chunks:
+                self._advance([chunk])
+            return
         for generation, length in chunks:
             generation.n_computed += length
-        drawing = [(row, g) for row, (g, _) in enumerate(chunks) if g.n_pending == 0]
-        if not drawing:
-            return
-        logits_BV = self.model.logits(hidden_BD[[row for row, _ in drawing]])
-        token_B, _ = sample(
-            logits_BV, [g.sampling for _, g in drawing], [self._generators[g.number] for _, g in drawing]
-        )
-        for (_, generation), token in zip(drawing, token_B.tolist(), strict=True):
-            if generation.n_generated == 0:  # the prompt is whole: others with the same beginning may read it
-                self.prefix_cache.insert(generation.tokens, generation.pages, generation.salt)
-            generation.tokens.append(token)
-            self.counters.generated_tokens += 1
-            if token in generation.sampling.stop_ids:
-                self._end(generation, "stop", token)
-            elif generation.n_generated >= generation.sampling.max_new_tokens:
-                self._end(generation, "length", token)
-            else:
-                self._emit(generation, token, None)
+        for generation, token in drawn:
+            try:
+                self._take(generation, token)
+            except Exception as error:
+                self._fail(generation, error)
 
-    def _end(self, generation: Generation, reason: EngineFinish, token: int | None = None) -> None:
+    def _fail(self, generation: Generation, error: Exception) -> None:
+        _LOG.error("request %d failed and is ended", generation.number, exc_info=error)
+        self._end(generation, "error", error=_described(error))
+
+    @torch.no_grad()
+    def _compute(self, chunks: list[tuple[Generation, int]]) -> list[tuple[Generation, int]]:
+        """(generation, drawn token) of those that the chunks complete. Changes no generation, so it can be repeated."""
+        sequences = [(g.tokens[g.n_computed : g.n_computed + length], g.n_computed, g.pages) for g, length in chunks]
+        hidden_BD = self.model.extend(CacheStep.build(sequences, self.device), self.cache)
+        drawing = [(row, g) for row, (g, length) in enumerate(chunks) if g.n_pending == length]
+        if not drawing:
+            return []
+        logits_BV = self.model.logits(hidden_BD[[row for row, _ in drawing]])
+        uniforms = [uniform(g.sampling.seed, g.n_generated) for _, g in drawing]
+        token_B, _ = sample(logits_BV, [g.sampling for _, g in drawing], uniforms)
+        return [(g, token) for (_, g), token in zip(drawing, token_B.tolist(), strict=True)]
+
+    def _take(self, generation: Generation, token: int) -> None:
+        """Append a drawn token, and end the generation where it is the last or there was none to draw."""
+        if token == NO_TOKEN:
+            place = f"token {generation.n_generated} of the reply"
+            message = f"the model's logits for {place} are not finite numbers, so none can be drawn"
+            _LOG.error("request %d is ended: %s", generation.number, message)
+            self._end(generation, "error", error=message)
+            return
+        if generation.n_generated == 0:  # the prompt is whole: others with the same beginning may read it
+            self.prefix_cache.insert(generation.tokens, generation.pages, generation.salt)
+        generation.tokens.append(token)
+        self.counters.generated_tokens += 1
+        if token in generation.sampling.stop_ids:
+            self._end(generation, "stop", token)
+        elif generation.n_generated >= generation.sampling.max_new_tokens:
+            self._end(generation, "length", token)
+        else:
+            self._emit(generation, token, None)
+
+    def _end(
+        self, generation: Generation, reason: EngineFinish, token: int | None = None, error: str | None = None
+    ) -> None:
         if generation in self._running:
             self._running.remove(generation)
         else:
             self._waiting.remove(generation)
-        if reason == "error":  # what its pages hold is not certain
+        if reason == "error":
+            # what its pages hold is not certain: a cached prefix among them would fail every request that begins so
+            self.prefix_cache.forget(generation.tokens, generation.salt)
             self.cache.allocator.release(generation.pages)
+            generation.pages, generation.n_computed = [], 0
         else:
             self._release(generation)
-        self._generators.pop(generation.number, None)
         self.counters.cancelled += reason == "cancelled"
         self.counters.failed += reason == "error"
         self.counters.finished += reason in ("stop", "length")
-        self._emit(generation, token, reason)
+        self._emit(generation, token, reason, error)
 
     def _release(self, generation: Generation) -> None:
         """Give the pages up, leaving the full ones to the prefix cache."""
@@ -329,9 +369,15 @@ class Engine:
         self.cache.allocator.release(generation.pages)
         generation.pages, generation.n_computed = [], 0
 
-    def _emit(self, generation: Generation, token: int | None, reason: EngineFinish | None) -> None:
+    def _emit(
+        self, generation: Generation, token: int | None, reason: EngineFinish | None, error: str | None = None
+    ) -> None:
         try:
-            generation.emit(Event(token, reason, generation.n_cached or 0))
+            generation.emit(Event(token, reason, generation.n_cached or 0, error))
         except Exception:  # a listener that is gone (a closed event loop) is as good as cancelled
             _LOG.debug("a listener failed", exc_info=True)
             generation.cancelled = True
+
+
+def _described(error: Exception) -> str:
+    return f"the engine failed ({type(error).__name__}); its log says why"

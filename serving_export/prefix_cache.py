@@ -129,13 +129,30 @@ class PrefixCache:
             assert block.parent is not None
             block.parent.n_children -= 1
             evicted.append(block)
-        for block in evicted:
+        self._remove(evicted)
+        self.counters.evicted_pages += len(evicted)
+        return len(evicted)
+
+    def forget(self, tokens: Sequence[int], salt: str | None = None) -> int:
+        """Drop the blocks along `tokens` and all below them, also those that a sequence reads; how many there were."""
+        doomed = dict.fromkeys(self._walk(tokens, salt))
+        if not doomed:
+            return 0
+        for block in reversed(self._by_age):  # parents come first
+            if block.parent in doomed:
+                doomed[block] = None
+        first = next(iter(doomed))
+        assert first.parent is not None
+        first.parent.n_children -= 1
+        self._remove(list(doomed))
+        return len(doomed)
+
+    def _remove(self, blocks: Sequence[_Block]) -> None:
+        for block in blocks:
             del self._by_age[block]
             del self._blocks[block.key]
             self.allocator.release([block.page])
         self._roots = {salt: root for salt, root in self._roots.items() if root.n_children}
-        self.counters.evicted_pages += len(evicted)
-        return len(evicted)
 
     def clear(self) -> int:
         """Evict everything that no sequence reads; the number of pages freed."""
@@ -144,7 +161,7 @@ class PrefixCache:
     def _root(self, salt: str | None) -> _Block:
         if salt not in self._roots:
             # tagged and hashed on their own, so that no salt is mistaken for another or for the absence of one
-            key = sha256(b"no salt" if salt is None else b"salt:" + salt.encode())
+            key = sha256(b"no salt" if salt is None else b"salt:" + salt.encode(errors="surrogatepass"))
             self._roots[salt] = _Block(key, (), -1, None)
         return self._roots[salt]
 

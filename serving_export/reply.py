@@ -17,11 +17,11 @@ FinishReason = Literal["stop", "length"]
 
 
 class GenerationFailed(RuntimeError):  # noqa: N818 (reads as what happened)
-    """The engine ended a reply by itself: because of an error, or (`by_shutdown`) because it is stopping."""
+    """The engine ended a reply by itself: because of `error`, or (None) because it is stopping."""
 
-    def __init__(self, by_shutdown: bool):
-        super().__init__("the server is shutting down" if by_shutdown else "the engine failed; its log says why")
-        self.by_shutdown = by_shutdown
+    def __init__(self, error: str | None):
+        super().__init__("the server is shutting down" if error is None else error)
+        self.by_shutdown = error is None
 
 
 class Replier:
@@ -31,20 +31,18 @@ class Replier:
         self.engine = engine
         self.encoder = ConversationEncoder(tokenizer)
         self.pieces = PieceTable(tokenizer)
-        self.end_id = tokenizer.end_id
-        control_ids = {tokenizer.pad_id, tokenizer.unk_id, tokenizer.bos_id, tokenizer.message_id, tokenizer.end_id}
-        self.forbidden_ids = tuple(sorted(control_ids - {tokenizer.end_id}))
+        self.tokenizer = tokenizer
 
     def sampling(self, max_new_tokens: int | None, temperature: float, top_k: int, top_p: float, seed: int) -> Sampling:
         """How to draw a reply: it ends at `<|end|>` and holds no other control token; None asks for all the room."""
         return Sampling(
             max_new_tokens=self.engine.max_length if max_new_tokens is None else max_new_tokens,
-            stop_ids=(self.end_id,),
+            stop_ids=(self.tokenizer.end_id,),
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             seed=seed,
-            forbidden_ids=self.forbidden_ids,
+            forbidden_ids=self.tokenizer.forbidden_in_reply,
         )
 
     def start(
@@ -112,7 +110,7 @@ class Reply:
         if event.finish_reason is None:
             return new
         if event.finish_reason not in ("stop", "length"):
-            raise GenerationFailed(by_shutdown=event.finish_reason == "cancelled")
+            raise GenerationFailed(event.error)
         new += self._text.finish()
         self.finish_reason = event.finish_reason
         content = self.drawn[:-1] if event.finish_reason == "stop" else self.drawn

@@ -106,7 +106,7 @@ def _pairs_of(
         temperature=settings.temperature,
         top_p=settings.top_p,
         seed=seed,
-        forbidden_ids=(tokenizer.pad_id, tokenizer.unk_id, tokenizer.bos_id, tokenizer.message_id),
+        forbidden_ids=tokenizer.forbidden_in_reply,
     )
     pairs = []
     candidates = generate(policy, [context.prompt for context in contexts], sampling, n_samples=settings.n_candidates)

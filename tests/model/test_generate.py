@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from model.attention_ops import Documents
 from model.config import AdjacentSharing, KVSharing, ModelConfig, NoSharing, TailSharing
-from model.generate import Sampling, generate, sampling_probabilities
+from model.generate import NonFiniteLogits, Sampling, generate
 from model.kv_cache import CacheStep, OutOfPages, PageAllocator, PagedKVCache
 from model.transformer import Transformer
 
@@ -99,13 +99,12 @@ def test_generation_stops_at_the_context_limit() -> None:
         generate(model, [[1] * 64], Sampling(max_new_tokens=1, stop_ids=()))
 
 
-def test_top_k_and_top_p_cut() -> None:
-    logits = torch.tensor([4.0, 3.0, 2.0, 1.0])
-    kept = sampling_probabilities(logits, Sampling(max_new_tokens=1, stop_ids=(), top_k=2))
-    assert (kept > 0).tolist() == [True, True, False, False]
-    nucleus = sampling_probabilities(logits, Sampling(max_new_tokens=1, stop_ids=(), top_p=0.7))
-    assert (nucleus > 0).tolist() == [True, True, False, False]
-    assert float(nucleus.sum()) == pytest.approx(1)
+def test_logits_that_are_no_numbers_are_an_error() -> None:
+    model = tiny(NoSharing())
+    with torch.no_grad():
+        model.embed_tokens.weight[7] = torch.nan
+    with pytest.raises(NonFiniteLogits, match="token 0 of a reply to prompt 0"):
+        generate(model, [[1, 2], [7, 7]], Sampling(max_new_tokens=3, stop_ids=()))
 
 
 def test_pages_are_counted() -> None:

@@ -6,6 +6,7 @@ import functools
 import queue
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from model.attention_ops import Documents
 from model.config import ModelConfig, TailSharing
-from model.generate import Sampling
+from model.generate import Sampling, sample, uniform
 from model.transformer import Transformer
 from serving_export.engine import Engine, Event, Generation, PromptError, QueueFull
 
@@ -182,6 +183,45 @@ def test_failed_step_ends_its_requests_and_the_engine_goes_on(monkeypatch: pytes
     engine.submit([2, 5], greedy(3), events.put)
     assert [events.get(timeout=20).token for _ in range(3)] == uncached_greedy((2, 5), 3)
     engine.stop()
+    assert_only_the_cache_holds_pages(engine)
+
+
+@pytest.mark.parametrize("fails", ["not a number", "raises"])
+def test_failed_row_ends_its_own_request(monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
+    bad_seed = 13
+
+    def failing(logits_BV: torch.Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float]) -> Any:
+        for row, (sampling, number) in enumerate(zip(samplings, uniforms, strict=True)):
+            if sampling.seed == bad_seed and number == uniform(bad_seed, 2):
+                if fails == "raises":
+                    raise RuntimeError("out of memory")
+                logits_BV[row, 3] = torch.nan
+        return sample(logits_BV, samplings, uniforms)
+
+    monkeypatch.setattr("serving_export.engine.sample", failing)
+    engine = poisoned(Engine(tiny(), n_pages=60, page_size=4))
+    prompts = [(2, 5, 6, 7, 8 + i) for i in range(4)]
+    listeners = [Listener() for _ in prompts]
+    drawn = Listener()
+    engine.submit([2, 9, 9], Sampling(9, (), temperature=1.5, seed=3), drawn)
+    for i, (prompt, listener) in enumerate(zip(prompts, listeners)):
+        rule = Sampling(9, (STOP,), temperature=0, seed=bad_seed if i == 1 else 0)
+        engine.submit(prompt, rule, listener, salt="bad" if i == 1 else None)
+    finish(engine)
+    failed = listeners.pop(1)
+    assert (failed.events[-1].finish_reason, failed.events[-1].token) == ("error", None)
+    assert failed.events[-1].error
+    assert len(failed.tokens) == 2
+    assert [g.tokens for g in listeners] == [uncached_greedy(p, 9) for p in (prompts[0], *prompts[2:])]
+    assert (engine.counters.failed, engine.counters.finished) == (1, 4)
+    # what the failed request computed is not read by another
+    assert engine.prefix_cache.match([*prompts[1], 5], "bad") == []
+    monkeypatch.undo()
+    alone = Engine(tiny(), n_pages=60, page_size=4)
+    expected = Listener()
+    alone.submit([2, 9, 9], Sampling(9, (), temperature=1.5, seed=3), expected)
+    finish(alone)
+    assert drawn.tokens == expected.tokens
     assert_only_the_cache_holds_pages(engine)
 
 

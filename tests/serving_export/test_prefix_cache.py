@@ -75,6 +75,16 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         assert evicted == min(count, possible)
         assert self.cache.allocator.n_free == free + evicted
 
+    @rule(tokens=TOKENS, salt=SALTS)
+    def forget(self, tokens: list[int], salt: str | None) -> None:
+        found = self.cache.match([*tokens, 0], salt)
+        self.cache.allocator.release(found)
+        before = self.cache.n_pages
+        n_forgotten = self.cache.forget(tokens, salt)
+        assert n_forgotten >= len(found)
+        assert before - self.cache.n_pages == n_forgotten
+        assert self.cache.match([*tokens, 0], salt) == []
+
     @invariant()
     def holders_are_exact(self) -> None:
         cached = [block.page for block in self.cache._by_age]
