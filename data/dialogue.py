@@ -4,8 +4,9 @@ A dialogue is `<bos>` then, for each message, `<|message|>{speaker}: {text}<|end
 `<|message|>{character}:`. A scene or a character definition is a message by the speaker `narrator`.
 
 Two keys of a message's metadata say how a message of the character is supervised, in place of what the dialogue shows:
-`engagement_label` is 1, 0, or null for no label (see `continuation_labels`), and `trained: false` keeps it out of the
-loss of SFT, as a reply that its reader threw away must be. On anybody else's message they are an error.
+`engagement_label` is 1, 0, or -1 for no label (see `continuation_labels`), and `trained: false` keeps it out of the
+loss of SFT, as a reply that its reader threw away must be. On anybody else's message they are an error. A key that is
+null says nothing, as if it were absent: Parquet cannot tell the two apart.
 """
 
 import math
@@ -17,12 +18,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from data.unix_time import TimeError, unix_seconds
+
 NARRATOR = "narrator"
 CONTROL_SURFACES = ("<pad>", "<unk>", "<bos>", "<|message|>", "<|end|>")  # in the order of their ids, 0 to 4
 WORD_JOINER = "\u2060"
 NO_LABEL = -1
 LABEL_KEY, TRAINED_KEY = "engagement_label", "trained"  # of a message's metadata
-_TIME_LIMIT = 2**63  # seconds; it leaves out infinity, nan, and integers that are no float
 
 _SURFACE = re.compile("|".join(re.escape(surface) for surface in CONTROL_SURFACES))
 _JOINERS = re.compile(f"{WORD_JOINER}({WORD_JOINER}?)")
@@ -62,10 +64,8 @@ class Message:
             raise DialogueError(f"text is {type(self.text).__name__}: expected a string")
         if not self.text.isascii():
             _check_encodable("text", self.text)
-        if self.time is not None and not (
-            isinstance(self.time, (int, float)) and not isinstance(self.time, bool) and abs(self.time) < _TIME_LIMIT
-        ):
-            raise DialogueError(f"time is {_shown(self.time)}: expected a finite number of unix seconds")
+        if self.time is not None:
+            _check_time(self.time)
         if self.metadata is not None and not isinstance(self.metadata, Mapping):
             raise DialogueError(f"metadata is {type(self.metadata).__name__}: expected an object")
         if self.metadata:
@@ -74,12 +74,12 @@ class Message:
     @property
     def is_supervised(self) -> bool:
         """Whether the metadata says how the message is supervised."""
-        return bool(self.metadata) and not {LABEL_KEY, TRAINED_KEY}.isdisjoint(self.metadata or ())
+        return bool(self.metadata) and any(self.metadata.get(key) is not None for key in (LABEL_KEY, TRAINED_KEY))
 
     @property
     def is_trained(self) -> bool:
         """Whether SFT trains it, if the character wrote it."""
-        return not self.metadata or bool(self.metadata.get(TRAINED_KEY, True))
+        return not self.metadata or self.metadata.get(TRAINED_KEY) is not False
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,16 +158,21 @@ def check_times(messages: Sequence[Message]) -> None:
         latest = message.time
 
 
-def _shown(value: object) -> str:
-    return "an integer of many digits" if isinstance(value, int) and abs(value) >= 2**256 else repr(value)
+def _check_time(time: object) -> None:
+    if not isinstance(time, int | float):
+        raise DialogueError(f"time is {time!r}: expected a number of unix seconds")
+    try:
+        unix_seconds(time)
+    except TimeError as error:
+        raise DialogueError(f"time is {error}") from None
 
 
 def _check_supervision(metadata: Mapping[str, Any]) -> None:
     label = metadata.get(LABEL_KEY)
-    if label is not None and (isinstance(label, bool) or label not in (0, 1)):
-        raise DialogueError(f"metadata.{LABEL_KEY} is {label!r}: expected 1, 0, or null for no label")
-    trained = metadata.get(TRAINED_KEY, True)
-    if not isinstance(trained, bool):
+    if label is not None and (isinstance(label, bool) or label not in (0, 1, NO_LABEL)):
+        raise DialogueError(f"metadata.{LABEL_KEY} is {label!r}: expected 1, 0, or {NO_LABEL} for no label")
+    trained = metadata.get(TRAINED_KEY)
+    if trained is not None and not isinstance(trained, bool):
         raise DialogueError(f"metadata.{TRAINED_KEY} is {trained!r}: expected true or false")
 
 
@@ -247,9 +252,8 @@ def continuation_labels(dialogue: Dialogue, within_seconds: float | None = None)
             continue
         if message.speaker == dialogue.character and (following is None or following.speaker != dialogue.character):
             labels[i] = _continues(message, following, within_seconds)
-        if message.metadata and LABEL_KEY in message.metadata:
-            given = message.metadata[LABEL_KEY]
-            labels[i] = NO_LABEL if given is None else int(given)
+        if message.metadata and message.metadata.get(LABEL_KEY) is not None:
+            labels[i] = int(message.metadata[LABEL_KEY])
         following = message
     return labels
 

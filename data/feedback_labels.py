@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from data.dialogue import LABEL_KEY, TRAINED_KEY, Dialogue, Message
+from data.dialogue import LABEL_KEY, NO_LABEL, TRAINED_KEY, Dialogue, Message
 from data.feedback_conversation import Conversation, Turn
 from data.feedback_event import FeedbackEvent
 from data.feedback_pairs import smallest_hashes
@@ -170,8 +170,8 @@ def conversation_dialogue(
     conversation: Conversation, participant: str, labels: Mapping[tuple[str, int], int] | None
 ) -> Dialogue:
     """The conversation as it ended. With `labels` of the turns' kept replies, by (turn, candidate), each message of the
-    character carries its label, null for none, so that nothing is inferred; an edited reply reads as edited and has
-    none. Without, messages carry no labels at all."""
+    character carries its label, or that it has none, so that nothing is inferred; an edited reply reads as edited and
+    has none. Without, messages carry no labels at all."""
     path = conversation.path()
     character = _character(path)
     messages: list[Message] = []
@@ -214,7 +214,8 @@ def _labelled(message: Message, character: str, label: int | None, trained: bool
     if message.speaker != character:
         return message
     untrained = {} if trained else {TRAINED_KEY: False}
-    return replace(message, metadata={LABEL_KEY: label, **untrained, **(message.metadata or {})})
+    known = {LABEL_KEY: NO_LABEL if label is None else label, **untrained}
+    return replace(message, metadata={**known, **(message.metadata or {})})
 
 
 def _known_of(event: FeedbackEvent, number: int) -> dict[str, Any]:

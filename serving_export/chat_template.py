@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data.dialogue import CONTROL_SURFACES, NARRATOR, WORD_JOINER, DialogueError, Message, check_speaker
+from data.chat_message import OPENAI_ROLES, RoleNames, openai_message
+from data.dialogue import CONTROL_SURFACES, WORD_JOINER, DialogueError, Message, check_speaker
 
 _TEMPLATE = """\
 {#- A dialogue is <bos> and, for each message, <|message|>speaker: text<|end|>. The speaker is the message's name, or
@@ -28,16 +29,16 @@ Texts and names are escaped, so none of them can hold a control token. -#}
 {%- endmacro -%}
 {{- "<bos>" -}}
 {%- for message in messages -%}
-{%- if message['name'] is defined and message['name'] is not none -%}
+{%- if message['role'] not in @ROLES@ -%}
+{{- raise_exception("a message's role must be system, developer, user or assistant, not '" ~ message['role'] ~ "'") -}}
+{%- elif message['name'] is defined and message['name'] is not none -%}
 {%- set name = message['name'] -%}
 {%- elif message['role'] in ["system", "developer"] -%}
 {%- set name = "narrator" -%}
 {%- elif message['role'] == "user" -%}
 {%- set name = user -%}
-{%- elif message['role'] == "assistant" -%}
-{%- set name = character -%}
 {%- else -%}
-{{- raise_exception("a message of role '" ~ message['role'] ~ "' needs a name; known: system, user, assistant") -}}
+{%- set name = character -%}
 {%- endif -%}
 {{- "<|message|>" -}}{{- speaker(name) -}}{{- ": " -}}
 {%- if message['content'] is string -%}
@@ -69,6 +70,7 @@ def chat_template(user: str, character: str) -> str:
     steps = [(WORD_JOINER, WORD_JOINER * 2), *broken]
     filters = "".join(f" | replace({_literal(old)}, {_literal(new)})" for old, new in steps)
     template = _TEMPLATE.replace("@ESCAPE@", filters)
+    template = template.replace("@ROLES@", json.dumps(list(OPENAI_ROLES)))
     return template.replace("@USER@", _literal(user)).replace("@CHARACTER@", _literal(character))
 
 
@@ -77,34 +79,13 @@ def dialogue_of(messages: Sequence[Mapping[str, Any]], user: str, character: str
 
     Raises DialogueError naming the message's number for an unknown role, a bad name or content that is not text.
     """
-    return [_message(number, message, user, character) for number, message in enumerate(messages)]
-
-
-def _message(number: int, message: Mapping[str, Any], user: str, character: str) -> Message:
-    speakers = {"system": NARRATOR, "developer": NARRATOR, "user": user, "assistant": character}
-    role, name, content = message.get("role"), message.get("name"), message.get("content")
-    if name is None:
-        if role not in speakers:
-            raise DialogueError(
-                f"message {number}: role {role!r} needs a name; known roles: {', '.join(sorted(speakers))}"
-            )
-        name = speakers[role]
-    try:
-        return Message(name, _text(content))
-    except DialogueError as error:
-        raise DialogueError(f"message {number}: {error}") from None
-
-
-def _text(content: object) -> str:
-    """A message's text; several text parts are lines of it, as vLLM joins them."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list | tuple):
-        raise DialogueError(f"content is {type(content).__name__}: expected text or a list of text parts")
-    for part in content:
-        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise DialogueError(f"content holds {str(part)[:80]}: expected parts {{'type': 'text', 'text': ...}}")
-    return "\n".join(part["text"] for part in content)
+    said = []
+    for number, message in enumerate(messages):
+        try:
+            said.append(openai_message(message, RoleNames(user, character)))
+        except DialogueError as error:
+            raise DialogueError(f"message {number}: {error}") from None
+    return said
 
 
 def _literal(text: str) -> str:

@@ -1,46 +1,46 @@
 """Own chat logs: lines of id, messages (speaker, text, time?, metadata?), character?, participants?, and metadata?."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-from data.dialogue import NARRATOR, Dialogue, check_times
-from data.dialogue_json import messages_from_records
+from data.chat_message import RoleNames, supervised
+from data.dialogue import NARRATOR, Dialogue
+from data.record_keys import RECORD_ALIASES
 from data.sources.character import any_speaker
+from data.sources.chat_record import ChatRecord, take_messages
 from data.sources.json_source import JsonFormat, JsonSource
 from data.sources.record import RecordError
 
-_KEYS = {"id", "messages", "character", "participants", "metadata"}
+_KEYS = (*RECORD_ALIASES, "character", "participants", "metadata")
 
 
 class ChatJsonlFormat(JsonFormat):
-    """One dialogue a record. `participants` are ids of the people who wrote, for splits by participant; `time` is in
-    unix seconds; a scene or a character definition is a message by the speaker narrator."""
+    """One dialogue a record; its keys have other names too (data/record_keys.py). `participants` are ids of the people
+    who wrote, for splits by participant: a list, or an object of speakers and their ids, and the character's own id is
+    not one of them. `time` is in unix seconds or ISO 8601; a scene or a character definition is a message by the
+    speaker narrator."""
 
     kind: Literal["chat_jsonl"]
-    # The character of records that name none: this speaker; null chooses one of the speakers by a hash of the id.
+    # The character of records that name none: this speaker; null takes the assistant where messages have roles, and
+    # else one of the speakers by a hash of the id.
     character: str | None = None
 
     def dialogue(self, place: str, record: dict[str, Any]) -> Dialogue:
-        unknown = sorted(set(record) - _KEYS)
-        if unknown:
-            raise RecordError(f"unknown key {unknown[0]!r}; expected {', '.join(sorted(_KEYS))}")
-        messages = messages_from_records(record.get("messages"))
-        check_times(messages)
-        identity = record.get("id")
-        if not isinstance(identity, str) or not identity:
-            raise RecordError(f"id is {identity!r}: expected a non-empty string")
-        participants = record.get("participants") or []
-        if not isinstance(participants, list) or not all(isinstance(p, str) for p in participants):
-            raise RecordError(f"participants is {participants!r}: expected a list of strings")
-        metadata = record.get("metadata") or {}
+        if "id" not in record and "conversation_id" not in record:
+            raise RecordError("id is missing: expected a non-empty string")
+        identity = self._identity(place, record)
+        character = record.pop("character", None) or self.character
+        names = RoleNames("User", character or "Assistant")
+        chat = take_messages(record, names, needs_role=False, keeps_other_keys=False)
+        participants, metadata = record.pop("participants", []), record.pop("metadata", {})
+        if record:
+            raise RecordError(f"unknown key {min(record)[:80]!r}; expected {', '.join(_KEYS)}")
         if not isinstance(metadata, dict):
             raise RecordError(f"metadata is {type(metadata).__name__}: expected an object")
-        character = record.get("character") or self.character
-        if character is None:
-            speakers = sorted({m.speaker for m in messages} - {NARRATOR})
-            if not speakers:
-                raise RecordError("nobody but the narrator writes; name a character")
-            character = any_speaker(identity, speakers)
-        return Dialogue(identity, messages, character, tuple(participants), metadata)
+        told = character or chat.last_assistant()
+        character = told or _any_speaker(identity, chat)
+        messages = supervised(chat.messages, character, chat.trained)
+        return Dialogue(identity, messages, character, _people(participants, told), metadata)
 
 
 class ChatJsonlSource(ChatJsonlFormat, JsonSource):
@@ -49,3 +49,19 @@ class ChatJsonlSource(ChatJsonlFormat, JsonSource):
     suffixes: ClassVar = (".jsonl",)
 
     kind: Literal["chat_jsonl"]
+
+
+def _any_speaker(identity: str, chat: ChatRecord) -> str:
+    speakers: Sequence[str] = sorted({one.message.speaker for one in chat.messages} - {NARRATOR})
+    if not speakers:
+        raise RecordError("nobody but the narrator writes; name a character")
+    return any_speaker(identity, speakers)
+
+
+def _people(given: Any, character: str | None) -> tuple[str, ...]:
+    """The ids of the people: all but that of the character, where the record or the recipe says who that is."""
+    ids = list(given.values()) if isinstance(given, dict) else given
+    if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids):
+        raise RecordError(f"participants is {given!r}: expected a list of strings, or an object of speakers and ids")
+    own = given.get(character) if isinstance(given, dict) else character
+    return tuple(one for one in ids if one != own)

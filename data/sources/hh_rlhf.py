@@ -1,9 +1,13 @@
 """hh-rlhf: JSON lines with two "Human: ... Assistant: ..." transcripts. As a source, the chosen side's dialogues."""
 
 import re
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
+from pydantic import model_validator
+
+from data.chat_message import ChatMessage, supervised
 from data.dialogue import Dialogue, Message
+from data.record_keys import REFUSED_IN_RECORD, refuse, take_trained
 from data.sources.json_source import JsonFormat, JsonSource
 from data.sources.record import RecordError
 
@@ -12,15 +16,26 @@ _TURN = re.compile(rf"(?:^|\n\n)({HUMAN}|{ASSISTANT}):")
 
 
 class HhRlhfFormat(JsonFormat):
-    """The transcript `chosen` of a record. The character is the assistant."""
+    """The transcript `chosen` of a record. The character is the assistant. Other keys become metadata."""
 
     kind: Literal["hh_rlhf"]
     human: str = HUMAN  # the names the two speakers get
     assistant: str = ASSISTANT
 
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        if self.human == self.assistant:
+            raise ValueError(f"human and assistant are both {self.human!r}: both would be trained as the character")
+        return self
+
     def dialogue(self, place: str, record: dict[str, Any]) -> Dialogue:
         names = {HUMAN: self.human, ASSISTANT: self.assistant}
-        return Dialogue(place, parse_transcript(transcript_of(record, "chosen"), names), self.assistant)
+        read = [ChatMessage(message) for message in parse_transcript(transcript_of(record, "chosen"), names)]
+        messages = supervised(read, self.assistant, take_trained(record))
+        identity = self._identity(place, record)
+        refuse(record, {key: why for key, why in REFUSED_IN_RECORD.items() if key not in ("chosen", "rejected")})
+        metadata = {key: value for key, value in record.items() if key not in ("chosen", "rejected")}
+        return Dialogue(identity, messages, self.assistant, (), metadata)
 
 
 class HhRlhfSource(HhRlhfFormat, JsonSource):

@@ -86,18 +86,20 @@ class DatasetsSource(JsonSource):
             yield from super().read_file(path, part, n_parts)
 
     def dialogue(self, place: str, record: dict[str, Any]) -> Dialogue | LeftOut:
+        record["id"] = self._identity(place, record)
+        return self.format.dialogue(place, record)
+
+    def _of_object(self, place: str, record: dict[str, Any]) -> Dialogue | LeftOut:
         if self.columns is not None:
             if missing := [column for column in self.columns.values() if column not in record]:
                 raise RecordError(f"no column {missing[0]!r}; found {', '.join(map(repr, record))[:300]}")
             record = {key: record[column] for key, column in self.columns.items()}
-        identity = record.get("id")
-        record["id"] = place if identity is None else str(identity)
-        return self.format.dialogue(place, record)
+        return super()._of_object(place, record)
 
     def _of_row(self, place: str, row: dict[str, Any] | RecordError) -> Dialogue | LeftOut:
         if isinstance(row, RecordError):
             raise row
-        return self.dialogue(place, row)
+        return self._of_object(place, row)
 
     def _of_hub(self, hub: HubDataset, part: int, n_parts: int) -> Iterator[Dialogue | LeftOut | Rejected]:
         """Shard after shard, so that an id does not depend on the parts."""

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from data.dialogue import Dialogue
+from data.record_keys import RECORD_ALIASES, take
 from data.sources.corpus_file import CorpusFile, OpenFile, damage_told, is_plain, open_corpus_files
 from data.sources.corpus_source import WHOLE_FILE, CorpusSource, json_of
 from data.sources.line_reader import LineReader, share
 from data.sources.record import LeftOut, RecordError, Rejected, read_record, rejected
 from data.sources.source import parse_object
+from data.sources.strict_json import without_nulls
 from recipes.loader import Section
 
 
@@ -26,6 +28,15 @@ class JsonFormat(Section, ABC):
         """The dialogue of a record, which may be taken apart. `place` serves as its id where it has none: the file, and
         the byte where the line begins or the number in the list. Raises RecordError or DialogueError saying why it is
         none."""
+
+    def _identity(self, place: str, record: dict[str, Any]) -> str:
+        """The id, taken from the record; `place` where it has none."""
+        identity = take(record, "id", RECORD_ALIASES)
+        if identity is None:
+            return place
+        if isinstance(identity, bool) or not isinstance(identity, str | int | float) or identity == "":
+            raise RecordError(f"id is {repr(identity)[:40]}: expected a non-empty string or a number")
+        return str(identity)
 
 
 class JsonSource(JsonFormat, CorpusSource):
@@ -67,7 +78,10 @@ class JsonSource(JsonFormat, CorpusSource):
             yield read_record(make, file.place, lambda number=number: number, record)  # type: ignore[misc]
 
     def _made(self, place: str, parse: Callable[[Any], dict[str, Any]], record: Any) -> Dialogue | LeftOut:
-        return self.dialogue(place, parse(record))
+        return self._of_object(place, parse(record))
+
+    def _of_object(self, place: str, record: dict[str, Any]) -> Dialogue | LeftOut:
+        return self.dialogue(place, without_nulls(record))
 
 
 def _is_lines(name: str) -> bool:

@@ -10,7 +10,6 @@ from data.dialogue import Dialogue, DialogueError
 
 MAX_CHARACTERS = 8 * 2**20  # of a message: a longer one is no message
 MAX_DEPTH = 64  # of metadata: JSON's own readers and writers give up at about a thousand
-_SECONDS = (-62_135_596_800, 253_402_300_800)  # the years 1 to 9999
 _SHOWN_CHARACTERS = 500  # of a bad record, and of the reason
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 _BESIDE_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
@@ -83,15 +82,10 @@ def beginning(record: Any) -> str:
 
 
 def check_dialogue(dialogue: Dialogue) -> None:
-    """Raise RecordError unless the dialogue can be written as JSON in UTF-8, and its times and lengths can be true."""
+    """Raise RecordError unless the dialogue can be written as JSON in UTF-8, and its lengths can be true."""
     for number, message in enumerate(dialogue.messages):
         if len(message.text) > MAX_CHARACTERS:
             raise RecordError(f"message {number}: {len(message.text):,} characters; the limit is {MAX_CHARACTERS:,}")
-        if message.time is not None and not _SECONDS[0] <= message.time < _SECONDS[1]:
-            raise RecordError(
-                f"message {number}: time is {message.time:.6g}: expected unix seconds before the year 10000"
-                f"{', found milliseconds?' if 0 < message.time < 1000 * _SECONDS[1] else ''}"
-            )
     of_messages = [message.metadata for message in dialogue.messages if message.metadata is not None]
     if not dialogue.metadata and not of_messages and "".join((dialogue.id, *dialogue.participants)).isascii():
         return

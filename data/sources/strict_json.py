@@ -20,6 +20,14 @@ def parse_json(text: str) -> Any:
         raise RecordError(f"not JSON: {error}") from None
 
 
+def without_nulls(value: Any) -> Any:
+    """The value without the keys of its objects that are null: in a record these mean what absent keys mean. Parquet,
+    which fills absent keys with null, is then read as JSON is."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):

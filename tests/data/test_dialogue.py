@@ -146,9 +146,9 @@ def test_labels_and_masks_in_the_metadata_stand(tokenizer: DialogueTokenizer) ->
         ("A", None),
         ("B", {"rating": 5}),
         ("A", {"engagement_label": 1, "trained": False}),
-        ("A", {"engagement_label": None}),
-        ("B", None),
-        ("A", {"trained": True}),
+        ("A", {"engagement_label": -1}),
+        ("B", {"engagement_label": None, "trained": None}),
+        ("A", {"trained": True, "engagement_label": None}),
     )
     labels = [0, 1, -1, 1, -1, -1, 0]
     assert continuation_labels(dialogue) == labels
@@ -164,7 +164,7 @@ def test_labels_and_masks_in_the_metadata_stand(tokenizer: DialogueTokenizer) ->
 @pytest.mark.parametrize(
     ("speaker", "metadata", "reason"),
     [
-        ("A", {"engagement_label": 2}, "engagement_label is 2: expected 1, 0, or null"),
+        ("A", {"engagement_label": 2}, "engagement_label is 2: expected 1, 0, or -1 for no label"),
         ("A", {"engagement_label": True}, "engagement_label is True"),
         ("A", {"engagement_label": "1"}, "engagement_label is '1'"),
         ("A", {"trained": 0}, "trained is 0: expected true or false"),
@@ -227,5 +227,5 @@ def test_bad_records_say_what_is_wrong(line: str, reason: str) -> None:
 
 @pytest.mark.parametrize("time", [float("nan"), float("inf"), -float("inf"), 10**400, -(10**400), True, "1"])
 def test_a_time_that_is_no_moment_is_an_error(time: Any) -> None:
-    with pytest.raises(DialogueError, match=r"time is .*: expected a finite number of unix seconds"):
+    with pytest.raises(DialogueError, match=r"time is .*: expected (a number of )?unix seconds"):
         Message("A", "x", time)

@@ -116,7 +116,7 @@ def test_dialogues_carry_the_labels() -> None:
     assert [m.text for m in whole.messages] == ["welcome", "hi", "s1", "hi 1", "better", "hi 2", "a2"]
     assert continuation_labels(whole) == [-1, -1, 1, -1, -1, -1, 0]
     assert [m.is_trained for m in whole.messages] == [True] * 7
-    assert whole.messages[4].metadata == {LABEL_KEY: None, "model": "m", "edited": True}
+    assert whole.messages[4].metadata == {LABEL_KEY: -1, "model": "m", "edited": True}
     assert [[m.text for m in d.messages] for d in replies] == [
         ["welcome", "hi", "s0"], ["welcome", "hi", "s1", "hi 1", "a1"]
     ]  # fmt: skip

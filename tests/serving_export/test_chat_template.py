@@ -88,7 +88,9 @@ def test_any_text(tokenizer: DialogueTokenizer, peer: Any, texts: list[str]) -> 
         {"role": "user", "name": "a\nb", "content": "x"},
         {"role": "user", "name": " ", "content": "x"},
         {"role": "user", "name": 3, "content": "x"},
+        {"role": "user", "name": "", "content": "x"},
         {"role": "tool", "content": "x"},
+        {"role": "tool", "name": "weather", "content": "x"},
         {"role": "user", "content": None},
         {"role": "user"},
         {"role": "user", "content": {"type": "text", "text": "x"}},
@@ -98,7 +100,7 @@ def test_any_text(tokenizer: DialogueTokenizer, peer: Any, texts: list[str]) -> 
 def test_both_refuse_the_same_messages(peer: Any, message: dict[str, Any]) -> None:
     with pytest.raises(DialogueError, match="message 0"):
         dialogue_of([message], "Bob", "Ada")
-    with pytest.raises(Exception, match=r"name|content"):
+    with pytest.raises(Exception, match=r"name|content|role"):
         rendered(peer, [message])
 
 

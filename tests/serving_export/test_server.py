@@ -198,7 +198,7 @@ def test_disconnecting_client_frees_its_pages(running: Running, stream: bool) ->
         ({"model": "gpt-4"}, 404, "model", NAME),
         ({"messages": [{"role": "user", "content": "ducks " * 300}]}, 400, "messages", "leave room for a reply"),
         ({"messages": [{"role": "user", "content": "x", "name": "a:b"}]}, 400, "messages", "message 0"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages", "needs a name"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages", "role is 'tool'"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages", "message 0"),
         ({"extra_body": {"character": "a\nb"}}, 400, "character", "line break"),
         ({"extra_body": {"tempreature": 1}}, 400, "tempreature", "unknown field"),

@@ -41,7 +41,7 @@ def test_rows_of_parquet(tmp_path: Path) -> None:
     write(path, [{"messages": turns("hi", "yo"), "id": 7, "lang": "en"}, {"messages": turns("hé", "日本"), "id": None}])
     first, second = source(path=str(path)).read()
     assert first == Dialogue("7", (Message("User", "hi"), Message("Zed", "yo")), "Zed", (), {"lang": "en"})
-    assert second == Dialogue("a.parquet:2", (Message("User", "hé"), Message("Zed", "日本")), "Zed", (), {"lang": None})
+    assert second == Dialogue("a.parquet:2", (Message("User", "hé"), Message("Zed", "日本")), "Zed")
     assert source(path=str(tmp_path)).inputs() == [path]
 
 

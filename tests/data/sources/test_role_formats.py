@@ -38,7 +38,7 @@ def test_openai_messages(tmp_path: Path) -> None:
     lines = [{"messages": OPENAI, "id": "c1", "model": "m"}, {"messages": OPENAI[1:]}]
     path.write_bytes(gzip.compress("\n\n".join(map(json.dumps, lines)).encode()))
     first, second = openai(path, assistant="Zed")
-    said = (Message("User", "Hi!"), Message("Bob", "me too"), Message("Zed", "Yo"))
+    said = (Message("User", "Hi\n!"), Message("Bob", "me too"), Message("Zed", "Yo"))
     assert first == Dialogue("c1", (Message(NARRATOR, "You are Zed."), *said), "Zed", (), {"model": "m"})
     assert second == Dialogue("log.jsonl@277", said, "Zed")
 
@@ -57,12 +57,15 @@ def test_sharegpt(tmp_path: Path) -> None:
     [
         ('{"messages": [', "not JSON"),
         ("[]", "expected a JSON object"),
-        ('{"mesages": []}', "messages is NoneType, expected a list; found keys ['mesages']"),
+        ('{"mesages": []}', "no messages; expected messages or conversations, found keys ['mesages']"),
         ('{"messages": [{"role": "tool", "content": "x"}]}', "message 0: role is 'tool'"),
-        ('{"messages": [{"role": "user", "content": "x"}]}', "no message has the role assistant"),
-        ('{"messages": [{"role": "assistant", "content": null, "tool_calls": []}]}', "message 0: content is None"),
-        ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "['image_url'], expected text"),
-        ('{"messages": ["hi"]}', "not a record of this source"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "no message is the assistant's"),
+        ('{"messages": [{"role": "assistant", "content": null, "tool_calls": []}]}', "message 0: content is missing"),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
+            "message 0: content holds {'type': 'image_url'}:",
+        ),
+        ('{"messages": ["hi"]}', "message 0: expected an object with role and content, found hi"),
     ],
 )
 def test_bad_openai_records(tmp_path: Path, line: str, reason: str) -> None:
@@ -78,10 +81,10 @@ def test_bad_openai_records(tmp_path: Path, line: str, reason: str) -> None:
     ("record", "reason"),
     [
         (3, "expected a JSON object, found int"),
-        ({"items": []}, "conversations is NoneType"),
-        ({"conversations": [{"from": "tool", "value": "x"}]}, "turn 0: from is 'tool'"),
-        ({"conversations": SHAREGPT[:2]}, "no turn is from gpt"),
-        ({"conversations": [{"from": "gpt"}]}, "'value'"),
+        ({"items": []}, "no messages; expected messages or conversations"),
+        ({"conversations": [{"from": "tool", "value": "x"}]}, "message 0: from is 'tool'"),
+        ({"conversations": SHAREGPT[:2]}, "no message is the assistant's"),
+        ({"conversations": [{"from": "gpt"}]}, "message 0: content is missing"),
     ],
 )
 def test_bad_sharegpt_records(tmp_path: Path, record: Any, reason: str) -> None:

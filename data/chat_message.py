@@ -1,0 +1,172 @@
+"""Chat messages as objects of JSON: the one reader of them, for every source of records and for the server."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from data.dialogue import NARRATOR, TRAINED_KEY, DialogueError, Message, check_times
+from data.record_keys import MESSAGE_ALIASES, REFUSED_IN_MESSAGE, name_in, refuse, take, take_trained
+from data.unix_time import TimeError, unix_seconds
+
+SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
+OPENAI_ROLES = {"system": SYSTEM, "developer": SYSTEM, "user": USER, "assistant": ASSISTANT}
+ROLES = {**OPENAI_ROLES, "human": USER, "gpt": ASSISTANT, "chatgpt": ASSISTANT}
+"""What a role is called: what it is."""
+TOOL_ROLES = ("tool", "function", "observation", "function_call", "tool_call", "tool_response", "ipython")
+
+_MESSAGE_KEYS = frozenset({"speaker", "text", "time", "metadata"})
+
+
+@dataclass(frozen=True, slots=True)
+class RoleNames:
+    """The speakers of messages that have a role and no name; the system's is the narrator."""
+
+    user: str
+    assistant: str
+
+    def of(self, role: str) -> str:
+        """The name of SYSTEM, USER or ASSISTANT."""
+        return {SYSTEM: NARRATOR, USER: self.user, ASSISTANT: self.assistant}[role]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """A message that was read: its role, None where it has a speaker only, and whether its record says that it is
+    trained."""
+
+    message: Message
+    role: str | None = None
+    trained: bool | None = None
+
+
+def openai_message(record: Mapping[str, Any], names: RoleNames) -> Message:
+    """The message of OpenAI's role, name and content. Raises DialogueError saying which of them is wrong."""
+    role, name = record.get("role"), record.get("name")
+    return Message(_speaker(_known_role(role, "role", OPENAI_ROLES), name, names), read_text(record.get("content")))
+
+
+def read_text(content: object, key: str = "content") -> str:
+    """A message's text; several text parts are lines of it, as vLLM joins them, and of no part it is empty. `key` is
+    what an error calls it."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list | tuple):
+        found = "missing" if content is None else f"a value of type {type(content).__name__}"
+        raise DialogueError(f"{key} is {found}: expected text or a list of text parts")
+    for part in content:
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise DialogueError(f"{key} holds {str(part)[:80]}: expected parts {{'type': 'text', 'text': ...}}")
+    return "\n".join(part["text"] for part in content)
+
+
+def read_messages(
+    given: object, names: RoleNames, *, needs_role: bool, keeps_other_keys: bool
+) -> tuple[ChatMessage, ...]:
+    """The messages of a list of objects, with the keys of MESSAGE_ALIASES, `metadata` and the flags of training.
+
+    Without `needs_role` a message may have a speaker only, and a role that is none of ROLES is one. Other keys become
+    metadata with `keeps_other_keys`, and are an error without. Raises DialogueError naming the number of a message.
+    """
+    if not isinstance(given, list):
+        raise DialogueError(f"messages is {type(given).__name__}: expected a list of objects")
+    read: list[ChatMessage] = []
+    for number, record in enumerate(given):
+        try:
+            read.append(_read(record, names, needs_role, keeps_other_keys))
+        except DialogueError as error:
+            raise DialogueError(f"message {number}: {error}") from None
+    check_times([one.message for one in read])
+    return tuple(read)
+
+
+def supervised(read: Sequence[ChatMessage], character: str, trained: bool | None) -> tuple[Message, ...]:
+    """The messages, those of the character with what their flags say, or else the record's flag `trained`.
+
+    Raises DialogueError where a flag says to train anybody else, and where another role has the character's name.
+    """
+    roles = {one.role: number for number, one in reversed(list(enumerate(read))) if one.message.speaker == character}
+    if len(roles) > 1 and ASSISTANT in roles:
+        (other, number), *_ = ((role, number) for role, number in roles.items() if role != ASSISTANT)
+        raise DialogueError(
+            f"message {number}: the {other or 'speaker'} has the name of the assistant, {character!r}, and would be "
+            "trained as it; give one of the two another name"
+        )
+    messages = []
+    for number, one in enumerate(read):
+        is_character = one.message.speaker == character
+        if one.trained and not is_character:
+            raise DialogueError(
+                f"message {number}: a flag says to train {one.message.speaker!r}; only the character {character!r} is "
+                "trained, so leave the flag out of other messages"
+            )
+        is_trained = trained if one.trained is None else one.trained
+        messages.append(_untrained(one.message) if is_character and is_trained is False else one.message)
+    return tuple(messages)
+
+
+def _read(record: object, names: RoleNames, needs_role: bool, keeps_other_keys: bool) -> ChatMessage:
+    if not isinstance(record, dict):
+        raise DialogueError(f"expected an object with {_expected(needs_role)}, found {str(record)[:80]}")
+    if not needs_role and {"speaker", "text"} <= record.keys() <= _MESSAGE_KEYS and type(record.get("time")) is not str:
+        return ChatMessage(Message(**record))  # most logs, quickly
+    record = dict(record)
+    refuse(record, REFUSED_IN_MESSAGE)
+    trained = take_trained(record)
+    role_key, text_key, time_key = (name_in(record, key, MESSAGE_ALIASES) for key in ("role", "text", "time"))
+    speaker, role, text, time = (take(record, key, MESSAGE_ALIASES) for key in ("speaker", "role", "text", "time"))
+    metadata = _metadata(record, keeps_other_keys)
+    if role is None and speaker is None:
+        raise DialogueError(f"nobody is named; expected an object with {_expected(needs_role)}")
+    is_role = needs_role or (isinstance(role, str) and (role in ROLES or role in TOOL_ROLES))
+    if is_role or (role is not None and speaker is not None):
+        role = _known_role(role, role_key, ROLES)
+    elif speaker is None:
+        role, speaker = None, role
+    text_key = "content" if text is None and needs_role else text_key
+    message = Message(_speaker(role, speaker, names), read_text(text, text_key), _time(time, time_key), metadata)
+    return ChatMessage(message, role, trained)
+
+
+def _expected(needs_role: bool) -> str:
+    return "role and content" if needs_role else "speaker and text"
+
+
+def _known_role(role: object, key: str, roles: Mapping[str, str]) -> str:
+    if not isinstance(role, str) or role not in roles:
+        found = "missing" if role is None else repr(str(role)[:40])
+        raise DialogueError(f"{key} is {found}: expected one of {', '.join(roles)}")
+    return roles[role]
+
+
+def _speaker(role: str | None, name: Any, names: RoleNames) -> str:
+    if name is not None:
+        return name  # type: ignore[no-any-return]  # Message says whether it can be one
+    assert role is not None
+    return names.of(role)
+
+
+def _time(value: object, key: str) -> float | None:
+    try:
+        return None if value is None else unix_seconds(value)
+    except TimeError as error:
+        raise DialogueError(f"{key} is {error}") from None
+
+
+def _metadata(record: dict[str, Any], keeps_other_keys: bool) -> dict[str, Any] | None:
+    """What is left of a message's object: its `metadata`, and other keys beside it."""
+    metadata = record.pop("metadata", None)
+    if metadata is not None and not isinstance(metadata, dict):
+        raise DialogueError(f"metadata is {type(metadata).__name__}: expected an object")
+    if record and not keeps_other_keys:
+        known = ", ".join([*MESSAGE_ALIASES, "metadata"])
+        raise DialogueError(f"unknown key {min(record)[:80]!r}; expected {known}")
+    if twice := sorted(record.keys() & (metadata or {}).keys()):
+        raise DialogueError(f"{twice[0]!r} stands in the message and in its metadata; give one of them")
+    return {**(metadata or {}), **record} or metadata
+
+
+def _untrained(message: Message) -> Message:
+    metadata = dict(message.metadata or {})
+    if metadata.get(TRAINED_KEY):
+        raise DialogueError(f"metadata.{TRAINED_KEY} is true, and a flag says that the message is not trained")
+    return replace(message, metadata={**metadata, TRAINED_KEY: False})

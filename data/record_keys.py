@@ -1,0 +1,99 @@
+"""The keys of a record and of its messages, by the names that logs and published formats give them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from data.dialogue import DialogueError
+
+RECORD_ALIASES: dict[str, tuple[str, ...]] = {
+    "id": ("conversation_id",),
+    "messages": ("conversations", "conversation"),
+    "system": ("system_prompt", "system_message"),
+}
+"""Key of a record: its other names."""
+
+MESSAGE_ALIASES: dict[str, tuple[str, ...]] = {
+    "speaker": ("name",),
+    "role": ("from",),
+    "text": ("content", "value"),
+    "time": ("timestamp", "created_at"),
+}
+"""Key of a message: its other names."""
+
+TRAINED_FLAGS = ("trained", "weight", "train", "training", "trainable", "loss")
+"""Keys of a record or a message that say, as 0 or 1, false or true, whether it is trained."""
+_NOT_TRAINED_FLAG = "masked"  # the same, the other way round
+
+_EMPTY = (None, "", [], {}, ())
+_TOOLS = "tools are not rendered"
+_MEDIA = "only text is rendered"
+_PART = "only whole messages are left out of the loss, by weight: 0"
+REFUSED_IN_MESSAGE = {
+    **dict.fromkeys(("tool_calls", "tool_call_id", "function_call"), _TOOLS),
+    **dict.fromkeys(("audio", "image", "images", "video", "videos", "audios"), _MEDIA),
+    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "reasoning is not rendered"),
+    "refusal": "a refusal is not rendered; write it as content",
+    **dict.fromkeys(("train_detail", "training_detail", "loss_scale", "loss_weight", "loss_mask", "mask"), _PART),
+}
+"""Keys that change what a message means, and why they are not read; they may be null or empty."""
+
+_PAIR = "a preference pair, which train.dpo reads, is no dialogue"
+_LISTED = "it takes the place of messages; give one of them"
+REFUSED_IN_RECORD = {
+    **dict.fromkeys(("tools", "functions", "function_call"), _TOOLS),
+    **dict.fromkeys(("image", "images", "video", "videos", "audios", "audio"), _MEDIA),
+    **dict.fromkeys(("chosen", "rejected", "rejected_response", "rejected_messages"), _PAIR),
+    "kto_tag": "a rating of the reply; leave bad replies out by weight: 0",
+    **dict.fromkeys(("loss_scale", "loss_weight", "loss_mask", "mask"), _PART),
+    "train_on_inputs": "only the character is trained",
+    "completion": _LISTED,
+}
+"""Keys that change what a record means, and why they are not read; they may be null or empty."""
+
+
+def take(record: dict[str, Any], key: str, aliases: Mapping[str, tuple[str, ...]]) -> Any:
+    """Remove a key of `aliases` and its other names from the record; its value, None where it has none.
+
+    Raises DialogueError where two of the names have different values.
+    """
+    found: dict[str, Any] = {}
+    for name in (key, *aliases[key]):
+        value = record.pop(name, None)
+        if value is not None:
+            found[name] = value
+    values = list(found.values())
+    if any(value != values[0] for value in values[1:]):
+        names = [f"{name} {repr(value)[:40]}" for name, value in found.items()]
+        raise DialogueError(f"{' and '.join(names)} differ, and mean the same key {key}; give one of them")
+    return values[0] if values else None
+
+
+def name_in(record: Mapping[str, Any], key: str, aliases: Mapping[str, tuple[str, ...]]) -> str:
+    """What the record calls a key of `aliases`; the key itself where it does not have it."""
+    return next((name for name in (key, *aliases[key]) if record.get(name) is not None), key)
+
+
+def take_trained(record: dict[str, Any]) -> bool | None:
+    """Remove the flags of TRAINED_FLAGS from a record or a message: whether it is trained, None where none says so.
+
+    Raises DialogueError where a flag is no yes or no, or where two differ.
+    """
+    found: dict[str, bool] = {}
+    for name in (*TRAINED_FLAGS, _NOT_TRAINED_FLAG):
+        value = record.pop(name, None)
+        if value is None:
+            continue
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise DialogueError(f"{name} is {repr(value)[:40]}: expected 0 or 1, false or true")
+        found[name] = bool(value) != (name == _NOT_TRAINED_FLAG)
+    if len(set(found.values())) > 1:
+        raise DialogueError(f"{' and '.join(found)} contradict each other on what is trained; give one of them")
+    return next(iter(found.values()), None)
+
+
+def refuse(record: dict[str, Any], refused: Mapping[str, str]) -> None:
+    """Remove the keys that may be there without a value. Raises DialogueError naming the first that has one."""
+    for key in [key for key in refused if key in record]:
+        if record[key] not in _EMPTY:
+            raise DialogueError(f"{key} is not read: {refused[key]}; found {repr(record[key])[:40]}")
+        del record[key]

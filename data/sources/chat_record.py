@@ -1,0 +1,62 @@
+"""What the formats of chat messages share: from the object of a record to its messages, and what else it says."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from data.chat_message import ASSISTANT, SYSTEM, ChatMessage, RoleNames, read_messages, read_text
+from data.dialogue import NARRATOR, Message
+from data.record_keys import RECORD_ALIASES, REFUSED_IN_RECORD, refuse, take, take_trained
+from data.sources.record import RecordError
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRecord:
+    """`messages` of a record, the system's first; `trained`: whether the record says that its replies are."""
+
+    messages: tuple[ChatMessage, ...]
+    trained: bool | None
+
+    def last_assistant(self) -> str | None:
+        """The name of the last assistant who writes, if one does."""
+        names = [one.message.speaker for one in self.messages if one.role == ASSISTANT]
+        return names[-1] if names else None
+
+
+def take_messages(
+    record: dict[str, Any], names: RoleNames, *, needs_role: bool = True, keeps_other_keys: bool = True
+) -> ChatRecord:
+    """Remove what says which messages a record has, and which are trained; other keys stay in it.
+
+    `prompt` and `completion` may stand in place of messages, as lists of them: the replies in the prompt are then not
+    trained. Raises RecordError or DialogueError for what cannot be read.
+    """
+    given = take(record, "messages", RECORD_ALIASES)
+    n_prompt = 0
+    if given is None and "completion" in record:
+        prompt, completion = record.pop("prompt", None), record.pop("completion")
+        if not isinstance(prompt, list) or not isinstance(completion, list):
+            raise RecordError("prompt and completion are read as two lists of messages; write texts as messages")
+        given, n_prompt = [*prompt, *completion], len(prompt)
+    if given is None:
+        raise RecordError(f"no messages; expected messages or conversations, found keys {sorted(record)}")
+    refuse(record, REFUSED_IN_RECORD)
+    if isinstance(record.get("label"), bool):
+        raise RecordError("label is not read: a rating of the reply; leave bad replies out by weight: 0")
+    trained = take_trained(record)
+    read = read_messages(given, names, needs_role=needs_role, keeps_other_keys=keeps_other_keys)
+    untold = [replace(one, trained=False) if one.trained is None else one for one in read[:n_prompt]]
+    return ChatRecord((*_system(take(record, "system", RECORD_ALIASES), read), *untold, *read[n_prompt:]), trained)
+
+
+def _system(given: Any, read: Sequence[ChatMessage]) -> tuple[ChatMessage, ...]:
+    """The narrator's message of the record's key `system`, unless it is the first message already."""
+    if given is None or given in ("", []):
+        return ()
+    text = read_text(given)
+    first = read[0].message if read else None
+    if first is None or first.speaker != NARRATOR:
+        return (ChatMessage(Message(NARRATOR, text), SYSTEM),)
+    if first.text.strip() != text.strip():
+        raise RecordError("system differs from the first message, which is the system's too; give one of them")
+    return ()

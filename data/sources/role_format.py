@@ -1,0 +1,34 @@
+"""What the formats share whose speakers are roles: OpenAI's messages and ShareGPT's conversations."""
+
+from typing import Any, Self
+
+from pydantic import model_validator
+
+from data.chat_message import RoleNames, supervised
+from data.dialogue import Dialogue
+from data.sources.chat_record import take_messages
+from data.sources.json_source import JsonFormat
+from data.sources.record import RecordError
+
+
+class RoleFormat(JsonFormat):
+    """What the system says is the narrator's; a message's `name`, where given, is its speaker. The character is the
+    last assistant. Keys of data/record_keys.py say what is trained, and are read or refused there; what is not text
+    (tool calls and results, images) makes a bad record. Other keys become metadata, of the record or the message."""
+
+    user: str = "User"  # the names of the speakers that have none
+    assistant: str = "Assistant"
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        if self.user == self.assistant:
+            raise ValueError(f"user and assistant are both {self.user!r}: both would be trained as the character")
+        return self
+
+    def dialogue(self, place: str, record: dict[str, Any]) -> Dialogue:
+        chat = take_messages(record, RoleNames(self.user, self.assistant))
+        character = chat.last_assistant()
+        if character is None:
+            raise RecordError("no message is the assistant's, whose replies are to be trained")
+        messages = supervised(chat.messages, character, chat.trained)
+        return Dialogue(self._identity(place, record), messages, character, (), record)
