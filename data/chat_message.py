@@ -140,7 +140,7 @@ def _known_role(role: object, key: str, roles: Mapping[str, str]) -> str:
 
 def _speaker(role: str | None, name: Any, names: RoleNames) -> str:
     if name is not None:
-        return name  # type: ignore[no-any-return]  # Message says whether it can be one
+        return name  # Message says whether it can be one
     assert role is not None
     return names.of(role)
 

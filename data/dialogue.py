@@ -74,7 +74,8 @@ class Message:
     @property
     def is_supervised(self) -> bool:
         """Whether the metadata says how the message is supervised."""
-        return bool(self.metadata) and any(self.metadata.get(key) is not None for key in (LABEL_KEY, TRAINED_KEY))
+        metadata = self.metadata or {}
+        return any(metadata.get(key) is not None for key in (LABEL_KEY, TRAINED_KEY))
 
     @property
     def is_trained(self) -> bool:

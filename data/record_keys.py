@@ -24,7 +24,7 @@ TRAINED_FLAGS = ("trained", "weight", "train", "training", "trainable", "loss")
 """Keys of a record or a message that say, as 0 or 1, false or true, whether it is trained."""
 _NOT_TRAINED_FLAG = "masked"  # the same, the other way round
 
-_EMPTY = (None, "", [], {}, ())
+_EMPTY: tuple[Any, ...] = (None, "", [], {}, ())
 _TOOLS = "tools are not rendered"
 _MEDIA = "only text is rendered"
 _PART = "only whole messages are left out of the loss, by weight: 0"
