@@ -12,7 +12,10 @@ TEMPORARY_SUFFIX = ".partial"
 
 @contextmanager
 def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open a file for writing that appears under `path` only when the block ends without an exception."""
+    """Open a file for writing that appears under `path` only when the block ends without an exception.
+
+    An OSError that names no file, as that of a full disk, is raised again with the path.
+    """
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
@@ -20,8 +23,10 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     os.replace(temporary, path)
     sync_path(path.parent)

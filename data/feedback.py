@@ -50,13 +50,14 @@ from data.sources.record import RecordError, Rejected, SourceError, beginning
 from data.sources.source import find_files, parse_object, read_lines
 from data.stable_hash import pseudonym
 from data.steps import Steps
-from recipes.loader import Section, parse_command_line, print_recipe, tell_error
+from recipes.loader import Section, parse_command_line, print_recipe
 from recipes.run_directory import RunDirectoryError, RunState, finish_run, prepare_run_directory, read_done
+from recipes.stage_errors import run_told
 
 PAIRS_FILE, DIALOGUES_FILE, REPLIES_FILE = "pairs.jsonl", "dialogues.jsonl", "replies.jsonl"
 REPORT_FILE, QUARANTINE_FILE = "report.json", "quarantine.jsonl"
 OUTPUTS = (PAIRS_FILE, DIALOGUES_FILE, REPLIES_FILE, REPORT_FILE, QUARANTINE_FILE)
-USER_ERRORS = (SourceError, CleanError, RunDirectoryError, OSError)
+USER_ERRORS = (SourceError, CleanError, RunDirectoryError)
 _SOURCE = "feedback_events"
 _PARTS_DIRECTORY = "parts"
 
@@ -237,7 +238,7 @@ def run(recipe: FeedbackRecipe, console: Console) -> None:
         try:
             with Steps(console) as steps:
                 counts = convert(recipe, steps)
-        except USER_ERRORS:
+        except (*USER_ERRORS, OSError):
             _remove_outputs(run_dir)  # so that a corrected recipe can use the directory
             raise
         seconds = time.monotonic() - began
@@ -249,18 +250,9 @@ def run(recipe: FeedbackRecipe, console: Console) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point; the exit code is 0, 2 for a user error, 130 for Ctrl-C."""
     command = parse_command_line(FeedbackRecipe, argv, __doc__)
-    try:
-        if command.dry_run:
-            _dry_run(command.recipe, Console())
-        else:
-            run(command.recipe, Console())
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; run the same command again", style="yellow")
-        return 130
-    except USER_ERRORS as error:
-        tell_error(error)
-        return 2
-    return 0
+    recipe, console = command.recipe, Console()
+    action = _dry_run if command.dry_run else run
+    return run_told(lambda: action(recipe, console), recipe.run_dir, USER_ERRORS)
 
 
 if __name__ == "__main__":

@@ -32,10 +32,12 @@ from data.sources.record import LeftOut
 from data.sources.registry import named_sources
 from data.steps import Steps
 from data.tokenizer import MODEL_FILE, DialogueTokenizer, TokenizerError
-from recipes.loader import parse_command_line, print_recipe, tell_error
+from recipes.interrupt import tell_interrupt
+from recipes.loader import parse_command_line, print_recipe
 from recipes.run_directory import RunDirectoryError, RunState, finish_run, prepare_run_directory, read_done
+from recipes.stage_errors import run_told
 
-USER_ERRORS = (*RECIPE_ERRORS, StageError, RunDirectoryError, OSError)
+USER_ERRORS = (*RECIPE_ERRORS, StageError, RunDirectoryError)
 
 
 def prepare(recipe: DataRecipe, steps: Steps) -> dict[str, Any]:
@@ -171,18 +173,12 @@ def run(recipe: DataRecipe, console: Console) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point; the exit code is 0, 2 for a user error, 130 for Ctrl-C."""
     command = parse_command_line(DataRecipe, argv, __doc__)
+    recipe, console = command.recipe, Console()
+    action = _dry_run if command.dry_run else run
     try:
-        if command.dry_run:
-            _dry_run(command.recipe, Console())
-        else:
-            run(command.recipe, Console())
+        return run_told(lambda: action(recipe, console), recipe.run_dir, USER_ERRORS)
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; run the same command again to continue", style="yellow")
-        return 130
-    except USER_ERRORS as error:
-        tell_error(error)
-        return 2
-    return 0
+        return tell_interrupt("run the same command again to continue")
 
 
 if __name__ == "__main__":

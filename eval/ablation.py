@@ -35,8 +35,9 @@ from eval.statistics import Bootstrap
 from eval.workspace import EvalError, check_finished, heldout_contexts, print_inputs
 from model.transformer import Transformer
 from model.weights import load_model
-from recipes.loader import dump_recipe, parse_command_line, tell_error
+from recipes.loader import dump_recipe, parse_command_line
 from recipes.run_directory import RunState, finish_run, prepare_run_directory, read_done, write_atomically
+from recipes.stage_errors import run_told
 
 # Tokens of its document that a target can read. 128 is the window of the ablation's local layers.
 CONTEXT_BINS = ((1, 31), (32, 63), (64, 127), (128, 255), (256, 511), (512, 10**9))
@@ -218,16 +219,13 @@ def main() -> int:
     """Entry point: 0 when the report is there, 2 for a problem the user can mend."""
     command = parse_command_line(AblationRecipe, description=__doc__)
     console = Console()
-    try:
-        if command.dry_run:
-            console.print(dump_recipe(command.recipe), highlight=False, markup=False)
-            print_inputs(command.recipe.inputs(), console)
-        else:
-            run(command.recipe, console)
-    except (ValueError, FileNotFoundError) as error:
-        tell_error(error)
-        return 2
-    return 0
+
+    def dry_run(recipe: AblationRecipe, console: Console) -> None:
+        console.print(dump_recipe(recipe), highlight=False, markup=False)
+        print_inputs(recipe.inputs(), console)
+
+    action = dry_run if command.dry_run else run
+    return run_told(lambda: action(command.recipe, console), command.recipe.run_dir)
 
 
 if __name__ == "__main__":

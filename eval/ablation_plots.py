@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.atomic_file import atomic_file
 from eval.plots import HUMAN_COLOUR, INK, MODEL_COLOURS, PAPER, SOFT, new_figure, plain, set_legend, set_titles
 
 if TYPE_CHECKING:
@@ -151,5 +152,6 @@ def draw_ablation(report: Report, directory: Path) -> list[Path]:
     paths = []
     for name, draw in DRAWINGS.items():
         paths.append(directory / f"{name}.png")
-        draw(report).savefig(paths[-1], dpi=160)
+        with atomic_file(paths[-1]) as file:
+            draw(report).savefig(file, format="png", dpi=160)
     return paths

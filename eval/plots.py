@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.atomic_file import atomic_file
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -313,7 +315,8 @@ def draw_all(report: Report, directory: Path) -> dict[str, str]:
     for name, (part, draw) in DRAWINGS.items():
         figure = draw(report) if report.get(part) else None
         if figure is not None:
-            figure.savefig(directory / f"{name}.png", dpi=160)
+            with atomic_file(directory / f"{name}.png") as file:
+                figure.savefig(file, format="png", dpi=160)
             figure.set_layout_engine("none")  # laid out already: once is enough
             svgs[name] = themed_svg(figure, name)
     return svgs

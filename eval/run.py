@@ -24,8 +24,9 @@ from eval.scoring import OnProgress, share_of, sigmoid, spread_rows
 from eval.training_curve import training_curves
 from eval.user_sensitivity import evaluate_user_sensitivity
 from eval.workspace import EvalRecipe, Workspace, open_workspace, print_inputs
-from recipes.loader import dump_recipe, parse_command_line, tell_error
+from recipes.loader import dump_recipe, parse_command_line
 from recipes.run_directory import RunState, finish_run, prepare_run_directory, read_done
+from recipes.stage_errors import run_told
 
 
 def perplexity_part(space: Workspace, on_progress: OnProgress) -> dict[str, Any] | None:
@@ -246,15 +247,8 @@ def main() -> int:
     command = parse_command_line(EvalRecipe, description=__doc__)
     recipe: EvalRecipe = command.recipe
     console = Console()
-    if command.dry_run:
-        print_plan(recipe, console)
-        return 0
-    try:
-        run(recipe, console)
-    except (ValueError, FileNotFoundError) as error:
-        tell_error(error)
-        return 2
-    return 0
+    action = print_plan if command.dry_run else run
+    return run_told(lambda: action(recipe, console), recipe.run_dir)
 
 
 if __name__ == "__main__":

@@ -42,9 +42,9 @@ def save_model(
     staging = directory.with_name(f".{directory.name}.writing")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    save_file(_plain(state), staging / WEIGHTS)
+    write_tensors(staging / WEIGHTS, _plain(state))
     if scalar_head is not None:
-        save_file(_plain(scalar_head), staging / SCALAR_HEAD)
+        write_tensors(staging / SCALAR_HEAD, _plain(scalar_head))
     for name, source in (files or {}).items():
         shutil.copyfile(source, staging / name)
     content = {"format": "dramatis-1", "model": config.model_dump()}
@@ -59,6 +59,14 @@ def save_model(
     staging.rename(directory)
     _sync(directory.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file. Raises WeightsError with its path when that fails, as on a full disk."""
+    try:
+        save_file(dict(state), path, metadata)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} could not be written: {error}; make room and run the same command again") from error
 
 
 def load_config(directory: str | Path) -> ModelConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from types import TracebackType
 
@@ -26,5 +27,6 @@ def catch_interrupts() -> None:
 
 def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     if issubclass(kind, KeyboardInterrupt):
-        raise SystemExit(tell_interrupt())
+        is_first = os.environ.get("RANK", "0") == "0"  # of the ranks of a training stage
+        raise SystemExit(tell_interrupt() if is_first else EXIT_CODE)
     sys.__excepthook__(kind, error, trace)

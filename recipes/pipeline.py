@@ -26,7 +26,7 @@ from recipes.child_process import Ended, StopRequests, run_child
 from recipes.interrupt import tell_interrupt
 from recipes.loader import RecipeError, Section, load_recipe, read_document
 from recipes.run_directory import RunDirectoryError, RunState, inspect_run_directory, move_aside, read_done
-from recipes.stages import STAGES, Stage
+from recipes.stages import LAUNCHER, STAGES, Stage
 
 PIPELINE_FILE = "pipeline.yaml"
 DEMO_BUNDLE = "runs/demo/export"
@@ -64,15 +64,12 @@ class Planned:
 
     def typed(self) -> str:
         """What a user types to run this stage alone."""
-        words = self.stage.command(str(self.recipe_path))
-        if self.nproc_per_node > 1:
-            words = words.replace("--standalone", f"--standalone --nproc-per-node {self.nproc_per_node}", 1)
+        words = self.stage.command(str(self.recipe_path), self.nproc_per_node)
         return " ".join([words, shlex.join(self.overrides)]).strip()
 
     def command(self) -> list[str]:
         """The words of the child's command line."""
-        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(self.nproc_per_node), "-m"]
-        launcher = torchrun if self.stage.distributed else []
+        launcher = [LAUNCHER, "--nproc-per-node", str(self.nproc_per_node), "-m"] if self.nproc_per_node > 1 else []
         return [sys.executable, "-m", *launcher, self.stage.module, str(self.recipe_path), *self.overrides]
 
 
@@ -193,7 +190,7 @@ def run(stages: Sequence[Planned], console: Console, stops: StopRequests) -> int
             how = "continues" if state is RunState.UNFINISHED else "starts"
             console.rule(f"[bold]{number}/{len(stages)} {planned.name}[/] {how}: {planned.recipe_path}", align="left")
             environment = stage_environment(planned.nproc_per_node)
-            ended = run_child(planned.command(), environment, stops, planned.stage.distributed)
+            ended = run_child(planned.command(), environment, stops, planned.nproc_per_node > 1)
         done = read_done(planned.run_dir)
         if stops.received:
             left = "is finished" if done else "has stopped"

@@ -5,17 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+LAUNCHER = "train.launch"
+"""The module that starts several ranks of a stage."""
+
+
 @dataclass(frozen=True)
 class Stage:
-    """An entry point. `distributed` ones are launched by torchrun, one process a device."""
+    """An entry point. `distributed` ones may run as several ranks, one process a device."""
 
     module: str
     distributed: bool = False
 
-    def command(self, recipe_path: str) -> str:
+    def command(self, recipe_path: str, ranks: int = 1) -> str:
         """What a user types to run a recipe of this stage."""
-        launcher = "torchrun --standalone -m" if self.distributed else "python -m"
-        return f"{launcher} {self.module} {recipe_path}"
+        launcher = f"{LAUNCHER} --nproc-per-node {ranks} -m " if ranks > 1 else ""
+        return f"python -m {launcher}{self.module} {recipe_path}"
 
 
 # The schema of a stage is the Section of its module whose `stage` is this name (tests/recipes/test_recipe_files.py).

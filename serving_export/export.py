@@ -19,7 +19,6 @@ import torch
 from pydantic import PositiveFloat, PositiveInt, model_validator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import save_file
 
 from data.atomic_file import sync_path, write_json
 from data.dialogue import Dialogue, check_speaker
@@ -29,9 +28,10 @@ from data.tokenizer import MODEL_FILE, DialogueTokenizer
 from model.config import ModelConfig
 from model.portability import describe
 from model.transformer import Transformer
-from model.weights import load_config, load_model
+from model.weights import load_config, load_model, write_tensors
 from recipes.loader import Section, dump_recipe, parse_command_line, tell_error
 from recipes.run_directory import RunState, finish_run, prepare_run_directory, read_done
+from recipes.stage_errors import run_told
 from serving_export.chat_template import chat_template
 from serving_export.hf import hf_config, load_exported_model, state_to_hf
 from serving_export.manifest import MANIFEST, SERVING, Defaults, verify, write_defaults, write_manifest
@@ -95,7 +95,7 @@ def write_bundle(directory: Path, model: Transformer, tokenizer: DialogueTokeniz
         )
     ids = {"bos_id": tokenizer.bos_id, "end_id": tokenizer.end_id, "pad_id": tokenizer.pad_id}
     state = {name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state_to_hf(config, state), directory / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(directory / "model.safetensors", state_to_hf(config, state), metadata={"format": "pt"})
     write_json(directory / "config.json", hf_config(config, dtype, **ids))
     generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.pad_id}
     write_json(directory / "generation_config.json", {"do_sample": True, "temperature": 1.0, **generation})
@@ -241,16 +241,12 @@ def main(argv: list[str] | None = None) -> int:
     command = parse_command_line(ExportRecipe, argv, description=__doc__)
     recipe: Any = command.recipe
     console = Console()
+    action = print_plan if command.dry_run else run
     try:
-        if command.dry_run:
-            print_plan(recipe, console)
-        else:
-            run(recipe, console)
-    except (ValueError, FileNotFoundError) as error:
-        is_parity = isinstance(error, ParityError)
-        tell_error(error, "the bundle differs from our runtime; nothing was exported" if is_parity else "error")
-        return 1 if is_parity else 2
-    return 0
+        return run_told(lambda: action(recipe, console), recipe.run_dir, (ValueError,), passed_on=(ParityError,))
+    except ParityError as error:
+        tell_error(error, "the bundle differs from our runtime; nothing was exported")
+        return 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Direct preference optimisation on sampled and given pairs: `torchrun --standalone -m train.dpo RECIPE`."""
+"""Direct preference optimisation on sampled and given pairs: `python -m train.dpo RECIPE`."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ from data.sources.record import LeftOut
 from data.tokenizer import DialogueTokenizer
 from model.attention_ops import Documents
 from model.transformer import Transformer
-from recipes.loader import Section, parse_command_line
+from recipes.loader import Section
 from train.engine import World
 from train.loop import LoopError, Loss, Outcome, Stage, no_grad_sum
 from train.losses import dpo_loss, sequence_logprobs
 from train.pairs import OnPolicyPairs, sample_pairs
-from train.stage import Job, LossModule, TrainingRecipe, load_trunk, run_stage
+from train.run import run_stage
+from train.stage import Job, LossModule, Plan, TrainingRecipe, load_trunk, share_of_rank
 from train.summary import summarize
 from train.token_logprobs import token_logprobs
 
@@ -257,9 +258,8 @@ def prepare(recipe: DPORecipe, world: World, console: Console) -> Job:
     for part in (rows, heldout):
         add_reference(part, trunk, model_key, Path(recipe.run_dir) / "reference", world, console)
 
-    step = recipe.loop.rows_per_micro_batch
-    parts = [np.arange(at, min(at + step, heldout.n_rows)) for at in range(0, heldout.n_rows, step)]
-    batches = [heldout.collate(part) for part in parts[world.rank :: world.size]]
+    shares = share_of_rank(np.arange(heldout.n_rows), recipe.loop.rows_per_micro_batch, world)
+    batches = [heldout.collate(part) for part in shares]
     return Job(
         module=LossModule(trunk, lambda m, batch: preference_loss(m, batch, recipe.beta, recipe.label_smoothing)),
         stage=Stage(
@@ -307,16 +307,19 @@ def _finish(outcome: Outcome, rows: PairRows, heldout: PairRows) -> tuple[str, d
     return f"held-out pair accuracy {accuracy:.3f} of {heldout.n_rows} (length alone {by_length:.3f})", figures
 
 
-def main() -> int:
-    """Entry point."""
-    command = parse_command_line(DPORecipe, description=__doc__)
-    recipe: DPORecipe = command.recipe
+def plan(recipe: DPORecipe) -> Plan:
+    """What the recipe asks for."""
     inputs = {"init_from": recipe.init_from, "data": recipe.data}
     for number, source in enumerate(recipe.pairs):
         inputs[f"pairs.{number}"] = source.scorer if isinstance(source, OnPolicyPairs) else source.path
     # a row is a pair: the prompt twice, each time with a reply
     summary = summarize(recipe, recipe.data, loss="chosen tokens", row_tokens=2 * recipe.max_pair_tokens)
-    return run_stage(command, inputs, lambda world, console: prepare(recipe, world, console), summary)
+    return Plan(inputs, summary, lambda world, console: prepare(recipe, world, console))
+
+
+def main() -> int:
+    """Entry point."""
+    return run_stage(DPORecipe, __doc__, plan)
 
 
 if __name__ == "__main__":

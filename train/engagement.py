@@ -1,4 +1,4 @@
-"""Train the engagement scorer, P(the partner writes again): `torchrun --standalone -m train.engagement RECIPE`."""
+"""Train the engagement scorer, P(the partner writes again): `python -m train.engagement RECIPE`."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from scipy.stats import mannwhitneyu
 from data.batch import PackedBatch
 from data.mixture import MixtureData
 from model.scalar_head import ScalarHead
-from recipes.loader import parse_command_line
 from train.engine import Engine, World
 from train.loop import Loss, Outcome
 from train.losses import continuation_loss
+from train.run import run_stage
 from train.stage import (
     Job,
     LossModule,
+    Plan,
     TrainingRecipe,
     data_directories,
     documents_of,
     load_trunk,
     open_data,
     packed_stage,
-    run_stage,
 )
 from train.summary import summarize
 
@@ -109,13 +109,16 @@ def prepare(recipe: EngagementRecipe, world: World) -> Job:
     )
 
 
-def main() -> int:
-    """Entry point."""
-    command = parse_command_line(EngagementRecipe, description=__doc__)
-    recipe: EngagementRecipe = command.recipe
+def plan(recipe: EngagementRecipe) -> Plan:
+    """What the recipe asks for."""
     inputs = {"init_from": recipe.init_from, **data_directories(recipe.data)}
     summary = summarize(recipe, recipe.data, loss="score")
-    return run_stage(command, inputs, lambda world, console: prepare(recipe, world), summary)
+    return Plan(inputs, summary, lambda world, console: prepare(recipe, world))
+
+
+def main() -> int:
+    """Entry point."""
+    return run_stage(EngagementRecipe, __doc__, plan)
 
 
 if __name__ == "__main__":

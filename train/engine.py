@@ -55,6 +55,10 @@ class EngineConfig(Section):
         return getattr(torch, self.precision)
 
 
+class LaunchError(ValueError):
+    """The environment does not say which rank this process is."""
+
+
 class CheckpointStateError(ValueError):
     """The optimizer state of a checkpoint does not fit this run."""
 
@@ -113,6 +117,27 @@ class World:
     def barrier(self) -> None:
         if self.size > 1:
             torch.distributed.barrier()
+
+
+def check_launch() -> None:
+    """Raise LaunchError when the environment does not describe a rank that this machine can run."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    there = [name for name in names if os.environ.get(name)]
+    advice = "start ranks with python -m train.launch (or torchrun), or unset them to train in this process alone"
+    if "RANK" not in there:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise LaunchError(f"environment: WORLD_SIZE={os.environ['WORLD_SIZE']} without RANK; {advice}")
+        return
+    if missing := [name for name in names if name not in there]:
+        raise LaunchError(f"environment: RANK is set without {', '.join(missing)}; {advice}")
+    numbers = {name: os.environ[name] for name in names if name != "MASTER_ADDR"}
+    if wrong := [f"{name}={text}" for name, text in numbers.items() if not text.isdecimal()]:
+        raise LaunchError(f"environment: {', '.join(wrong)}: expected whole numbers; {advice}")
+    if int(numbers["RANK"]) >= int(numbers["WORLD_SIZE"]):
+        raise LaunchError(f"environment: RANK={numbers['RANK']} of WORLD_SIZE={numbers['WORLD_SIZE']} ranks; {advice}")
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else None
+    if n_gpus is not None and int(numbers["LOCAL_RANK"]) >= n_gpus:
+        raise LaunchError(f"rank {numbers['RANK']} finds no GPU: this machine has {n_gpus}; lower --nproc-per-node")
 
 
 def join_world(timeout_minutes: float) -> World:

@@ -1,4 +1,4 @@
-"""Pre-train a decoder on packed shards: `torchrun --standalone -m train.pretrain recipes/demo/pretrain.yaml`."""
+"""Pre-train a decoder on packed shards: `python -m train.pretrain recipes/demo/pretrain.yaml`."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from eval.ngram import ngram_losses
 from eval.scoring import spread_rows
 from model.config import ModelConfig
 from model.transformer import Transformer
-from recipes.loader import parse_command_line
 from train.engine import Engine, World
 from train.loop import Loss, Outcome
 from train.losses import next_token_loss
+from train.run import run_stage
 from train.stage import (
     Job,
     LossModule,
+    Plan,
     TrainingRecipe,
     data_directories,
     documents_of,
     open_data,
     packed_stage,
-    run_stage,
 )
 from train.summary import summarize
 
@@ -99,13 +99,16 @@ def _print_comparison(loss: float, baselines: dict[str, float], console: Console
     console.print(table)
 
 
-def main() -> int:
-    """Entry point."""
-    command = parse_command_line(PretrainRecipe, description=__doc__)
-    recipe: PretrainRecipe = command.recipe
+def plan(recipe: PretrainRecipe) -> Plan:
+    """What the recipe asks for."""
     summary = summarize(recipe, recipe.data, recipe.model)
     inputs = data_directories(recipe.data)
-    return run_stage(command, inputs, lambda world, console: prepare(recipe, world, console), summary)
+    return Plan(inputs, summary, lambda world, console: prepare(recipe, world, console))
+
+
+def main() -> int:
+    """Entry point."""
+    return run_stage(PretrainRecipe, __doc__, plan)
 
 
 if __name__ == "__main__":

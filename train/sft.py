@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on one character's messages: `torchrun --standalone -m train.sft recipes/demo/sft.yaml`."""
+"""Supervised fine-tuning on one character's messages: `python -m train.sft recipes/demo/sft.yaml`."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from rich.console import Console
 
 from data.batch import PackedBatch, to_device
 from data.mixture import MixtureData
-from recipes.loader import parse_command_line
 from train.engine import Engine, World
 from train.loop import Loss, Outcome
 from train.losses import next_token_loss
+from train.run import run_stage
 from train.stage import (
     Job,
     LossModule,
+    Plan,
     TrainingRecipe,
     data_directories,
     documents_of,
     load_trunk,
     open_data,
     packed_stage,
-    run_stage,
 )
 from train.summary import summarize
 
@@ -67,13 +67,16 @@ def prepare(recipe: SFTRecipe, world: World) -> Job:
     )  # fmt: skip
 
 
-def main() -> int:
-    """Entry point."""
-    command = parse_command_line(SFTRecipe, description=__doc__)
-    recipe: SFTRecipe = command.recipe
+def plan(recipe: SFTRecipe) -> Plan:
+    """What the recipe asks for."""
     inputs = {"init_from": recipe.init_from, **data_directories(recipe.data)}
     summary = summarize(recipe, recipe.data, loss="chosen tokens")
-    return run_stage(command, inputs, lambda world, console: prepare(recipe, world), summary)
+    return Plan(inputs, summary, lambda world, console: prepare(recipe, world))
+
+
+def main() -> int:
+    """Entry point."""
+    return run_stage(SFTRecipe, __doc__, plan)
 
 
 if __name__ == "__main__":

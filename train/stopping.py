@@ -5,23 +5,38 @@ from __future__ import annotations
 import ctypes
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class StopRequest:
-    """Set by SIGTERM or Ctrl-C; a second Ctrl-C leaves at once."""
+    """SIGTERM or Ctrl-C: inside `polled`, noted until asked for; outside, where nothing is to be saved, the end.
+
+    There it raises KeyboardInterrupt at once, as a second Ctrl-C does anywhere.
+    """
 
     def __init__(self) -> None:
-        self._requested = self.by_keyboard = False
+        self._requested = self.by_keyboard = self._is_polled = False
         signal.signal(signal.SIGTERM, self._handle)
         signal.signal(signal.SIGINT, self._handle)
 
     def requested(self) -> bool:
         return self._requested
 
+    @contextmanager
+    def polled(self) -> Iterator[None]:
+        """While inside, `requested` is looked at often enough."""
+        self._is_polled = True
+        try:
+            yield
+        finally:
+            self._is_polled = False
+
     def _handle(self, number: int, frame: object) -> None:
-        if self._requested and number == signal.SIGINT:
-            sys.exit(130)
+        again = self._requested and number == signal.SIGINT
         self._requested, self.by_keyboard = True, number == signal.SIGINT
+        if again or not self._is_polled:
+            raise KeyboardInterrupt
 
 
 def die_with_parent() -> None:

@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from types import TracebackType
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from train.engine import World
 
 EXIT_CODE = 3
-_TOLD = "has_told"
+_TOLD, _CODE = "has_told", "exit_code"
 LOST_PEER_SECONDS = 10.0
 """How long to look for the peer that made a collective fail."""
 
@@ -215,6 +215,33 @@ class Watchdog:
             except RuntimeError:  # the store's host has left before
                 return
 
+    def end(self, code: int, tell: Callable[[], None]) -> int:
+        """Say why this rank ends by itself, unless another has said so; the exit code for all ranks.
+
+        Call it inside `with`: a rank that finds this one gone must find that it has told.
+        """
+        if self._thread is None:
+            tell()
+            return code
+        try:
+            is_first = self._store.add(_TOLD, 1) == 1
+            if is_first:
+                self._store.set(_CODE, str(code))
+        except RuntimeError:  # the store's host has left, and with it whoever has told
+            return code
+        if is_first:
+            tell()
+            return code
+        return self.code()
+
+    def code(self) -> int:
+        """The exit code of a rank that ends since another one does, after that one has had time to end first."""
+        time.sleep(1.0)
+        try:
+            return int(self._store.get(_CODE)) if self._store.check([_CODE]) else EXIT_CODE
+        except RuntimeError:
+            return EXIT_CODE
+
     def explains(self, error: RuntimeError) -> bool:
         """Whether a failed collective is the doing of a peer that has ended; it is named, unless it told why itself."""
         if self._thread is None or ("gloo" not in str(error).lower() and "nccl" not in str(error).lower()):
@@ -222,6 +249,8 @@ class Watchdog:
         until = time.monotonic() + LOST_PEER_SECONDS
         while time.monotonic() < until:
             try:
+                if self._store.check([_TOLD]):
+                    return True
                 ranks = self._look(range(self._size))
             except RuntimeError:
                 return False
@@ -251,8 +280,7 @@ class Watchdog:
                 self._tell(message)
                 os._exit(EXIT_CODE)
             if has_told:
-                time.sleep(1.0)  # torchrun ends all ranks when the first one has ended: let the other speak
-                os._exit(EXIT_CODE)
+                os._exit(self.code())  # torchrun ends all ranks when the first one has ended: the other speaks before
 
     def _watch(self) -> str | None:
         """What to tell, or None. Rank 0 looks at all, the others at it and at those of their machine, or at all then.

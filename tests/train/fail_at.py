@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
-from train import pretrain, stage
+from train import pretrain, run
 from train.engine import Engine
 
 
@@ -44,7 +44,7 @@ def main() -> int:
     how, rank = sys.argv.pop(1), int(sys.argv.pop(1))
     if how == "slow":
         preparing = patch("train.pretrain.prepare", after_a_while(pretrain.prepare, rank))
-        with preparing, patch("train.stage._write_model", after_a_while(stage._write_model, rank)):
+        with preparing, patch("train.run._write_model", after_a_while(run._write_model, rank)):
             return pretrain.main()
     fail = FAILURES[how]
     step = Engine.step

@@ -21,7 +21,7 @@ from data.sampler import DataPosition
 from data.shards import PackedDataset
 from train.checkpoint import CheckpointError, Checkpoints, CheckpointState, damage
 from train.engine import Engine, World
-from train.stage import resume
+from train.run import resume
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,0 +1,74 @@
+"""Errors that a user can mend, told in one message with an exit code; those of the file system name file and remedy."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from recipes.loader import tell_error
+
+USER_ERROR = 2
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REMEDIES = {
+    errno.ENOENT: "no such file or directory; correct the path",
+    errno.EISDIR: "a directory, expected a file; correct the path",
+    errno.ENOTDIR: "a part of this path is a file, expected a directory; correct the path",
+    errno.EACCES: "permission denied; change its permissions or choose another path",
+    errno.EPERM: "not permitted; change its permissions or choose another path",
+    errno.EROFS: "on a read-only file system; choose another path",
+}
+
+
+def run_told(
+    action: Callable[[], object],
+    run_dir: str | Path,
+    errors: tuple[type[Exception], ...] = (ValueError,),
+    passed_on: tuple[type[Exception], ...] = (),
+) -> int:
+    """Run `action`; the exit code. One message tells `errors`, but for those `passed_on`, and the file system's.
+
+    run_dir: where the action writes, named by an error that says no path itself.
+    """
+    try:
+        action()
+    except passed_on:
+        raise
+    except OSError as error:
+        tell_os_error(error, run_dir)
+    except errors as error:
+        tell_error(error)
+    else:
+        return 0
+    return USER_ERROR
+
+
+def tell_os_error(error: OSError, run_dir: str | Path) -> None:
+    """One message for a user on stderr."""
+    tell_error(OSError(describe_os_error(error, run_dir)), "file system")
+
+
+def describe_os_error(error: OSError, run_dir: str | Path) -> str:
+    """The path, what was found there, and what to do. An error without a path is taken as one of writing `run_dir`."""
+    path = error.filename2 or error.filename or run_dir  # of a copy, the second is what was written
+    is_full = error.errno in _NO_ROOM or (error.errno is None and _free_bytes(run_dir) == 0)  # numpy gives no errno
+    if is_full:
+        return (
+            f"{path}: {error.strerror or 'No space left on device'} ({_free_bytes(path) / 2**20:,.1f} MiB free); "
+            "make room, then run the same command again"
+        )
+    remedy = _REMEDIES.get(error.errno or 0)
+    if remedy is None or error.filename is None:
+        return f"{path}: {error.strerror or error}"
+    return f"{path}: {remedy}"
+
+
+def _free_bytes(path: str | Path) -> int:
+    """Of the file system that holds a path, which need not exist."""
+    for place in (Path(path), *Path(path).parents):
+        try:
+            return shutil.disk_usage(place).free
+        except OSError:
+            continue
+    return 0

@@ -1,0 +1,67 @@
+"""Start the ranks of a training stage: `python -m train.launch --nproc-per-node 2 -m train.pretrain RECIPE`.
+
+It is torchrun, with its options, but for how it ends: with the exit code of the ranks and without a traceback of its
+own, since a rank that fails has said why. Ctrl-C and SIGTERM are passed on to the ranks, which save and stop.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+
+import psutil
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from recipes.interrupt import EXIT_CODE as INTERRUPTED
+from recipes.loader import tell_error
+from recipes.stage_errors import USER_ERROR
+
+_QUIET = ("torch.distributed.elastic.multiprocessing", "torch.distributed.elastic.agent", "torch.distributed.run")
+"""Loggers that tell again what a rank has told."""
+
+
+def exit_code(failures: Sequence[ProcessFailure]) -> int:
+    """Of a job some of whose ranks have failed: a user's error or an interrupt explains the other ranks' failures."""
+    codes = [failure.exitcode for failure in sorted(failures, key=lambda failure: failure.timestamp)]
+    for code in (USER_ERROR, INTERRUPTED):
+        if code in codes:
+            return code
+    return codes[0] if codes[0] > 0 else 128 - codes[0]
+
+
+def pass_on(number: int, frame: object) -> None:
+    """Send a signal that this process got to its ranks, each of which has a session of its own."""
+    for rank in psutil.Process().children():
+        try:
+            rank.send_signal(number)
+        except psutil.NoSuchProcess:
+            continue
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    arguments = torchrun.parse_args(list(sys.argv[1:] if argv is None else argv))
+    arguments.signals_to_handle = "SIGQUIT"  # the others' handlers are ours, and stay
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, pass_on)
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        torchrun.run(arguments)
+    except ChildFailedError as error:
+        for rank, failure in sorted(error.failures.items()):
+            if failure.exitcode < 0 and exit_code(list(error.failures.values())) != USER_ERROR:
+                name = signal.Signals(-failure.exitcode).name
+                print(f"rank {rank} (pid {failure.pid}) was ended by {name}", file=sys.stderr)
+        return exit_code(list(error.failures.values()))
+    except ValueError as error:  # of options that do not fit each other
+        tell_error(error)
+        return USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

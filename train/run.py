@@ -1,0 +1,238 @@
+"""A training stage from its command line to its end: one message for an error, resume, signals, the model directory."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from rich.console import Console
+
+from data.sampler import Rows
+from model.attention_ops import choose_backend
+from model.execution import shape_blocks
+from model.weights import save_model
+from recipes.interrupt import EXIT_CODE as INTERRUPTED
+from recipes.interrupt import tell_interrupt
+from recipes.loader import CommandLine, dump_recipe, parse_command_line, tell_error
+from recipes.run_directory import RunState, finish_run, prepare_run_directory
+from recipes.stage_errors import USER_ERROR, run_told, tell_os_error
+from train.background import on_main
+from train.checkpoint import CheckpointError, Checkpoints, CheckpointState, Write
+from train.elastic import universal_form
+from train.engine import Engine, World, check_launch, join_world
+from train.hashed_file import file_hash
+from train.loop import train
+from train.metrics import Metrics, plot_metrics
+from train.rank_messages import rank_0_speaks
+from train.skipping import TrainingError
+from train.snapshot import Snapshot
+from train.stage import Job, Plan, TrainingRecipe
+from train.stopping import StopRequest, die_with_parent
+from train.throughput import Throughput
+from train.watchdog import Watchdog
+
+R = TypeVar("R", bound=TrainingRecipe)
+TRAINING_FAILED = 1
+
+
+def run_stage(schema: type[R], description: str | None, plan: Callable[[R], Plan]) -> int:
+    """Run the training stage of the command line's recipe to its end; the exit code.
+
+    SIGTERM saves and exits 0; Ctrl-C saves and exits 130; user errors print one message and exit 2; a training that
+    cannot go on and files that cannot be written exit 1, a rank that has failed exits 3.
+    """
+    with rank_0_speaks():
+        command = parse_command_line(schema, description=description)
+        planned: list[Plan] = []
+        if code := run_told(lambda: planned.append(_checked(plan, command)), command.recipe.run_dir):
+            sys.exit(code)
+        if command.dry_run:
+            console = Console()
+            console.print(dump_recipe(command.recipe), highlight=False, markup=False)
+            planned[0].summary.print(console)
+            planned[0].summary.print_memory(console)
+            return 0
+    return _run_ranks(command.recipe, planned[0])
+
+
+def _checked(plan: Callable[[R], Plan], command: CommandLine[R]) -> Plan:
+    if not command.dry_run:
+        check_launch()
+    return plan(command.recipe)
+
+
+def _run_ranks(recipe: TrainingRecipe, plan: Plan) -> int:
+    die_with_parent()
+    stop = StopRequest()
+    world = join_world(recipe.engine.timeout_minutes)
+    console = Console(quiet=not world.is_main)
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    try:
+        with Watchdog(world, 60 * recipe.engine.timeout_minutes) as watchdog:
+            try:
+                return _run(recipe, plan, world, console, stop)
+            except KeyboardInterrupt:
+                code = INTERRUPTED if stop.by_keyboard else 0
+                return watchdog.end(code, partial(tell_interrupt, "the same command continues"))
+            except (TrainingError, CheckpointError) as error:
+                return watchdog.end(TRAINING_FAILED, partial(tell_error, error))
+            except RuntimeError as error:
+                if not watchdog.explains(error):
+                    raise
+                return watchdog.code()
+            except OSError as error:
+                # what does not exist is the user's; a full or broken disk is not, and what was saved before is there
+                code = USER_ERROR if isinstance(error, FileNotFoundError) else TRAINING_FAILED
+                return watchdog.end(code, partial(tell_os_error, error, recipe.run_dir))
+            except ValueError as error:
+                return watchdog.end(USER_ERROR, partial(tell_error, error))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _run(recipe: TrainingRecipe, plan: Plan, world: World, console: Console, stop: StopRequest) -> int:
+    began, inputs, summary = time.monotonic(), plan.inputs, plan.summary
+    run_dir = Path(recipe.run_dir)
+    held = prepare_run_directory(run_dir, recipe, inputs) if world.is_main else nullcontext(RunState.NEW)
+    with held as state:
+        (finished,) = world.sum([float(state is RunState.FINISHED)])
+        if finished:
+            console.print(f"{run_dir} is finished already, with this recipe and these inputs")
+            return 0
+        summary.print(console)
+        summary.warn(console, world)
+        world.progress.at("preparing data and model")
+        job = plan.prepare(world, console)
+        _set_up_blocks(job, recipe, world, console)
+        engine = Engine(job.module, recipe.engine, recipe.optimizer, world)
+        checkpoints = Checkpoints(run_dir / "checkpoints", recipe.loop.keep, world, console)
+        world.progress.at("looking for a checkpoint")
+        start = resume(checkpoints, engine, job.stage.rows, console)
+        metrics = None
+        if world.is_main:
+            first = start.step if start else -1
+            metrics = Metrics(run_dir, console, recipe.wandb, recipe.model_dump(), first, recipe.loop.max_steps)
+        flops_per_token = job.module.trunk.config.flops_per_token(job.stage.rows.row_length)
+        throughput = Throughput(flops_per_token, world.device, world.size)
+        with metrics or nullcontext(), stop.polled():
+            outcome = train(
+                job.stage, engine, recipe.loop, recipe.schedule, recipe.seed, start,
+                checkpoints, partial(_snapshot, engine, job), metrics, stop.requested, run_dir, throughput,
+            )  # fmt: skip
+        if not outcome.finished:
+            kept = "with a checkpoint; the same command continues from it"
+            if recipe.loop.save_every is None:
+                kept = "without a checkpoint (loop.save_every: null)"
+            console.print(f"stopped at step {outcome.step} {kept}")
+            return 130 if stop.by_keyboard else 0
+        summary.compare(console, world)
+        world.progress.at("writing the model", may_last=True)
+        _save_weights(engine, job, run_dir)
+        world.progress.at("finishing", may_last=True)
+        key_figure, figures = job.finish(engine, outcome, console)
+        if world.is_main:
+            plot_metrics(run_dir, figures.get("baselines"))
+            seconds = time.monotonic() - began
+            figures["skipped_steps"] = outcome.skipped_steps
+            finish_run(run_dir, recipe, inputs, key_figure, seconds, figures)
+            console.print(f"[bold]{key_figure}[/]  -> {run_dir / 'model'}", highlight=False)
+        world.barrier()
+    return 0
+
+
+def _set_up_blocks(job: Job, recipe: TrainingRecipe, world: World, console: Console) -> None:
+    """Choose how blocks are run, and say so."""
+    backend = choose_backend(recipe.attention, world.device, recipe.engine.dtype)
+    settings = recipe.engine
+    execution = shape_blocks(
+        job.module.trunk.blocks, settings.blocks, settings.recompute, settings.recompute_blocks, world.device
+    )
+    console.print(
+        f"attention {backend}, {execution} blocks, {world.size} rank(s), {torch.get_num_threads()} thread(s) each, "
+        f"{settings.precision}, ZeRO-{settings.zero_stage}",
+        highlight=False,
+    )
+
+
+def resume(checkpoints: Checkpoints, engine: Engine, rows: Rows, console: Console) -> CheckpointState | None:
+    """Load the newest sound checkpoint into `engine`; None when there is none.
+
+    Raises CheckpointError when it was trained on data with another fingerprint.
+    """
+    found = checkpoints.newest()
+    checkpoints.tidy(found[0] if found else None)
+    if found is None:
+        return None
+    path, state = found
+    if state.position.fingerprint != rows.fingerprint:
+        raise CheckpointError(
+            f"{path} was trained on data with fingerprint {state.position.fingerprint[:16]}, the data now has "
+            f"{rows.fingerprint[:16]}: the corpus has changed. Restore it, or train in another run_dir"
+        )
+    if state.world_size == engine.world.size:
+        engine.load(path)
+    else:
+        with universal_form(path, engine.world, console) as universal:
+            engine.load(path, universal)
+    tokens = f"{state.position.tokens_consumed:,} tokens consumed"
+    console.print(f"resuming from {path}: {tokens}", highlight=False, soft_wrap=True)
+    return state
+
+
+def _snapshot(engine: Engine, job: Job) -> Write:
+    """Copy all that a checkpoint holds; the function that writes this rank's share of it below a directory."""
+    state = engine.snapshot()
+    weights = engine.weights(state)
+    state.finish()
+
+    def write_model(directory: Path) -> dict[Path, str]:
+        if not engine.world.is_main:
+            return {}
+        state.wait()
+        _write_model(job, weights, directory)
+        return {path: file_hash(path) for path in directory.iterdir()}
+
+    def write(directory: Path, abandoned: threading.Event) -> dict[Path, str]:
+        try:
+            with ThreadPoolExecutor(1) as beside:
+                model = beside.submit(write_model, directory / "model")
+                return {**state.write(directory, abandoned), **model.result()}
+        finally:
+            state.release()
+
+    return write
+
+
+def _save_weights(engine: Engine, job: Job, run_dir: Path) -> None:
+    """Write the finished model."""
+    snapshot = Snapshot(engine.host_memory)
+    weights = engine.weights(snapshot)
+    snapshot.finish()
+    snapshot.wait()
+    _, failure = on_main(engine.world, lambda: _write_model(job, weights, run_dir / "model"))
+    if failure:
+        raise CheckpointError(
+            f"{run_dir / 'model'} could not be written: {failure}. The last step's checkpoint is there; run the same "
+            "command again once there is room"
+        )
+
+
+def _write_model(job: Job, weights: Mapping[str, torch.Tensor], directory: Path) -> None:
+    parts: dict[str, dict[str, torch.Tensor]] = {"trunk": {}, "head": {}}
+    for name, tensor in weights.items():
+        part, rest = name.split(".", 1)
+        parts[part][rest] = tensor
+    config = job.module.trunk.config
+    beside = {"tokenizer.model": job.tokenizer} if job.tokenizer else {}
+    save_model(directory, config, parts["trunk"], parts["head"] or None, beside)
+
+
