@@ -39,18 +39,16 @@ class StopRequests:
 class Child:
     """A running child with a session of its own, so that a Ctrl-C in the terminal reaches it once, through `look`.
 
-    Of a `distributed` child (torchrun) the ranks are asked to stop instead of the launcher, which would give them 30
-    seconds. `log`: a file that takes its output, or None where it shares ours.
+    `log`: a file that takes its output, or None where it shares ours.
     """
 
     def __init__(
         self,
         command: Sequence[str],
         environment: Mapping[str, str],
-        distributed: bool = False,
         log: IO[bytes] | None = None,
     ):
-        self._began, self._distributed = time.monotonic(), distributed
+        self._began = time.monotonic()
         self._passed_on = self._peak = 0
         self.process = subprocess.Popen(
             list(command), env=dict(environment), start_new_session=True, preexec_fn=_dies_with(os.getpid()),
@@ -69,7 +67,7 @@ class Child:
             if self._passed_on:
                 _kill_tree(self.process.pid)
             else:
-                _ask_to_stop(self.process.pid, stops.received[0], self._distributed)
+                _signal_group(self.process.pid, stops.received[0])
             self._passed_on += 1  # one at a time: a second request may have come while the first was passed on
         if measure:
             self._peak = max(self._peak, _tree_bytes(self.process.pid))
@@ -77,10 +75,10 @@ class Child:
 
 
 def run_child(
-    command: Sequence[str], environment: Mapping[str, str], stops: StopRequests, distributed: bool = False
+    command: Sequence[str], environment: Mapping[str, str], stops: StopRequests
 ) -> Ended:
     """Run `command` to its end. The first stop request is passed on, a second one kills."""
-    child = Child(command, environment, distributed)
+    child = Child(command, environment)
     while (ended := child.look(stops)) is None:
         try:
             child.process.wait(_SECONDS_BETWEEN_LOOKS)
@@ -101,17 +99,6 @@ def _dies_with(parent: int) -> Callable[[], None] | None:
             os._exit(1)
 
     return tie
-
-
-def _ask_to_stop(pid: int, number: int, distributed: bool) -> None:
-    ranks = _tree(pid, recursive=False)[1:] if distributed else []
-    for rank in ranks:
-        try:
-            rank.send_signal(signal.SIGTERM)
-        except psutil.Error:
-            continue
-    if not ranks:
-        _signal_group(pid, signal.SIGTERM if distributed else number)
 
 
 def _kill_tree(pid: int) -> None:

@@ -190,7 +190,7 @@ def run(stages: Sequence[Planned], console: Console, stops: StopRequests) -> int
             how = "continues" if state is RunState.UNFINISHED else "starts"
             console.rule(f"[bold]{number}/{len(stages)} {planned.name}[/] {how}: {planned.recipe_path}", align="left")
             environment = stage_environment(planned.nproc_per_node)
-            ended = run_child(planned.command(), environment, stops, planned.nproc_per_node > 1)
+            ended = run_child(planned.command(), environment, stops)
         done = read_done(planned.run_dir)
         if stops.received:
             left = "is finished" if done else "has stopped"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-
 LAUNCHER = "train.launch"
 """The module that starts several ranks of a stage."""
 

@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 
 from data.pipeline.recipe import DataRecipe
 from recipes.loader import load_recipe
+from recipes.stages import LAUNCHER
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "BENCHMARKS.md")]
@@ -69,11 +70,13 @@ COMMANDS = [command for path in DOCUMENTS if path.exists() for command in comman
 
 
 def module_call(words: tuple[str, ...]) -> tuple[str, list[str]] | None:
-    """The module and its arguments, of `python -m X ...` and `torchrun [options] -m X ...`."""
+    """The module and its arguments, of `python -m X ...`, and of `python -m train.launch [options] -m X ...`."""
     launcher = Path(words[0]).name
     if launcher not in ("python", "python3", "torchrun", "srun") or "-m" not in words:
         return None
     at = words.index("-m")
+    if words[at + 1] == LAUNCHER:
+        at = words.index("-m", at + 1)
     return words[at + 1], list(words[at + 2 :])
 
 
@@ -170,7 +173,8 @@ def test_commands_are_found_in_blocks() -> None:
         (5, ("python", "-m", "data.prepare", "r.yaml", "a=2")),
         (5, ("head",)),
     ]
-    assert module_call(("torchrun", "--standalone", "-m", "train.sft", "x.yaml")) == ("train.sft", ["x.yaml"])
+    launched = ("python", "-m", "train.launch", "--nproc-per-node", "2", "-m", "train.sft", "x.yaml")
+    assert module_call(launched) == ("train.sft", ["x.yaml"])
 
 
 @pytest.mark.parametrize("block", RECIPES.findall((ROOT / "README.md").read_text("utf-8")))

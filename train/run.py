@@ -234,5 +234,3 @@ def _write_model(job: Job, weights: Mapping[str, torch.Tensor], directory: Path)
     config = job.module.trunk.config
     beside = {"tokenizer.model": job.tokenizer} if job.tokenizer else {}
     save_model(directory, config, parts["trunk"], parts["head"] or None, beside)
-
-

@@ -10,15 +10,15 @@ from contextlib import contextmanager
 
 
 class StopRequest:
-    """SIGTERM or Ctrl-C: inside `polled`, noted until asked for; outside, where nothing is to be saved, the end.
+    """SIGTERM, SIGHUP or Ctrl-C: noted inside `polled` until asked for; elsewhere, with nothing to save, the end.
 
     There it raises KeyboardInterrupt at once, as a second Ctrl-C does anywhere.
     """
 
     def __init__(self) -> None:
         self._requested = self.by_keyboard = self._is_polled = False
-        signal.signal(signal.SIGTERM, self._handle)
-        signal.signal(signal.SIGINT, self._handle)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._handle)
 
     def requested(self) -> bool:
         return self._requested

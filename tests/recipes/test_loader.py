@@ -238,8 +238,8 @@ def test_a_missing_file_and_a_directory_name_the_recipes_nearby(recipe_file: Pat
 
 def test_a_recipe_of_another_stage_names_its_own_command(recipe_file: Path) -> None:
     (line,) = problems(recipe_file, GOOD.replace("stage: pretrain", "stage: sft") + "beta: 3\n")
-    assert line.startswith("FILE:1: stage: found sft, expected pretrain; run this recipe with: torchrun --standalone")
-    assert line.endswith("-m train.sft FILE")
+    assert line.startswith("FILE:1: stage: found sft, expected pretrain; run this recipe with: ")
+    assert line.endswith(": python -m train.sft FILE")
 
 
 def test_the_command_line_takes_recipe_overrides_and_dry_run(recipe_file: Path) -> None:

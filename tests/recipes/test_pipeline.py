@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -253,8 +254,11 @@ def test_cores_are_divided_among_the_ranks(monkeypatch: pytest.MonkeyPatch) -> N
     assert stage_environment(1)["OMP_NUM_THREADS"] == "5"
 
 
-def test_the_demo_is_launched_by_torchrun_where_it_trains() -> None:
+def test_several_ranks_of_a_stage_are_started_by_the_launcher() -> None:
     commands = {planned.name: planned.command()[2:] for planned in plan(ROOT / "recipes" / "demo", None, [])}
-    assert commands["pretrain"][:5] == ["torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m"]
-    assert commands["pretrain"][5] == "train.pretrain"
+    assert commands["pretrain"][0] == "train.pretrain"
     assert commands["eval"][0] == "eval.run"
+    alone = plan(ROOT / "recipes" / "demo", None, [])[1]
+    several = dataclasses.replace(alone, nproc_per_node=2)
+    assert several.command()[2:7] == ["train.launch", "--nproc-per-node", "2", "-m", "train.pretrain"]
+    assert several.typed().startswith("python -m train.launch --nproc-per-node 2 -m train.pretrain ")
