@@ -9,7 +9,7 @@ ENTRY_TOKENS = 16  # what an entry of a memory counts beside its tokens: it cost
 class MessageEncoder:
     """`encode_message` with a memory of at most `capacity_tokens`, least recently used first out.
 
-    The key is (speaker, text), which is all that a message's ids depend on. Not for several threads at once.
+    The key is (speaker, text), which is all that a message's ids depend on. May be used by several threads.
     """
 
     def __init__(self, tokenizer: Encoder, capacity_tokens: int = 1_000_000):

@@ -17,13 +17,21 @@ class ConversationEncoder:
 
     A model may draw a text in other pieces than the tokenizer would choose. A reply given to `remember_reply` is
     spliced exactly as drawn when the same conversation comes back with its text, so its cached pages are found again;
-    in any other conversation, and for any other salt, that text is encoded as usual.
+    in any other conversation, and for any other salt, that text is encoded as usual. May be used by several threads.
     """
 
     def __init__(self, tokenizer: DialogueTokenizer, capacity_tokens: int = 1_000_000):
         self.tokenizer = tokenizer
         self._messages = MessageEncoder(tokenizer, capacity_tokens)
         self._replies: Recent[tuple[bytes, str], tuple[int, ...]] = Recent(capacity_tokens)
+        self._longest_piece = max(len(piece.text.encode()) for piece in tokenizer.pieces())
+
+    def fewest_tokens(self, messages: Sequence[Message]) -> int:
+        """A number of tokens that a prompt of `messages` has at least, told by their sizes alone.
+
+        A message has `<|message|>`, a name, a space and `<|end|>`; no token holds more bytes than the longest piece.
+        """
+        return sum(4 + _n_bytes(message.text) // self._longest_piece for message in messages)
 
     def encode_prompt(self, messages: Sequence[Message], character: str, salt: str | None = None) -> list[int]:
         """The ids to generate `character`'s next message from."""
@@ -53,6 +61,10 @@ class ConversationEncoder:
         history.extend(prompt)
         self._replies.put((history.digest(), text), tuple(drawn), len(drawn) + ENTRY_TOKENS)
         return True
+
+
+def _n_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
 
 
 class _History:

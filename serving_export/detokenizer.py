@@ -33,8 +33,13 @@ class ReplyStream:
         self._at_start = True
         self._after_joiner = False
         self._held = ""
-        self.text = ""
+        self._given: list[str] = []
         self.stopped = False
+
+    @property
+    def text(self) -> str:
+        """All that was given out."""
+        return "".join(self._given)
 
     def push(self, token: int) -> str:
         """Text that is certain now that `token` came. Nothing more comes once a stop string was found (`stopped`)."""
@@ -79,7 +84,7 @@ class ReplyStream:
         else:
             n_certain = len(held) if final else len(held) - self._possible_stop(held)
         self._held = held[n_certain:]
-        self.text += held[:n_certain]
+        self._given.append(held[:n_certain])
         return held[:n_certain]
 
     def _unescaped(self, text: str) -> str:

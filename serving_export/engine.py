@@ -143,6 +143,10 @@ class Engine:
     def n_waiting(self) -> int:
         return len(self._waiting) + len(self._inbox)
 
+    def n_pages_in_use(self) -> int:
+        """Cache pages that running requests hold, each counted once; what only the prefix cache holds is not."""
+        return len(set(itertools.chain.from_iterable(tuple(g.pages) for g in tuple(self._running))))
+
     def start(self) -> None:
         """Run the loop in a thread of its own until `stop`."""
         assert self._thread is None, "the engine runs already"

@@ -32,6 +32,10 @@ class ServerMetrics:
             "dramatis_e2e_request_latency_seconds", "From a request's arrival to its last token.",
             buckets=_SECONDS, registry=self.registry,
         )  # fmt: skip
+        self.disconnects = Counter(
+            "dramatis_client_disconnects", "Clients that left before their answer was whole, by how far it was: body, "
+            "encode, queue, prefill or decode.", ["stage"], registry=self.registry,
+        )  # fmt: skip
         self.requests = Counter(
             "dramatis_http_requests", "Chat completion requests by HTTP status.", ["status"], registry=self.registry
         )
@@ -47,13 +51,17 @@ class _EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         engine, allocator = self._engine, self._engine.cache.allocator
-        counters, prefix = engine.counters, engine.prefix_cache.counters
+        counters, prefix, n_used = engine.counters, engine.prefix_cache.counters, engine.n_pages_in_use()
         gauges = {
             "num_requests_running": ("Requests being generated.", engine.n_running),
             "num_requests_waiting": ("Requests waiting for room.", engine.n_waiting),
             "kv_cache_usage_perc": (
-                "Share of cache pages in use (1 is all).",
-                1 - allocator.n_free / allocator.n_pages,
+                "Share of cache pages that running requests use (1 is all).",
+                n_used / allocator.n_pages,
+            ),
+            "kv_cache_reusable_perc": (
+                "Share of cache pages that only the prefix cache holds: free as soon as they are needed.",
+                max(allocator.n_pages - allocator.n_free - n_used, 0) / allocator.n_pages,
             ),
             "prefix_cache_pages": ("Cache pages that hold reusable prefixes.", engine.prefix_cache.n_pages),
         }

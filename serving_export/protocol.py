@@ -5,12 +5,13 @@ A field that would change the answer and is not supported is refused by name; on
 
 from __future__ import annotations
 
+import reprlib
 import time
 import uuid
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator, model_validator
 
 # Fields of the protocol that have no effect here at these values; any other value is refused.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -34,8 +35,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "verbosity": (None,),
     "web_search_options": (None,),
 }
-# Labels of a request that never change an answer.
-_LABELS = frozenset({"metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "user"})
+# Labels of a request that never change an answer: texts, and an object of texts.
+_LABELS = frozenset({"prompt_cache_key", "prompt_cache_retention", "safety_identifier", "user"})
+_LABEL_OBJECT = "metadata"
+MAX_MESSAGES = 10_000
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 80
 # What clients send back with a reply they got.
 _NEUTRAL_IN_MESSAGE = frozenset({"annotations", "audio", "function_call", "reasoning_content", "refusal", "tool_calls"})
 
@@ -83,7 +88,7 @@ class ChatRequest(BaseModel):
     """A request of POST /v1/chat/completions. `character`, `cache_salt` and `top_k` extend the protocol."""
 
     model_config = ConfigDict(extra="allow")
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1), FailFast()]
     model: str | None = None
     character: str | None = None
     cache_salt: str | None = None
@@ -109,6 +114,11 @@ class ChatRequest(BaseModel):
         return cls.model_fields[info.field_name].default if value is None else value
 
     @property
+    def longest_reply(self) -> int | None:
+        """The most tokens of a reply that were asked for."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
@@ -117,12 +127,16 @@ def parse_request(content: object) -> ChatRequest:
     """The request of a JSON body. Raises RequestError naming the first field that is wrong."""
     if not isinstance(content, dict):
         raise RequestError(f"the body is {type(content).__name__}; expected a JSON object")
+    messages = content.get("messages")
+    if isinstance(messages, list) and len(messages) > MAX_MESSAGES:
+        message = f"messages: {len(messages):,} messages; at most {MAX_MESSAGES:,} are read. Leave old ones out"
+        raise RequestError(message, "messages", "context_length_exceeded")
     try:
         request = ChatRequest.model_validate(content, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         param = _dotted(first["loc"])
-        found = "" if first["type"] == "missing" else f", found {repr(first['input'])[:80]}"
+        found = "" if first["type"] == "missing" else f", found {shown(first['input'])}"
         raise RequestError(f"{param}: {first['msg'].removeprefix('Value error, ')}{found}", param) from None
     for key, value in (request.model_extra or {}).items():
         _check_without_effect(key, value)
@@ -135,17 +149,32 @@ def parse_request(content: object) -> ChatRequest:
 
 
 def _check_without_effect(key: str, value: Any) -> None:
-    if key in _LABELS:
+    if key in _LABELS or key == _LABEL_OBJECT:
+        _check_label(key, value)
         return
     if key not in _NEUTRAL:
         raise RequestError(f"{key}: unknown field", key, "unknown_parameter")
     # `1 == True` in Python: a value counts as neutral only when its type is the same, numbers aside
     if not any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in _NEUTRAL[key]):
         raise RequestError(
-            f"{key}: not supported by this server, and {repr(value)[:80]} would change the answer; leave it out",
+            f"{key}: not supported by this server, and {shown(value)} would change the answer; leave it out",
             key,
             "unsupported_parameter",
         )
+
+
+def _check_label(key: str, value: Any) -> None:
+    if value is None or (key in _LABELS and isinstance(value, str)):
+        return
+    if key == _LABEL_OBJECT and isinstance(value, dict) and all(isinstance(text, str) for text in value.values()):
+        return
+    expected = "text" if key in _LABELS else "an object of texts"
+    raise RequestError(f"{key}: expected {expected}, found {shown(value)}", key)
+
+
+def shown(value: object) -> str:
+    """A value in a message, cut where it is long, at no cost of its length."""
+    return _SHOWN.repr(value)
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:

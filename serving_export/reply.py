@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from data.dialogue import Message
@@ -11,7 +12,7 @@ from data.tokenizer import DialogueTokenizer
 from model.generate import Sampling
 from serving_export.conversation import ConversationEncoder
 from serving_export.detokenizer import PieceTable, ReplyStream
-from serving_export.engine import Engine, Event
+from serving_export.engine import Engine, Event, PromptError
 
 FinishReason = Literal["stop", "length"]
 
@@ -24,8 +25,15 @@ class GenerationFailed(RuntimeError):  # noqa: N818 (reads as what happened)
         self.by_shutdown = error is None
 
 
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """The ids to generate a reply from."""
+
+    tokens: list[int]
+
+
 class Replier:
-    """Starts replies of characters on one engine. Its methods belong to one thread."""
+    """Starts replies of characters on one engine. `encode` and `Reply.remember` may run on any thread."""
 
     def __init__(self, engine: Engine, tokenizer: DialogueTokenizer):
         self.engine = engine
@@ -45,6 +53,16 @@ class Replier:
             forbidden_ids=self.tokenizer.forbidden_in_reply,
         )
 
+    def encode(self, messages: Sequence[Message], character: str, salt: str | None = None) -> EncodedPrompt:
+        """The prompt of a conversation. Raises PromptError, before encoding anything, when it is certainly too long."""
+        room = self.engine.max_length - 1
+        n_fewest = self.encoder.fewest_tokens(messages)
+        if n_fewest > room:
+            raise PromptError(
+                f"the conversation has at least {n_fewest:,} tokens; at most {room:,} leave room for a reply"
+            )
+        return EncodedPrompt(self.encoder.encode_prompt(messages, character, salt))
+
     def start(
         self,
         prompt: Sequence[int],
@@ -53,7 +71,7 @@ class Replier:
         salt: str | None = None,
         stop: Sequence[str] = (),
     ) -> Reply:
-        """Queue a prompt of `encoder.encode_prompt`; whoever gets the events gives each to the reply's `take`."""
+        """Queue a prompt of `encode`; whoever gets the events gives each to the reply's `take`."""
         return Reply(self, prompt, sampling, emit, salt, stop)
 
     def stream(
@@ -61,11 +79,14 @@ class Replier:
     ) -> Iterator[tuple[str, Reply]]:
         """The reply's text piece by piece, blocking; leaving the loop early frees what the reply holds."""
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        prompt = self.encoder.encode_prompt(messages, character, salt)
-        reply = self.start(prompt, sampling, events.put, salt)
+        prompt = self.encode(messages, character, salt)
+        reply = self.start(prompt.tokens, sampling, events.put, salt)
         try:
             while reply.finish_reason is None:
-                yield reply.take(events.get()), reply
+                text = reply.take(events.get())
+                if reply.finish_reason is not None:
+                    reply.remember()
+                yield text, reply
         finally:
             reply.cancel()
 
@@ -95,6 +116,11 @@ class Reply:
     def text(self) -> str:
         return self._text.text
 
+    @property
+    def stage(self) -> str:
+        """Where the engine is: "queue", "prefill" or "decode"."""
+        return "decode" if self.drawn else "queue" if self._generation.n_cached is None else "prefill"
+
     def take(self, event: Event) -> str:
         """The text that is new with `event`. Raises GenerationFailed when the engine gave the reply up."""
         assert self.finish_reason is None, "the reply has ended"
@@ -113,9 +139,14 @@ class Reply:
             raise GenerationFailed(event.error)
         new += self._text.finish()
         self.finish_reason = event.finish_reason
-        content = self.drawn[:-1] if event.finish_reason == "stop" else self.drawn
-        self._replier.encoder.remember_reply(self.prompt, content, self.text, self._salt)
         return new
+
+    def remember(self) -> None:
+        """Splice the ids of this ended reply when its conversation comes back. Takes time by the prompt's length."""
+        assert self.finish_reason is not None
+        is_closed = self.drawn[-1:] == [self._replier.tokenizer.end_id]
+        content = self.drawn[:-1] if is_closed else self.drawn
+        self._replier.encoder.remember_reply(self.prompt, content, self.text, self._salt)
 
     def cancel(self) -> None:
         """Stop generating; does nothing to a reply that has ended."""

@@ -8,44 +8,49 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
-import secrets
 import signal
 import socket
 import sys
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from rich.console import Console
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
-from data.dialogue import DialogueError
+from data.dialogue import DialogueError, check_speaker
+from serving_export.answer import Answer, EventStream, failure
 from serving_export.bundle import Bundle, open_bundle
 from serving_export.chat_template import dialogue_of
-from serving_export.engine import Engine, Event, PromptError, QueueFull
+from serving_export.engine import Engine, PromptError, QueueFull
 from serving_export.metrics import ServerMetrics
-from serving_export.protocol import ChatRequest, Completion, RequestError, parse_request, usage
-from serving_export.reply import GenerationFailed, Replier, Reply
+from serving_export.protocol import ChatRequest, Completion, RequestError, shown
+from serving_export.reply import EncodedPrompt, GenerationFailed, Replier
+from serving_export.request_body import parse_body, read_body
 
 CHAT_PAGE = Path(__file__).with_name("chat_page.html")
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
-MAX_BODY_BYTES = 16 * 2**20
+CLIENT_LEFT = 499
+N_THREADS = 4
 SHUTDOWN_SECONDS = 5
 
 
 class ChatServer:
-    """One bundle behind HTTP. Everything here runs on the event loop; only the engine has a thread of its own."""
+    """One bundle behind HTTP. What may take long, parsing and encoding, runs on `threads`, not on the event loop."""
 
-    def __init__(self, bundle: Bundle, engine: Engine):
+    def __init__(self, bundle: Bundle, engine: Engine, threads: Executor):
         self.bundle, self.engine = bundle, engine
         self.replier = Replier(engine, bundle.tokenizer)
         self.metrics = ServerMetrics(engine, bundle.name)
         self.started = int(time.time())
+        self._threads = threads
+        self._n_preparing = 0
 
     async def complete(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
@@ -55,51 +60,87 @@ class ChatServer:
 
     async def _complete(self, request: Request) -> Response:
         try:
-            chat = parse_request(await _json_body(request))
-            answer = self._begin(chat)
+            body = await read_body(request, self.engine.max_length)
         except RequestError as error:
             return error_response(error)
-        if chat.stream:
-            return StreamingResponse(
-                answer.stream(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
-            )
+        except ClientDisconnect:
+            return self._gone("body")
         leaving = asyncio.create_task(_disconnected(request))
-        finishing = asyncio.create_task(answer.finish())
+        answering = asyncio.create_task(self._answer(body))
         try:
-            await asyncio.wait({leaving, finishing}, return_when=asyncio.FIRST_COMPLETED)
-            if not finishing.done():
-                return Response(status_code=499)  # nobody reads it; the status is for the metrics
-            return JSONResponse(finishing.result())
-        except GenerationFailed as error:
-            return error_response(_failure(error))
+            await asyncio.wait({leaving, answering}, return_when=asyncio.FIRST_COMPLETED)
+            if answering.done():
+                return answering.result()
+            answering.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await answering
+            return Response(status_code=CLIENT_LEFT)
         finally:
-            answer.cancel()
             leaving.cancel()
-            finishing.cancel()
+            answering.cancel()
 
-    def _begin(self, chat: ChatRequest) -> Answer:
-        """Check a request against the model and queue its replies."""
-        if chat.model is not None and chat.model != self.bundle.name:
-            message = f"model: no model {chat.model!r} here; this server has {self.bundle.name!r}"
-            raise RequestError(message, "model", "model_not_found", 404)
-        defaults = self.bundle.defaults
-        character = defaults.character if chat.character is None else chat.character
+    async def _answer(self, body: bytes) -> Response:
+        """The response, once it is known; cancelled, it counts at which stage the client left."""
+        answer: Answer | None = None
         try:
-            messages = dialogue_of([m.model_dump() for m in chat.messages], defaults.user, character)
-        except DialogueError as error:
-            raise RequestError(f"messages: {error}", "messages") from None
+            answer, is_stream = await self._begin(body)
+            if is_stream:
+                return EventStream(answer, self._gone)
+            content = await answer.finish()
+        except asyncio.CancelledError:
+            self._gone("encode" if answer is None else answer.stage)
+            raise
+        except RequestError as error:
+            return error_response(error)
+        except GenerationFailed as error:
+            return error_response(failure(error))
+        finally:
+            if answer is not None and not is_stream:
+                answer.cancel()
+        return JSONResponse(content)
+
+    async def _begin(self, body: bytes) -> tuple[Answer, bool]:
+        """Queue the replies to a request; also whether they are streamed. Raises RequestError."""
         try:
-            prompt = self.replier.encoder.encode_prompt(messages, character, chat.cache_salt)
-        except DialogueError as error:
-            raise RequestError(f"character: {error}", "character") from None
-        try:
-            return Answer(self, chat, prompt)
+            if self._n_preparing + self.engine.n_waiting >= self.engine.max_waiting:
+                raise QueueFull(f"{self.engine.max_waiting} requests are waiting already")
+            self._n_preparing += 1
+            try:
+                loop = asyncio.get_running_loop()
+                chat, prompt = await loop.run_in_executor(self._threads, self._prepare, body)
+            finally:
+                self._n_preparing -= 1
+            completion = Completion(self.bundle.name)
+            return Answer(self.replier, self.metrics, completion, chat, prompt, self.bundle.sampling), chat.stream
         except PromptError as error:
             raise RequestError(f"messages: {error}", "messages", "context_length_exceeded") from None
         except QueueFull as error:
             raise RequestError(f"too busy: {error}; try again later", code="overloaded", status=503) from None
 
-    def models(self) -> dict[str, Any]:
+    def _prepare(self, body: bytes) -> tuple[ChatRequest, EncodedPrompt]:
+        """Parse a request, check it against the model and encode its prompt. Raises RequestError or PromptError."""
+        chat = parse_body(body)
+        if chat.model is not None and chat.model != self.bundle.name:
+            message = f"model: no model {shown(chat.model)} here; this server has {self.bundle.name!r}"
+            raise RequestError(message, "model", "model_not_found", 404)
+        defaults = self.bundle.defaults
+        character = defaults.character if chat.character is None else chat.character
+        try:
+            check_speaker(character)
+        except DialogueError as error:
+            raise RequestError(f"character: {error}", "character") from None
+        try:
+            messages = dialogue_of([m.model_dump() for m in chat.messages], defaults.user, character)
+        except DialogueError as error:
+            raise RequestError(f"messages: {error}", "messages") from None
+        return chat, self.replier.encode(messages, character, chat.cache_salt)
+
+    def _gone(self, stage: str) -> Response:
+        """Count a client that left; the response is read by nobody, its status is for the metrics."""
+        self.metrics.disconnects.labels(stage).inc()
+        return Response(status_code=CLIENT_LEFT)
+
+    async def models(self) -> dict[str, Any]:
         """GET /v1/models: the bundle, with the names its chats use."""
         return {"object": "list", "data": [self.model()]}
 
@@ -114,91 +155,6 @@ class ChatServer:
             "user": self.bundle.defaults.user,
             "character": self.bundle.defaults.character,
         }
-
-
-class Answer:
-    """The `n` replies to one request, and their way back as one body or as a stream."""
-
-    def __init__(self, server: ChatServer, chat: ChatRequest, prompt: list[int]):
-        self._server, self._chat, self._prompt = server, chat, prompt
-        self._completion = Completion(server.bundle.name)
-        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._arrived = time.perf_counter()
-        self._latest = [self._arrived] * chat.n  # when each reply's last token came
-        self._replies: list[Reply] = []
-        try:
-            for index in range(chat.n):
-                self._replies.append(self._start(index, asyncio.get_running_loop()))
-        except Exception:
-            self.cancel()
-            raise
-
-    def _start(self, index: int, loop: asyncio.AbstractEventLoop) -> Reply:
-        chat, default = self._chat, self._server.bundle.sampling
-        seed = secrets.randbits(62) if chat.seed is None else (chat.seed * 1_000_003 + index) % 2**63
-        sampling = self._server.replier.sampling(
-            chat.max_tokens if chat.max_completion_tokens is None else chat.max_completion_tokens,
-            default.temperature if chat.temperature is None else chat.temperature,
-            max(default.top_k if chat.top_k is None else chat.top_k, 0),
-            default.top_p if chat.top_p is None else chat.top_p,
-            seed,
-        )
-
-        def emit(event: Event) -> None:
-            loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
-
-        return self._server.replier.start(self._prompt, sampling, emit, chat.cache_salt, chat.stop)
-
-    async def finish(self) -> dict[str, Any]:
-        """The whole answer. Raises GenerationFailed."""
-        async for _ in self._texts():
-            pass
-        return self._completion.body([(r.text, r.finish_reason or "stop") for r in self._replies], self._usage())
-
-    async def stream(self) -> AsyncIterator[str]:
-        """The answer as server-sent events. Leaving early, as at a disconnect, frees what the replies hold."""
-        with_usage = self._chat.include_usage
-        try:
-            for index in range(len(self._replies)):
-                opening = {"role": "assistant", "content": ""}
-                yield _sse(self._completion.chunk(index, opening, None, with_usage))
-            async for index, text, reason in self._texts():
-                if text:
-                    yield _sse(self._completion.chunk(index, {"content": text}, None, with_usage))
-                if reason is not None:
-                    yield _sse(self._completion.chunk(index, {}, reason, with_usage))
-            if with_usage:
-                yield _sse(self._completion.usage_chunk(self._usage()))
-        except GenerationFailed as error:
-            yield _sse(_failure(error).body())
-        finally:
-            self.cancel()
-        yield "data: [DONE]\n\n"
-
-    async def _texts(self) -> AsyncIterator[tuple[int, str, str | None]]:
-        """(choice, new text, finish reason) as they come, until all replies have ended."""
-        metrics = self._server.metrics
-        while any(reply.finish_reason is None for reply in self._replies):
-            index, event = await self._events.get()
-            reply = self._replies[index]
-            if reply.finish_reason is not None:  # cut by a stop string; what the engine drew meanwhile is dropped
-                continue
-            now = time.perf_counter()
-            observed = metrics.inter_token_seconds if reply.drawn else metrics.time_to_first_token_seconds
-            observed.observe(now - self._latest[index])
-            self._latest[index] = now
-            text = reply.take(event)
-            yield index, text, reply.finish_reason
-        metrics.request_seconds.observe(time.perf_counter() - self._arrived)
-
-    def _usage(self) -> dict[str, Any]:
-        n_drawn = sum(len(reply.drawn) for reply in self._replies)
-        return usage(len(self._prompt), n_drawn, max(reply.n_cached for reply in self._replies))
-
-    def cancel(self) -> None:
-        """Free whatever is still being generated."""
-        for reply in self._replies:
-            reply.cancel()
 
 
 class GracefulServer(uvicorn.Server):
@@ -216,36 +172,39 @@ class GracefulServer(uvicorn.Server):
 
 def create_app(bundle: Bundle, engine: Engine) -> FastAPI:
     """The application; the engine runs while the application does."""
-    server = ChatServer(bundle, engine)
+    threads = ThreadPoolExecutor(N_THREADS, thread_name_prefix="requests")
+    server = ChatServer(bundle, engine, threads)
+    page = CHAT_PAGE.read_text(encoding="utf-8")
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         engine.start()
         yield
         await asyncio.to_thread(engine.stop)
+        threads.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(title="Dramatis", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_api_route("/v1/chat/completions", server.complete, methods=["POST"], response_model=None)
     app.add_api_route("/v1/models", server.models, methods=["GET"])
 
     @app.get("/v1/models/{name:path}", response_model=None)
-    def model(name: str) -> dict[str, Any] | Response:
+    async def model(name: str) -> dict[str, Any] | Response:
         if name == bundle.name:
             return server.model()
-        return error_response(RequestError(f"no model {name!r} here", "model", "model_not_found", 404))
+        return error_response(RequestError(f"no model {shown(name)} here", "model", "model_not_found", 404))
 
     @app.get("/health", response_model=None)
-    def health() -> Response:
+    async def health() -> Response:
         alive = engine.is_alive
         return JSONResponse({"status": "ok" if alive else "the engine has stopped"}, 200 if alive else 503)
 
     @app.get("/metrics", response_model=None)
-    def metrics() -> Response:
+    async def metrics() -> Response:
         return Response(server.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/", response_model=None)
-    def chat_page() -> Response:
-        return HTMLResponse(CHAT_PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": PAGE_POLICY})
+    async def chat_page() -> Response:
+        return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY})
 
     @app.exception_handler(HTTPException)
     async def not_found(request: Request, error: HTTPException) -> Response:
@@ -261,33 +220,10 @@ def error_response(error: RequestError) -> Response:
     return JSONResponse(error.body(), error.status, headers)
 
 
-def _failure(error: GenerationFailed) -> RequestError:
-    return RequestError(str(error), status=503 if error.by_shutdown else 500)
-
-
-async def _json_body(request: Request) -> object:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise RequestError(f"the body is longer than {MAX_BODY_BYTES:,} bytes", status=413)
-    try:
-        content = json.loads(bytes(body))
-        # an escaped half of a surrogate pair is a string to Python and text to nobody
-        json.dumps(content, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"the body is not JSON of Unicode text: {error}") from None
-    return content
-
-
 async def _disconnected(request: Request) -> None:
     """Returns when the client is gone."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _sse(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
 def _bound_socket(host: str, port: int) -> socket.socket:

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import socket
+import threading
+import time
 from collections.abc import Iterator
+from typing import Any
 
+import httpx
+import openai
 import pytest
 import torch
+import uvicorn
 
 from data.tokenizer import DialogueTokenizer, train_tokenizer
 from model.config import ModelConfig, TailSharing
 from model.transformer import Transformer
+from serving_export.bundle import PAGE_SIZE, Bundle, SamplingDefaults
+from serving_export.engine import Engine
+from serving_export.manifest import Defaults
+from serving_export.server import create_app
 
 # tiny models run many times faster on one thread than on a crowd of them
 torch.set_num_threads(1)
@@ -49,3 +61,60 @@ def model(tokenizer: DialogueTokenizer) -> Transformer:
             if parameter.ndim == 1:
                 parameter.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     return built
+
+
+NAME = "runs/demo/export"
+
+
+class Running:
+    """A server on a free port."""
+
+    def __init__(self, model: Transformer, tokenizer: DialogueTokenizer):
+        self.tokenizer = tokenizer
+        self.engine = Engine(model, n_pages=400, page_size=PAGE_SIZE)
+        bundle = Bundle(NAME, model, tokenizer, Defaults("Bob", "Ada", 256), SamplingDefaults(1.0, 0, 1.0))
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self.server = uvicorn.Server(uvicorn.Config(create_app(bundle, self.engine), log_level="warning"))
+        self._thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self._socket]})
+        self._thread.start()
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+        self.http = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
+
+    def ask(self, messages: list[dict[str, str]], **fields: Any) -> Any:
+        extra = {key: fields.pop(key) for key in ("character", "cache_salt", "top_k") if key in fields}
+        return self.client.chat.completions.create(model=NAME, messages=messages, extra_body=extra, **fields)
+
+    def close(self) -> None:
+        self.client.close()
+        self.http.close()
+        self.server.should_exit = True
+        self._thread.join()
+
+    def metric(self, name: str) -> float:
+        """A metric's value by name and labels, 0 where it is not there yet."""
+        lines = [line for line in self.http.get("/metrics").text.splitlines() if line.startswith(f"dramatis_{name}")]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+    def send(self, body: dict[str, Any], n_bytes: int | None = None) -> socket.socket:
+        """A connection on which the first `n_bytes` of a chat request's body were sent."""
+        raw = json.dumps(body).encode()
+        host, port = self.url.removeprefix("http://").split(":")
+        connection = socket.create_connection((host, int(port)))
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n\r\n"
+        connection.sendall(head.encode() + raw[:n_bytes])
+        return connection
+
+    def wait_until_idle(self) -> None:
+        for _ in range(600):
+            if not self.engine.n_running and not self.engine.n_waiting:
+                return
+            time.sleep(0.05)
+        raise AssertionError("the engine still has requests")
+
+
+@pytest.fixture(scope="module")
+def running(model: Transformer, tokenizer: DialogueTokenizer) -> Iterator[Running]:
+    server = Running(model, tokenizer)
+    yield server
+    server.close()
