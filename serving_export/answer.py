@@ -63,9 +63,8 @@ class Answer:
         """The whole answer. Raises GenerationFailed."""
         async for _ in self._texts():
             pass
-        texts = [(reply.text, reply.finish_reason or "stop") for reply in self._replies]
         self.is_over = True
-        return self._completion.body(texts, self._usage())
+        return self._completion.body([(r.text, r.finish_reason or "stop") for r in self._replies], self._usage())
 
     async def stream(self) -> AsyncIterator[str]:
         """The answer as server-sent events."""

@@ -12,7 +12,8 @@ from data.dialogue import CONTROL_SURFACES, WORD_JOINER, DialogueError, Message,
 _TEMPLATE = """\
 {#- A dialogue is <bos> and, for each message, <|message|>speaker: text<|end|>. The speaker is the message's name, or
 its role's: system -> narrator, user -> `user`, assistant -> `character`; chat_template_kwargs may set these two.
-Texts and names are escaped, so none of them can hold a control token. -#}
+Texts and names are escaped, so none of them can hold a control token. An engine returns a reply with the space that
+follows "speaker:", so one leading space of an assistant's content is dropped. -#}
 {%- set user = user if user is defined and user else @USER@ -%}
 {%- set character = character if character is defined and character else @CHARACTER@ -%}
 {%- macro escaped(text) -%}
@@ -27,6 +28,20 @@ Texts and names are escaped, so none of them can hold a control token. -#}
 {%- endif -%}
 {{- escaped(name) -}}
 {%- endmacro -%}
+{%- macro content_of(message) -%}
+{%- if message['content'] is string -%}
+{{- message['content'] -}}
+{%- elif message['content'] is defined and message['content'] is iterable and message['content'] is not mapping -%}
+{%- for content in message['content'] -%}
+{%- if content['type'] != "text" -%}
+{{- raise_exception("a message's content may hold parts of type text only, found " ~ content['type']) -}}
+{%- endif -%}
+{{- "\\n" if not loop.first -}}{{- content['text'] -}}
+{%- endfor -%}
+{%- else -%}
+{{- raise_exception("a message's content must be text or a list of text parts") -}}
+{%- endif -%}
+{%- endmacro -%}
 {{- "<bos>" -}}
 {%- for message in messages -%}
 {%- if message['role'] not in @ROLES@ -%}
@@ -40,20 +55,17 @@ Texts and names are escaped, so none of them can hold a control token. -#}
 {%- else -%}
 {%- set name = character -%}
 {%- endif -%}
-{{- "<|message|>" -}}{{- speaker(name) -}}{{- ": " -}}
-{%- if message['content'] is string -%}
-{{- escaped(message['content']) -}}
-{%- elif message['content'] is defined and message['content'] is iterable and message['content'] is not mapping -%}
-{%- for content in message['content'] -%}
-{%- if content['type'] != "text" -%}
-{{- raise_exception("a message's content may hold parts of type text only, found " ~ content['type']) -}}
+{{- "<|message|>" -}}{{- speaker(name) -}}{{- ":" -}}
+{%- set text = content_of(message) -%}
+{%- if message['role'] == "assistant" -%}
+{%- set text = text[1:] if text[:1] == " " else text -%}
 {%- endif -%}
-{{- "\\n" if not loop.first -}}{{- escaped(content['text']) -}}
-{%- endfor -%}
+{%- if message['role'] == "assistant" and name == character -%}
+{#- what SFT trains: transformers' assistant mask marks it -#}
+{%- generation -%}{{- " " -}}{{- escaped(text) -}}{{- "<|end|>" -}}{%- endgeneration -%}
 {%- else -%}
-{{- raise_exception("a message's content must be text or a list of text parts") -}}
+{{- " " -}}{{- escaped(text) -}}{{- "<|end|>" -}}
 {%- endif -%}
-{{- "<|end|>" -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
 {{- "<|message|>" -}}{{- speaker(character) -}}{{- ":" -}}
@@ -62,7 +74,10 @@ Texts and names are escaped, so none of them can hold a control token. -#}
 
 
 def chat_template(user: str, character: str) -> str:
-    """The Jinja chat template of a bundle: renders to the text whose token ids are `encode_prompt` of `dialogue_of`."""
+    """The Jinja chat template of a bundle: renders to the text whose token ids are `encode_prompt` of `dialogue_of`.
+
+    It differs in one leading space of an assistant's content, which it drops: see `engine_content`.
+    """
     check_speaker(user)
     check_speaker(character)
     broken = [(surface, surface[0] + WORD_JOINER + surface[1:]) for surface in CONTROL_SURFACES]
@@ -75,7 +90,7 @@ def chat_template(user: str, character: str) -> str:
 
 
 def dialogue_of(messages: Sequence[Mapping[str, Any]], user: str, character: str) -> list[Message]:
-    """OpenAI chat messages as messages of a dialogue, as the template renders them.
+    """OpenAI chat messages as messages of a dialogue, each text as it is given.
 
     Raises DialogueError naming the message's number for an unknown role, a bad name or content that is not text.
     """
@@ -86,6 +101,16 @@ def dialogue_of(messages: Sequence[Mapping[str, Any]], user: str, character: str
         except DialogueError as error:
             raise DialogueError(f"message {number}: {error}") from None
     return said
+
+
+def engine_content(text: str, role: str) -> str:
+    """The content whose text the chat template renders as `text`.
+
+    Stock engines return a reply with the space that follows "speaker:", so the template drops one leading space of an
+    assistant's content: a text that itself begins with a space needs one more. Our server drops the space of the reply
+    it returns, and so takes content as it is.
+    """
+    return " " + text if role == "assistant" and text.startswith(" ") else text
 
 
 def _literal(text: str) -> str:

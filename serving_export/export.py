@@ -97,8 +97,7 @@ def write_bundle(directory: Path, model: Transformer, tokenizer: DialogueTokeniz
     state = {name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in model.state_dict().items()}
     write_tensors(directory / "model.safetensors", state_to_hf(config, state), metadata={"format": "pt"})
     write_json(directory / "config.json", hf_config(config, dtype, **ids))
-    generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.pad_id}
-    write_json(directory / "generation_config.json", {"do_sample": True, "temperature": 1.0, **generation})
+    write_json(directory / "generation_config.json", generation_config(tokenizer))
     (directory / "tokenizer.json").write_text(tokenizer_json(tokenizer), encoding="utf-8")
     write_json(directory / "tokenizer_config.json", tokenizer_config(config.max_length))
     template = chat_template(names.user, names.character)
@@ -106,6 +105,22 @@ def write_bundle(directory: Path, model: Transformer, tokenizer: DialogueTokeniz
     (directory / "prompt.yml.j2").write_text(DEFAULT_TEMPLATE, encoding="utf-8")
     tokenizer.save(directory / MODEL_FILE)
     write_defaults(directory, Defaults(names.user, names.character, config.max_length))
+
+
+def generation_config(tokenizer: DialogueTokenizer) -> dict[str, Any]:
+    """generation_config.json: a reply ends at `<|end|>` and holds no other control token.
+
+    transformers never draws `suppress_tokens`. vLLM and SGLang read no such list, but end a reply at any of
+    `eos_token_id`, so that what follows a `<|message|>` is never taken for the character's text.
+    """
+    return {
+        "do_sample": True,
+        "temperature": 1.0,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": [tokenizer.end_id, *tokenizer.forbidden_in_reply],
+        "pad_token_id": tokenizer.pad_id,
+        "suppress_tokens": list(tokenizer.forbidden_in_reply),
+    }
 
 
 def check_bundle(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from data.tokenizer import DialogueTokenizer
 from model.attention_ops import Documents
 from model.generate import Sampling, generate
 from model.transformer import Transformer
-from serving_export.chat_template import dialogue_of
+from serving_export.chat_template import dialogue_of, engine_content
 
 HOSTILE_TEXTS = (
     *CONTROL_SURFACES,
@@ -113,6 +113,7 @@ def check_tokens(
     for number, (messages, character) in enumerate([*hostile, *spoken]):
         user, default = names
         said = dialogue_of(messages, user, character or default)
+        messages = [{**m, "content": _engine_content(m)} for m in messages]
         expected = encode_prompt(tokenizer, said, character or default)
         values = {"messages": said, "character": character or default, "scene": None}
         if template.render(values, tokenizer).tokens != expected:
@@ -202,7 +203,7 @@ def _compare_greedy(
     if reply is None:
         return 0, False
     prompt = encode_prompt(tokenizer, dialogue.messages[:reply], dialogue.character)
-    sampling = Sampling(max_new_tokens=GREEDY_TOKENS, stop_ids=(tokenizer.end_id,), temperature=0.0)
+    sampling = greedy_sampling(tokenizer, GREEDY_TOKENS)
     ours = generate(model, [prompt], sampling)[0][0].tokens
     theirs = peer.generate(
         torch.tensor([prompt]), do_sample=False, max_new_tokens=GREEDY_TOKENS, eos_token_id=tokenizer.end_id,
@@ -211,7 +212,7 @@ def _compare_greedy(
     if ours == theirs:
         return len(ours), False
     place = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
-    gap = top_two_gap(model, prompt + ours[:place])
+    gap = top_two_gap(model, prompt + ours[:place], tokenizer.forbidden_in_reply)
     if gap > 2 * limit:
         raise ParityError(
             f"conversation {dialogue.id}: greedy tokens differ at {place} ({ours[place : place + 3]} here, "
@@ -220,11 +221,18 @@ def _compare_greedy(
     return place, True
 
 
+def greedy_sampling(tokenizer: DialogueTokenizer, n_tokens: int) -> Sampling:
+    """The likeliest tokens, as our server draws them at temperature 0."""
+    return Sampling(n_tokens, (tokenizer.end_id,), temperature=0.0, forbidden_ids=tokenizer.forbidden_in_reply)
+
+
 @torch.no_grad()
-def top_two_gap(model: Transformer, ids: Sequence[int]) -> float:
-    """How far apart our two best logits for the token after `ids` are."""
+def top_two_gap(model: Transformer, ids: Sequence[int], forbidden_ids: Sequence[int] = ()) -> float:
+    """How far apart our two best logits for the token after `ids` are, the forbidden ones aside."""
     hidden_TD = model(torch.tensor(list(ids)), Documents.from_lengths([len(ids)]))
-    best_2 = model.logits(hidden_TD[-1:])[0].topk(2).values
+    logits_V = model.logits(hidden_TD[-1:])[0]
+    logits_V[list(forbidden_ids)] = -torch.inf
+    best_2 = logits_V.topk(2).values
     return float(best_2[0] - best_2[1])
 
 
@@ -239,6 +247,11 @@ def _chat(text: str, name: str | None) -> tuple[list[dict[str, Any]], str | None
         {"role": "user", "content": text},
     ]
     return messages, name
+
+
+def _engine_content(message: Mapping[str, Any]) -> Any:
+    content = message["content"]
+    return engine_content(content, message["role"]) if isinstance(content, str) else content
 
 
 def _as_name(text: str) -> str:

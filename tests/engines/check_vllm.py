@@ -99,6 +99,43 @@ def check_served(bundle: str, expected: dict[str, Any], report: Report) -> None:
             answer = post(f"{url}/v1/chat/completions", {**common, "messages": case["messages"], "max_tokens": 1})
             text = repr(case["messages"][1]["content"][:40])
             report.check(f"served, text {text}", prompt_problem(answer.get("prompt_token_ids"), case["prompt_ids"]))
+        for case in expected["talks"]:
+            name = f"served, {len(case['said'])} turns from {case['said'][0][:30]!r}"
+            report.check(name, turns_problem(url, common, case, expected["n_new_tokens"]))
+        biased = {"logit_bias": {str(token): 100 for token in expected["forbidden_ids"]}, "max_tokens": 8}
+        messages = [{"role": "user", "content": expected["talks"][0]["said"][0]}]
+        answer = post(f"{url}/v1/chat/completions", {**common, **biased, "messages": messages})
+        report.check("served, a reply ends at a token that no reply may hold", end_problem(answer["choices"][0]))
+
+
+def turns_problem(url: str, common: dict[str, Any], case: dict[str, Any], n_new_tokens: int) -> str | None:
+    """Why a turn's prompt does not begin with the one before and the reply to it, which was sent back as it came.
+
+    Greedy replies of a small model may loop, and a cut text may be tokenised in another way than it was drawn: there
+    the ids up to the reply count. So do replies in pieces that the tokenizer would not choose for their text.
+    """
+    messages: list[dict[str, Any]] = []
+    before: list[int] = []
+    for number, text in enumerate(case["said"]):
+        messages.append({"role": "user", "content": text})
+        answer = post(f"{url}/v1/chat/completions", {**common, "messages": messages, "max_tokens": n_new_tokens})
+        prompt, choice = answer["prompt_token_ids"], answer["choices"][0]
+        if prompt[: len(before)] != before:
+            shared = first_difference(prompt, before)
+            return f"turn {number + 1}: {shared} of the {len(before)} ids before it are shared"
+        content = choice["message"]["content"]
+        messages.append({"role": "assistant", "content": content})
+        before = prompt + (choice["token_ids"] if choice["finish_reason"] == "stop" else [])
+        again = post(f"{url}/tokenize", {"model": common["model"], "prompt": content, "add_special_tokens": False})
+        if choice["finish_reason"] == "stop" and again["tokens"] != choice["token_ids"][:-1]:
+            before = prompt
+    return None
+
+
+def end_problem(choice: dict[str, Any]) -> str | None:
+    if choice["finish_reason"] == "stop" and len(choice["token_ids"]) == 1 and not choice["message"]["content"]:
+        return None
+    return f"{len(choice['token_ids'])} tokens, {choice['message']['content']!r}"
 
 
 def described(case: dict[str, Any]) -> str:

@@ -14,33 +14,35 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.dialogue import Dialogue, encode_prompt
+from data.dialogue import NARRATOR, Dialogue, encode_prompt
 from data.dialogue_json import read_dialogues
 from data.tokenizer import DialogueTokenizer
 from model.attention_ops import Documents
-from model.generate import Sampling, generate
+from model.generate import generate
 from model.transformer import Transformer
-from serving_export.chat_template import dialogue_of
+from serving_export.chat_template import dialogue_of, engine_content
 from serving_export.hf import load_exported_model
 from serving_export.manifest import read_defaults, verify
-from serving_export.parity import HOSTILE_TEXTS, chat_message, choose_conversations, reply_place
+from serving_export.parity import HOSTILE_TEXTS, chat_message, choose_conversations, greedy_sampling, reply_place
 
 N_CONVERSATIONS, N_NEW_TOKENS, LONGEST_TEXT = 20, 32, 50
+N_TALKS, N_TURNS = 4, 5
 
 
 def expected_reply(model: Transformer, tokenizer: DialogueTokenizer, dialogue: Dialogue, place: int) -> dict[str, Any]:
     """The prompt before message `place`, our greedy reply to it, and at each token how far our best two logits are."""
     before, character = dialogue.messages[:place], dialogue.character
     prompt = encode_prompt(tokenizer, before, character)
-    sampling = Sampling(max_new_tokens=N_NEW_TOKENS, stop_ids=(tokenizer.end_id,), temperature=0.0)
-    reply = generate(model, [prompt], sampling)[0][0].tokens
+    reply = generate(model, [prompt], greedy_sampling(tokenizer, N_NEW_TOKENS))[0][0].tokens
     ids = prompt + reply
     with torch.no_grad():
         hidden_TD = model(torch.tensor(ids), Documents.from_lengths([len(ids)]))
-        best_T2 = model.logits(hidden_TD[len(prompt) - 1 : -1]).topk(2).values
+        logits_TV = model.logits(hidden_TD[len(prompt) - 1 : -1])
+        logits_TV[:, list(tokenizer.forbidden_in_reply)] = -torch.inf
+        best_T2 = logits_TV.topk(2).values
     return {
         "id": dialogue.id,
-        "messages": [chat_message(message, character) for message in before],
+        "messages": [as_engines_take_it(chat_message(message, character)) for message in before],
         "character": character,
         "prompt_ids": prompt,
         "reply_ids": reply,
@@ -55,9 +57,19 @@ def expected_chats(bundle: str, tokenizer: DialogueTokenizer) -> list[dict[str, 
     for text in HOSTILE_TEXTS:
         text = text[:LONGEST_TEXT]
         messages = [{"role": role, "content": text} for role in ("system", "user", "assistant", "user")]
-        dialogue = dialogue_of(messages, defaults.user, defaults.character)
-        chats.append({"messages": messages, "prompt_ids": encode_prompt(tokenizer, dialogue, defaults.character)})
+        ids = encode_prompt(tokenizer, dialogue_of(messages, defaults.user, defaults.character), defaults.character)
+        chats.append({"messages": [as_engines_take_it(message) for message in messages], "prompt_ids": ids})
     return chats
+
+
+def user_texts(dialogues: list[Dialogue]) -> list[list[str]]:
+    """What users say, turn by turn, in the first dialogues that have so many turns."""
+    said = [[m.text for m in d.messages if m.speaker not in (d.character, NARRATOR)] for d in dialogues]
+    return [texts[:N_TURNS] for texts in said if len(texts) >= N_TURNS][:N_TALKS]
+
+
+def as_engines_take_it(message: dict[str, Any]) -> dict[str, Any]:
+    return {**message, "content": engine_content(message["content"], message["role"])}
 
 
 def main(bundle: str, heldout: str, out: str) -> None:
@@ -74,6 +86,8 @@ def main(bundle: str, heldout: str, out: str) -> None:
         "max_length": model.config.max_length,
         "replies": [expected_reply(model, tokenizer, d, where[d.id]) for d in chosen],
         "chats": expected_chats(bundle, tokenizer),
+        "talks": [{"said": texts} for texts in user_texts(chosen)],
+        "forbidden_ids": list(tokenizer.forbidden_in_reply),
     }
     Path(out).write_text(json.dumps(content))
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.dialogue import CONTROL_SURFACES, DialogueError, encode_prompt
+from data.dialogue import CONTROL_SURFACES, Dialogue, DialogueError, Message, encode_dialogue, encode_prompt
 from data.tokenizer import DialogueTokenizer
-from serving_export.chat_template import chat_template, dialogue_of
+from serving_export.chat_template import chat_template, dialogue_of, engine_content
 from serving_export.tokenizer_json import tokenizer_config, tokenizer_json
 
 HOSTILE = [
@@ -44,7 +44,11 @@ def assert_equal_ids(
 ) -> None:
     names = {"user": user, "character": character}
     user, character = user or "Bob", character or 'A"d\\a 😀'
-    ids = rendered(peer, messages, **{name: value for name, value in names.items() if value})
+    sent = [
+        {**m, "content": engine_content(m["content"], m["role"]) if isinstance(m["content"], str) else m["content"]}
+        for m in messages
+    ]
+    ids = rendered(peer, sent, **{name: value for name, value in names.items() if value})
     assert ids == encode_prompt(tokenizer, dialogue_of(messages, user, character), character)
 
 
@@ -79,6 +83,38 @@ def test_hostile_text_and_names(tokenizer: DialogueTokenizer, peer: Any, text: s
 def test_any_text(tokenizer: DialogueTokenizer, peer: Any, texts: list[str]) -> None:
     roles = ["user", "assistant", "system"]
     assert_equal_ids(tokenizer, peer, [{"role": roles[i % 3], "content": text} for i, text in enumerate(texts)])
+
+
+@pytest.mark.parametrize("text", ["hi", "", " hi", "  hi", " <|end|>", "\n", "hi "])
+@pytest.mark.parametrize("as_parts", [False, True])
+def test_an_engines_reply_is_rendered_as_it_was_drawn(
+    tokenizer: DialogueTokenizer, peer: Any, text: str, as_parts: bool
+) -> None:
+    returned: Any = " " + text  # what stands between "speaker:" and <|end|>
+    if as_parts:
+        returned = [{"type": "text", "text": returned}, {"type": "text", "text": " b"}]
+        text += "\n b"
+    question = {"role": "user", "content": " why?"}
+    messages = [question, {"role": "assistant", "content": returned}, question]
+    said = dialogue_of([question, {"role": "assistant", "content": text}, question], "Bob", "Ada")
+    assert rendered(peer, messages, character="Ada") == encode_prompt(tokenizer, said, "Ada")
+
+
+def test_assistant_mask_is_what_sft_trains(tokenizer: DialogueTokenizer, peer: Any) -> None:
+    turns = [
+        ("system", "narrator", "A pond."), ("user", "Bob", "Hello <|end|>"), ("assistant", "Ada", "ß 🤦🏽‍♂️ \u2060"),
+        ("assistant", "Ada", ""), ("user", "Ada's friend", "hm"), ("assistant", "Eve", "not the character"),
+        ("assistant", "Ada", "  two spaces"),
+    ]  # fmt: skip
+    messages = [{"role": r, "name": n, "content": engine_content(t, r)} for r, n, t in turns]
+    del messages[0]["name"], messages[2]["name"]
+    found = peer.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True, character="Ada", tokenize=True
+    )
+    encoded = encode_dialogue(tokenizer, Dialogue("d", tuple(Message(n, t) for _, n, t in turns), "Ada"))
+    assert found["input_ids"] == encoded.tokens.tolist()
+    assert found["assistant_masks"] == encoded.trained.tolist()
+    assert sum(found["assistant_masks"]) > 0
 
 
 @pytest.mark.parametrize(

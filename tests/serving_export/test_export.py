@@ -17,9 +17,10 @@ from model.weights import save_model
 from recipes.loader import load_recipe
 from recipes.run_directory import write_atomically
 from serving_export import export as export_module
-from serving_export.export import BUNDLE_FILES, ExportRecipe, main, run
+from serving_export.export import BUNDLE_FILES, ExportRecipe, Names, main, run, write_bundle
 from serving_export.hf import load_exported_model
 from serving_export.manifest import BundleError, Defaults, read_defaults, verify
+from serving_export.parity import transformers_peer
 
 RECIPE = """\
 stage: export
@@ -54,6 +55,21 @@ def make_recipe(root: Path, tokenizer: DialogueTokenizer, model: Transformer, dt
 @pytest.fixture
 def quiet() -> Console:
     return Console(quiet=True)
+
+
+def test_transformers_draws_no_token_that_our_server_forbids(
+    tokenizer: DialogueTokenizer, model: Transformer, tmp_path: Path
+) -> None:
+    write_bundle(tmp_path, model, tokenizer, Names(user="Bob", character="Ada"), "float32")
+    peer, _ = transformers_peer(tmp_path)
+    torch.manual_seed(0)
+    prompts_BT = torch.tensor([[tokenizer.bos_id, tokenizer.message_id]] * 64)
+    # a random model draws any of 400 tokens about as often as another
+    drawn_BT = peer.generate(prompts_BT, max_new_tokens=60, eos_token_id=tokenizer.end_id)[:, 2:]
+    replies = [row[: row.index(tokenizer.end_id)] if tokenizer.end_id in row else row for row in drawn_BT.tolist()]
+    assert sum(map(len, replies)) > 2000
+    assert not {token for row in replies for token in row} & set(tokenizer.forbidden_in_reply)
+    assert set(tokenizer.forbidden_in_reply) < set(peer.generation_config.eos_token_id)
 
 
 def test_a_bundle_is_whole_and_says_so(

@@ -39,7 +39,9 @@ class Peer:
     @torch.no_grad()
     def generate(self, tokens_BT: torch.Tensor, max_new_tokens: int, eos_token_id: int, **_: Any) -> torch.Tensor:
         for _ in range(max_new_tokens):
-            token = self(tokens_BT).logits[0, -1].argmax()
+            logits_V = self(tokens_BT).logits[0, -1]
+            logits_V[list(DialogueTokenizer.forbidden_in_reply)] = -torch.inf
+            token = logits_V.argmax()
             tokens_BT = torch.cat([tokens_BT, token[None, None]], dim=1)
             if token == eos_token_id:
                 break
