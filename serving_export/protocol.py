@@ -8,7 +8,7 @@ from __future__ import annotations
 import reprlib
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator, model_validator
@@ -196,7 +196,7 @@ class Completion:
     def __init__(self, model: str):
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
-    def body(self, texts_and_reasons: list[tuple[str, str]], usage: Mapping[str, Any]) -> dict[str, Any]:
+    def body(self, texts_and_reasons: Sequence[tuple[str, str]], usage: Mapping[str, Any]) -> dict[str, Any]:
         """A whole answer; one (text, finish_reason) a choice."""
         choices = [
             {
