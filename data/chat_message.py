@@ -112,19 +112,26 @@ def _read(record: object, names: RoleNames, needs_role: bool, keeps_other_keys: 
     record = dict(record)
     refuse(record, REFUSED_IN_MESSAGE)
     trained = take_trained(record)
-    role_key, text_key, time_key = (name_in(record, key, MESSAGE_ALIASES) for key in ("role", "text", "time"))
-    speaker, role, text, time = (take(record, key, MESSAGE_ALIASES) for key in ("speaker", "role", "text", "time"))
+    speaker, role = take_speaker(record, names, needs_role)
+    text_key, time_key = (name_in(record, key, MESSAGE_ALIASES) for key in ("text", "time"))
+    text, time = (take(record, key, MESSAGE_ALIASES) for key in ("text", "time"))
     metadata = _metadata(record, keeps_other_keys)
+    text_key = "content" if text is None and needs_role else text_key
+    return ChatMessage(Message(speaker, read_text(text, text_key), _time(time, time_key), metadata), role, trained)
+
+
+def take_speaker(record: dict[str, Any], names: RoleNames, needs_role: bool = False) -> tuple[str, str | None]:
+    """Remove the speaker and the role from a message's object: who speaks, and as SYSTEM, USER or ASSISTANT, None where
+    only the speaker is known. Raises DialogueError where it cannot be told."""
+    key = name_in(record, "role", MESSAGE_ALIASES)
+    speaker, role = take(record, "speaker", MESSAGE_ALIASES), take(record, "role", MESSAGE_ALIASES)
     if role is None and speaker is None:
         raise DialogueError(f"nobody is named; expected an object with {_expected(needs_role)}")
     is_role = needs_role or (isinstance(role, str) and (role in ROLES or role in TOOL_ROLES))
-    if is_role or (role is not None and speaker is not None):
-        role = _known_role(role, role_key, ROLES)
-    elif speaker is None:
-        role, speaker = None, role
-    text_key = "content" if text is None and needs_role else text_key
-    message = Message(_speaker(role, speaker, names), read_text(text, text_key), _time(time, time_key), metadata)
-    return ChatMessage(message, role, trained)
+    if not is_role and (role is None or speaker is None):
+        return speaker if role is None else role, None
+    role = _known_role(role, key, ROLES)
+    return _speaker(role, speaker, names), role
 
 
 def _expected(needs_role: bool) -> str:

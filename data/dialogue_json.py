@@ -7,9 +7,8 @@ from typing import Any
 
 import orjson
 
+from data.chat_message import RoleNames, read_messages, supervised
 from data.dialogue import Dialogue, DialogueError, Message
-
-_MESSAGE_KEYS = {"speaker", "text", "time", "metadata"}
 
 
 def to_json(dialogue: Dialogue) -> bytes:
@@ -41,7 +40,7 @@ def from_json(line: str | bytes) -> Dialogue:
         raise DialogueError(f"missing {', '.join(missing)}; found the keys {sorted(record)}")
     return Dialogue(
         id=record["id"],
-        messages=messages_from_records(record["messages"]),
+        messages=messages_from_records(record["messages"], record["character"]),
         character=record["character"],
         participants=tuple(record.get("participants", ())),
         metadata=record.get("metadata", {}),
@@ -59,25 +58,11 @@ def message_to_record(message: Message) -> dict[str, Any]:
     return record
 
 
-def messages_from_records(records: object) -> tuple[Message, ...]:
-    """Messages from a JSON list of {"speaker", "text", "time"?, "metadata"?}. Raises DialogueError with the number."""
-    if not isinstance(records, list):
-        raise DialogueError(f"messages is {type(records).__name__}: expected a list of objects with speaker and text")
-    messages: list[Message] = []
-    try:
-        for record in records:
-            messages.append(Message(**record))
-    except TypeError:
-        raise DialogueError(f"message {len(messages)}: {_not_a_message(records[len(messages)])}") from None
-    except DialogueError as error:
-        raise DialogueError(f"message {len(messages)}: {error}") from None
-    return tuple(messages)
-
-
-def _not_a_message(record: object) -> str:
-    if isinstance(record, dict) and (unknown := sorted(map(str, record.keys() - _MESSAGE_KEYS))):
-        return f"unknown key {unknown[0]!r}; expected speaker, text, time, metadata"
-    return f"expected an object with speaker and text, found {str(record)[:80]}"
+def messages_from_records(records: object, character: str) -> tuple[Message, ...]:
+    """Messages from a JSON list of {"speaker", "text", "time"?, "metadata"?}, with the other names of these keys and
+    the flags of training (data/record_keys.py); `character` is the assistant. Raises DialogueError with the number."""
+    read = read_messages(records, RoleNames("User", character), needs_role=False, keeps_other_keys=False)
+    return supervised(read, character, None)
 
 
 def write_dialogues(path: Path, dialogues: Iterable[Dialogue]) -> None:

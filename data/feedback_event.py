@@ -26,24 +26,29 @@ became of them. A line refers to the turn that it continues, so no log repeats a
 | `wrote_again`  | when the user next wrote after this reply; null: not until `closed`                                |
 | `closed`       | until when the product watched, i.e. when the line was written                                     |
 
-Times are unix seconds. Once the user has written on, the candidates of a turn are settled: who goes back to swipe an
-earlier reply, or to write something else, makes a new turn with the same `after`, and so does a user who changes a
-message of their own, since the candidates before and after answer different things.
+Times are unix seconds or ISO 8601. Messages, candidates and edits may have their keys under other names, as those of
+every record (data/record_keys.py). Once the user has written on, the candidates of a turn are settled: who goes back to
+swipe an earlier reply, or to write something else, makes a new turn with the same `after`, and so does a user who
+changes a message of their own, since the candidates before and after answer different things.
 """
 
 import json
 import re
 import reprlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, FiniteFloat, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
+from data.chat_message import RoleNames, take_speaker
 from data.dialogue import DialogueError, check_speaker
+from data.record_keys import MESSAGE_ALIASES, rename
 from data.sources.record import RecordError
 from data.sources.source import parse_object
+from data.unix_time import unix_seconds
 from recipes.loader import Section
 
+Time = Annotated[float, BeforeValidator(unix_seconds)]
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # where a lone one can come from
 
 
@@ -52,7 +57,7 @@ class LoggedMessage(Section):
 
     speaker: str
     text: str
-    time: FiniteFloat
+    time: Time
 
 
 class Candidate(Section):
@@ -60,7 +65,7 @@ class Candidate(Section):
 
     text: str
     model: str = Field(min_length=1)
-    time: FiniteFloat
+    time: Time
     stars: int | None = Field(default=None, ge=1, le=5)
 
 
@@ -68,7 +73,7 @@ class Edit(Section):
     """What the user made of the kept reply."""
 
     text: str
-    time: FiniteFloat
+    time: Time
 
 
 class FeedbackEvent(Section):
@@ -83,8 +88,8 @@ class FeedbackEvent(Section):
     candidates: tuple[Candidate, ...] = Field(min_length=1, strict=False)
     kept: int = Field(ge=0)
     edit: Edit | None = None
-    wrote_again: FiniteFloat | None
-    closed: FiniteFloat
+    wrote_again: Time | None
+    closed: Time
 
     def seen_seconds(self, number: int) -> float | None:
         """How long a candidate was on display before the next one; None for the last one shown."""
@@ -98,6 +103,7 @@ def read_event(line: bytes) -> FeedbackEvent:
     record = parse_object(line)
     if _SURROGATE.search(line):
         _check_encodable(record)
+    _rename(record)
     try:
         event = FeedbackEvent.model_validate(record)
     except ValidationError as error:
@@ -107,6 +113,25 @@ def read_event(line: bytes) -> FeedbackEvent:
     except DialogueError as error:
         raise RecordError(str(error)) from None
     return event
+
+
+def _rename(record: dict[str, Any]) -> None:
+    """Give the keys of messages, candidates and the edit their own names."""
+    names = RoleNames("User", record.get("character", ""))
+    parts = {f"{key}.{i}": part for key in ("messages", "candidates") for i, part in _numbered(record.get(key))}
+    for place, part in [*parts.items(), ("edit", record.get("edit"))]:
+        if not isinstance(part, dict):
+            continue
+        try:
+            rename(part, ("text", "time"), MESSAGE_ALIASES)
+            if place.startswith("messages") and not part.keys().isdisjoint({"name", "role", "from"}):
+                part["speaker"], _ = take_speaker(part, names)
+        except DialogueError as error:
+            raise RecordError(f"{place}: {error}") from None
+
+
+def _numbered(parts: object) -> Iterator[tuple[int, Any]]:
+    yield from enumerate(parts if isinstance(parts, list) else ())
 
 
 def _check_encodable(record: dict[str, Any]) -> None:
@@ -151,6 +176,8 @@ def _explain(error: ValidationError) -> str:
     key = ".".join(map(str, first["loc"]))
     if first["type"] == "missing":
         return f"missing {key}"
+    if first["type"] == "value_error":  # of a time
+        return f"{key} is {first['ctx']['error']}"
     if first["type"] == "extra_forbidden":
         known = ", ".join(FeedbackEvent.model_fields) if "." not in key else "the keys of data/feedback_event.py"
         return f"unknown key {key!r}; expected {known}"

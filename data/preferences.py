@@ -106,7 +106,7 @@ def pair_from_record(record: dict[str, Any]) -> PreferencePair:
     if missing or unknown:
         problem = f"missing {', '.join(missing)}" if missing else f"unknown key {unknown[0]!r}"
         raise RecordError(f"{problem}; expected {', '.join(_REQUIRED)} and optionally {', '.join(_OPTIONAL)}")
-    return PreferencePair(**{**record, "messages": messages_from_records(record["messages"])})
+    return PreferencePair(**{**record, "messages": messages_from_records(record["messages"], record["character"])})
 
 
 def hold_out(groups: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:

@@ -1,6 +1,6 @@
 """The keys of a record and of its messages, by the names that logs and published formats give them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from data.dialogue import DialogueError
@@ -66,6 +66,14 @@ def take(record: dict[str, Any], key: str, aliases: Mapping[str, tuple[str, ...]
         names = [f"{name} {repr(value)[:40]}" for name, value in found.items()]
         raise DialogueError(f"{' and '.join(names)} differ, and mean the same key {key}; give one of them")
     return values[0] if values else None
+
+
+def rename(record: dict[str, Any], keys: Iterable[str], aliases: Mapping[str, tuple[str, ...]]) -> None:
+    """Give some keys of `aliases` that stand under other names in the record their own. Raises DialogueError as
+    `take`."""
+    for key in keys:
+        if not record.keys().isdisjoint(aliases[key]) and (value := take(record, key, aliases)) is not None:
+            record[key] = value
 
 
 def name_in(record: Mapping[str, Any], key: str, aliases: Mapping[str, tuple[str, ...]]) -> str:

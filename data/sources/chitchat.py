@@ -2,7 +2,6 @@
 
 import importlib.util
 from collections.abc import Iterator
-from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,6 +12,7 @@ from data.sources.corpus_source import RecordSource, json_of
 from data.sources.first_names import first_names
 from data.sources.record import RecordError, SourceError
 from data.stable_hash import pseudonym
+from data.unix_time import TimeError, unix_seconds
 
 _SLIDER_DEFAULT = 5  # a rating of 5 says nothing: the slider stood there
 
@@ -78,6 +78,6 @@ class ChitchatSource(RecordSource):
 
 def _unix_seconds(timestamp: str) -> float:
     try:
-        return datetime.fromisoformat(timestamp).timestamp()
-    except (TypeError, ValueError):
-        raise RecordError(f"timestamp is {timestamp!r}: expected ISO 8601") from None
+        return unix_seconds(timestamp)
+    except TimeError as error:
+        raise RecordError(f"timestamp is {error}") from None

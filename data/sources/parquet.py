@@ -57,7 +57,7 @@ def plain(value: Any) -> Any:
 
 def _row(batch: Any) -> dict[str, Any] | RecordError:
     try:
-        return plain(batch.to_pylist()[0])
+        return plain(batch.to_pylist(maps_as_pydicts="strict")[0])
     except UnicodeDecodeError as error:
         return RecordError(f"byte {error.start} of a string is not UTF-8")
     except (ValueError, OverflowError) as error:  # a time that Python has no form for

@@ -33,6 +33,17 @@ def test_the_documented_line_is_one() -> None:
     assert [event.seen_seconds(number) for number in (0, 1)] == [6.5, None]
 
 
+def test_times_and_keys_of_other_logs_are_read() -> None:
+    event = documented()
+    expected = read_event(line(event))
+    event["messages"] = [{"from": "Tom", "value": "where were you?", "timestamp": "2023-11-14T22:13:20Z"}]
+    event["candidates"][0] = {"content": "out", "model": "mia-7b-0601", "created_at": "2023-11-14 22:13:24.5"}
+    event |= {"wrote_again": "2023-11-14T22:13:51+00:00", "closed": "2023-11-15T00:13:20+01:00"}
+    assert read_event(line(event)) == expected
+    event["messages"][0]["from"] = "user"
+    assert read_event(line(event)).messages[0].speaker == "User"
+
+
 def test_every_key_is_documented() -> None:
     table = data.feedback_event.__doc__ or ""
     assert [key for key in FeedbackEvent.model_fields if f"| `{key}`" not in table] == []
@@ -67,6 +78,11 @@ def test_texts_are_read_as_they_are(texts: list[str]) -> None:
         (("candidates", 0, "stars"), True, "candidates.0.stars is True"),
         (("candidates", 0, "time"), float("nan"), "not JSON: NaN is no number"),
         (("candidates", 0, "time"), "1700000004", "candidates.0.time is '1700000004'"),
+        (("candidates", 0, "time"), 1700000004000, "candidates.0.time is 1700000004000: expected unix seconds"),
+        (("closed",), 1700003600 * 10**6, "in microseconds it is in 2023, so divide by 1,000,000"),
+        (("wrote_again",), "noon", "wrote_again is 'noon': expected ISO 8601"),
+        (("edit",), {"text": "x", "value": "y", "time": 1}, "edit: text 'x' and value 'y' differ"),
+        (("messages", 0), {"role": "tool", "text": "x", "time": 1}, "messages.0: role is 'tool': expected one of"),
         (("candidates", 0, "time"), 1699999999, "candidate 0 is at 1699999999.000, before message 0"),
         (("candidates", 0, "text"), "\ud800", 'holds a lone surrogate after \'0}], "candidates": [{"text": "\''),
         (("turn",), "\udc00", "holds a lone surrogate after"),

@@ -80,7 +80,7 @@ def test_a_value_is_found_where_a_reason_cuts_it(kind: str, before: str, form: s
 @given(said=texts(90).map("{} ann.kowalska@mail.example.org".format))
 def test_of_messages_that_are_none_nothing_is_quoted(said: str) -> None:
     with pytest.raises(DialogueError) as raised:
-        messages_from_records([said])
+        messages_from_records([said], "Mia")
     for rule in (RULE, WITH_IDS):
         result, _ = scrub_rejected(bad(str(raised.value), said), rule)
         assert "ann.kow" not in result.reason and result.reason.startswith("message ")
