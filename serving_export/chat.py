@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape as escape_markup
 
 from data.dialogue import NARRATOR, DialogueError, Message, check_speaker
+from model.generate import Sampling, SamplingError
 from serving_export.bundle import Bundle, open_bundle
 from serving_export.engine import PromptError
 from serving_export.reply import GenerationFailed, Replier, Reply
@@ -34,9 +35,16 @@ class Chat:
         self._temperature = default.temperature if arguments.temperature is None else arguments.temperature
         self._top_p = default.top_p if arguments.top_p is None else arguments.top_p
         self._top_k = default.top_k
+        self._sampling(0)  # refuses values without meaning before the first line is read
         self._opening = [Message(NARRATOR, arguments.scene)] if arguments.scene else []
         self._last: tuple[Reply, float] | None = None
         self.reset()
+
+    def _sampling(self, seed: int) -> Sampling:
+        n_tokens: int = self._arguments.max_tokens
+        if n_tokens < 1:
+            raise SamplingError(f"max-tokens is {n_tokens}; expected at least 1")
+        return self._replier.sampling(n_tokens, self._temperature, self._top_k, self._top_p, seed)
 
     def reset(self) -> None:
         """Begin a new conversation."""
@@ -61,13 +69,16 @@ class Chat:
         # one seed for every turn would draw by the same noise each time, and a weak model would say the same
         given = self._arguments.seed
         seed = secrets.randbits(62) if given is None else (given * 1_000_003 + len(self.messages)) % 2**63
-        sampling = self._replier.sampling(self._arguments.max_tokens, self._temperature, self._top_k, self._top_p, seed)
         began = time.perf_counter()
         reply: Reply | None = None
-        written = ""
+        written, n_left_out = "", 0
         self.console.print(f"[bold magenta]{escape_markup(self.character)}:[/] ", end="")
         try:
-            for text, current in self._replier.stream(self.messages, self.character, sampling):
+            prompt = self._replier.encode(
+                self.messages, self.character, truncate=True, longest_reply=self._arguments.max_tokens
+            )
+            n_left_out = prompt.n_left_out
+            for text, current in self._replier.stream(prompt, self._sampling(seed)):
                 reply = current
                 written += text
                 self.console.out(_printable(text), end="", highlight=False)
@@ -78,6 +89,9 @@ class Chat:
             self.messages.pop()
             return
         self.console.print()
+        if n_left_out:
+            what = "message does" if n_left_out == 1 else "messages do"
+            self.console.print(f"[dim]the {n_left_out} oldest {what} not fit the model's context and were left out[/]")
         self.messages.append(Message(self.character, written))
         if reply is not None:
             self._last = (reply, time.perf_counter() - began)

@@ -22,7 +22,7 @@ class ConversationEncoder:
 
     def __init__(self, tokenizer: DialogueTokenizer, capacity_tokens: int = 1_000_000):
         self.tokenizer = tokenizer
-        self._messages = MessageEncoder(tokenizer, capacity_tokens)
+        self.message_encoder = MessageEncoder(tokenizer, capacity_tokens)
         self._replies: Recent[tuple[bytes, str], tuple[int, ...]] = Recent(capacity_tokens)
         self._longest_piece = max(len(piece.text.encode()) for piece in tokenizer.pieces())
 
@@ -40,15 +40,15 @@ class ConversationEncoder:
         history = _History(salt)
         n_hashed = 0
         for message in messages:
-            opening = self._messages.opening(message.speaker)
+            opening = self.message_encoder.opening(message.speaker)
             history.extend([*ids[n_hashed:], *opening])
             n_hashed = len(ids) + len(opening)
             drawn = self._replies.get((history.digest(), message.text))
             if drawn is None:
-                ids += self._messages.message(message.speaker, message.text)
+                ids += self.message_encoder.message(message.speaker, message.text)
             else:
                 ids += (*opening, *drawn, self.tokenizer.end_id)
-        return [*ids, *self._messages.opening(character)]
+        return [*ids, *self.message_encoder.opening(character)]
 
     def remember_reply(self, prompt: Sequence[int], drawn: Sequence[int], text: str, salt: str | None = None) -> bool:
         """Remember that `drawn` (without `<|end|>`) followed `prompt` and was shown as `text`; False when it cannot be.

@@ -85,7 +85,10 @@ class ChatMessage(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """A request of POST /v1/chat/completions. `character`, `cache_salt` and `top_k` extend the protocol."""
+    """A request of POST /v1/chat/completions. `character`, `cache_salt`, `top_k` and `truncation` extend the protocol.
+
+    `truncation`, as in OpenAI's Responses API: "auto" leaves the oldest messages of a too long conversation out.
+    """
 
     model_config = ConfigDict(extra="allow")
     messages: Annotated[list[ChatMessage], Field(min_length=1), FailFast()]
@@ -97,6 +100,7 @@ class ChatRequest(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
+    truncation: Literal["auto", "disabled"] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     n: Annotated[int, Field(ge=1, le=16)] = 1
     stop: Annotated[list[Stop], Field(max_length=16)] = []
@@ -191,10 +195,12 @@ def _dotted(location: tuple[int | str, ...]) -> str:
 
 
 class Completion:
-    """The identity of one answer, and its bodies."""
+    """The identity of one answer, and its bodies. `n_left_out`, of a request with truncation, is in each of them."""
 
-    def __init__(self, model: str):
+    def __init__(self, model: str, n_left_out: int | None = None):
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        if n_left_out is not None:
+            self._head["messages_left_out"] = n_left_out
 
     def body(self, texts_and_reasons: Sequence[tuple[str, str]], usage: Mapping[str, Any]) -> dict[str, Any]:
         """A whole answer; one (text, finish_reason) a choice."""

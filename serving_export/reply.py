@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from data.dialogue import Message
+from data.prompt_fit import fit_prompt
+from data.sources.record import LeftOut
 from data.tokenizer import DialogueTokenizer
 from model.generate import Sampling
 from serving_export.conversation import ConversationEncoder
@@ -27,9 +29,10 @@ class GenerationFailed(RuntimeError):  # noqa: N818 (reads as what happened)
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """The ids to generate a reply from."""
+    """The ids to generate a reply from, and how many of the oldest messages are not in them."""
 
     tokens: list[int]
+    n_left_out: int = 0
 
 
 class Replier:
@@ -53,8 +56,22 @@ class Replier:
             forbidden_ids=self.tokenizer.forbidden_in_reply,
         )
 
-    def encode(self, messages: Sequence[Message], character: str, salt: str | None = None) -> EncodedPrompt:
-        """The prompt of a conversation. Raises PromptError, before encoding anything, when it is certainly too long."""
+    def encode(
+        self,
+        messages: Sequence[Message],
+        character: str,
+        salt: str | None = None,
+        truncate: bool = False,
+        longest_reply: int | None = None,
+    ) -> EncodedPrompt:
+        """The prompt of a conversation.
+
+        With `truncate` the oldest messages go until a reply of `longest_reply` tokens fits, half the context at most
+        and a quarter for None; the narrator's opening and the newest message stay (data/prompt_fit.py).
+        Raises PromptError for a conversation that is too long: where its size tells, before anything is encoded.
+        """
+        if truncate:
+            return self._truncated(messages, character, salt, longest_reply)
         room = self.engine.max_length - 1
         n_fewest = self.encoder.fewest_tokens(messages)
         if n_fewest > room:
@@ -62,6 +79,21 @@ class Replier:
                 f"the conversation has at least {n_fewest:,} tokens; at most {room:,} leave room for a reply"
             )
         return EncodedPrompt(self.encoder.encode_prompt(messages, character, salt))
+
+    def _truncated(
+        self, messages: Sequence[Message], character: str, salt: str | None, longest_reply: int | None
+    ) -> EncodedPrompt:
+        length = self.engine.max_length
+        reply_tokens = length // 4 if longest_reply is None else min(longest_reply, length // 2)
+        fitted = fit_prompt(self.encoder.message_encoder, messages, character, length, reply_tokens)
+        if isinstance(fitted, LeftOut):
+            raise PromptError(
+                f"{fitted.reason}: of {length:,} tokens {reply_tokens:,} are for the reply, and neither the narrator's "
+                "opening nor the newest message may be left out"
+            )
+        tokens = self.encoder.encode_prompt(fitted.messages, character, salt)
+        # a reply may have been drawn in more pieces than the tokenizer needs for its text
+        return EncodedPrompt(tokens if len(tokens) < length else fitted.tokens, fitted.n_cut)
 
     def start(
         self,
@@ -75,11 +107,10 @@ class Replier:
         return Reply(self, prompt, sampling, emit, salt, stop)
 
     def stream(
-        self, messages: Sequence[Message], character: str, sampling: Sampling, salt: str | None = None
+        self, prompt: EncodedPrompt, sampling: Sampling, salt: str | None = None
     ) -> Iterator[tuple[str, Reply]]:
         """The reply's text piece by piece, blocking; leaving the loop early frees what the reply holds."""
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        prompt = self.encode(messages, character, salt)
         reply = self.start(prompt.tokens, sampling, events.put, salt)
         try:
             while reply.finish_reason is None:

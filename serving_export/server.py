@@ -110,7 +110,7 @@ class ChatServer:
                 chat, prompt = await loop.run_in_executor(self._threads, self._prepare, body)
             finally:
                 self._n_preparing -= 1
-            completion = Completion(self.bundle.name)
+            completion = Completion(self.bundle.name, prompt.n_left_out if chat.truncation == "auto" else None)
             return Answer(self.replier, self.metrics, completion, chat, prompt, self.bundle.sampling), chat.stream
         except PromptError as error:
             raise RequestError(f"messages: {error}", "messages", "context_length_exceeded") from None
@@ -133,7 +133,8 @@ class ChatServer:
             messages = dialogue_of([m.model_dump() for m in chat.messages], defaults.user, character)
         except DialogueError as error:
             raise RequestError(f"messages: {error}", "messages") from None
-        return chat, self.replier.encode(messages, character, chat.cache_salt)
+        is_auto = chat.truncation == "auto"
+        return chat, self.replier.encode(messages, character, chat.cache_salt, is_auto, chat.longest_reply)
 
     def _gone(self, stage: str) -> Response:
         """Count a client that left; the response is read by nobody, its status is for the metrics."""

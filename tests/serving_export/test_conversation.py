@@ -28,7 +28,7 @@ def test_equals_plain_encoding(conversations: list[list[Message]], capacity: int
     encoder = ConversationEncoder(tokenizer(), capacity)
     for messages in conversations:
         assert encoder.encode_prompt(messages, "Bob") == encode_prompt(tokenizer(), messages, "Bob")
-        assert encoder._messages.size <= capacity
+        assert encoder.message_encoder.size <= capacity
 
 
 def spelled(text: str) -> list[int]:

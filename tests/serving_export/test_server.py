@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from data.dialogue import Message, encode_prompt
+from data.prompt_fit import FittedPrompt, fit_prompt
 from serving_export.bundle import PAGE_SIZE
 
 NAME = "runs/demo/export"
@@ -139,6 +140,31 @@ def test_disconnecting_client_frees_its_pages(running: Any, stream: bool) -> Non
     assert running.engine.cache.allocator.n_free == running.engine.cache.allocator.n_pages
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_truncation_leaves_the_oldest_messages_out_and_says_how_many(running: Any, stream: bool) -> None:
+    talk = [{"role": ("user", "assistant")[i % 2], "content": f"It rains a lot in November {i}!"} for i in range(61)]
+    body = {"messages": [HELLO[0], *talk], "max_tokens": 20}
+    assert running.http.post("/v1/chat/completions", json=body).status_code == 400
+    assert running.http.post("/v1/chat/completions", json={**body, "truncation": "disabled"}).status_code == 400
+    said = [Message("narrator", "Ada is kind.")]
+    said += [Message(("Bob", "Ada")[i % 2], message["content"]) for i, message in enumerate(talk)]
+    expected = fit_prompt(running.tokenizer, said, "Ada", 256, 20)
+    assert isinstance(expected, FittedPrompt) and expected.n_cut > 20
+    auto = {**body, "truncation": "auto", "stream": stream}
+    if stream:
+        auto["stream_options"] = {"include_usage": True}
+        lines = running.http.post("/v1/chat/completions", json=auto).text.split("\n\n")
+        answers = [json.loads(line.removeprefix("data: ")) for line in lines if line and not line.endswith("[DONE]")]
+    else:
+        answers = [running.http.post("/v1/chat/completions", json=auto).json()]
+    assert {answer["messages_left_out"] for answer in answers} == {expected.n_cut}
+    assert answers[-1]["usage"]["prompt_tokens"] == len(expected.tokens)
+    short = running.http.post("/v1/chat/completions", json={**auto, "messages": HELLO, "stream": False, **(
+        {"stream_options": None} if stream else {})})  # fmt: skip
+    assert short.json()["messages_left_out"] == 0
+    assert "messages_left_out" not in running.http.post("/v1/chat/completions", json={"messages": HELLO}).json()
+
+
 @pytest.mark.parametrize(
     ("fields", "status", "param", "says"),
     [
@@ -152,6 +178,9 @@ def test_disconnecting_client_frees_its_pages(running: Any, stream: bool) -> Non
         ({"extra_body": {"character": "a\nb"}}, 400, "character", "line break"),
         ({"extra_body": {"tempreature": 1}}, 400, "tempreature", "unknown field"),
         ({"temperature": 3}, 400, "temperature", "less than or equal to 2"),
+        ({"extra_body": {"truncation": "middle"}}, 400, "truncation", "'auto' or 'disabled'"),
+        ({"messages": [{"role": "user", "content": "ducks " * 300}], "extra_body": {"truncation": "auto"}}, 400,
+         "messages", "the newest message is too long"),
     ],
 )
 def test_errors_name_the_field(running: Any, fields: dict[str, Any], status: int, param: str, says: str) -> None:
