@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from model.obstacle import INSTALL_GPU, Obstacle, import_obstacle
+
 Backend = Literal["auto", "flash_attn_4", "flash_attn_2", "varlen", "flex", "sdpa", "reference"]
 """Fastest first, which is the order "auto" tries them in."""
 
@@ -249,40 +251,56 @@ BACKENDS: dict[str, AttentionOp] = {
     "reference": reference_attention,
 }
 _FLASH_MODULES = {
-    "flash_attn_4": "flash_attn.cute.interface",
-    "flash_attn_2": "flash_attn.flash_attn_interface",
-    "varlen": "torch.nn.attention.varlen",
+    "flash_attn_4": ("flash_attn.cute.interface", INSTALL_GPU),
+    "flash_attn_2": ("flash_attn.flash_attn_interface", "pip install flash-attn --no-build-isolation"),
+    "varlen": ("torch.nn.attention.varlen", "pip install -U torch"),
 }
+"""The module of each, and the command that installs it."""
 _FLASH_CAPABILITY = {"flash_attn_4": 9, "flash_attn_2": 8, "varlen": 8}
 
 
-def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> Obstacle | None:
     """Why this back end cannot run on this device, or None when it can."""
     if backend in ("sdpa", "reference"):
         return None
     if device.type != "cuda":
-        return f"it needs a CUDA device, not {device.type}"
+        return Obstacle("unfit", f"it needs a CUDA device, not {device.type}")
     if backend == "flex":
         return None
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"it computes in 16 bits, not in {dtype}; set engine.precision: bfloat16"
+        return Obstacle("unfit", f"it computes in 16 bits, not in {dtype}", remedy="set engine.precision: bfloat16")
     needed, (major, minor) = _FLASH_CAPABILITY[backend], torch.cuda.get_device_capability(device)
     if major < needed:
-        return f"it needs compute capability {needed}.0, this device has {major}.{minor}"
-    try:
-        __import__(_FLASH_MODULES[backend])
-    except ImportError as error:
-        return f"import {_FLASH_MODULES[backend]} failed ({error}); install the gpu extra"
-    return None
+        return Obstacle("unfit", f"it needs compute capability {needed}.0, this device has {major}.{minor}")
+    return _import_once(backend)
+
+
+@cache
+def _import_once(backend: str) -> Obstacle | None:
+    return import_obstacle(*_FLASH_MODULES[backend])
+
+
+_AUTO_ORDER = [name for name in get_args(Backend) if name not in ("auto", "flex")]
+"""Without flex, which compiles for a minute and is slower than those before it."""
 
 
 def choose_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> str:
     """The back end to use on `device`: the fastest that runs for "auto", the named one or an error otherwise."""
     if backend == "auto":
-        # flex compiles for a minute and is slower than those before it
-        order = [name for name in get_args(Backend) if name not in ("auto", "flex")]
-        return next(name for name in order if why_not(name, device, dtype) is None)
+        return next(name for name in _AUTO_ORDER if why_not(name, device, dtype) is None)
     reason = why_not(backend, device, dtype)
     if reason:
         raise AttentionBackendError(f"attention: {backend} cannot run here: {reason}. Use attention: auto")
     return backend
+
+
+def faster_backend(chosen: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Obstacle] | None:
+    """The fastest back end that "auto" would take before the chosen one were it installed and sound, and what it lacks.
+
+    None where this machine could run none.
+    """
+    for name in _AUTO_ORDER[: _AUTO_ORDER.index(chosen)]:
+        obstacle = why_not(name, device, dtype)
+        if obstacle and obstacle.kind != "unfit":
+            return name, obstacle
+    return None

@@ -7,6 +7,8 @@ from typing import Literal, cast, get_args
 import torch
 from torch import nn
 
+from model.attention_ops import Backend, faster_backend
+from model.obstacle import Obstacle, import_obstacle
 from model.transformer import Block
 
 Execution = Literal["auto", "fused", "plain"]
@@ -22,15 +24,31 @@ class ExecutionError(ValueError):
     """Blocks cannot be run as asked."""
 
 
-def why_not_fused(device: torch.device) -> str | None:
+def why_not_fused(device: torch.device) -> Obstacle | None:
     """Why fused blocks cannot run on this device, or None when they can."""
     if device.type != "cuda":
-        return f"its kernels need a GPU, not {device.type}"
-    try:
-        __import__("triton")
-    except ImportError as error:
-        return f"import triton failed ({error})"
-    return None
+        return Obstacle("unfit", f"its kernels need a GPU, not {device.type}")
+    return import_obstacle("triton", "pip install triton, in the version that this torch names")
+
+
+def what_slows(
+    attention: Backend, chosen: str, blocks: Execution, execution: str, device: torch.device, dtype: torch.dtype
+) -> list[str]:
+    """What this machine could run faster, and why it does not: a sentence for each."""
+    told = []
+    faster = faster_backend(chosen, device, dtype) if attention == "auto" else None
+    if faster:
+        told.append(f"attention could be {faster[0]}, which is faster, but: {faster[1]}")
+    obstacle = why_not_fused(device)
+    if blocks == "auto" and obstacle and obstacle.kind != "unfit":
+        told.append(f"blocks could be fused, which is faster, but: {obstacle}")
+    if execution == "fused":
+        from model.kernels.gated_product import why_not_in_one
+
+        obstacle = why_not_in_one(device, dtype)
+        if obstacle and obstacle.kind != "unfit":
+            told.append(f"the gated product is two kernels, which costs 2% of the speed: {obstacle}")
+    return [f"{text}. python -m model.doctor checks every kernel" for text in told]
 
 
 def shape_blocks(

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from data.sampler import Rows
 from model.attention_ops import choose_backend
-from model.execution import shape_blocks
+from model.execution import shape_blocks, what_slows
 from model.weights import save_model
 from recipes.interrupt import EXIT_CODE as INTERRUPTED
 from recipes.interrupt import tell_interrupt
@@ -161,6 +161,9 @@ def _set_up_blocks(job: Job, recipe: TrainingRecipe, world: World, console: Cons
         f"{settings.precision}, ZeRO-{settings.zero_stage}",
         highlight=False,
     )
+    slow = what_slows(recipe.attention, backend, settings.blocks, execution, world.device, settings.dtype)
+    for sentence in slow if world.is_main else ():
+        console.print(sentence, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def resume(checkpoints: Checkpoints, engine: Engine, rows: Rows, console: Console) -> CheckpointState | None:

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 pytest.importorskip("triton")
-from model.kernels.gated_product import _gated_product_of_quack, _obstacle, gated_product
+from model.kernels.gated_product import _obstacle, gated_product, why_not_in_one
 from model.kernels.geglu import geglu_backward
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -48,11 +48,13 @@ def test_a_kernel_that_fails_or_is_wrong_is_found_out() -> None:
         both_TX, product_TF = forgets_to_interleave(x_TD, w_XD)
         return torch.stack(both_TX.chunk(2, dim=1), dim=-1).flatten(1), product_TF
 
-    assert _obstacle(fails, DEVICE, torch.bfloat16) == "KeyError: 'no such key\\nin many lines'"
-    assert "AssertionError" in (_obstacle(forgets_to_interleave, DEVICE, torch.bfloat16) or "")
+    failed, wrong = (_obstacle(kernel, DEVICE, torch.bfloat16) for kernel in (fails, forgets_to_interleave))
+    assert failed is not None and failed.words == "KeyError: 'no such key\\nin many lines'"
+    assert wrong is not None and "it computes wrongly" in wrong.words
     assert _obstacle(is_right, DEVICE, torch.bfloat16) is None
 
 
 def test_there_is_none_but_on_a_gpu_in_sixteen_bits() -> None:
-    assert _gated_product_of_quack(torch.device("cpu"), torch.bfloat16) is None
-    assert _gated_product_of_quack(DEVICE, torch.float32) is None
+    for device, dtype in ((torch.device("cpu"), torch.bfloat16), (DEVICE, torch.float32)):
+        obstacle = why_not_in_one(device, dtype)
+        assert obstacle is not None and obstacle.kind == "unfit"
