@@ -49,6 +49,18 @@ def save_model(
         shutil.copyfile(source, staging / name)
     content = {"format": "dramatis-1", "model": config.model_dump()}
     (staging / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+    _replace(directory, staging)
+
+
+def copy_model(source: Path, directory: Path) -> None:
+    """Copy a model directory: the copy appears whole or not at all, and replaces an older one."""
+    staging = directory.with_name(f".{directory.name}.writing")
+    shutil.rmtree(staging, ignore_errors=True)
+    shutil.copytree(source, staging)
+    _replace(directory, staging)
+
+
+def _replace(directory: Path, staging: Path) -> None:
     for path in staging.iterdir():
         _sync(path)
     _sync(staging)

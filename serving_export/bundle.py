@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from data.tokenizer import DialogueTokenizer
+from model.hugging_face import load_exported_model
 from model.transformer import Transformer
 from serving_export.engine import Engine
-from serving_export.hf import load_exported_model
 from serving_export.manifest import BundleError, Defaults, read_defaults, verify
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"

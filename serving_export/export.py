@@ -26,6 +26,7 @@ from data.dialogue_json import read_dialogues
 from data.prompt import DEFAULT_TEMPLATE, PromptTemplate
 from data.tokenizer import MODEL_FILE, DialogueTokenizer
 from model.config import ModelConfig
+from model.hugging_face import hf_config, load_exported_model, state_to_hf
 from model.portability import describe
 from model.transformer import Transformer
 from model.weights import load_config, load_model, write_tensors
@@ -33,7 +34,6 @@ from recipes.loader import Section, dump_recipe, parse_command_line, tell_error
 from recipes.run_directory import RunState, finish_run, prepare_run_directory, read_done
 from recipes.stage_errors import run_told
 from serving_export.chat_template import chat_template
-from serving_export.hf import hf_config, load_exported_model, state_to_hf
 from serving_export.manifest import MANIFEST, SERVING, Defaults, verify, write_defaults, write_manifest
 from serving_export.parity import (
     Parity,

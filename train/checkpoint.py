@@ -14,6 +14,7 @@ from rich.console import Console
 from data.atomic_file import atomic_file, sync_path, write_json
 from data.sampler import DataPosition
 from train.background import POLL_SECONDS, Background, on_main
+from train.best import Best, best_of, json_of
 from train.engine import World
 from train.hashed_file import file_hash
 
@@ -32,16 +33,18 @@ class CheckpointError(RuntimeError):
 class CheckpointState:
     """What a checkpoint knows besides tensors: all that decides which data comes next, and who wrote it.
 
-    skipped_in_a_row: why each of the last steps was not taken; recent_steps: what `loop.skip_spikes` judges the next
-    step by.
+    max_steps: of the run that saved it, which its schedule hangs on; skipped_in_a_row: why each of the last steps was
+    not taken; recent_steps: what `loop.skip_spikes` judges the next step by; best: what `loop.keep_best` has found.
     """
 
     step: int
     position: DataPosition
     world_size: int
+    max_steps: int
     skipped_steps: int = 0
     skipped_in_a_row: tuple[str, ...] = ()
     recent_steps: dict[str, list[float]] | None = None
+    best: Best | None = None
 
 
 @dataclass
@@ -63,8 +66,21 @@ class Checkpoints:
     (`report`, then `advance` with the sums), so all ranks see the same progress at the same step.
     """
 
-    def __init__(self, directory: Path, keep: int, world: World, console: Console):
+    def __init__(
+        self,
+        directory: Path,
+        keep: int,
+        world: World,
+        console: Console,
+        max_steps: int = 0,
+        stable_steps: Callable[[int], int] = lambda max_steps: 0,
+    ):
+        """Keep the newest `keep`, and the newest one up to step `stable_steps(max_steps)`: a longer run starts from it.
+
+        stable_steps: how many steps of a run of so many have the same rate in any longer run.
+        """
         self.directory, self._keep, self._world, self._console = directory, keep, world, console
+        self._max_steps, self._stable_steps = max_steps, stable_steps
         self._pending: _Pending | None = None
 
     def save(self, state: CheckpointState, snapshot: Callable[[], Write]) -> None:
@@ -122,7 +138,8 @@ class Checkpoints:
     def newest(self) -> tuple[Path, CheckpointState] | None:
         """The newest checkpoint whose every file has its recorded hash, or None when there is none at all.
 
-        A damaged one is named aloud and the one before it is tried. Raises CheckpointError when all are damaged.
+        A damaged one is named aloud and the one before it is tried; so is one that a run of fewer steps has saved after
+        its rate had begun to fall. Raises CheckpointError when all are damaged.
         """
         number, failure = on_main(self._world, self._newest_sound)
         if failure:
@@ -152,14 +169,28 @@ class Checkpoints:
             raise CheckpointError(f"{self.directory} could not be tidied: {failure}")
 
     def _newest_sound(self) -> float:
-        found = sorted(self.directory.glob("step_*"), reverse=True)
-        for path in found:
+        any_damaged = False
+        for path in sorted(self.directory.glob("step_*"), reverse=True):
             problem = damage(path)
             if problem is None:
-                return float(path.name.removeprefix("step_"))
+                if (reason := self._other_schedule(_read_state(path))) is None:
+                    return float(path.name.removeprefix("step_"))
+                self._console.print(f"not continuing from {path}: {reason}", highlight=False, soft_wrap=True)
+                continue
+            any_damaged = True
             self._console.print(f"[bold red]checkpoint {path} is damaged[/]: {problem}", soft_wrap=True)
             self._console.print("trying the one before it")
-        return _ALL_DAMAGED if found else _NONE
+        return _ALL_DAMAGED if any_damaged else _NONE
+
+    def _other_schedule(self, state: CheckpointState) -> str | None:
+        """Why a run of our number of steps cannot have come by this checkpoint; None when it can."""
+        shared = self._stable_steps(min(state.max_steps, self._max_steps))
+        if state.max_steps == self._max_steps or state.step <= shared:
+            return None
+        return (
+            f"it was saved with max_steps={state.max_steps}, whose rate falls from step {shared} on; "
+            "going back to one before that"
+        )
 
     def _error(self, reason: str) -> CheckpointError:
         pending, self._pending = self._pending, None
@@ -191,7 +222,8 @@ class Checkpoints:
 
     def _complete(self, pending: _Pending) -> None:
         staging, target = pending.staging, pending.target
-        write_json(staging / STATE, {**asdict(pending.state), "position": pending.state.position.to_dict()})
+        nested = {"position": pending.state.position.to_dict(), "best": json_of(pending.state.best)}
+        write_json(staging / STATE, {**asdict(pending.state), **nested})
         hashes = {STATE: file_hash(staging / STATE)}
         for rank in range(self._world.size):
             hashes |= json.loads(_part(staging, rank).read_text())
@@ -214,8 +246,11 @@ class Checkpoints:
             with atomic_file(latest, "w") as file:
                 file.write(target.name + "\n")
         there = sorted(path for path in self.directory.glob("step_*") if path <= target)
+        stable = self.directory / f"step_{self._stable_steps(self._max_steps):08d}"
+        before_decay = [path for path in there if path <= stable][-1:] if stable.name != "step_00000000" else []
         for path in there[: -self._keep]:
-            _remove(path)
+            if path not in before_decay:
+                _remove(path)
 
 
 def damage(path: Path) -> str | None:
@@ -235,7 +270,8 @@ def damage(path: Path) -> str | None:
 def _read_state(path: Path) -> CheckpointState:
     content = json.loads((path / STATE).read_text())
     position, in_a_row = DataPosition.from_dict(content["position"]), tuple(content["skipped_in_a_row"])
-    return CheckpointState(**{**content, "position": position, "skipped_in_a_row": in_a_row})
+    best = best_of(content["best"])
+    return CheckpointState(**{**content, "position": position, "skipped_in_a_row": in_a_row, "best": best})
 
 
 def _remove(checkpoint: Path) -> None:

@@ -29,11 +29,12 @@ from model.attention_ops import Documents
 from model.transformer import Transformer
 from recipes.loader import Section
 from train.engine import World
+from train.initial_model import init_input, initial_model
 from train.loop import LoopError, Loss, Outcome, Stage, no_grad_sum
 from train.losses import dpo_loss, sequence_logprobs
 from train.pairs import OnPolicyPairs, sample_pairs
 from train.run import run_stage
-from train.stage import Job, LossModule, Plan, TrainingRecipe, load_trunk, share_of_rank
+from train.stage import Job, LossModule, Plan, TrainingRecipe, share_of_rank
 from train.summary import summarize
 from train.token_logprobs import token_logprobs
 
@@ -239,11 +240,12 @@ def _read_file(source: FilePairs, console: Console) -> list[PreferencePair]:
 
 def prepare(recipe: DPORecipe, world: World, console: Console) -> Job:
     """Pairs, reference and model of a preference run."""
-    trunk = load_trunk(recipe.init_from, recipe.attention)
+    initial = initial_model(recipe.init_from)
+    trunk = initial.load(recipe.attention)
     dtype = torch.bfloat16 if recipe.engine.precision == "bfloat16" else torch.float32
     trunk.to(world.device, dtype)
-    source = Path(recipe.init_from) / "model"
-    tokenizer = DialogueTokenizer.load(source)
+    initial.check_tokenizer([recipe.data])
+    tokenizer = DialogueTokenizer.load(initial.directory)
     pairs = collect_pairs(recipe, trunk, tokenizer, world, console)
     encoded, left_out = encode_pairs(pairs, tokenizer, recipe.max_pair_tokens)
     fitting = f"{len(encoded)} of {len(pairs)} pairs fit max_pair_tokens {recipe.max_pair_tokens}"
@@ -254,7 +256,7 @@ def prepare(recipe: DPORecipe, world: World, console: Console) -> Job:
     heldout, rows = (PairRows([encoded[i] for i in side]) for side in sides)
     if min(heldout.n_rows, rows.n_rows) < world.size:
         raise LoopError(_too_few(encoded, heldout.n_rows, recipe, world.size, fitting))
-    model_key = hashlib.sha256((source / "model.safetensors").read_bytes()).hexdigest() + recipe.engine.precision
+    model_key = hashlib.sha256(initial.weights.read_bytes()).hexdigest() + recipe.engine.precision
     for part in (rows, heldout):
         add_reference(part, trunk, model_key, Path(recipe.run_dir) / "reference", world, console)
 
@@ -268,7 +270,7 @@ def prepare(recipe: DPORecipe, world: World, console: Console) -> Job:
             count=lambda batch: len(batch.lengths) // 2,
             evaluate=lambda engine: no_grad_sum(engine, batches, lambda batch: len(batch.lengths) // 2),
         ),
-        tokenizer=source / "tokenizer.model",
+        tokenizer=initial.tokenizer,
         finish=lambda engine, outcome, console: _finish(outcome, rows, heldout),
     )
 
@@ -309,7 +311,7 @@ def _finish(outcome: Outcome, rows: PairRows, heldout: PairRows) -> tuple[str, d
 
 def plan(recipe: DPORecipe) -> Plan:
     """What the recipe asks for."""
-    inputs = {"init_from": recipe.init_from, "data": recipe.data}
+    inputs = {"init_from": init_input(recipe.init_from), "data": recipe.data}
     for number, source in enumerate(recipe.pairs):
         inputs[f"pairs.{number}"] = source.scorer if isinstance(source, OnPolicyPairs) else source.path
     # a row is a pair: the prompt twice, each time with a reply

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +15,7 @@ from data.batch import PackedBatch
 from data.mixture import MixtureData
 from model.scalar_head import ScalarHead
 from train.engine import Engine, World
+from train.initial_model import init_input, initial_model
 from train.loop import Loss, Outcome
 from train.losses import continuation_loss
 from train.run import run_stage
@@ -26,7 +26,6 @@ from train.stage import (
     TrainingRecipe,
     data_directories,
     documents_of,
-    load_trunk,
     open_data,
     packed_stage,
 )
@@ -89,7 +88,9 @@ def heldout_auc(engine: Engine, batches: list[PackedBatch]) -> float:
 
 def prepare(recipe: EngagementRecipe, world: World) -> Job:
     """Data and model of a scorer run."""
-    trunk = load_trunk(recipe.init_from, recipe.attention)
+    initial = initial_model(recipe.init_from)
+    initial.check_tokenizer(data_directories(recipe.data).values())
+    trunk = initial.load(recipe.attention)
     dataset, heldout = open_data(recipe.data, trunk.config)
     head = ScalarHead(trunk.config.d_model)
     stage = packed_stage(
@@ -104,14 +105,14 @@ def prepare(recipe: EngagementRecipe, world: World) -> Job:
     return Job(
         module=LossModule(trunk, scorer_loss, head),
         stage=stage,
-        tokenizer=Path(recipe.init_from) / "model" / "tokenizer.model",
+        tokenizer=initial.tokenizer,
         finish=finish,
     )
 
 
 def plan(recipe: EngagementRecipe) -> Plan:
     """What the recipe asks for."""
-    inputs = {"init_from": recipe.init_from, **data_directories(recipe.data)}
+    inputs = {"init_from": init_input(recipe.init_from), **data_directories(recipe.data)}
     summary = summarize(recipe, recipe.data, loss="score")
     return Plan(inputs, summary, lambda world, console: prepare(recipe, world))
 

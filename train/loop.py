@@ -11,13 +11,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 
 from data.mixture import training_order
 from data.sampler import DataPosition, Rows, position_after, rows_of_rank
 from recipes.loader import Section
 from recipes.run_directory import MayChange
+from train.best import BestWeights, KeepBest
 from train.checkpoint import Checkpoints, CheckpointState, Write
 from train.engine import Engine, World
 from train.metrics import Metrics
@@ -41,6 +42,16 @@ class LoopConfig(Section):
     """In a row; one more ends the training."""
     skip_spikes: SkipSpikes | None = None
     """null: only steps that are not finite are skipped."""
+    keep_best: KeepBest | None = None
+    """null: the final weights are those of the last step."""
+    stop_after: PositiveInt | None = None
+    """Evaluations in a row that do not improve `keep_best`'s figure, after which training ends; null: never."""
+
+    @model_validator(mode="after")
+    def _stop_has_a_figure(self) -> LoopConfig:
+        if self.stop_after is not None and self.keep_best is None:
+            raise ValueError("stop_after needs keep_best, whose figure it looks at; add keep_best or leave it out")
+        return self
 
 
 class LoopError(ValueError):
@@ -78,7 +89,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a loop ended: at its last step, or asked to stop before it."""
+    """How a loop ended: finished, or asked to stop before. The evaluation is that of the weights to be kept."""
 
     step: int
     finished: bool
@@ -99,6 +110,7 @@ def train(
     should_stop: Callable[[], bool],
     run_dir: Path,
     throughput: Throughput,
+    best: BestWeights,
 ) -> Outcome:
     """Train until `max_steps` or until any rank is asked to stop; the latter leaves a checkpoint to resume from."""
     world, per_rank = engine.world, config.rows_per_micro_batch * engine.world.size
@@ -118,21 +130,27 @@ def train(
     at = world.progress.at
     while True:
         world.progress.begin(step)
-        is_last = step == config.max_steps
+        is_last = step == config.max_steps or best.is_over
         if (step % config.evaluate_every == 0 or is_last) and not (fresh and start):
             at("evaluating", may_last=True)
             evaluation = stage.evaluate(engine)
+            best.judge(step, evaluation)
+            is_last = is_last or best.is_over
             if metrics:
-                metrics.log(step, evaluation)
+                metrics.log(step, evaluation | ({"best_step": best.best.step} if best.best else {}))
             clock = time.perf_counter()
         at("agreeing whether to save and to stop")
         n_stops, n_busy, n_failed = world.sum([float(should_stop()), *checkpoints.report()])
         checkpoints.advance(n_busy, n_failed)
-        is_due = config.save_every is not None and (step % config.save_every == 0 or is_last or n_stops)
+        ends_stable = step == schedule.stable_steps(config.max_steps)  # what a run of more steps continues from
+        is_due = config.save_every is not None and (step % config.save_every == 0 or ends_stable or is_last or n_stops)
         if is_due and not (fresh and (start or not n_stops)):
             at("saving", may_last=True)
             position = reader.position(step)
-            state = CheckpointState(step, position, world.size, skipped.total, skipped.in_a_row, recent.state())
+            state = CheckpointState(
+                step, position, world.size, config.max_steps, skipped.total, skipped.in_a_row, recent.state(),
+                best.to_save(),
+            )  # fmt: skip
             clock = time.perf_counter()
             if n_stops:  # whoever asked may not wait for two
                 checkpoints.abandon()
@@ -141,6 +159,8 @@ def train(
         if is_last or n_stops:
             at("waiting for the save", may_last=True)
             checkpoints.finish()
+            if best.best:
+                evaluation = best.best.figures
             return Outcome(step, is_last, evaluation or (stage.evaluate(engine) if is_last else {}), skipped.total)
 
         at("reading")

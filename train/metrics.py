@@ -141,8 +141,11 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def plot_metrics(run_dir: Path, baselines: dict[str, float] | None = None) -> Path | None:
-    """Draw plots/loss.png of a run: training and held-out loss over steps, baselines as lines. Returns its path."""
+def plot_metrics(run_dir: Path, baselines: dict[str, float] | None = None, kept_step: int | None = None) -> Path | None:
+    """Draw plots/loss.png of a run: training and held-out loss over steps, baselines as lines. Returns its path.
+
+    kept_step: whose weights are the run's, where they are not those of the last step.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -162,6 +165,8 @@ def plot_metrics(run_dir: Path, baselines: dict[str, float] | None = None) -> Pa
         axes.plot(*zip(*heldout, strict=True), color="#d1495b", marker="o", markersize=4, label="held out")
     for (name, value), style in zip((baselines or {}).items(), ("--", "-.", ":"), strict=False):
         axes.axhline(value, color="#555555", linestyle=style, linewidth=1, label=f"{name}: {value:.3f}")
+    if kept_step is not None:
+        axes.axvline(kept_step, color="#2a9d5c", linewidth=1.2, label=f"kept: step {kept_step}")
     axes.set(xlabel="step", ylabel="loss (nats)", title=f"{run_dir.name}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)

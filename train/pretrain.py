@@ -20,6 +20,7 @@ from eval.scoring import spread_rows
 from model.config import ModelConfig
 from model.transformer import Transformer
 from train.engine import Engine, World
+from train.initial_model import check_same_architecture, find_initial_model, init_input, initial_model
 from train.loop import Loss, Outcome
 from train.losses import next_token_loss
 from train.run import run_stage
@@ -44,7 +45,16 @@ class PretrainRecipe(TrainingRecipe):
     evaluation_rows: PositiveInt
     ngram_baselines: bool = True
     z_loss: NonNegativeFloat = 0.0
-    model: ModelConfig
+    init_from: str | None = None
+    """A run or an exported bundle whose weights are trained on, with a fresh optimizer; null: weights are drawn."""
+    model: ModelConfig | None = None
+    """Left out, the architecture is that of `init_from`."""
+
+    @model_validator(mode="after")
+    def _has_an_architecture(self) -> PretrainRecipe:
+        if self.model is None and self.init_from is None:
+            raise ValueError("model: missing; give the architecture, or init_from with a run or bundle that has one")
+        return self
 
     @model_validator(mode="after")
     def _baselines_have_a_corpus(self) -> PretrainRecipe:
@@ -61,9 +71,25 @@ def language_model_loss(module: LossModule, batch: PackedBatch, z_loss: float = 
     return Loss(next_token_loss(module.trunk, hidden_TD, batch.targets_T, batch.trained_T, z_loss))
 
 
+def architecture(recipe: PretrainRecipe) -> ModelConfig | None:
+    """That of `init_from`, which must be the recipe's own where it has one; None when `init_from` is not there yet."""
+    if recipe.init_from is None:
+        return recipe.model
+    initial = find_initial_model(recipe.init_from)
+    if initial is None:
+        return recipe.model
+    config = initial.config()
+    if recipe.model is not None:
+        check_same_architecture(recipe.model, config, recipe.init_from)
+    return config
+
+
 def prepare(recipe: PretrainRecipe, world: World, console: Console) -> Job:
     """Data, model and baselines of a pre-training run."""
-    dataset, heldout = open_data(recipe.data, recipe.model)
+    initial = initial_model(recipe.init_from) if recipe.init_from is not None else None
+    config = architecture(recipe)
+    assert config is not None, "plan has looked for it"
+    dataset, heldout = open_data(recipe.data, config)
 
     def finish(engine: Engine, outcome: Outcome, console: Console) -> tuple[str, dict[str, Any]]:
         loss = outcome.last_evaluation["heldout_loss"]
@@ -77,8 +103,12 @@ def prepare(recipe: PretrainRecipe, world: World, console: Console) -> Job:
         figure = f"held-out loss {loss:.3f} nats/token (best n-gram {baselines.get(best, 0):.3f}, {best})"
         return figure, {"heldout_loss": loss, "baselines": baselines}
 
-    with world.device:  # the weights are drawn where they will lie
-        trunk = Transformer(recipe.model, recipe.attention, recipe.seed, recipe.engine.dtype)
+    if initial:
+        initial.check_tokenizer(data_directories(recipe.data).values())
+        trunk = initial.load(recipe.attention)
+    else:
+        with world.device:  # the weights are drawn where they will lie
+            trunk = Transformer(config, recipe.attention, recipe.seed, recipe.engine.dtype)
     return Job(
         module=LossModule(trunk, partial(language_model_loss, z_loss=recipe.z_loss)),
         stage=packed_stage(
@@ -101,8 +131,10 @@ def _print_comparison(loss: float, baselines: dict[str, float], console: Console
 
 def plan(recipe: PretrainRecipe) -> Plan:
     """What the recipe asks for."""
-    summary = summarize(recipe, recipe.data, recipe.model)
+    summary = summarize(recipe, recipe.data, architecture(recipe))
     inputs = data_directories(recipe.data)
+    if recipe.init_from is not None:
+        inputs["init_from"] = init_input(recipe.init_from)
     return Plan(inputs, summary, lambda world, console: prepare(recipe, world, console))
 
 

@@ -18,13 +18,14 @@ from rich.console import Console
 from data.sampler import Rows
 from model.attention_ops import choose_backend
 from model.execution import shape_blocks, what_slows
-from model.weights import save_model
+from model.weights import copy_model, save_model
 from recipes.interrupt import EXIT_CODE as INTERRUPTED
 from recipes.interrupt import tell_interrupt
 from recipes.loader import CommandLine, dump_recipe, parse_command_line, tell_error
 from recipes.run_directory import RunState, finish_run, prepare_run_directory
 from recipes.stage_errors import USER_ERROR, run_told, tell_os_error
 from train.background import on_main
+from train.best import BestWeights
 from train.checkpoint import CheckpointError, Checkpoints, CheckpointState, Write
 from train.elastic import universal_form
 from train.engine import Engine, World, check_launch, join_world
@@ -114,9 +115,16 @@ def _run(recipe: TrainingRecipe, plan: Plan, world: World, console: Console, sto
         job = plan.prepare(world, console)
         _set_up_blocks(job, recipe, world, console)
         engine = Engine(job.module, recipe.engine, recipe.optimizer, world)
-        checkpoints = Checkpoints(run_dir / "checkpoints", recipe.loop.keep, world, console)
+        steps = recipe.loop.max_steps
+        checkpoints = Checkpoints(
+            run_dir / "checkpoints", recipe.loop.keep, world, console, steps, recipe.schedule.stable_steps
+        )
         world.progress.at("looking for a checkpoint")
         start = resume(checkpoints, engine, job.stage.rows, console)
+        best = BestWeights(
+            recipe.loop.keep_best, recipe.loop.stop_after, run_dir, world, partial(_save_weights, engine, job),
+            start.best if start else None,
+        )  # fmt: skip
         metrics = None
         if world.is_main:
             first = start.step if start else -1
@@ -126,7 +134,7 @@ def _run(recipe: TrainingRecipe, plan: Plan, world: World, console: Console, sto
         with metrics or nullcontext(), stop.polled():
             outcome = train(
                 job.stage, engine, recipe.loop, recipe.schedule, recipe.seed, start,
-                checkpoints, partial(_snapshot, engine, job), metrics, stop.requested, run_dir, throughput,
+                checkpoints, partial(_snapshot, engine, job), metrics, stop.requested, run_dir, throughput, best,
             )  # fmt: skip
         if not outcome.finished:
             kept = "with a checkpoint; the same command continues from it"
@@ -136,11 +144,18 @@ def _run(recipe: TrainingRecipe, plan: Plan, world: World, console: Console, sto
             return 130 if stop.by_keyboard else 0
         summary.compare(console, world)
         world.progress.at("writing the model", may_last=True)
-        _save_weights(engine, job, run_dir)
+        if best.best:
+            kept = best.directory(best.best.step)
+            _write(world, run_dir / "model", lambda: copy_model(kept, run_dir / "model"))
+        else:
+            _save_weights(engine, job, run_dir / "model")
         world.progress.at("finishing", may_last=True)
         key_figure, figures = job.finish(engine, outcome, console)
+        if best.best:
+            key_figure += f", step {best.best.step} of {outcome.step} kept"
         if world.is_main:
-            plot_metrics(run_dir, figures.get("baselines"))
+            figures |= best.figures(outcome.step, steps)
+            plot_metrics(run_dir, figures.get("baselines"), figures.get("kept_step"))
             seconds = time.monotonic() - began
             figures["skipped_steps"] = outcome.skipped_steps
             finish_run(run_dir, recipe, inputs, key_figure, seconds, figures)
@@ -215,17 +230,25 @@ def _snapshot(engine: Engine, job: Job) -> Write:
     return write
 
 
-def _save_weights(engine: Engine, job: Job, run_dir: Path) -> None:
-    """Write the finished model."""
+def _save_weights(engine: Engine, job: Job, directory: Path) -> None:
+    """Write the model as it is now (called on every rank)."""
     snapshot = Snapshot(engine.host_memory)
     weights = engine.weights(snapshot)
     snapshot.finish()
     snapshot.wait()
-    _, failure = on_main(engine.world, lambda: _write_model(job, weights, run_dir / "model"))
+    try:
+        _write(engine.world, directory, lambda: _write_model(job, weights, directory))
+    finally:
+        snapshot.release()
+
+
+def _write(world: World, directory: Path, action: Callable[[], None]) -> None:
+    """Let rank 0 write a directory. Raises CheckpointError on every rank when it cannot."""
+    _, failure = on_main(world, action)
     if failure:
         raise CheckpointError(
-            f"{run_dir / 'model'} could not be written: {failure}. The last step's checkpoint is there; run the same "
-            "command again once there is room"
+            f"{directory} could not be written: {failure}. The last checkpoint is there; run the same command again "
+            "once there is room"
         )
 
 

@@ -20,6 +20,10 @@ class WSD(Section):
     decay_fraction: Fraction = 0.2
     final_fraction: Fraction = 0.0
 
+    def stable_steps(self, max_steps: int) -> int:
+        """How many steps, from the first, have the same rate whatever larger number of steps a run has."""
+        return min(max_steps, math.floor(max_steps - self.decay_fraction * max_steps) + 1)
+
     def multiplier(self, step: int, max_steps: int) -> float:
         """Share of the peak learning rate at `step` of `max_steps`."""
         if step < self.warmup_steps:
@@ -37,6 +41,10 @@ class Cosine(Section):
     kind: Literal["cosine"]
     warmup_steps: NonNegativeInt = 0
     final_fraction: Fraction = 0.1
+
+    def stable_steps(self, max_steps: int) -> int:
+        """None: the whole curve hangs on the number of steps."""
+        return 0
 
     def multiplier(self, step: int, max_steps: int) -> float:
         """Share of the peak learning rate at `step` of `max_steps`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import PositiveInt
@@ -12,6 +11,7 @@ from rich.console import Console
 from data.batch import PackedBatch, to_device
 from data.mixture import MixtureData
 from train.engine import Engine, World
+from train.initial_model import init_input, initial_model
 from train.loop import Loss, Outcome
 from train.losses import next_token_loss
 from train.run import run_stage
@@ -22,7 +22,6 @@ from train.stage import (
     TrainingRecipe,
     data_directories,
     documents_of,
-    load_trunk,
     open_data,
     packed_stage,
 )
@@ -49,7 +48,9 @@ def answer_loss(module: LossModule, batch: PackedBatch) -> Loss:
 
 def prepare(recipe: SFTRecipe, world: World) -> Job:
     """Data and model of a fine-tuning run."""
-    trunk = load_trunk(recipe.init_from, recipe.attention)
+    initial = initial_model(recipe.init_from)
+    initial.check_tokenizer(data_directories(recipe.data).values())
+    trunk = initial.load(recipe.attention)
     dataset, heldout = open_data(recipe.data, trunk.config)
 
     def finish(engine: Engine, outcome: Outcome, console: Console) -> tuple[str, dict[str, Any]]:
@@ -62,14 +63,14 @@ def prepare(recipe: SFTRecipe, world: World) -> Job:
             dataset, heldout, recipe.evaluation_rows, recipe.loop.rows_per_micro_batch, world,
             count=lambda batch: int(batch.answer_T.sum()),
         ),
-        tokenizer=Path(recipe.init_from) / "model" / "tokenizer.model",
+        tokenizer=initial.tokenizer,
         finish=finish,
     )  # fmt: skip
 
 
 def plan(recipe: SFTRecipe) -> Plan:
     """What the recipe asks for."""
-    inputs = {"init_from": recipe.init_from, **data_directories(recipe.data)}
+    inputs = {"init_from": init_input(recipe.init_from), **data_directories(recipe.data)}
     summary = summarize(recipe, recipe.data, loss="chosen tokens")
     return Plan(inputs, summary, lambda world, console: prepare(recipe, world))
 

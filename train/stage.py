@@ -21,7 +21,6 @@ from model.attention_ops import Backend, Documents
 from model.config import ModelConfig
 from model.scalar_head import ScalarHead
 from model.transformer import Transformer
-from model.weights import load_model
 from recipes.loader import Section
 from recipes.run_directory import MayChange
 from train.engine import Engine, EngineConfig, World
@@ -45,6 +44,11 @@ class TrainingRecipe(Section):
     wandb: MayChange[WandbConfig] = WandbConfig()
     threads: MayChange[PositiveInt | None] = None
     """CPU threads a rank; left out, what torchrun or the system gives. The same number gives the same bits."""
+
+    @property
+    def keys_that_may_grow(self) -> tuple[str, ...]:
+        """A finished run is continued with a larger number of steps, unless its whole schedule hangs on that."""
+        return ("loop.max_steps",) if self.schedule.stable_steps(self.loop.max_steps) else ()
 
     @field_validator("engine")
     @classmethod
@@ -134,11 +138,6 @@ def data_directories(data: str | SyntheticData | MixtureData) -> dict[str, str]:
     if isinstance(data, MixtureData):
         return {f"data.parts.{number}": part.path for number, part in enumerate(data.parts)}
     return {"data": data} if isinstance(data, str) else {}
-
-
-def load_trunk(run_dir: str, attention: Backend) -> Transformer:
-    """The finished model of an earlier stage, to be trained on."""
-    return load_model(Path(run_dir) / "model", attention=attention).train()
 
 
 def share_of_rank(rows: np.ndarray, rows_per_micro_batch: int, world: World) -> list[np.ndarray]:

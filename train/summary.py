@@ -9,7 +9,7 @@ from data.shards import PackedDataset
 from data.synthetic import SyntheticData
 from model.config import ModelConfig
 from model.portability import describe
-from model.weights import load_config
+from train.initial_model import find_initial_model
 from train.memory import Load, LossKind
 from train.memory_report import Summary
 from train.stage import TrainingRecipe, data_directories, described
@@ -28,9 +28,10 @@ def summarize(
     most tokens a row can have, where rows are not those of `data`.
     """
     if config is None:
-        weights = Path(getattr(recipe, "init_from")) / "model"  # noqa: B009 (only some stages have it)
-        config = load_config(weights) if (weights / "config.json").exists() else None
-    lines = describe(config) if config else [("model", f"not there yet: {weights}")]
+        init_from = getattr(recipe, "init_from")  # noqa: B009 (only some stages have it)
+        initial = find_initial_model(init_from)
+        config = initial.config() if initial else None
+    lines = describe(config) if config else [("model", f"not there yet: {init_from}")]
     size = size_of(data)
     lines += _data_lines(recipe, data, size)
     rows, bound = recipe.loop.rows_per_micro_batch, ""

@@ -156,9 +156,7 @@ def _logit_gradient_(
     if logits_CV.is_cuda:
         from model.kernels.cross_entropy import logit_gradient_
 
-        return logit_gradient_(
-            logits_CV, targets_C, normalizer_C, logprob_gradient_C, normalizer_gradient_C, softcap
-        )
+        return logit_gradient_(logits_CV, targets_C, normalizer_C, logprob_gradient_C, normalizer_gradient_C, softcap)
     capped_CV = _cap(logits_CV, softcap)
     probability_CV = (capped_CV - normalizer_C[:, None]).exp()
     is_target_CV = torch.arange(logits_CV.shape[1], device=logits_CV.device) == targets_C[:, None]

@@ -44,7 +44,7 @@ model: {vocab_size: 320, d_model: 32, n_layers: 3, n_heads: 2, d_head: 16, d_ff:
   kv_sharing: {kind: none}, max_length: 64}
 threads: 1
 loop: {max_steps: 24, rows_per_step: 4, rows_per_micro_batch: 2, evaluate_every: 4, save_every: 2, keep: 2,
-  skip_spikes: {sigma: 0.5, window: 6}}
+  skip_spikes: {sigma: 0.5, window: 6}, keep_best: {figure: heldout_loss, better: lower}}
 optimizer: {kind: adamw, lr: 3e-3}
 schedule: {kind: wsd, warmup_steps: 2}
 engine: {precision: float32, zero_stage: 1}
@@ -191,9 +191,10 @@ class Reference:
         if newest < newest_before:
             raise SurvivalError(f"{ours.path}: the newest checkpoint was {newest_before}, now it is {newest or 'none'}")
         n_entries, n_bytes = ours.size()
-        # at the most: `keep` and a new one, `latest` and its successor
+        # at the most: `keep`, the one before the decay and a new one, `latest` and its successor
         _, of_kept = self.directory.size()
-        if n_entries > KEEP + 3 or n_bytes > of_kept / KEEP * (KEEP + 1) + 4096:
+        n_kept = len(self.directory.steps())
+        if n_entries > KEEP + 4 or n_bytes > of_kept / n_kept * (KEEP + 2) + 4096:
             raise SurvivalError(
                 f"{ours.checkpoints}: {n_entries} entries, {n_bytes} bytes; {of_kept} in an uninterrupted run"
             )

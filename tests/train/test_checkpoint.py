@@ -19,9 +19,9 @@ from train.hashed_file import HashedFile, file_hash
 ALONE = World(0, 1, torch.device("cpu"))
 
 
-def state(step: int) -> CheckpointState:
+def state(step: int, max_steps: int = 0) -> CheckpointState:
     position = DataPosition(seed=1, epoch=0, tokens_consumed=step * 8, fingerprint="f")
-    return CheckpointState(step, position, 1, 4, ("a spike",), {"loss": [1.5]})
+    return CheckpointState(step, position, 1, max_steps, 4, ("a spike",), {"loss": [1.5]})
 
 
 def write(staging: Path, abandoned: threading.Event) -> dict[Path, str]:
@@ -197,3 +197,29 @@ def test_the_last_save_of_all_is_completed_by_a_resume(checkpoints: Checkpoints,
     names = sorted(path.name for path in checkpoints.directory.iterdir())
     assert names == ["latest", "step_00000010", "step_00000015"]
     assert (checkpoints.directory / "latest").read_text() == "step_00000015\n"
+
+
+@pytest.mark.parametrize(
+    ("longer", "expected", "there"),
+    [(20, 20, [7, 15, 20]), (40, 7, [7, 15, 20])],
+    ids=["the same number of steps", "more steps"],
+)
+def test_a_longer_run_starts_before_the_rate_fell(tmp_path: Path, longer: int, expected: int, there: list[int]) -> None:
+    """Half of a run's steps are stable: of 20, the checkpoint of step 7 is the last that a longer run comes by."""
+
+    def opened(max_steps: int) -> Checkpoints:
+        return Checkpoints(tmp_path, 2, ALONE, Console(quiet=True), max_steps, lambda steps: steps // 2)
+
+    first = opened(20)
+    for step in (3, 7, 12, 15, 20):
+        first.save(state(step, 20), lambda: write)
+        first.finish()
+    assert [int(path.name.removeprefix("step_")) for path in sorted(tmp_path.glob("step_*"))] == there
+    second = opened(longer)
+    found = second.newest()
+    assert found is not None
+    assert found[1].step == expected
+    if longer > 20:
+        second.save(state(10, longer), lambda: write)
+        second.finish()
+        assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000007", "step_00000010"]

@@ -124,7 +124,7 @@ def test_a_checkpoint_of_other_data_is_refused(data_dir: Path, tmp_path: Path) -
     world, console = World(0, 1, torch.device("cpu")), Console(quiet=True)
     checkpoints = Checkpoints(tmp_path / "checkpoints", 1, world, console)
     position = DataPosition(seed=1, epoch=0, tokens_consumed=64, fingerprint="0" * 64)
-    checkpoints.save(CheckpointState(1, position, 1), lambda: lambda staging, abandoned: {})
+    checkpoints.save(CheckpointState(1, position, 1, 0), lambda: lambda staging, abandoned: {})
     checkpoints.finish()
     with pytest.raises(CheckpointError, match="the corpus has changed"):
         resume(checkpoints, cast(Engine, None), PackedDataset(data_dir / "train"), console)

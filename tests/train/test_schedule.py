@@ -76,3 +76,13 @@ def test_the_last_step_of_a_warm_up_is_at_the_peak(warmup: int, max_steps: int, 
 def test_without_decay_the_rate_stays(max_steps: int) -> None:
     schedule = WSD(kind="wsd", decay_fraction=0.0)
     assert [schedule.multiplier(step, max_steps) for step in range(max_steps + 1)] == [1.0] * (max_steps + 1)
+
+
+@given(warmup=st.integers(0, 50), max_steps=st.integers(1, 200), more=st.integers(0, 200), decay=st.floats(0, 1))
+def test_stable_steps_are_those_of_every_longer_run(warmup: int, max_steps: int, more: int, decay: float) -> None:
+    schedule = WSD(kind="wsd", warmup_steps=warmup, decay_fraction=decay)
+    n_stable = schedule.stable_steps(max_steps)
+    assert 1 <= n_stable <= max_steps
+    rates = [[schedule.multiplier(step, steps) for step in range(n_stable)] for steps in (max_steps, max_steps + more)]
+    assert rates[0] == rates[1]
+    assert Cosine(kind="cosine", warmup_steps=warmup).stable_steps(max_steps) == 0

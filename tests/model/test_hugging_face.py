@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 
 from model.attention_ops import Documents
 from model.config import AdjacentSharing, ModelConfig, NoSharing, TailSharing
-from model.transformer import Transformer
-from serving_export.hf import (
+from model.hugging_face import (
     NotPortableError,
     from_hf,
     hf_config,
@@ -23,6 +22,7 @@ from serving_export.hf import (
     state_to_hf,
     to_hf,
 )
+from model.transformer import Transformer
 
 
 def small(**changes: Any) -> ModelConfig:

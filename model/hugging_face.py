@@ -180,6 +180,22 @@ def state_from_hf(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str,
     return ours
 
 
+def _file_of_bundle(directory: str | Path, name: str) -> Path:
+    path = Path(directory) / name
+    if not path.is_file():
+        raise NotPortableError(f"{path} does not exist: {directory} is not a bundle")
+    return path
+
+
+def load_exported_config(directory: str | Path) -> ModelConfig:
+    """The architecture of a bundle. Raises NotPortableError naming config.json when it is none of ours."""
+    path = _file_of_bundle(directory, "config.json")
+    try:
+        return model_config(json.loads(path.read_text(encoding="utf-8")))
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise NotPortableError(f"{path} is no config of a {ARCHITECTURE}: {error!r}") from None
+
+
 def load_exported_model(
     directory: str | Path,
     device: torch.device | str = "cpu",
@@ -190,24 +206,18 @@ def load_exported_model(
 
     Raises NotPortableError naming the file when it is missing, damaged or of another architecture.
     """
-    paths = [Path(directory) / name for name in ("config.json", "model.safetensors")]
-    for path in paths:
-        if not path.is_file():
-            raise NotPortableError(f"{path} does not exist: {directory} is not a bundle")
+    config = load_exported_config(directory)
+    weights = _file_of_bundle(directory, "model.safetensors")
     try:
-        config = model_config(json.loads(paths[0].read_text(encoding="utf-8")))
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise NotPortableError(f"{paths[0]} is no config of a {ARCHITECTURE}: {error!r}") from None
-    try:
-        state = state_from_hf(config, load_file(paths[1]))
+        state = state_from_hf(config, load_file(weights))
     except SafetensorError as error:
-        raise NotPortableError(f"{paths[1]} is damaged: {error}") from None
+        raise NotPortableError(f"{weights} is damaged: {error}") from None
     with torch.device("meta"):
         model = Transformer(config, attention)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if shapes != found:
         wrong = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
-        raise NotPortableError(f"{paths[1]} does not fit its config.json: {', '.join(wrong[:5])}")
+        raise NotPortableError(f"{weights} does not fit its config.json: {', '.join(wrong[:5])}")
     model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in state.items()}, assign=True)
     return model.eval()

@@ -1,0 +1,100 @@
+"""Pre-training goes on from a run or from an exported bundle: the same weights, bit for bit, and one tokenizer."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from data.tokenizer import DialogueTokenizer, train_tokenizer
+from model.transformer import Transformer
+from model.weights import save_model
+from recipes.loader import RecipeError, load_recipe
+from serving_export.export import Names, write_bundle
+from train.engine import World
+from train.initial_model import InitialModelError, init_input
+from train.pretrain import PretrainRecipe, plan, prepare
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def changed(recipe: Path, init_from: Path, keep_model: bool = False) -> PretrainRecipe:
+    text = recipe.read_text()
+    head, rest = text.split("model:", 1)
+    section, tail = rest.split("threads:", 1)
+    middle = f"model:{section}" if keep_model else ""
+    recipe.write_text(f"{head}{middle}init_from: {init_from}\nngram_baselines: false\nthreads:{tail}")
+    return load_recipe(PretrainRecipe, recipe)
+
+
+@pytest.fixture
+def weights(pretrain_recipe: Path) -> Transformer:
+    config = load_recipe(PretrainRecipe, pretrain_recipe).model
+    assert config is not None
+    return Transformer(config, "auto", seed=7)
+
+
+def run_directory(folder: Path, weights: Transformer, data_dir: Path) -> Path:
+    tokenizer = {"tokenizer.model": data_dir / "tokenizer.model"}
+    save_model(folder / "model", weights.config, weights.state_dict(), files=tokenizer)
+    return folder
+
+
+def bundle(folder: Path, weights: Transformer, data_dir: Path) -> Path:
+    folder.mkdir()
+    tokenizer = DialogueTokenizer.load(data_dir)
+    write_bundle(folder, weights, tokenizer, Names(user="Ann", character="Ben"), "float32")
+    return folder
+
+
+@pytest.mark.parametrize("make", [run_directory, bundle])
+@pytest.mark.parametrize("keep_model", [True, False])
+def test_the_weights_are_those_of_init_from(
+    make: object, keep_model: bool, pretrain_recipe: Path, data_dir: Path, tmp_path: Path, weights: Transformer
+) -> None:
+    source = make(tmp_path / "source", weights, data_dir)  # type: ignore[operator]
+    recipe = changed(pretrain_recipe, source, keep_model)
+    assert "33,792" in "\n".join(plan(recipe).summary.lines)
+    found = prepare(recipe, ALONE, Console(quiet=True)).module.trunk
+    assert found.training
+    expected = weights.state_dict()
+    assert found.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.state_dict().items())
+
+
+def test_a_bundle_is_known_by_its_manifest(data_dir: Path, tmp_path: Path, weights: Transformer) -> None:
+    made = bundle(tmp_path / "bundle", weights, data_dir)
+    assert init_input(str(made)) == str(made / "manifest.json")
+    run = run_directory(tmp_path / "run", weights, data_dir)
+    assert init_input(str(run)) == str(run)
+
+
+def test_another_architecture_is_an_error(
+    pretrain_recipe: Path, data_dir: Path, tmp_path: Path, weights: Transformer
+) -> None:
+    source = run_directory(tmp_path / "source", weights, data_dir)
+    recipe = changed(pretrain_recipe, source, keep_model=True)
+    assert recipe.model is not None
+    other = recipe.model_copy(update={"model": recipe.model.model_copy(update={"d_ff": 64})})
+    with pytest.raises(InitialModelError, match=r"model\.d_ff: there 48, here 64"):
+        plan(other)
+
+
+def test_another_tokenizer_is_an_error(
+    pretrain_recipe: Path, data_dir: Path, tmp_path: Path, weights: Transformer
+) -> None:
+    source = run_directory(tmp_path / "source", weights, data_dir)
+    train_tokenizer(["other words than those", "of the data"] * 200, tmp_path / "other", 300)
+    shutil.copyfile(tmp_path / "other" / "tokenizer.model", source / "model" / "tokenizer.model")
+    with pytest.raises(InitialModelError, match=r"is not the tokenizer of the model .*kind: file, path: \S+model}"):
+        prepare(changed(pretrain_recipe, source), ALONE, Console(quiet=True))
+
+
+def test_no_model_and_no_architecture_are_errors(pretrain_recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(InitialModelError, match="does not exist; expected the run_dir of a finished training stage"):
+        prepare(changed(pretrain_recipe, tmp_path / "nowhere", keep_model=True), ALONE, Console(quiet=True))
+    with pytest.raises(RecipeError, match="model: missing; give the architecture, or init_from"):
+        load_recipe(PretrainRecipe, pretrain_recipe, ["model=null", "init_from=null"])
