@@ -87,6 +87,7 @@ def test_another_tokenizer_is_an_error(
     pretrain_recipe: Path, data_dir: Path, tmp_path: Path, weights: Transformer
 ) -> None:
     source = run_directory(tmp_path / "source", weights, data_dir)
+    (tmp_path / "other").mkdir()
     train_tokenizer(["other words than those", "of the data"] * 200, tmp_path / "other", 300)
     shutil.copyfile(tmp_path / "other" / "tokenizer.model", source / "model" / "tokenizer.model")
     with pytest.raises(InitialModelError, match=r"is not the tokenizer of the model .*kind: file, path: \S+model}"):
