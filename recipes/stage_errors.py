@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import shutil
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from recipes.loader import tell_error
 
 USER_ERROR = 2
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NUMPY_WROTE_LESS = re.compile(r"\d+ requested and \d+ written")  # without an errno
 _REMEDIES = {
     errno.ENOENT: "no such file or directory; correct the path",
     errno.EISDIR: "a directory, expected a file; correct the path",
@@ -52,23 +53,10 @@ def tell_os_error(error: OSError, run_dir: str | Path) -> None:
 def describe_os_error(error: OSError, run_dir: str | Path) -> str:
     """The path, what was found there, and what to do. An error without a path is taken as one of writing `run_dir`."""
     path = error.filename2 or error.filename or run_dir  # of a copy, the second is what was written
-    is_full = error.errno in _NO_ROOM or (error.errno is None and _free_bytes(run_dir) == 0)  # numpy gives no errno
-    if is_full:
-        return (
-            f"{path}: {error.strerror or 'No space left on device'} ({_free_bytes(path) / 2**20:,.1f} MiB free); "
-            "make room, then run the same command again"
-        )
+    if error.errno in _NO_ROOM or _NUMPY_WROTE_LESS.search(str(error)):
+        found = error.strerror or "No space left on device"
+        return f"{path}: {found}; make room, then run the same command again"
     remedy = _REMEDIES.get(error.errno or 0)
     if remedy is None or error.filename is None:
         return f"{path}: {error.strerror or error}"
     return f"{path}: {remedy}"
-
-
-def _free_bytes(path: str | Path) -> int:
-    """Of the file system that holds a path, which need not exist."""
-    for place in (Path(path), *Path(path).parents):
-        try:
-            return shutil.disk_usage(place).free
-        except OSError:
-            continue
-    return 0
