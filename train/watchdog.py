@@ -215,7 +215,7 @@ class Watchdog:
             except RuntimeError:  # the store's host has left before
                 return
 
-    def end(self, code: int, tell: Callable[[], None]) -> int:
+    def end(self, code: int, tell: Callable[[], object]) -> int:
         """Say why this rank ends by itself, unless another has said so; the exit code for all ranks.
 
         Call it inside `with`: a rank that finds this one gone must find that it has told.
