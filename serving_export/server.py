@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
+import logging
 import signal
 import socket
 import sys
@@ -36,6 +38,7 @@ from serving_export.request_body import parse_body, read_body
 
 CHAT_PAGE = Path(__file__).with_name("chat_page.html")
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+_LOG = logging.getLogger(__name__)
 CLIENT_LEFT = 499
 N_THREADS = 4
 SHUTDOWN_SECONDS = 5
@@ -94,6 +97,10 @@ class ChatServer:
             return error_response(error)
         except GenerationFailed as error:
             return error_response(failure(error))
+        except Exception as error:
+            _LOG.exception("a request failed")
+            message = f"the server failed ({type(error).__name__}); its log says why"
+            return error_response(RequestError(message, status=500))
         finally:
             if answer is not None and not is_stream:
                 answer.cancel()
@@ -278,6 +285,10 @@ def main(argv: list[str] | None = None) -> int:
             return 1
         host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
         _announce(console, bundle, engine, f"http://{host}:{bound.getsockname()[1]}")
+        # The loop stands still while garbage is collected, which a body of many small objects makes happen: what is
+        # loaded by now stays, and need not be looked through each time.
+        gc.collect()
+        gc.freeze()
         # uvicorn raises the signal that ended it once more, for these handlers to swallow: a stop is a success
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)

@@ -116,6 +116,7 @@ def turns_problem(url: str, common: dict[str, Any], case: dict[str, Any], n_new_
     """
     messages: list[dict[str, Any]] = []
     before: list[int] = []
+    n_compared = 0
     for number, text in enumerate(case["said"]):
         messages.append({"role": "user", "content": text})
         answer = post(f"{url}/v1/chat/completions", {**common, "messages": messages, "max_tokens": n_new_tokens})
@@ -129,7 +130,8 @@ def turns_problem(url: str, common: dict[str, Any], case: dict[str, Any], n_new_
         again = post(f"{url}/tokenize", {"model": common["model"], "prompt": content, "add_special_tokens": False})
         if choice["finish_reason"] == "stop" and again["tokens"] != choice["token_ids"][:-1]:
             before = prompt
-    return None
+        n_compared += len(before) > len(prompt)
+    return None if n_compared > 1 else "hardly a reply was whole; choose other conversations"
 
 
 def end_problem(choice: dict[str, Any]) -> str | None:

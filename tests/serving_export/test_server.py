@@ -13,6 +13,7 @@ import pytest
 
 from data.dialogue import Message, encode_prompt
 from data.prompt_fit import FittedPrompt, fit_prompt
+from model.generate import sample
 from serving_export.bundle import PAGE_SIZE
 
 NAME = "runs/demo/export"
@@ -201,6 +202,36 @@ def test_bad_bodies(running: Any, raw: bytes) -> None:
     response = running.http.post("/v1/chat/completions", content=raw)
     assert response.status_code == 400
     assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_unforeseen_failure_is_answered_and_counted(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = running.metric('http_requests_total{status="500"}')
+    with monkeypatch.context() as patch:
+        patch.setattr("serving_export.server.dialogue_of", lambda *_: 1 / 0)
+        response = running.http.post("/v1/chat/completions", json={"messages": HELLO})
+    assert response.status_code == 500
+    assert response.json()["error"]["type"] == "server_error"
+    assert "ZeroDivisionError" in response.json()["error"]["message"]
+    assert running.metric('http_requests_total{status="500"}') == before + 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_failed_reply_is_answered_with_its_reason(running: Any, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    def no_numbers(logits_BV: Any, samplings: Any, uniforms: Any) -> Any:
+        for row, sampling in enumerate(samplings):
+            if sampling.top_k == 3:
+                logits_BV[row] = float("nan")
+        return sample(logits_BV, samplings, uniforms)
+
+    body = {"messages": HELLO, "temperature": 0, "max_tokens": 30}
+    expected = running.http.post("/v1/chat/completions", json=body).json()["choices"]
+    with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setattr("serving_export.engine.sample", no_numbers)
+        beside = pool.submit(running.http.post, "/v1/chat/completions", json=body)
+        failed = running.http.post("/v1/chat/completions", json={**body, "top_k": 3, "stream": stream})
+        assert beside.result().json()["choices"] == expected
+    assert "not finite numbers" in failed.text
+    assert (failed.status_code, "[DONE]" in failed.text) == ((200, True) if stream else (500, False))
 
 
 def test_other_routes(running: Any) -> None:
