@@ -22,6 +22,7 @@ class Ledger:
     kept: int = 0
     blank_messages: int = 0  # messages without text, removed from dialogues
     scrubbed: dict[str, int] = field(default_factory=dict)  # values that were replaced, by kind
+    of_characters: dict[str, int] = field(default_factory=dict)  # dialogues of each participant in split.characters
 
     def filter(self, reason: str, count: int = 1) -> None:
         """Count dialogues that were left out for a reason."""
@@ -51,6 +52,8 @@ class Ledger:
             for reason, count in ledger.filtered.items():
                 total.filter(reason, count)
             total.count_scrubbed(ledger.scrubbed)
+            for name, count in ledger.of_characters.items():
+                total.of_characters[name] = total.of_characters.get(name, 0) + count
         return total
 
     def balance(self) -> None:
@@ -73,4 +76,5 @@ class Ledger:
             "kept": self.kept,
             "blank_messages": self.blank_messages,
             "scrubbed": dict(sorted(self.scrubbed.items())),
+            "of_characters": dict(sorted(self.of_characters.items())),
         }

@@ -71,8 +71,9 @@ def stages(recipe: DataRecipe, work: WorkFolder, n_units: int) -> list[Stage]:
     """All stages in order."""
     sources, n = named_sources(recipe.sources), recipe.n_tasks
     settings = ReadSettings(
-        recipe.filters, recipe.scrub, recipe.prompt_template, recipe.seed, recipe.continue_within_seconds
-    )
+        recipe.filters, recipe.scrub, recipe.prompt_template, recipe.seed, recipe.continue_within_seconds,
+        recipe.split.characters,
+    )  # fmt: skip
     near = recipe.near_duplicates
     minhash = minhash_stages(work, texts_read(work), n_units, near, n) if near else []
     select = SelectDialogues(work, list(sources), n_units, recipe.split, recipe.max_bad_fraction, near is not None)

@@ -39,7 +39,11 @@ def print_report(run_dir: Path, manifest: Mapping[str, Any], seconds: float, con
         console.print(f"{ledger.blank_messages:,} messages without text were taken out of dialogues", soft_wrap=True)
     if ledger.scrubbed:
         console.print(f"scrubbed: {ledger.scrubbed_told}", highlight=False, soft_wrap=True)
+    for name, count in ledger.of_characters.items():
+        console.print(f"{name}: a character, in {count:,} dialogues; it links none", highlight=False, soft_wrap=True)
     console.print(side_table(sides))
+    for warning in manifest["warnings"]:
+        console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"{run_dir}: {key_figure(sides)}, {manifest['vocab_size']:,} pieces, training fingerprint "
         f"{sides['train']['fingerprint'][:12]}, {seconds:.1f} s",

@@ -34,6 +34,8 @@ class TimeSplit(Section):
     heldout_from: date
     # Training dialogues of a participant who is also held out are dropped.
     by_participant: bool = True
+    # Ids of participants that are characters, in the sources as they are: they link no dialogues.
+    characters: tuple[str, ...] = ()
 
 
 class FractionSplit(Section):
@@ -43,6 +45,8 @@ class FractionSplit(Section):
     heldout: float = Field(gt=0, lt=1)
     # Dialogues that are linked by a participant go to one side together.
     by_participant: bool = True
+    # Ids of participants that are characters, in the sources as they are: they link no dialogues.
+    characters: tuple[str, ...] = ()
 
 
 SplitRule = Annotated[TimeSplit | FractionSplit, Field(discriminator="kind")]
@@ -117,7 +121,7 @@ def _by_fraction(records: SplitRecords, rule: FractionSplit) -> np.ndarray:
 
 def _linked_heldout(records: SplitRecords, fraction: float) -> np.ndarray:
     """Whole groups of linked dialogues, in the order of a hash, while they fit the fraction of their source."""
-    group = _groups(records)
+    group = groups_of(records)
     n_sources = int(records.source.max(initial=0)) + 1
     room = np.maximum(1, np.round(fraction * np.bincount(records.source, minlength=n_sources))).astype(np.int64)
     # how many dialogues of each source a group has: the pairs (group, source) in order of the groups
@@ -141,7 +145,7 @@ def _linked_heldout(records: SplitRecords, fraction: float) -> np.ndarray:
     return chosen[group]
 
 
-def _groups(records: SplitRecords) -> np.ndarray:
+def groups_of(records: SplitRecords) -> np.ndarray:
     """For each dialogue the number of its group: dialogues are linked by their participants."""
     n = len(records.source)
     people, person = np.unique(records.participants, return_inverse=True)

@@ -62,6 +62,7 @@ class MergeResults(ItemStep):
             "tokenizer_sha256": _sha256(tokenizer),
             "vocab_size": tokenizer.vocab_size,
             "row_length": self.row_length,
+            "warnings": selection.warnings(),
             "records": total.to_dict(),
             "sources": {name: ledger.to_dict() for name, ledger in ledgers.items()},
             **sides,

@@ -48,6 +48,7 @@ class ReadSettings:
     prompt_template: TrainingTemplate | None
     seed: int
     continue_within_seconds: float | None
+    characters: tuple[str, ...]  # participants that link no dialogues
 
 
 class ReadUnits(ItemStep):
@@ -70,11 +71,20 @@ class ReadUnits(ItemStep):
             quarantine = Quarantine(file, unit.source, ledger, self.settings.scrub)
             good = without_bad(unit.read(self.sources[unit.source]), quarantine)
             named = (
-                Dialogue(prefix + d.id, d.messages, d.character, d.participants, d.metadata, unit.source) for d in good
+                Dialogue(prefix + d.id, d.messages, d.character, self._people(d, ledger), d.metadata, unit.source)
+                for d in good
             )
             with _rare_collections():
                 _write(folder, named, quarantine, self.settings)
         write_json(folder / _LEDGER, {"source": unit.source, **ledger.to_dict()})
+
+    def _people(self, dialogue: Dialogue, ledger: Ledger) -> tuple[str, ...]:
+        """The participants but for the characters, which are counted."""
+        if not self.settings.characters:
+            return dialogue.participants
+        for name in {*dialogue.participants} & {*self.settings.characters}:
+            ledger.of_characters[name] = ledger.of_characters.get(name, 0) + 1
+        return tuple(name for name in dialogue.participants if name not in self.settings.characters)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from data.clean import content_key
-from data.dialogue import Dialogue
+from data.dialogue import NARRATOR, Dialogue
 from data.split import time_span
 from data.stable_hash import stable_hash
 
@@ -20,6 +20,7 @@ ROW = np.dtype(
         ("sample_hash", "<u8"),  # the order in which the tokenizer's sample takes them
         ("n_characters", "<i8"),
         ("n_messages", "<i8"),
+        ("n_speakers", "<i4"),  # but for the narrator
         ("text_bytes", "<i8"),  # rendered
         ("line_bytes", "<i8"),
     ]
@@ -52,4 +53,5 @@ def rows_of(dialogues: Sequence[Dialogue], seed: int) -> np.ndarray:
     rows["sample_hash"] = [stable_hash(seed, "tokenizer", dialogue.id) for dialogue in dialogues]
     rows["n_characters"] = [sum(len(message.text) for message in dialogue.messages) for dialogue in dialogues]
     rows["n_messages"] = [len(dialogue.messages) for dialogue in dialogues]
+    rows["n_speakers"] = [len({m.speaker for m in dialogue.messages} - {NARRATOR}) for dialogue in dialogues]
     return rows

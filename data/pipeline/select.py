@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,14 @@ from data.pipeline.item_step import ItemStep
 from data.pipeline.minhash import dropped_rows
 from data.pipeline.read import UnitResults
 from data.pipeline.work_folder import WorkFolder
-from data.split import DROPPED, HELDOUT, TRAIN, FractionSplit, SplitRecords, TimeSplit, split
+from data.split import DROPPED, HELDOUT, TRAIN, FractionSplit, SplitError, SplitRecords, TimeSplit, split
+from data.split_warnings import Measure, is_too_large, side_measures, side_warnings, strongest_link
 
 SELECT = "select"
 SIDES = {"train": TRAIN, "heldout": HELDOUT}
 QUARANTINE_FILE = "quarantine.jsonl"
 _SIDES_FILE, _EDGES_FILE, _LEDGERS_FILE = "sides.npy", "edges.npy", "ledgers.json"
+_WARNINGS_FILE = "warnings.json"
 _LEFT_OUT = -1
 
 
@@ -52,11 +55,12 @@ class SelectDialogues(ItemStep):
         units = [UnitResults(self.work, unit) for unit in range(self.n_units)]
         ledgers, source_of_unit = self._ledgers(units)
         self._check_quarantine(units, ledgers)
+        self._check_characters(Ledger.total(ledgers.values()))
         rows = [unit.column("rows") for unit in units]
         edges = np.cumsum([0, *map(len, rows)])
         source = np.repeat(source_of_unit, np.diff(edges))
         keys = np.concatenate([unit_rows["content_key"] for unit_rows in rows])
-        sides = self._split(units, source_of_unit)
+        sides, warnings = self._split(units, source_of_unit)
         is_duplicate = _repeats(keys)
         is_near = self._near_duplicates(edges) & ~is_duplicate
         is_single = ~is_duplicate & ~is_near
@@ -72,6 +76,7 @@ class SelectDialogues(ItemStep):
             ledger.balance()
         sides[~is_single | is_dropped] = _LEFT_OUT
         _check_sides(sides, Ledger.total(ledgers.values()))
+        write_json(folder / _WARNINGS_FILE, [*warnings, *side_warnings(_measures(units, rows), sides)])
         np.save(folder / _SIDES_FILE, sides)
         np.save(folder / _EDGES_FILE, edges)
         write_json(folder / _LEDGERS_FILE, {name: ledger.to_dict() for name, ledger in ledgers.items()})
@@ -100,14 +105,54 @@ class SelectDialogues(ItemStep):
         kept_as = path.parent.with_name(f"{path.parent.name}.{QUARANTINE_FILE}")
         check_bad_fraction(ledgers, self.max_bad_fraction, path, kept_as)
 
-    def _split(self, units: Sequence[UnitResults], source_of_unit: np.ndarray) -> np.ndarray:
-        """The sides of all rows."""
+    def _check_characters(self, total: Ledger) -> None:
+        if unknown := [name for name in self.rule.characters if name not in total.of_characters]:
+            raise SplitError(
+                f"split.characters: {unknown[0]!r} takes part in no dialogue; expected ids of participants as the "
+                "sources have them"
+            )
+
+    def _split(self, units: Sequence[UnitResults], source_of_unit: np.ndarray) -> tuple[np.ndarray, list[str]]:
+        """The sides of all rows, and what is to be said of who links them."""
         records = [unit.column("records") for unit in units]
         columns = {name: np.concatenate([part[name] for part in records]) for name in records[0].dtype.names or ()}
         is_kept = columns.pop("is_kept")
         source = np.repeat(source_of_unit, [len(part) for part in records])
         participants = np.concatenate([unit.column("participants") for unit in units])
-        return split(SplitRecords(source=source, participants=participants, **columns), self.rule)[is_kept]
+        all_records = SplitRecords(source=source, participants=participants, **columns)
+        link = strongest_link(all_records) if self.rule.by_participant else None
+        told = link.told(_name_of(link.participant, units)) if link and is_too_large(link, self.rule) else ""
+        try:
+            return split(all_records, self.rule)[is_kept], [told] if told else []
+        except SplitError as error:
+            is_undated = isinstance(self.rule, TimeSplit) and bool(np.isnan(all_records.start_time).all())
+            raise SplitError(f"{error}; {told}" if told and not is_undated else str(error)) from None
+
+
+def _name_of(participant: int, units: Sequence[UnitResults]) -> str:
+    """The participant with this hash, as its dialogues name it."""
+    for unit in units:
+        records, participants = unit.column("records"), unit.column("participants")
+        edges = np.append(0, np.cumsum(records["n_participants"], dtype=np.int64))
+        for place in np.flatnonzero(participants == participant):
+            number = int(np.searchsorted(edges, place, "right")) - 1
+            if records["is_kept"][number]:
+                row = int(np.count_nonzero(records["is_kept"][:number]))
+                dialogue = next(islice(unit.read_dialogues(), row, row + 1))
+                return repr(dialogue.participants[place - edges[number]])
+    return "(whose dialogues are all left out)"
+
+
+def _measures(units: Sequence[UnitResults], rows: Sequence[np.ndarray]) -> tuple[Measure, ...]:
+    """What the two sides should have alike, of all rows."""
+    labels = [np.zeros((0, 2), np.int64)]
+    for unit, own in zip(units, rows, strict=True):
+        of_message, number = unit.column("messages")["label"], np.repeat(np.arange(len(own)), own["n_messages"])
+        counts = [np.bincount(number[of_message == label], minlength=len(own)) for label in (1, 0)]
+        labels.append(np.stack(counts, axis=1))
+    stays, leaves = np.concatenate(labels).T
+    known = {name: np.concatenate([own[name] for own in rows]) for name in ("n_speakers", "n_messages", "n_characters")}
+    return side_measures(**known, n_stay=stays, n_leave=leaves)
 
 
 def _repeats(keys: np.ndarray) -> np.ndarray:
@@ -152,6 +197,11 @@ class Selection:
         places = np.flatnonzero(self._sides == SIDES[side])
         unit = np.searchsorted(self._edges, places, "right") - 1
         return unit, places - self._edges[unit]
+
+    def warnings(self) -> list[str]:
+        """What the report says of the split."""
+        told: list[str] = json.loads((self._folder / _WARNINGS_FILE).read_text(encoding="utf-8"))
+        return told
 
     def ledgers(self) -> dict[str, Ledger]:
         """Where the records of each source went."""
