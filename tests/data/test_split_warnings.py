@@ -102,12 +102,14 @@ def test_a_bot_in_all_dialogues_is_named(tmp_path: Path, recipe_file: Path, caps
     printed = capsys.readouterr().out
     assert "warning: participant 'bot-1' takes part in " in printed and "name it in split.characters" in printed
     assert "more than two speakers: 100% held out" in printed
-    characters = ", characters: [{}]"
-    assert main([*common, split.format(0.1, characters.format("bot-9"))]) == 2
+    characters, named = ", characters: [{}]", f"run_dir={tmp_path}/named"
+    assert main([*common, named, split.format(0.1, characters.format("bot-9"))]) == 2
     assert "'bot-9' takes part in no dialogue" in capsys.readouterr().err
-    assert main([*common, f"run_dir={tmp_path}/named", split.format(0.1, characters.format("bot-1"))]) == 0
+    assert main([*common, named, split.format(0.1, characters.format("bot-1"))]) == 0
     printed = capsys.readouterr().out
     assert "warning" not in printed and "bot-1: a character, in " in printed
-    named = [json.loads(line) for line in (tmp_path / "named" / "dialogues" / "heldout.jsonl").read_text().splitlines()]
-    assert not any("bot-1" in dialogue["participants"] for dialogue in named)
-    assert len({len(dialogue["participants"]) for dialogue in named}) == 2, "group chats and chats of two"
+    heldout = [
+        json.loads(line) for line in (tmp_path / "named" / "dialogues" / "heldout.jsonl").read_text().splitlines()
+    ]
+    assert not any("bot-1" in dialogue["participants"] for dialogue in heldout)
+    assert len({len(dialogue["participants"]) for dialogue in heldout}) == 2, "group chats and chats of two"
