@@ -73,7 +73,7 @@ def sampling_probabilities(logits_BV: Tensor, samplings: Sequence[Sampling]) -> 
     A row is NaN when one of its logits is not finite or all its tokens are forbidden. Temperature 0 is the limit: the
     likeliest tokens share the mass.
     """
-    allowed_BV = _allowed(logits_BV, samplings)
+    allowed_BV = _allowed(logits_BV, samplings).double()
     for row, sampling in enumerate(samplings):
         # before the temperature, since a very high one makes different logits equal
         if 0 < sampling.top_k < allowed_BV.shape[1]:
@@ -91,8 +91,8 @@ def sampling_probabilities(logits_BV: Tensor, samplings: Sequence[Sampling]) -> 
 
 
 def _allowed(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """Logits in float64: -inf for a row's forbidden tokens, NaN in all of a row that has a logit that is not finite."""
-    allowed_BV = logits_BV.double().masked_fill(~logits_BV.isfinite().all(-1, keepdim=True), torch.nan)
+    """A copy of the logits: -inf for a row's forbidden tokens, NaN in all of a row with a logit that is not finite."""
+    allowed_BV = logits_BV.masked_fill(~logits_BV.isfinite().all(-1, keepdim=True), torch.nan)
     for row, sampling in enumerate(samplings):
         if sampling.forbidden_ids:
             forbidden = torch.tensor(sampling.forbidden_ids, device=allowed_BV.device)
@@ -123,9 +123,10 @@ def sample(logits_BV: Tensor, samplings: Sequence[Sampling], uniforms: Sequence[
         token_B, is_drawn_B = allowed_BV.argmax(-1), allowed_BV.amax(-1).isfinite()
     else:
         probabilities_BV = sampling_probabilities(logits_BV, samplings)
-        drawn_B = _inverse_cumulative(probabilities_BV, uniforms)
-        token_B = torch.where(is_greedy_B, probabilities_BV.argmax(-1), drawn_B)
-        is_drawn_B = ~probabilities_BV.isnan().any(-1)
+        token_B = _inverse_cumulative(probabilities_BV, uniforms)
+        if bool(is_greedy_B.any()):
+            token_B = torch.where(is_greedy_B, probabilities_BV.argmax(-1), token_B)
+        is_drawn_B = ~probabilities_BV[:, 0].isnan()  # a row is NaN as a whole
     logprob_B = logits_BV.float().log_softmax(-1).gather(1, token_B[:, None])[:, 0]
     return token_B.where(is_drawn_B, NO_TOKEN), logprob_B.where(is_drawn_B, torch.nan)
 
@@ -135,7 +136,7 @@ def _inverse_cumulative(probabilities_BV: Tensor, uniforms: Sequence[float]) -> 
     cumulative_BV = probabilities_BV.cumsum(-1).masked_fill(probabilities_BV == 0, 0)
     uniform_B = torch.tensor(uniforms, dtype=torch.float64, device=probabilities_BV.device)
     above_BV = cumulative_BV > (uniform_B * cumulative_BV.amax(-1))[:, None]
-    return above_BV.int().argmax(-1)
+    return above_BV.byte().argmax(-1)
 
 
 @torch.no_grad()

@@ -26,12 +26,14 @@ class ConversationEncoder:
         self._replies: Recent[tuple[bytes, str], tuple[int, ...]] = Recent(capacity_tokens)
         self._longest_piece = max(len(piece.text.encode()) for piece in tokenizer.pieces())
 
-    def fewest_tokens(self, messages: Sequence[Message]) -> int:
-        """A number of tokens that a prompt of `messages` has at least, told by their sizes alone.
+    def fewest_tokens(self, messages: Sequence[Message], character: str) -> int:
+        """A number of tokens that the prompt for `character`'s reply has at least, told by sizes alone.
 
         A message has `<|message|>`, a name, a space and `<|end|>`; no token holds more bytes than the longest piece.
         """
-        return sum(4 + _n_bytes(message.text) // self._longest_piece for message in messages)
+        longest = self._longest_piece
+        named = sum(4 + _n_bytes(m.speaker) // longest + _n_bytes(m.text) // longest for m in messages)
+        return 3 + _n_bytes(character) // longest + named
 
     def encode_prompt(self, messages: Sequence[Message], character: str, salt: str | None = None) -> list[int]:
         """The ids to generate `character`'s next message from."""

@@ -73,7 +73,7 @@ class Replier:
         if truncate:
             return self._truncated(messages, character, salt, longest_reply)
         room = self.engine.max_length - 1
-        n_fewest = self.encoder.fewest_tokens(messages)
+        n_fewest = self.encoder.fewest_tokens(messages, character)
         if n_fewest > room:
             raise PromptError(
                 f"the conversation has at least {n_fewest:,} tokens; at most {room:,} leave room for a reply"

@@ -113,7 +113,8 @@ def test_body_beyond_the_hard_limit_is_not_read(running: Any) -> None:
     ("messages", "says"),
     [
         ([{"role": "user", "content": "ducks " * 80_000}], "at least"),
-        (MANY * 9_000, "at least 36,000 tokens; at most 255"),
+        (MANY * 9_000, "at least 36,003 tokens; at most 255"),
+        ([{**MANY[0], "name": "duck" * 100_000}], "at least"),
         (MANY * 12_000, "12,000 messages; at most 10,000"),
     ],
 )
@@ -130,9 +131,10 @@ def test_long_prompt_is_refused_unencoded(
 @pytest.mark.parametrize("text", ["", " ", "<|end|>", "Hello there, how are you doing today?", "ß\u2060" * 9, "a" * 70])
 @pytest.mark.parametrize("n_messages", [0, 1, 3])
 def test_fewest_tokens_is_a_lower_bound(tokenizer: DialogueTokenizer, text: str, n_messages: int) -> None:
-    messages = [Message("B", text)] * n_messages
-    fewest = ConversationEncoder(tokenizer).fewest_tokens(messages)
-    assert 4 * n_messages <= fewest <= len(encode_prompt(tokenizer, messages, "Ada"))
+    name = text.replace(":", "").strip() or "B"
+    messages = [Message(name, text)] * n_messages
+    fewest = ConversationEncoder(tokenizer).fewest_tokens(messages, name)
+    assert 3 + 4 * n_messages <= fewest <= len(encode_prompt(tokenizer, messages, name))
 
 
 def test_terminal_has_the_same_bound(
