@@ -12,13 +12,14 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from data.dialogue import NARRATOR, Dialogue
+from data.dialogue import NARRATOR, Dialogue, Message
 from data.language import Languages, other_language
 from data.ledger import Ledger
 from data.quarantine import Quarantine
 from data.repetition import Repetition, repeated
 from data.scrub import Scrub, scrub
 from data.sources.record import LeftOut, Rejected
+from data.visible_text import says_nothing
 from recipes.loader import Section
 
 _N_EXAMPLES = 5  # bad records shown in an error
@@ -81,6 +82,9 @@ def passing(dialogues: Iterable[Dialogue], filters: Filters, ledger: Ledger) -> 
         if reason:
             ledger.filter(reason)
         elif dialogue:
+            replies = [message for message in dialogue.messages if message.speaker == dialogue.character]
+            ledger.replies += len(replies)
+            ledger.timed_replies += sum(message.time is not None for message in replies)
             yield dialogue
 
 
@@ -97,6 +101,16 @@ def check_bad_fraction(ledgers: Mapping[str, Ledger], max_bad_fraction: float, q
                 f"source {source}: {ledger.quarantined:,} of {ledger.read:,} records are bad, more than "
                 f"max_bad_fraction {max_bad_fraction:g}; all are in {keep_as}. The first:{''.join(examples)}"
             )
+
+
+def check_times_for_labels(total: Ledger, continue_within_seconds: float | None) -> None:
+    """Raise CleanError where the setting can say nothing of any reply, as none has a time."""
+    if continue_within_seconds is not None and total.replies and not total.timed_replies:
+        raise CleanError(
+            f"continue_within_seconds: {continue_within_seconds:g} has no effect: none of the {total.replies:,} "
+            "messages of the characters has a time. Give the messages a time, or set continue_within_seconds: null, "
+            "by which any later message of the partner counts"
+        )
 
 
 def without_duplicates(dialogues: Iterable[Dialogue], seen: set[bytes], ledger: Ledger) -> Iterator[Dialogue]:
@@ -120,14 +134,34 @@ def content_key(dialogue: Dialogue) -> bytes:
 
 
 def _without_blanks(dialogue: Dialogue, ledger: Ledger) -> Dialogue | None:
-    """The dialogue without messages that hold white space only; None when its character says nothing else."""
-    messages = tuple([message for message in dialogue.messages if message.text.strip()])
-    if len(messages) == len(dialogue.messages):
+    """The dialogue without messages that say nothing; None when its character says nothing else.
+
+    Who sent one wrote on all the same: where no other message shows when, the reply before has no engagement label.
+    """
+    if not any(says_nothing(message.text) for message in dialogue.messages):
         return dialogue
+    messages: list[Message] = []
+    reply: int | None = None  # the latest of them, where the character wrote it
+    answered_blank: set[int] = set()
+    for message in dialogue.messages:
+        by_character = message.speaker == dialogue.character
+        by_partner = not by_character and message.speaker != NARRATOR
+        if says_nothing(message.text):
+            if by_partner and reply is not None:
+                answered_blank.add(reply)
+            continue
+        if by_character:
+            reply = len(messages)
+        elif by_partner:
+            reply = None
+        messages.append(message)
     ledger.blank_messages += len(dialogue.messages) - len(messages)
     if not any(message.speaker == dialogue.character for message in messages):
         return None
-    return replace(dialogue, messages=messages)
+    for number in answered_blank:
+        if number == reply or messages[number].time is not None:
+            messages[number] = messages[number].without_label()
+    return replace(dialogue, messages=tuple(messages))
 
 
 def _reason_against(dialogue: Dialogue, filters: Filters) -> str | None:

@@ -12,7 +12,7 @@ null says nothing, as if it were absent: Parquet cannot tell the two apart.
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -76,6 +76,10 @@ class Message:
         """Whether the metadata says how the message is supervised."""
         metadata = self.metadata or {}
         return any(metadata.get(key) is not None for key in (LABEL_KEY, TRAINED_KEY))
+
+    def without_label(self) -> "Message":
+        """The same message, with no engagement label unless its metadata gives one."""
+        return replace(self, metadata={LABEL_KEY: None, **(self.metadata or {})})
 
     @property
     def is_trained(self) -> bool:
@@ -241,15 +245,17 @@ def decode_reply(tokenizer: Encoder, ids: Sequence[int]) -> str:
 def continuation_labels(dialogue: Dialogue, within_seconds: float | None = None) -> list[int]:
     """For each message: does the partner write again after it? 1, 0, or -1 where the question is not asked.
 
-    It is asked at the last message of each turn of the character; narrator messages are nobody's turn. With
-    `within_seconds`, a partner who answers later than that counts as gone, and an unknown time leaves -1.
-    A message whose metadata holds an `engagement_label` has that one, whatever follows it.
+    It is asked at the last message of each turn of the character; narrator messages are nobody's turn. That nothing
+    follows the last message means that the partner left: where the source does not know that, the message says so
+    (`without_end_label`). With `within_seconds`, a partner who answers later than that counts as gone, and an unknown
+    time leaves -1, at the last message too. A message whose metadata holds an `engagement_label` has that one, whatever
+    follows it.
     """
     labels = [NO_LABEL] * len(dialogue.messages)
     following: Message | None = None
     for i in range(len(dialogue.messages) - 1, -1, -1):
         message = dialogue.messages[i]
-        if message.speaker == NARRATOR and dialogue.character != NARRATOR:
+        if not _is_turn(dialogue, i):
             continue
         if message.speaker == dialogue.character and (following is None or following.speaker != dialogue.character):
             labels[i] = _continues(message, following, within_seconds)
@@ -260,13 +266,29 @@ def continuation_labels(dialogue: Dialogue, within_seconds: float | None = None)
 
 
 def _continues(message: Message, following: Message | None, within_seconds: float | None) -> int:
+    if within_seconds is None:
+        return int(following is not None)
+    if message.time is None:
+        return NO_LABEL
     if following is None:
         return 0
-    if within_seconds is None:
-        return 1
-    if message.time is None or following.time is None:
-        return NO_LABEL
-    return int(following.time - message.time <= within_seconds)
+    return NO_LABEL if following.time is None else int(following.time - message.time <= within_seconds)
+
+
+def without_end_label(dialogue: Dialogue) -> Dialogue:
+    """The dialogue of a source whose records end for other reasons than that the partner left: no label is inferred at
+    the character's last message where nobody writes after it."""
+    last = next((i for i in range(len(dialogue.messages) - 1, -1, -1) if _is_turn(dialogue, i)), None)
+    if last is None or dialogue.messages[last].speaker != dialogue.character:
+        return dialogue
+    messages = list(dialogue.messages)
+    messages[last] = messages[last].without_label()
+    return replace(dialogue, messages=tuple(messages))
+
+
+def _is_turn(dialogue: Dialogue, number: int) -> bool:
+    """Whether a message is part of somebody's turn, as the narrator's is not unless it is the character."""
+    return dialogue.character == NARRATOR or dialogue.messages[number].speaker != NARRATOR
 
 
 def supervision(dialogue: Dialogue, within_seconds: float | None = None) -> tuple[list[bool], list[int]]:

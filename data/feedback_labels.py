@@ -16,6 +16,8 @@ from data.feedback_conversation import Conversation, Turn
 from data.feedback_event import FeedbackEvent
 from data.feedback_pairs import smallest_hashes
 from data.ledger import Ledger
+from data.preferences import SAYS_NOTHING
+from data.visible_text import says_nothing, visible
 from recipes.loader import Section
 
 Unwanted = Literal["negative", "unlabelled"]
@@ -117,7 +119,7 @@ def other_label(event: FeedbackEvent, number: int, settings: LabelSettings) -> t
     """Of a reply that was shown and not kept."""
     if settings.not_kept_are == "unlabelled":
         return None, "not kept"
-    if event.candidates[number].text == event.candidates[event.kept].text:
+    if visible(event.candidates[number].text) == visible(event.candidates[event.kept].text):
         return None, "the same text as the kept reply"
     seen = event.seen_seconds(number)
     if seen is not None and seen < settings.min_seen_seconds:
@@ -135,8 +137,8 @@ def verdicts(conversation: Conversation, settings: LabelSettings) -> Iterator[Ve
         for number, candidate in enumerate(event.candidates):
             is_kept = number == event.kept
             label: int | None = None
-            if not candidate.text.strip():
-                reason = "a blank text"
+            if says_nothing(candidate.text):
+                reason = SAYS_NOTHING
             elif not is_kept:
                 label, reason = other_label(event, number, settings)
             elif id(turn) not in places:

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 from data.feedback_conversation import Turn
 from data.feedback_event import FeedbackEvent
 from data.ledger import Ledger
-from data.preferences import PreferencePair
+from data.preferences import PreferencePair, reason_against_pair
 from data.stable_hash import stable_hash
 from recipes.loader import Section
 
@@ -195,10 +195,8 @@ def reason_against(comparison: Comparison, same_model: bool) -> str | None:
         return "an earlier reply was edited between the two: not one context"
     if comparison.excluded:
         return comparison.excluded
-    if chosen.text == rejected.text:
-        return "identical texts"
-    if not chosen.text.strip() or not rejected.text.strip():
-        return "a blank text"
+    if reason := reason_against_pair(chosen.text, rejected.text):
+        return reason
     if same_model and None not in (chosen.model, rejected.model) and chosen.model != rejected.model:
         return "different models"
     return None

@@ -20,7 +20,9 @@ class Ledger:
     duplicates: int = 0
     near_duplicates: int = 0
     kept: int = 0
-    blank_messages: int = 0  # messages without text, removed from dialogues
+    blank_messages: int = 0  # messages that say nothing, removed from dialogues
+    replies: int = 0  # messages of the characters, in dialogues that pass the filters
+    timed_replies: int = 0  # of these, those that have a time
     scrubbed: dict[str, int] = field(default_factory=dict)  # values that were replaced, by kind
     of_characters: dict[str, int] = field(default_factory=dict)  # dialogues of each participant in split.characters
 
@@ -49,6 +51,8 @@ class Ledger:
             total.near_duplicates += ledger.near_duplicates
             total.kept += ledger.kept
             total.blank_messages += ledger.blank_messages
+            total.replies += ledger.replies
+            total.timed_replies += ledger.timed_replies
             for reason, count in ledger.filtered.items():
                 total.filter(reason, count)
             total.count_scrubbed(ledger.scrubbed)
@@ -75,6 +79,8 @@ class Ledger:
             "near_duplicates": self.near_duplicates,
             "kept": self.kept,
             "blank_messages": self.blank_messages,
+            "replies": self.replies,
+            "timed_replies": self.timed_replies,
             "scrubbed": dict(sorted(self.scrubbed.items())),
             "of_characters": dict(sorted(self.of_characters.items())),
         }

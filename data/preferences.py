@@ -1,21 +1,32 @@
-"""Preference pairs for DPO: a context and two replies of the character, as JSON lines, and hh-rlhf files as such."""
+"""Preference pairs for DPO: a context and two replies of the character, as JSON lines, and hh-rlhf files as such.
+
+Every reader refuses the same pairs (`reason_against_pair`) and counts them; too many of them are an error.
+"""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from data.atomic_file import atomic_file
 from data.dialogue import DialogueError, Message, check_speaker
 from data.dialogue_json import message_to_record, messages_from_records
+from data.ledger import reasons_told
+from data.quarantine import general_reason
 from data.sources.hh_rlhf import ASSISTANT, parse_transcript, transcript_of
 from data.sources.record import RecordError
 from data.sources.source import parse_object, read_lines
 from data.stable_hash import stable_hash
+from data.visible_text import says_nothing, visible
 
+SAYS_NOTHING = "a reply that says nothing"
+SAME_REPLY = "both replies say the same"
+OTHER_CONTEXT = "the sides differ before the last reply"
+_N_PLACES = 5  # of refused records, shown
 _REQUIRED = ("id", "messages", "character", "chosen", "rejected")
 _OPTIONAL = ("source", "metadata")
 
@@ -42,9 +53,8 @@ class PreferencePair:
             if not isinstance(text, str):
                 raise DialogueError(f"{side} is {type(text).__name__}: expected a string")
             Message(self.character, text)
-        if self.chosen == self.rejected:
-            raise DialogueError(f"pair {self.id!r}: chosen and rejected are the same text")
-
+        if reason := reason_against_pair(self.chosen, self.rejected):
+            raise DialogueError(reason)
 
     @property
     def group(self) -> str:
@@ -56,15 +66,38 @@ class PreferencePair:
         return f"context {stable_hash(*texts)}"
 
 
-@dataclass(frozen=True, slots=True)
-class HhRlhfPairs:
-    """The usable pairs of an hh-rlhf file, and how many records are not."""
+@dataclass(slots=True)
+class PairFile:
+    """The usable pairs of a file, the number of its records, and those that were refused: their number by reason, and
+    where the first of them stand."""
 
-    pairs: list[PreferencePair]
-    n_records: int
-    n_identical: int
-    n_context_differs: int  # the sides differ before the last reply
-    n_empty_reply: int
+    path: Path
+    pairs: list[PreferencePair] = field(default_factory=list)
+    n_records: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    first_refused: list[str] = field(default_factory=list)
+
+    def refuse(self, line: int, reason: str) -> None:
+        """Count a record; reasons that differ in the values they name are one."""
+        self.refused[general_reason(reason)] += 1
+        if len(self.first_refused) < _N_PLACES:
+            self.first_refused.append(f"{self.path}:{line}: {reason}")
+
+    @property
+    def told(self) -> str:
+        """The counts and the first places, for people."""
+        told = f"{self.path}: {len(self.pairs):,} pairs of {self.n_records:,} records"
+        if not self.refused:
+            return told
+        places = "".join(f"\n  {place}" for place in self.first_refused)
+        return f"{told}; left out: {reasons_told(self.refused)}. The first:{places}"
+
+
+def reason_against_pair(chosen: str, rejected: str) -> str | None:
+    """Why two replies teach no preference: one says nothing, or what can be seen of them is the same."""
+    if says_nothing(chosen) or says_nothing(rejected):
+        return SAYS_NOTHING
+    return SAME_REPLY if visible(chosen) == visible(rejected) else None
 
 
 def pair_to_json(pair: PreferencePair) -> str:
@@ -89,7 +122,7 @@ def write_pairs(path: Path | str, pairs: Iterable[PreferencePair]) -> None:
 
 
 def read_pairs(path: Path | str) -> list[PreferencePair]:
-    """The pairs of a JSONL file (.gz too). Raises PreferenceError naming file and line, SourceError for the file."""
+    """The pairs of a file that `write_pairs` wrote. Raises PreferenceError naming file and line, or SourceError."""
     pairs = []
     for number, line in read_lines(Path(path)):
         try:
@@ -99,8 +132,41 @@ def read_pairs(path: Path | str) -> list[PreferencePair]:
     return pairs
 
 
-def pair_from_record(record: dict[str, Any]) -> PreferencePair:
-    """The pair of a line's object. Raises RecordError or DialogueError saying why it is none."""
+def read_pair_file(path: Path | str, file_format: Literal["jsonl", "hh_rlhf"], max_refused_fraction: float) -> PairFile:
+    """The usable pairs of a file of records (.gz too).
+
+    Raises PreferenceError where it has none, or where more records than the fraction are no usable pair, with their
+    reasons and the first places; SourceError where the file cannot be read.
+    """
+    found = PairFile(Path(path))
+    make = pair_from_record if file_format == "jsonl" else pair_from_transcripts
+    for number, line in read_lines(found.path):
+        found.n_records += 1
+        try:
+            found.pairs.append(make(parse_object(line), f"{found.path.name}:{number}"))
+        except (RecordError, DialogueError) as error:
+            found.refuse(number, str(error))
+    n_refused = found.n_records - len(found.pairs)
+    if not found.pairs:
+        raise PreferenceError(f"no usable pair. {found.told}" if n_refused else f"{path}: no records, expected pairs")
+    if n_refused > max_refused_fraction * found.n_records:
+        raise PreferenceError(
+            f"{n_refused / found.n_records:.1%} of the records are left out, more than max_bad_fraction "
+            f"{max_refused_fraction:g}; mend them, or raise it. {found.told}"
+        )
+    return found
+
+
+def pair_from_transcripts(record: dict[str, Any], identity: str) -> PreferencePair:
+    """The pair of an hh-rlhf record. Raises RecordError or DialogueError saying why it is none."""
+    chosen, rejected = (parse_transcript(transcript_of(record, side)) for side in ("chosen", "rejected"))
+    if chosen[:-1] != rejected[:-1] or {chosen[-1].speaker, rejected[-1].speaker} != {ASSISTANT}:
+        raise RecordError(SAME_REPLY if chosen == rejected else OTHER_CONTEXT)
+    return PreferencePair(identity, chosen[:-1], ASSISTANT, chosen[-1].text, rejected[-1].text, source="hh_rlhf")
+
+
+def pair_from_record(record: dict[str, Any], place: str = "") -> PreferencePair:
+    """The pair of a line's object, whose id is its own. Raises RecordError or DialogueError saying why it is none."""
     missing = [key for key in _REQUIRED if key not in record]
     unknown = sorted(set(record) - set(_REQUIRED) - set(_OPTIONAL))
     if missing or unknown:
@@ -125,32 +191,3 @@ def hold_out(groups: Sequence[str], fraction: float, seed: int) -> tuple[list[in
         fits = len(of_group[number]) <= room - len(heldout)
         (heldout if fits else rest).extend(of_group[number])
     return heldout, rest
-
-
-def load_hh_rlhf(path: Path | str) -> HhRlhfPairs:
-    """Read an hh-rlhf file, leaving out records whose sides are identical, part before the last reply, or are empty.
-
-    Raises PreferenceError naming file and line where a record is not two transcripts.
-    """
-    path = Path(path)
-    pairs: list[PreferencePair] = []
-    n_records = n_identical = n_context_differs = n_empty_reply = 0
-    for number, line in read_lines(path):
-        n_records += 1
-        try:
-            record = parse_object(line)
-            chosen, rejected = (parse_transcript(transcript_of(record, side)) for side in ("chosen", "rejected"))
-        except (RecordError, DialogueError) as error:
-            raise PreferenceError(f"{path}:{number}: {error}") from None
-        if chosen == rejected:
-            n_identical += 1
-        elif chosen[:-1] != rejected[:-1] or {chosen[-1].speaker, rejected[-1].speaker} != {ASSISTANT}:
-            n_context_differs += 1
-        elif not chosen[-1].text or not rejected[-1].text:
-            n_empty_reply += 1
-        else:
-            identity = f"{path.name}:{number}"
-            pairs.append(
-                PreferencePair(identity, chosen[:-1], ASSISTANT, chosen[-1].text, rejected[-1].text, source="hh_rlhf")
-            )
-    return HhRlhfPairs(pairs, n_records, n_identical, n_context_differs, n_empty_reply)

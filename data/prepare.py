@@ -76,7 +76,10 @@ def stages(recipe: DataRecipe, work: WorkFolder, n_units: int) -> list[Stage]:
     )  # fmt: skip
     near = recipe.near_duplicates
     minhash = minhash_stages(work, texts_read(work), n_units, near, n) if near else []
-    select = SelectDialogues(work, list(sources), n_units, recipe.split, recipe.max_bad_fraction, near is not None)
+    select = SelectDialogues(
+        work, list(sources), n_units, recipe.split, recipe.max_bad_fraction, near is not None,
+        recipe.continue_within_seconds,
+    )  # fmt: skip
     row_length, rows_per_shard = recipe.row_length, recipe.rows_per_shard
     shared_out = (
         ReadUnits(work, sources, settings),

@@ -36,7 +36,9 @@ def print_report(run_dir: Path, manifest: Mapping[str, Any], seconds: float, con
         console.print(_source_table(ledgers, sides))
     console.print(_record_table(ledger))
     if ledger.blank_messages:
-        console.print(f"{ledger.blank_messages:,} messages without text were taken out of dialogues", soft_wrap=True)
+        console.print(
+            f"{ledger.blank_messages:,} messages that say nothing were taken out of dialogues", soft_wrap=True
+        )
     if ledger.scrubbed:
         console.print(f"scrubbed: {ledger.scrubbed_told}", highlight=False, soft_wrap=True)
     for name, count in ledger.of_characters.items():

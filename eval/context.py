@@ -12,6 +12,7 @@ from data.message_encoder import MessageEncoder
 from data.prompt_fit import fit_prompt
 from data.sources.record import LeftOut
 from data.tokenizer import DialogueTokenizer
+from data.visible_text import says_nothing
 from model.generate import Sampling, generate
 from model.transformer import Transformer
 
@@ -85,7 +86,7 @@ def _reply_places(dialogue: Dialogue, min_messages: int) -> list[int]:
         if messages[i].speaker == dialogue.character
         and messages[i].is_trained
         and messages[i - 1].speaker not in (dialogue.character, NARRATOR)
-        and messages[i].text.strip()
+        and not says_nothing(messages[i].text)
     ]
 
 

@@ -15,6 +15,7 @@ from pydantic import Field, PositiveInt
 
 from data.dialogue import NARRATOR, Dialogue, Message, encode_message, encode_prompt, message_body, speaker_prefix
 from data.tokenizer import DialogueTokenizer
+from data.visible_text import says_nothing
 from eval.recall_fact import FACT_KINDS, FactKind, Wording
 from eval.scoring import OnProgress, next_token_logprobs, reply_logprobs, silent
 from eval.statistics import Bootstrap
@@ -137,7 +138,7 @@ class _Filler:
         for number, dialogue in enumerate(dialogues, start=1):
             names = dict(zip(_speakers(dialogue), self.speakers, strict=True))
             for message in dialogue.messages:
-                if message.speaker != NARRATOR and message.text.strip():
+                if message.speaker != NARRATOR and not says_nothing(message.text):
                     yield Message(names[message.speaker], message.text), number
 
     def words(self) -> set[str]:

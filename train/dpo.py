@@ -21,7 +21,7 @@ from torch import Tensor
 from data.dialogue import encode_reply
 from data.ledger import reasons_told
 from data.message_encoder import MessageEncoder
-from data.preferences import PreferencePair, hold_out, load_hh_rlhf, read_pairs
+from data.preferences import PreferencePair, hold_out, read_pair_file
 from data.prompt_fit import fit_prompt
 from data.sources.record import LeftOut
 from data.tokenizer import DialogueTokenizer
@@ -46,6 +46,9 @@ class FilePairs(Section):
     path: str
     format: Literal["jsonl", "hh_rlhf"] = "jsonl"
     max_pairs: PositiveInt | None = None
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """More records than this that are no pair to learn from (malformed, a side that says nothing, both sides alike) are
+    an error; fewer are left out and counted."""
 
 
 Pairs = Annotated[OnPolicyPairs | FilePairs, Field(discriminator="kind")]
@@ -220,22 +223,12 @@ def collect_pairs(
             folder = Path(recipe.run_dir) / "pairs" / str(number)
             pairs += sample_pairs(source, policy, Path(recipe.data), tokenizer, recipe.seed, folder, world, console)
         else:
-            read = _read_file(source, console)[: source.max_pairs]
-            pairs += read
-            console.print(f"{len(read)} pairs from {source.path}", highlight=False)
+            found = read_pair_file(source.path, source.format, source.max_bad_fraction)
+            console.print(found.told, highlight=False, markup=False, soft_wrap=True)
+            if source.max_pairs is not None and source.max_pairs < len(found.pairs):
+                console.print(f"the first {source.max_pairs:,} of them are used (max_pairs)", highlight=False)
+            pairs += found.pairs[: source.max_pairs]
     return pairs
-
-
-def _read_file(source: FilePairs, console: Console) -> list[PreferencePair]:
-    if source.format == "jsonl":
-        return read_pairs(source.path)
-    found = load_hh_rlhf(source.path)
-    console.print(
-        f"{source.path}: {found.n_records} records; left out: {found.n_identical} with identical sides, "
-        f"{found.n_context_differs} that differ before the last reply, {found.n_empty_reply} with an empty reply",
-        highlight=False,
-    )
-    return found.pairs
 
 
 def prepare(recipe: DPORecipe, world: World, console: Console) -> Job:

@@ -11,7 +11,7 @@ import numpy as np
 
 from data.atomic_file import write_json
 from data.clean import Filters, passing, scrubbed, without_bad
-from data.dialogue import Dialogue
+from data.dialogue import Dialogue, without_end_label
 from data.dialogue_json import from_json, to_json
 from data.ledger import Ledger
 from data.pipeline.item_step import ItemStep
@@ -70,6 +70,8 @@ class ReadUnits(ItemStep):
         with open(folder / _QUARANTINE, "w", encoding="utf-8", newline="\n") as file:
             quarantine = Quarantine(file, unit.source, ledger, self.settings.scrub)
             good = without_bad(unit.read(self.sources[unit.source]), quarantine)
+            if not self.sources[unit.source].end_means_partner_left:
+                good = map(without_end_label, good)
             named = (
                 Dialogue(prefix + d.id, d.messages, d.character, self._people(d, ledger), d.metadata, unit.source)
                 for d in good

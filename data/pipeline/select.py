@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data.atomic_file import atomic_file, write_json
-from data.clean import CleanError, check_bad_fraction
+from data.clean import CleanError, check_bad_fraction, check_times_for_labels
 from data.ledger import Ledger
 from data.pipeline.item_step import ItemStep
 from data.pipeline.minhash import dropped_rows
@@ -43,10 +43,12 @@ class SelectDialogues(ItemStep):
         rule: TimeSplit | FractionSplit,
         max_bad_fraction: float,
         drops_near_duplicates: bool,
+        continue_within_seconds: float | None,
     ) -> None:
         super().__init__(work)
         self.source_names, self.n_units = tuple(source_names), n_units
         self.rule, self.max_bad_fraction, self.drops_near_duplicates = rule, max_bad_fraction, drops_near_duplicates
+        self.continue_within_seconds = continue_within_seconds
 
     def n_items(self) -> int:
         return 1
@@ -75,7 +77,9 @@ class SelectDialogues(ItemStep):
             ledger.kept = int(np.count_nonzero(is_single & ~is_dropped & of_source))
             ledger.balance()
         sides[~is_single | is_dropped] = _LEFT_OUT
-        _check_sides(sides, Ledger.total(ledgers.values()))
+        total = Ledger.total(ledgers.values())
+        _check_sides(sides, total)
+        check_times_for_labels(total, self.continue_within_seconds)
         write_json(folder / _WARNINGS_FILE, [*warnings, *side_warnings(_measures(units, rows), sides)])
         np.save(folder / _SIDES_FILE, sides)
         np.save(folder / _EDGES_FILE, edges)

@@ -24,6 +24,13 @@ class ChatJsonlFormat(JsonFormat):
     # The character of records that name none: this speaker; null takes the assistant where messages have roles, and
     # else one of the speakers by a hash of the id.
     character: str | None = None
+    # Whether a dialogue ends because the partner wrote no more. false, for excerpts and logs that are cut off: then the
+    # last reply has no engagement label.
+    ends_when_partner_leaves: bool = True
+
+    @property
+    def end_means_partner_left(self) -> bool:
+        return self.ends_when_partner_leaves
 
     def dialogue(self, place: str, record: dict[str, Any]) -> Dialogue:
         if "id" not in record and "conversation_id" not in record:

@@ -29,6 +29,10 @@ class ChitchatSource(RecordSource):
     names: Literal["first_names", "ids"] = "first_names"
     topic_as_scene: bool = True  # the topic shown to the two becomes a first message by the narrator
 
+    @property
+    def end_means_partner_left(self) -> bool:
+        return True  # people talked as long as they liked
+
     def files(self) -> list[Path]:
         if self.path is not None:
             if not Path(self.path).is_file():

@@ -85,6 +85,10 @@ class DatasetsSource(JsonSource):
         else:
             yield from super().read_file(path, part, n_parts)
 
+    @property
+    def end_means_partner_left(self) -> bool:
+        return self.format.end_means_partner_left
+
     def dialogue(self, place: str, record: dict[str, Any]) -> Dialogue | LeftOut:
         record["id"] = self._identity(place, record)
         return self.format.dialogue(place, record)

@@ -23,6 +23,11 @@ class JsonFormat(Section, ABC):
 
     kind: str  # a subclass narrows it to its one name
 
+    @property
+    def end_means_partner_left(self) -> bool:
+        """As DialogueSource's, of records of this format."""
+        return False
+
     @abstractmethod
     def dialogue(self, place: str, record: dict[str, Any]) -> Dialogue | LeftOut:
         """The dialogue of a record, which may be taken apart. `place` serves as its id where it has none: the file, and

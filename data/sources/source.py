@@ -25,6 +25,12 @@ class DialogueSource(Section, ABC):
 
     kind: str  # a subclass narrows it to its one name
 
+    @property
+    def end_means_partner_left(self) -> bool:
+        """Whether a dialogue ends because the partner wrote no more, which labels the last reply (engagement). Not so
+        where a record ends by construction: in a reply that was judged, at a task's end, at the end of an excerpt."""
+        return False
+
     @abstractmethod
     def files(self) -> list[Path]:
         """What `read_file` takes, in order. Raises SourceError when a file is missing."""

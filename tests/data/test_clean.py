@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from data.clean import CleanError, Filters, check_bad_fraction, passing, scrubbed, without_bad, without_duplicates
-from data.dialogue import NARRATOR, Dialogue, Message
+from data.dialogue import NARRATOR, Dialogue, Message, continuation_labels
 from data.language import Languages
 from data.ledger import Ledger
 from data.quarantine import Quarantine
@@ -80,6 +80,20 @@ def test_filters_and_reasons() -> None:
         "nothing said": 1,
     }
     assert ledger.blank_messages == 2
+
+
+def test_messages_that_say_nothing_go_but_whoever_sent_one_has_not_left() -> None:
+    def labels(*turns: tuple[str, str, float | None], within: float | None = None) -> list[int]:
+        dialogue = Dialogue("d", tuple(Message(*turn) for turn in turns), "A")
+        (kept,) = passing([dialogue], Filters(min_messages=1, min_speakers=1), Ledger())
+        return continuation_labels(kept, within)
+
+    assert labels(("B", "hi", None), ("A", "x", None)) == [-1, 0]
+    assert labels(("B", "hi", None), ("A", "x", None), ("B", "\u200b", None)) == [-1, -1]
+    assert labels(("A", "x", None), ("A", " ", None), ("narrator", "n", None), ("B", "\u2800", None)) == [-1, -1]
+    assert labels(("B", "hi", None), ("A", "x", None), ("A", "\ufeff", None)) == [-1, 0]
+    assert labels(("A", "x", None), ("B", " ", None), ("B", "y", None)) == [1, -1]
+    assert labels(("A", "x", 0), ("B", " ", 5), ("B", "y", 99), within=10) == [-1, -1], "not gone: it wrote at 5"
 
 
 def test_limits_of_length_language_and_repetition() -> None:

@@ -1,5 +1,6 @@
 """The dialogue format: escaping, tokens and masks, continuation labels, JSON lines."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from data.dialogue import (
     CONTROL_SURFACES,
+    LABEL_KEY,
     Dialogue,
     DialogueError,
     Message,
@@ -21,6 +23,7 @@ from data.dialogue import (
     encode_reply,
     escape,
     unescape,
+    without_end_label,
 )
 from data.dialogue_json import from_json, read_dialogues, to_json, write_dialogues
 from data.tokenizer import DialogueTokenizer
@@ -126,13 +129,31 @@ def talk(*lines: tuple[str, float | None]) -> Dialogue:
         (talk(("A", 0), ("B", 11)), 10, [0, -1]),
         (talk(("A", 0), ("B", 11)), None, [1, -1]),
         (talk(("A", None), ("B", 11)), 10, [-1, -1]),
-        (talk(("A", None)), 10, [0]),
+        (talk(("A", None)), 10, [-1]),
+        (talk(("A", None)), None, [0]),
+        (talk(("A", 0)), 10, [0]),
         (talk(("B", 0), ("A", 1), ("narrator", 2), ("A", 3), ("narrator", 4), ("B", 5)), 10, [-1, -1, -1, 1, -1, -1]),
         (talk(("A", 0), ("C", 1), ("B", 2), ("A", 3)), 10, [1, -1, -1, 0]),
     ],
 )
 def test_continuation_labels(dialogue: Dialogue, within: float | None, expected: list[int]) -> None:
     assert continuation_labels(dialogue, within) == expected
+
+
+@pytest.mark.parametrize("within", [None, 10])
+def test_where_the_end_is_no_evidence_the_last_reply_has_no_label(within: float | None) -> None:
+    ended = talk(("A", 0), ("B", 5), ("A", 9), ("narrator", 9))
+    assert continuation_labels(ended, within) == [1, -1, 0, -1]
+    assert continuation_labels(without_end_label(ended), within) == [1, -1, -1, -1]
+    answered = talk(("A", 0), ("B", 5))
+    assert without_end_label(answered) == answered
+    given = replace(ended, messages=(*ended.messages[:2], Message("A", "x", 9, {LABEL_KEY: 0, "rating": 3})))
+    assert continuation_labels(without_end_label(given), within) == [1, -1, 0]
+    rated = replace(ended, messages=(*ended.messages[:2], Message("A", "x", 9, {"rating": 3})))
+    last = without_end_label(rated).messages[-1]
+    assert last.metadata == {"rating": 3, LABEL_KEY: None} and last.is_trained
+    told = Dialogue("d", (Message("B", "x"), Message("narrator", "x")), "narrator")
+    assert continuation_labels(told, None) == [-1, 0] and continuation_labels(without_end_label(told)) == [-1, -1]
 
 
 def supervised(*lines: tuple[str, dict[str, Any] | None]) -> Dialogue:

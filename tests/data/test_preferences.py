@@ -2,7 +2,9 @@
 
 import gzip
 import json
+from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -10,12 +12,16 @@ from hypothesis import strategies as st
 
 from data.dialogue import DialogueError, Message
 from data.preferences import (
+    OTHER_CONTEXT,
+    SAME_REPLY,
+    SAYS_NOTHING,
     PreferenceError,
     PreferencePair,
     hold_out,
-    load_hh_rlhf,
     pair_to_json,
+    read_pair_file,
     read_pairs,
+    reason_against_pair,
     write_pairs,
 )
 from data.sources.record import SourceError
@@ -28,8 +34,8 @@ PAIR = PreferencePair(
 @settings(max_examples=40)
 @given(chosen=st.text(max_size=9), rejected=st.text(max_size=9))
 def test_round_trip(tmp_path_factory: pytest.TempPathFactory, chosen: str, rejected: str) -> None:
-    if chosen == rejected:
-        with pytest.raises(DialogueError, match="same text"):
+    if reason := reason_against_pair(chosen, rejected):
+        with pytest.raises(DialogueError, match=reason):
             PreferencePair("p", (), "Bob", chosen, rejected)
         return
     pair = PreferencePair("p", PAIR.messages, "Bob", chosen, rejected, "s", {"x": [1]})
@@ -42,7 +48,9 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, chosen: str, rejec
     ("change", "reason"),
     [
         ({"chosen": None}, "chosen is NoneType"),
-        ({"chosen": "bad"}, "same text"),
+        ({"chosen": "bad"}, "both replies say the same"),
+        ({"chosen": "b ad\u200b"}, "both replies say the same"),
+        ({"rejected": "\u3164"}, "says nothing"),
         ({"character": "a:b"}, "contains ':'"),
         ({"messages": [{"text": "x"}]}, "message 0"),
         ({"extra": 1}, "unknown key 'extra'"),
@@ -81,20 +89,53 @@ def test_hh_rlhf_counts_what_it_leaves_out(tmp_path: Path) -> None:
     path.write_bytes(
         gzip.compress("".join(json.dumps({"chosen": c, "rejected": r}) + "\n" for c, r in records).encode())
     )
-    loaded = load_hh_rlhf(path)
-    assert (loaded.n_records, loaded.n_identical, loaded.n_context_differs, loaded.n_empty_reply) == (6, 1, 2, 1)
+    loaded = read_pair_file(path, "hh_rlhf", max_refused_fraction=0.7)
+    assert (loaded.n_records, loaded.refused) == (6, {SAME_REPLY: 1, OTHER_CONTEXT: 2, SAYS_NOTHING: 1})
     first, last = loaded.pairs
     assert first.messages == (Message("Human", "q"), Message("Assistant", "a"), Message("Human", "q2"))
     assert (first.id, first.character, first.chosen, first.rejected) == ("hh.jsonl.gz:1", "Assistant", "yes", "no")
     assert last.messages == (Message("Human", "q: Human: x\nline"),)
 
 
-def test_hh_rlhf_errors_name_the_line(tmp_path: Path) -> None:
-    path = tmp_path / "hh.jsonl"
-    for text, reason in [('{"chosen": "\\n\\nHuman: x"}', "rejected is NoneType"), ('{"chosen": "x"}', "begins with")]:
-        path.write_text(text + "\n")
-        with pytest.raises(PreferenceError, match=rf"hh\.jsonl:1: .*{reason}"):
-            load_hh_rlhf(path)
+REPLIES = st.text("ab \n\u200b\u3164\ufe0fe\u0301é", max_size=4)
+
+
+@settings(max_examples=40)
+@given(sides=st.lists(st.tuples(REPLIES, REPLIES), min_size=1, max_size=8))
+def test_all_readers_refuse_the_same_pairs(
+    tmp_path_factory: pytest.TempPathFactory, sides: list[tuple[str, str]]
+) -> None:
+    folder = tmp_path_factory.mktemp("pairs")
+    ours, transcripts = folder / "pairs.jsonl", folder / "hh.jsonl"
+    good = ("yes", "no")
+    records = [json.loads(pair_to_json(PAIR)) | {"chosen": c, "rejected": r} for c, r in [good, *sides]]
+    ours.write_text("".join(json.dumps(record) + "\n" for record in records))
+    texts = [{"chosen": transcript("q", c), "rejected": transcript("q", r)} for c, r in [good, *sides]]
+    transcripts.write_text("".join(json.dumps(record) + "\n" for record in texts))
+    one, other = read_pair_file(ours, "jsonl", 1.0), read_pair_file(transcripts, "hh_rlhf", 1.0)
+    assert one.refused == other.refused == Counter(filter(None, (reason_against_pair(*pair) for pair in sides)))
+    assert [(p.chosen.strip(), p.rejected.strip()) for p in one.pairs] == [(p.chosen, p.rejected) for p in other.pairs]
+
+
+@pytest.mark.parametrize("file_format", ["jsonl", "hh_rlhf"])
+def test_too_many_refused_records_are_an_error_with_counts_and_places(
+    tmp_path: Path, file_format: Literal["jsonl", "hh_rlhf"]
+) -> None:
+    path = tmp_path / "pairs.jsonl"
+    transcripts = json.dumps({"chosen": transcript("q", "a"), "rejected": transcript("q", "b")})
+    good = pair_to_json(PAIR) if file_format == "jsonl" else transcripts
+    path.write_text("\n".join([good, "{", *([good] * 8)]))
+    found = read_pair_file(path, file_format, 0.1)
+    assert len(found.pairs) == 9 and sum(found.refused.values()) == 1
+    assert f"{path}:2: " in found.told
+    with pytest.raises(PreferenceError, match=rf"(?s)10\.0% of the records.*max_bad_fraction 0\.05.*{path}:2: "):
+        read_pair_file(path, file_format, 0.05)
+    path.write_text("{}\n")
+    with pytest.raises(PreferenceError, match=r"no usable pair.*0 pairs of 1 records"):
+        read_pair_file(path, file_format, 1.0)
+    path.write_text("")
+    with pytest.raises(PreferenceError, match="no records"):
+        read_pair_file(path, file_format, 1.0)
 
 
 @given(sizes=st.lists(st.integers(1, 6), max_size=20), fraction=st.floats(0.05, 0.9), seed=st.integers(0, 99))

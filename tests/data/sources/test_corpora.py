@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data.dialogue import NARRATOR, Dialogue
-from data.preferences import load_hh_rlhf
+from data.preferences import OTHER_CONTEXT, SAME_REPLY, SAYS_NOTHING, read_pair_file
 from data.sources.record import LeftOut, Rejected
 from data.sources.registry import SOURCES
 
@@ -46,7 +46,8 @@ def test_everybody_of_the_meetings_keeps_a_name() -> None:
 
 
 def test_unusable_preference_pairs() -> None:
-    read = [load_hh_rlhf(path) for path in sorted((FOLDER / "hh_rlhf").glob("*.jsonl.gz"))]
+    paths = sorted((FOLDER / "hh_rlhf").glob("*.jsonl.gz"))
+    read = [read_pair_file(path, "hh_rlhf", max_refused_fraction=0.02) for path in paths]
+    refused = sum((file.refused for file in read), Counter())
     assert sum(file.n_records for file in read) == 5_042
-    assert sum(file.n_identical for file in read) == 34
-    assert sum(file.n_context_differs for file in read) == 5
+    assert refused == {SAME_REPLY: 34, OTHER_CONTEXT: 5, SAYS_NOTHING: 5}
