@@ -79,7 +79,10 @@ class Message:
 
     def without_label(self) -> "Message":
         """The same message, with no engagement label unless its metadata gives one."""
-        return replace(self, metadata={LABEL_KEY: None, **(self.metadata or {})})
+        metadata = self.metadata or {}
+        if metadata.get(LABEL_KEY) is not None:
+            return self
+        return replace(self, metadata={**metadata, LABEL_KEY: NO_LABEL})
 
     @property
     def is_trained(self) -> bool:

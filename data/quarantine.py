@@ -1,6 +1,5 @@
 """Where bad records go, and how what is written of them is kept free of personal data where the recipe scrubs."""
 
-import json
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -9,6 +8,7 @@ from typing import IO
 from data.ledger import Ledger
 from data.scrub import Scrub, scrub_id, scrub_text
 from data.sources.record import Rejected, beginning
+from recipes.json_text import json_text
 
 NOT_SHOWN = "(not shown: scrub.ids)"
 _SHOWN = len(beginning("." * 10_000))  # characters of a record; the end of a longer one is cut off
@@ -38,7 +38,7 @@ class Quarantine:
         if self.rule:
             record, counts = scrub_rejected(record, self.rule)
             self.ledger.count_scrubbed({f"{kind} in quarantine": count for kind, count in counts.items()})
-        self.file.write(json.dumps({"source": self.source, **asdict(record)}, ensure_ascii=False) + "\n")
+        self.file.write(json_text({"source": self.source, **asdict(record)}) + "\n")
 
 
 def general_reason(reason: str) -> str:

@@ -3,7 +3,6 @@
 Writes table.md, report.json and plots/ into the recipe's run_dir.
 """
 
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from eval.statistics import Bootstrap
 from eval.workspace import EvalError, check_finished, heldout_contexts, print_inputs
 from model.transformer import Transformer
 from model.weights import load_model
+from recipes.json_text import json_text
 from recipes.loader import dump_recipe, parse_command_line
 from recipes.run_directory import RunState, finish_run, prepare_run_directory, read_done, write_atomically
 from recipes.stage_errors import run_told
@@ -191,7 +191,7 @@ def evaluate(space: Ablation, console: Console) -> dict[str, Any]:
 def write_outputs(run_dir: Path, report: dict[str, Any]) -> None:
     """Write plots/*.png, report.json and table.md; `report` as plain JSON values."""
     draw_ablation(report, run_dir / "plots")
-    write_atomically(run_dir / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(run_dir / "report.json", json_text(report, indent=1) + "\n")
     write_atomically(run_dir / "table.md", render_table(report))
 
 

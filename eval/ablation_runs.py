@@ -18,6 +18,7 @@ from eval.training_curve import METRICS, Spikes, SpikeSection, spikes_of_run
 from eval.workspace import BootstrapSection, ContextSection, EvalError, check_finished, check_tokenizer
 from model.config import ModelConfig
 from model.weights import load_config
+from recipes.json_text import NOT_FINITE
 from recipes.loader import Section, read_document
 from recipes.run_directory import digest_inputs, read_done
 
@@ -132,14 +133,14 @@ def _data_of(path: str) -> str | None:
 
 def _read_run(path: str, spikes: SpikeSection) -> TrainedRun:
     done, recipe = read_done(path) or {}, read_document(Path(path) / "recipe.yaml").data
-    loss = done.get("figures", {}).get("heldout_loss")
-    if not isinstance(loss, float):
+    figures = done.get("figures", {})
+    loss = figures.get("heldout_loss")
+    if not isinstance(loss, float) and "heldout_loss" not in figures.get(NOT_FINITE, {}):
         raise EvalError(
             f"{path}/done.json: figures.heldout_loss is {loss!r}, expected a number; was this a pretrain run?"
         )
     found = spikes_of_run(Path(path) / METRICS, spikes)
-    finite = loss if np.isfinite(loss) else None
-    return TrainedRun(path, float(recipe["optimizer"]["lr"]), finite, found, int(recipe["evaluation_rows"]))
+    return TrainedRun(path, float(recipe["optimizer"]["lr"]), loss, found, int(recipe["evaluation_rows"]))
 
 
 def unseen_rows(arms: Sequence[Arm], n_rows: int, wanted: int) -> IntArray:

@@ -1,7 +1,6 @@
 """report.json for machines and report.html for people: one file that opens from disk and loads nothing."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from eval.plots import MODEL_COLOURS, draw_all, series_colours
 from eval.statistics import Estimate
+from recipes.json_text import json_text
 from recipes.run_directory import write_atomically
 
 SCHEMA_VERSION = 1
@@ -39,7 +39,7 @@ def write_report(run_dir: str | Path, report: Mapping[str, Any]) -> dict[str, Pa
     content = to_json({"schema_version": SCHEMA_VERSION, **report})
     svgs = draw_all(content, directory / "plots")
     paths = {"json": directory / "report.json", "html": directory / "report.html"}
-    write_atomically(paths["json"], json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(paths["json"], json_text(content, indent=1) + "\n")
     write_atomically(paths["html"], render_html(content, svgs))
     return paths
 

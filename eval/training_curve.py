@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field, PositiveFloat
 
+from recipes.json_text import as_number
 from recipes.loader import Section
 
 METRICS = "metrics.jsonl"
@@ -88,7 +89,7 @@ def spikes_of_run(path: Path, section: SpikeSection) -> dict[str, Spikes]:
         if "loss" in record and "gradient_norm" in record:
             steps.append(step)
             for key, values in series.items():
-                values.append(float(record[key]))
+                values.append(as_number(record[key]))
     if steps and steps != [float(step) for step in range(1, len(steps) + 1)]:
         raise MetricsError(
             f"{path}: not every step is logged, so spikes cannot be counted; train with loop.log_every=1"

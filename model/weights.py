@@ -48,7 +48,7 @@ def save_model(
     for name, source in (files or {}).items():
         shutil.copyfile(source, staging / name)
     content = {"format": "dramatis-1", "model": config.model_dump()}
-    (staging / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+    (staging / CONFIG).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
     _replace(directory, staging)
 
 

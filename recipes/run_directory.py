@@ -25,6 +25,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel
 
+from recipes.json_text import finite_figures, json_text
 from recipes.loader import dump_recipe
 from recipes.yaml_text import YamlError, parse_yaml
 
@@ -114,7 +115,7 @@ def finish_run(
         "key_figure": key_figure,
         "seconds": round(seconds, 1),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "figures": dict(extra or {}),
+        "figures": finite_figures(extra or {}),
     }
     write_atomically(run_dir / "done.json", _to_json(done))
 
@@ -313,7 +314,7 @@ def _changed(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _to_json(data: Mapping[str, Any]) -> str:
-    return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+    return json_text(data, indent=1) + "\n"
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

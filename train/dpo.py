@@ -27,6 +27,7 @@ from data.sources.record import LeftOut
 from data.tokenizer import DialogueTokenizer
 from model.attention_ops import Documents
 from model.transformer import Transformer
+from model.weights import SCALAR_HEAD, WEIGHTS
 from recipes.loader import Section
 from train.engine import World
 from train.initial_model import init_input, initial_model
@@ -220,7 +221,7 @@ def collect_pairs(
     pairs: list[PreferencePair] = []
     for number, source in enumerate(recipe.pairs):
         if isinstance(source, OnPolicyPairs):
-            folder = Path(recipe.run_dir) / "pairs" / str(number)
+            folder = Path(recipe.run_dir) / "pairs" / f"{number}_{_digest_of(source, recipe)}"
             pairs += sample_pairs(source, policy, Path(recipe.data), tokenizer, recipe.seed, folder, world, console)
         else:
             found = read_pair_file(source.path, source.format, source.max_bad_fraction)
@@ -229,6 +230,17 @@ def collect_pairs(
                 console.print(f"the first {source.max_pairs:,} of them are used (max_pairs)", highlight=False)
             pairs += found.pairs[: source.max_pairs]
     return pairs
+
+
+def _digest_of(source: OnPolicyPairs, recipe: DPORecipe) -> str:
+    """Of all that the sampled pairs depend on, so that those of another recipe or model are not taken for them."""
+    digest = hashlib.sha256(f"{source.model_dump_json()} {recipe.seed} {recipe.engine.precision}".encode())
+    policy, scorer = Path(recipe.init_from) / "model", Path(source.scorer) / "model"
+    dialogues = Path(recipe.data) / "dialogues" / "train.jsonl"
+    for path in (policy / WEIGHTS, scorer / WEIGHTS, scorer / SCALAR_HEAD, dialogues):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def prepare(recipe: DPORecipe, world: World, console: Console) -> Job:
@@ -270,19 +282,20 @@ def prepare(recipe: DPORecipe, world: World, console: Console) -> Job:
 
 def _too_few(encoded: Sequence[EncodedPair], n_heldout: int, recipe: DPORecipe, n_ranks: int, fitting: str) -> str:
     """Why a split of the pairs leaves a side without enough, and what would mend it."""
+    if not encoded:
+        return f"{fitting}. Raise max_pair_tokens"
     sizes = sorted(Counter(pair.group for pair in encoded).values())
     found = (
-        f"{fitting}. They are of {len(sizes)} group(s): pairs of one user (metadata.user), or of one context where no "
-        f"user is given, stay on one side. heldout_fraction {recipe.heldout_fraction:g} splits them into "
-        f"{len(encoded) - n_heldout} for training and {n_heldout} held out; each side needs at least {n_ranks}, one a "
-        "rank"
+        f"{fitting}. Of these, heldout_fraction {recipe.heldout_fraction:g} leaves {len(encoded) - n_heldout} to train "
+        f"on and {n_heldout} held out; each side needs {n_ranks} or more, one a rank. Pairs of one user "
+        "(metadata.user), or of one context where no user is given, stay on one side, and the pairs are of "
+        f"{len(sizes)} user(s) or context(s)"
     )
-    smallest = sizes[0] / len(encoded) if len(sizes) > 1 else 1.0
+    smallest = sizes[0] / len(encoded)
     if n_heldout < n_ranks and recipe.heldout_fraction < smallest < 1:
-        return f"{found}. The smallest group has {sizes[0]} pair(s): set heldout_fraction to {smallest:.2f} or more"
-    if len(encoded) < 2 * n_ranks and recipe.max_pair_tokens and "left out" in fitting:
-        return f"{found}. Raise max_pair_tokens, or add pairs"
-    return f"{found}. Add pairs of other users or contexts"
+        enough = f"set heldout_fraction to {smallest + 0.005:.2f} or more"
+        return f"{found}: {enough}, or add pairs of other users or contexts"
+    return f"{found}: add pairs of other users or contexts"
 
 
 def _finish(outcome: Outcome, rows: PairRows, heldout: PairRows) -> tuple[str, dict[str, Any]]:

@@ -30,6 +30,7 @@ from train.stage import (
     packed_stage,
 )
 from train.summary import summarize
+from train.targets import Targets
 
 
 class EngagementRecipe(TrainingRecipe):
@@ -54,16 +55,23 @@ def scorer_loss(module: LossModule, batch: PackedBatch) -> Loss:
     return Loss(continuation_loss(score_T, batch.label_T.to(score_T.device)))
 
 
-def n_labels(batch: PackedBatch) -> int:
-    """How many turns of a batch carry a label."""
-    return int((batch.label_T >= 0).sum())
+def n_by_label(batch: PackedBatch) -> dict[str, int]:
+    """How many turns of a batch carry each label."""
+    return {"partner continues": int((batch.label_T == 1).sum()), "partner leaves": int((batch.label_T == 0).sum())}
+
+
+LABELS = Targets(
+    n_by_label,
+    "The scorer learns from both. Label what users did (metadata.engagement_label of a reply, or data.feedback), give "
+    "the messages times and set continue_within_seconds, or add dialogues that end because the partner left "
+    "(chat_jsonl: the last message is the character's); then prepare the data again",
+)
 
 
 def roc_auc(score: np.ndarray, label: np.ndarray) -> float:
-    """Area under the ROC curve: the chance that a positive outranks a negative (Mann-Whitney U); nan with one class."""
+    """Area under the ROC curve: the chance that a positive outranks a negative (Mann-Whitney U)."""
     positive, negative = score[label == 1], score[label == 0]
-    if not len(positive) or not len(negative):
-        return float("nan")
+    assert len(positive) and len(negative), "check_targets refuses one class"
     return float(mannwhitneyu(positive, negative).statistic / (len(positive) * len(negative)))
 
 
@@ -94,7 +102,7 @@ def prepare(recipe: EngagementRecipe, world: World) -> Job:
     dataset, heldout = open_data(recipe.data, trunk.config)
     head = ScalarHead(trunk.config.d_model)
     stage = packed_stage(
-        dataset, heldout, recipe.evaluation_rows, recipe.loop.rows_per_micro_batch, world, n_labels,
+        dataset, heldout, recipe.evaluation_rows, recipe.loop.rows_per_micro_batch, world, LABELS,
         extra=lambda engine, batches: {"heldout_auc": heldout_auc(engine, batches)},
     )  # fmt: skip
 

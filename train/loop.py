@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -170,7 +171,7 @@ def train(
         tokens_since_log += sum(len(batch.tokens_T) for batch in batches) * world.size
         means = accumulate(engine, batches, count)
         at("optimizer step")
-        accepts = recent.judge(means)
+        accepts = recent.judge(means, count)
         gradient_norm, taken = engine.step(schedule.multiplier(step, config.max_steps), accepts)
         if metrics and fresh:
             extra |= metrics.first_step()
@@ -236,7 +237,7 @@ def accumulate(engine: Engine, batches: list[Any], count: float) -> Callable[[],
         engine.world.progress.at(f"micro-batch {number} of {len(batches)}, backward")
         engine.accumulate(loss.total * torch.where(sums["loss"].isfinite(), 1 / max(count, 1), float("nan")))
     total = engine.world.sum_later(sums)
-    return lambda: {name: value / max(count, 1) for name, value in total().items()}
+    return lambda: {name: value / count if count else math.nan for name, value in total().items()}
 
 
 def no_grad_sum(engine: Engine, batches: list[Any], count: Callable[[Any], int]) -> dict[str, float]:
@@ -256,4 +257,5 @@ def no_grad_sum(engine: Engine, batches: list[Any], count: Callable[[Any], int])
     engine.world.progress.at("adding up the evaluation", may_last=True)
     names = sorted(totals)
     *sums, counted = engine.world.sum([*(totals[name] for name in names), counted])
-    return {f"heldout_{name}": total / max(counted, 1) for name, total in zip(names, sums, strict=True)}
+    totals = dict(zip(names, sums, strict=True))
+    return {f"heldout_{name}": total / counted if counted else math.nan for name, total in totals.items()}

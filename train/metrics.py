@@ -14,6 +14,7 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from recipes.json_text import as_number, finite_figures, json_text
 from recipes.loader import Section
 
 METRICS = "metrics.jsonl"
@@ -72,7 +73,7 @@ class Metrics:
             **({"skipped": skipped} if skipped else {}),
         }
         try:
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(json_text(finite_figures(line)) + "\n")
             self._file.flush()
         except OSError as error:  # of a full disk, which does not say what was written
             raise OSError(error.errno, error.strerror, str(self._run_dir / METRICS)) from error
@@ -136,9 +137,10 @@ def _start_wandb(run_dir: Path, settings: WandbConfig, recipe: dict[str, Any]) -
     )
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, NaN for figures that were not finite."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: as_number(value) if value is None else value for key, value in line.items()} for line in lines]
 
 
 def plot_metrics(run_dir: Path, baselines: dict[str, float] | None = None, kept_step: int | None = None) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +13,15 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from rich.console import Console
 from rich.progress import track
 
+from data.atomic_file import write_json
 from data.dialogue import decode_reply
 from data.dialogue_json import read_dialogues
+from data.ledger import reasons_told
 from data.preferences import PreferencePair, read_pairs, write_pairs
+from data.prompt_fit import NEWEST_TOO_LONG, SCENE_TOO_LONG
+from data.sources.record import LeftOut
 from data.tokenizer import DialogueTokenizer
+from data.visible_text import says_nothing, visible
 from eval.context import ReplyContext, select_contexts
 from model.attention_ops import Documents
 from model.generate import Completion, Sampling, generate
@@ -26,6 +32,23 @@ from recipes.loader import Section
 from train.engine import World
 
 CONTEXTS_A_FILE = 32
+
+UNFINISHED = "fewer than two finished replies that differ and say something"
+EQUAL_SCORES = "all replies score the same"
+TOO_CLOSE = "scores closer than min_score_difference"
+TOO_UNEVEN = "lengths further apart than max_length_ratio"
+_REMEDIES = {
+    UNFINISHED: "raise max_new_tokens or n_candidates",
+    EQUAL_SCORES: "use a scorer that tells replies apart (its held-out AUC), or raise n_candidates",
+    TOO_CLOSE: "lower min_score_difference or raise n_candidates",
+    TOO_UNEVEN: "raise max_length_ratio or n_candidates",
+    NEWEST_TOO_LONG: "raise max_context_tokens",
+    SCENE_TOO_LONG: "raise max_context_tokens",
+}
+
+
+class NoPairsError(ValueError):
+    """No context gave a pair; the message has the counts by reason and names the keys to change."""
 
 
 class OnPolicyPairs(Section):
@@ -63,7 +86,7 @@ def sample_pairs(
 ) -> list[PreferencePair]:  # fmt: skip
     """The pairs of `settings`, kept below `folder` in small files: an interrupted run makes the missing ones only.
 
-    The files, and what is in them, do not depend on the number of ranks.
+    The files, and what is in them, do not depend on the number of ranks. Raises NoPairsError where there is no pair.
     """
     dialogues = list(read_dialogues(data / "dialogues" / "train.jsonl"))
     without: Counter[str] = Counter()
@@ -79,16 +102,40 @@ def sample_pairs(
     for start, path in track(mine, "sampling replies", console=console, disable=not console.is_terminal):
         if not path.exists():
             part = contexts[start : start + CONTEXTS_A_FILE]
-            write_pairs(path, _pairs_of(part, settings, policy, trunk, head, tokenizer, seed + start))
+            made = _pairs_of(part, settings, policy, trunk, head, tokenizer, seed + start)
+            write_json(_counts_of(path), Counter(one.reason for one in made if isinstance(one, LeftOut)))
+            write_pairs(path, (one for one in made if isinstance(one, PreferencePair)))
     policy.train()
     world.barrier()
     pairs = [pair for path in paths for pair in read_pairs(path)]
-    console.print(
+    reasons: Counter[str] = Counter()
+    for path in paths:
+        reasons.update(json.loads(_counts_of(path).read_text(encoding="utf-8")))
+    told = (
         f"{len(pairs)} on-policy pairs from {len(contexts)} contexts x {settings.n_candidates} candidates "
-        f"({len(contexts) - len(pairs)} contexts gave none: too few finished replies, or too close)",
-        highlight=False,
+        f"({settings.n_contexts} contexts asked for, {len(dialogues)} dialogues in {data})"
     )
+    if reasons:
+        told += f"; contexts without a pair: {reasons_told(reasons)}"
+    if without:
+        told += f"; dialogues without a context: {reasons_told(without)}"
+    if not pairs:
+        raise NoPairsError(f"{told}. {_advice(reasons or without)}")
+    console.print(told, highlight=False, soft_wrap=True)
     return pairs
+
+
+def _counts_of(path: Path) -> Path:
+    """Where the contexts of a file of pairs that gave none are counted; it is written first."""
+    return path.with_suffix(".json")
+
+
+def _advice(reasons: Counter[str]) -> str:
+    """What to change, the commonest reason first."""
+    remedies = dict.fromkeys(_REMEDIES[reason] for reason, _ in reasons.most_common() if reason in _REMEDIES)
+    if not remedies:
+        return "On-policy pairs need dialogues whose character answers somebody: look at the data with data.inspect"
+    return f"In the on_policy entry of pairs: {'; '.join(remedies)}"
 
 
 def _pairs_of(
@@ -99,7 +146,8 @@ def _pairs_of(
     head: ScalarHead,
     tokenizer: DialogueTokenizer,
     seed: int,
-) -> list[PreferencePair]:
+) -> list[PreferencePair | LeftOut]:
+    """For each context its pair, or why it gave none."""
     sampling = Sampling(
         max_new_tokens=settings.max_new_tokens,
         stop_ids=(tokenizer.end_id,),
@@ -108,32 +156,44 @@ def _pairs_of(
         seed=seed,
         forbidden_ids=tokenizer.forbidden_in_reply,
     )
-    pairs = []
+    made: list[PreferencePair | LeftOut] = []
     candidates = generate(policy, [context.prompt for context in contexts], sampling, n_samples=settings.n_candidates)
     for context, completions in zip(contexts, candidates, strict=True):
-        finished = {tuple(c.tokens): c for c in completions if c.finish_reason == "stop" and len(c.tokens) > 1}
-        replies = list(finished.values())
+        replies = distinct_replies(completions, tokenizer)
         if len(replies) < 2:
+            made.append(LeftOut(UNFINISHED))
             continue
         scores = score_replies(trunk, head, [context.prompt] * len(replies), [reply.tokens for reply in replies])
-        pair = _extremes(context, replies, scores, settings, tokenizer)
-        if pair is not None:
-            pairs.append(pair)
-    return pairs
+        made.append(extremes(context, replies, scores, settings, tokenizer))
+    return made
 
 
-def _extremes(
+def distinct_replies(completions: Sequence[Completion], tokenizer: DialogueTokenizer) -> list[Completion]:
+    """The finished replies that say something, and of those that say the same the first."""
+    replies: dict[str, Completion] = {}
+    for completion in completions:
+        text = decode_reply(tokenizer, completion.tokens)
+        if completion.finish_reason == "stop" and not says_nothing(text):
+            replies.setdefault(visible(text), completion)
+    return list(replies.values())
+
+
+def extremes(
     context: ReplyContext, replies: Sequence[Completion], scores: Sequence[float], settings: OnPolicyPairs,
     tokenizer: DialogueTokenizer,
-) -> PreferencePair | None:  # fmt: skip
-    """Best against worst, unless they are too close, too different in length, or the same text."""
+) -> PreferencePair | LeftOut:  # fmt: skip
+    """Best against worst of distinct replies, unless their scores are too close or their lengths too different."""
     ranked = sorted(range(len(replies)), key=lambda i: scores[i])
     worst, best = ranked[0], ranked[-1]
-    lengths = sorted((len(replies[best].tokens), len(replies[worst].tokens)))
+    difference = scores[best] - scores[worst]
+    if not difference > 0:
+        return LeftOut(EQUAL_SCORES)
+    if difference < settings.min_score_difference:
+        return LeftOut(TOO_CLOSE)
+    shorter, longer = sorted((len(replies[best].tokens), len(replies[worst].tokens)))
+    if settings.max_length_ratio is not None and longer > settings.max_length_ratio * shorter:
+        return LeftOut(TOO_UNEVEN)
     chosen, rejected = (decode_reply(tokenizer, replies[i].tokens) for i in (best, worst))
-    too_uneven = settings.max_length_ratio is not None and lengths[1] > settings.max_length_ratio * lengths[0]
-    if scores[best] - scores[worst] < settings.min_score_difference or too_uneven or chosen == rejected:
-        return None
     return PreferencePair(
         id=f"{context.dialogue_id}:{context.turn}",
         messages=context.messages,

@@ -35,6 +35,7 @@ from train.stage import (
     packed_stage,
 )
 from train.summary import summarize
+from train.targets import Targets
 
 
 class PretrainRecipe(TrainingRecipe):
@@ -61,6 +62,12 @@ class PretrainRecipe(TrainingRecipe):
         if self.ngram_baselines and not isinstance(self.data, str):
             raise ValueError("ngram_baselines=true needs one data directory to count n-grams in; set it to false")
         return self
+
+
+TOKENS = Targets(
+    lambda batch: {"next tokens to predict": int(batch.trained_T.sum())},
+    "Prepare data with documents of two tokens or more",
+)
 
 
 def language_model_loss(module: LossModule, batch: PackedBatch, z_loss: float = 0.0) -> Loss:
@@ -113,7 +120,7 @@ def prepare(recipe: PretrainRecipe, world: World, console: Console) -> Job:
         module=LossModule(trunk, partial(language_model_loss, z_loss=recipe.z_loss)),
         stage=packed_stage(
             dataset, heldout, recipe.evaluation_rows, recipe.loop.rows_per_micro_batch, world,
-            count=lambda batch: int(batch.trained_T.sum()),
+            TOKENS,
         ),
         tokenizer=next((Path(path) / "tokenizer.model" for path in data_directories(recipe.data).values()), None),
         finish=finish,

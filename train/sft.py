@@ -26,6 +26,7 @@ from train.stage import (
     packed_stage,
 )
 from train.summary import summarize
+from train.targets import Targets
 
 
 class SFTRecipe(TrainingRecipe):
@@ -35,6 +36,13 @@ class SFTRecipe(TrainingRecipe):
     init_from: str
     data: str | MixtureData
     evaluation_rows: PositiveInt
+
+
+REPLY_TOKENS = Targets(
+    lambda batch: {"trained tokens of the character's replies": int(batch.answer_T.sum())},
+    "A reply is trained where the character wrote it and nothing keeps it out (trained: false, weight: 0): look at the "
+    "data with python -m data.inspect, and prepare dialogues with replies to train",
+)
 
 
 def answer_loss(module: LossModule, batch: PackedBatch) -> Loss:
@@ -61,7 +69,7 @@ def prepare(recipe: SFTRecipe, world: World) -> Job:
         module=LossModule(trunk, answer_loss),
         stage=packed_stage(
             dataset, heldout, recipe.evaluation_rows, recipe.loop.rows_per_micro_batch, world,
-            count=lambda batch: int(batch.answer_T.sum()),
+            REPLY_TOKENS,
         ),
         tokenizer=initial.tokenizer,
         finish=finish,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,14 +11,17 @@ from typing import Annotated, NoReturn
 import numpy as np
 from pydantic import Field, PositiveFloat
 
+from recipes.json_text import json_text
 from recipes.loader import Section
 from train.engine import World
 
 NOT_FINITE, SPIKE = "a loss or gradient that is not finite", "a spike of the loss or the gradient norm"
+NO_TARGET = "nothing to train in any row"
 _ADVICE = {
     NOT_FINITE: "Lower optimizer.lr, or look at these rows",
     SPIKE: "If the loss has only moved to another level, raise loop.skip_spikes.sigma (in a new run); else lower "
     "optimizer.lr, or look at these rows",
+    NO_TARGET: "Raise loop.rows_per_step, or prepare data with more to train",
 }
 
 
@@ -58,14 +60,18 @@ class RecentSteps:
         """A copy of the windows, oldest first, to be given to `__init__`."""
         return {name: list(values) for name, values in self._values.items()} or None
 
-    def judge(self, means: Callable[[], dict[str, float]]) -> Callable[[float], bool] | None:
+    def judge(self, means: Callable[[], dict[str, float]], n_targets: float = 1) -> Callable[[float], bool] | None:
         """For `Engine.step`: whether a step with this loss and a gradient norm is accepted. All ranks answer alike.
 
-        `means` gives the step's "loss" over all ranks; it is called when the norm is there.
+        `means` gives the step's "loss" over all ranks; it is called when the norm is there. A step without targets on
+        any rank is never taken: momentum and weight decay alone would move the weights.
         """
+        self.refusal = None
+        if not n_targets:
+            self.refusal = NO_TARGET
+            return lambda gradient_norm: False
         if not self._settings:
             return None
-        self.refusal = None
 
         def accepts(gradient_norm: float) -> bool:
             found = {"loss": means()["loss"], "gradient_norm": gradient_norm}
@@ -108,7 +114,7 @@ class SkippedSteps:
             self._in_a_row.clear()
             return None
         self.total += 1
-        self._in_a_row.append(SPIKE if refusal else NOT_FINITE)
+        self._in_a_row.append(NO_TARGET if refusal == NO_TARGET else SPIKE if refusal else NOT_FINITE)
         self._reason = refusal or NOT_FINITE
         return self._reason
 
@@ -125,7 +131,7 @@ class SkippedSteps:
         """Leave the last step's data rows in bad_step.json, and raise TrainingError with what to do about them."""
         path = self._run_dir / "bad_step.json"
         if self._world.is_main:
-            path.write_text(json.dumps({"step": step, "rows": rows.tolist(), "reason": self._reason}) + "\n")
+            path.write_text(json_text({"step": step, "rows": rows.tolist(), "reason": self._reason}) + "\n")
         had = " and ".join(f"{n} had {kind}" for kind, n in Counter(self._in_a_row).items())
         raise TrainingError(
             f"{len(self._in_a_row)} steps in a row were not taken: {had}. The last was step {step} ({self._reason}); "

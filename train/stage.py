@@ -29,6 +29,7 @@ from train.memory_report import Summary
 from train.metrics import WandbConfig
 from train.optim import Muon, Optimizer
 from train.schedule import Schedule
+from train.targets import Targets, check_targets
 
 
 class TrainingRecipe(Section):
@@ -152,10 +153,13 @@ def packed_stage(
     evaluation_rows: int,
     rows_per_micro_batch: int,
     world: World,
-    count: Callable[[PackedBatch], int],
+    targets: Targets,
     extra: Callable[[Engine, list[PackedBatch]], dict[str, float]] = lambda engine, batches: {},
 ) -> Stage:
-    """A stage over packed shards, evaluated on `evaluation_rows` evenly spread held-out rows (also by `extra`)."""
+    """A stage over packed shards, evaluated on `evaluation_rows` evenly spread held-out rows (also by `extra`).
+
+    Raises NoTargetsError where a side has nothing of what the loss sums over.
+    """
     if isinstance(heldout, MixtureRows):
         numbers = heldout.spread(evaluation_rows)
     else:
@@ -168,10 +172,11 @@ def packed_stage(
             f"{world.size} ranks need a held-out row each, found {len(numbers)} "
             f"(evaluation_rows={evaluation_rows} of {heldout.n_rows} held-out rows); {remedy}"
         )
+    check_targets(targets, dataset, heldout, numbers)
     mine = [collate(heldout, part) for part in share_of_rank(numbers, rows_per_micro_batch, world)]
     return Stage(
         rows=dataset,
         collate=lambda rows: collate(dataset, rows),
-        count=count,
-        evaluate=lambda engine: {**no_grad_sum(engine, mine, count), **extra(engine, mine)},
+        count=targets.total,
+        evaluate=lambda engine: {**no_grad_sum(engine, mine, targets.total), **extra(engine, mine)},
     )

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.training_curve import METRICS, MetricsError, read_records
+from recipes.json_text import as_number
 from recipes.loader import tell_error
 
 
@@ -25,7 +26,7 @@ def losses(run_dir: Path) -> dict[int, float]:
     path = run_dir / METRICS
     if not path.is_file():
         raise CompareError(f"{path} does not exist; expected the directory of a training run")
-    return {int(step): float(record["loss"]) for step, record in read_records(path) if "loss" in record}
+    return {int(step): as_number(record["loss"]) for step, record in read_records(path) if "loss" in record}
 
 
 def largest_difference(ours: dict[int, float], theirs: dict[int, float]) -> tuple[float, int, int]:

@@ -151,7 +151,7 @@ def test_where_the_end_is_no_evidence_the_last_reply_has_no_label(within: float 
     assert continuation_labels(without_end_label(given), within) == [1, -1, 0]
     rated = replace(ended, messages=(*ended.messages[:2], Message("A", "x", 9, {"rating": 3})))
     last = without_end_label(rated).messages[-1]
-    assert last.metadata == {"rating": 3, LABEL_KEY: None} and last.is_trained
+    assert last.metadata == {"rating": 3, LABEL_KEY: -1} and last.is_trained
     told = Dialogue("d", (Message("B", "x"), Message("narrator", "x")), "narrator")
     assert continuation_labels(told, None) == [-1, 0] and continuation_labels(without_end_label(told)) == [-1, -1]
 

@@ -23,9 +23,8 @@ def write(directory: Path, lines: list[str]) -> None:
 
 
 def test_curves_of_the_stages_that_have_them(tmp_path: Path) -> None:
-    write(
-        tmp_path / "sft", ['{"step": 1, "loss": 3.0}', '{"step": 2, "loss": 2.0, "heldout_loss": 2.5}', '{"step": 2}']
-    )
+    lines = ['{"step": 1, "loss": 3.0}', '{"step": 2, "loss": 2.0, "heldout_loss": 2.5}', '{"step": 2}']
+    write(tmp_path / "sft", [*lines, '{"step": 3, "loss": null, "not_finite": {"loss": "nan"}}'])
     write(tmp_path / "empty", ['{"step": 1, "tokens_per_second": 9}'])
     curves = training_curves({name: str(tmp_path / name) for name in ("sft", "empty", "absent")})
     assert curves == {"sft": {"step": [1, 2], "loss": [3, 2], "heldout_step": [2], "heldout_loss": [2.5]}}

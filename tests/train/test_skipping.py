@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from train.engine import World
-from train.skipping import RecentSteps, SkippedSteps, SkipSpikes, TrainingError
+from train.skipping import NO_TARGET, RecentSteps, SkippedSteps, SkipSpikes, TrainingError
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -84,6 +84,21 @@ def test_a_resumed_window_judges_as_if_nothing_had_happened(values: list[float],
         found.append(accepts(recent, value, value / 3))
     assert found == expected
     assert recent.state() == whole.state()
+
+
+@pytest.mark.parametrize("settings", [None, SkipSpikes(sigma=6.0, window=4)])
+def test_a_step_without_targets_is_not_taken_and_enters_no_window(settings: SkipSpikes | None, tmp_path: Path) -> None:
+    recent = RecentSteps(settings, ALONE)
+    before = recent.state()
+    accepts = recent.judge(lambda: {"loss": 0.0}, n_targets=0)
+    assert accepts is not None and not accepts(0.0)
+    assert recent.refusal == NO_TARGET and recent.state() == before
+    skipped = SkippedSteps(most_in_a_row=0, run_dir=tmp_path, world=ALONE, total=0)
+    assert skipped.note(False, recent.refusal) == NO_TARGET
+    with pytest.raises(TrainingError, match=r"1 had nothing to train in any row.*rows_per_step"):
+        skipped.give_up(1, np.array([1]))
+    recent.judge(lambda: {"loss": 1.0}, n_targets=3)
+    assert recent.refusal is None
 
 
 def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:

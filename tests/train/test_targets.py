@@ -1,0 +1,84 @@
+"""A run with nothing to train or to measure ends before its first step, with the counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.batch import PackedBatch
+from data.mixture import MixtureRows
+from train.engagement import LABELS
+from train.sft import REPLY_TOKENS
+from train.targets import NoTargetsError, Targets, check_targets
+
+L = 8
+
+
+class Rows:
+    """Rows of one document each: `trained` and `label` of every row's last token."""
+
+    def __init__(self, trained: Sequence[int], label: Sequence[int], directory: str = "rows"):
+        self.trained, self.label, self.directory = list(trained), list(label), Path(directory)
+        self.n_rows, self.row_length, self.fingerprint, self.vocab_size = len(self.trained), L, "f", 99
+        self.n_tokens = L * self.n_rows
+        self.manifest = {"tokenizer_sha256": "t", "row_length": L}
+
+    def gather(self, numbers: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        shape = (len(numbers), L)
+        trained, label = np.zeros(shape, np.uint8), np.full(shape, -1, np.int8)
+        trained[:, -1] = [self.trained[number] for number in numbers]
+        label[:, -1] = [self.label[number] for number in numbers]
+        return np.full(shape, 7), trained, label, np.full(len(numbers), L, np.int32)
+
+
+def check(targets: Targets, train: Rows, heldout: Rows, evaluated: Sequence[int]) -> None:
+    check_targets(targets, train, heldout, np.array(evaluated))
+
+
+def test_sound_data_pass() -> None:
+    check(REPLY_TOKENS, Rows([0, 1], [-1, -1]), Rows([1, 0], [-1, -1]), [0])
+    check(LABELS, Rows([0] * 3, [-1, 0, 1]), Rows([0] * 2, [1, 0]), [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("targets", "train", "heldout", "message"),
+    [
+        (REPLY_TOKENS, [0, 0], [1, 1], "training side holds 0 trained tokens.*trained: false"),
+        (REPLY_TOKENS, [1, 0], [0, 0], "2 held-out rows of evaluation_rows holds 0 trained tokens"),
+        (LABELS, [1, 1], [0, 1], "training side holds 2 partner continues, 0 partner leaves.*continue_within_seconds"),
+        (LABELS, [-1, -1], [0, 1], "training side holds 0 partner continues, 0 partner leaves"),
+        (LABELS, [0, 1], [0, 0], "held-out rows of evaluation_rows holds 0 partner continues, 2 partner leaves"),
+    ],
+)
+def test_what_is_missing_is_counted(targets: Targets, train: list[int], heldout: list[int], message: str) -> None:
+    sides = [Rows(v, [-1] * 2) if targets is REPLY_TOKENS else Rows([1] * 2, v) for v in (train, heldout)]
+    with pytest.raises(NoTargetsError, match=message):
+        check(targets, *sides, [0, 1])
+
+
+def test_where_more_rows_would_do_the_message_says_so() -> None:
+    with pytest.raises(NoTargetsError, match=r"1 held-out rows.*hold 1 partner continues, 0 .*raise evaluation_rows"):
+        check(LABELS, Rows([0] * 2, [0, 1]), Rows([0] * 3, [1, 1, 0]), [0])
+
+
+def test_each_part_of_a_mixture_has_something_to_train() -> None:
+    good, empty = Rows([1, 1], [0, 1], "good"), Rows([0] * 200, [-1] * 200, "empty")
+    heldout = Rows([1], [0])
+    check(REPLY_TOKENS, MixtureRows([good, good], [1.0, 1.0]), heldout, [0])  # type: ignore[arg-type, list-item]
+    with pytest.raises(NoTargetsError, match=r"empty has nothing to train.*leave it out"):
+        check(REPLY_TOKENS, MixtureRows([good, empty], [1.0, 1.0]), heldout, [0])  # type: ignore[arg-type, list-item]
+
+
+def test_sound_data_cost_a_few_reads() -> None:
+    read = 0
+
+    def counts(batch: PackedBatch) -> dict[str, int]:
+        nonlocal read
+        read += 1
+        return {"tokens": 1}
+
+    check(Targets(counts, ""), Rows([1] * 10_000, [-1] * 10_000), Rows([1] * 500, [-1] * 500), range(500))
+    assert read == 2
