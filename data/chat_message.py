@@ -107,7 +107,7 @@ def supervised(read: Sequence[ChatMessage], character: str, trained: bool | None
 def _read(record: object, names: RoleNames, needs_role: bool, keeps_other_keys: bool) -> ChatMessage:
     if not isinstance(record, dict):
         raise DialogueError(f"expected an object with {_expected(needs_role)}, found {str(record)[:80]}")
-    if not needs_role and {"speaker", "text"} <= record.keys() <= _MESSAGE_KEYS and type(record.get("time")) is not str:
+    if not needs_role and _is_own(record):
         return ChatMessage(Message(**record))  # most logs, quickly
     record = dict(record)
     refuse(record, REFUSED_IN_MESSAGE)
@@ -118,6 +118,13 @@ def _read(record: object, names: RoleNames, needs_role: bool, keeps_other_keys: 
     metadata = _metadata(record, keeps_other_keys)
     text_key = "content" if text is None and needs_role else text_key
     return ChatMessage(Message(speaker, read_text(text, text_key), _time(time, time_key), metadata), role, trained)
+
+
+def _is_own(record: dict[str, Any]) -> bool:
+    """Whether the object has the keys of a Message, and their types as far as the general way would convert them."""
+    if not {"speaker", "text"} <= record.keys() <= _MESSAGE_KEYS:
+        return False
+    return isinstance(record["text"], str) and not isinstance(record.get("time"), str)
 
 
 def take_speaker(record: dict[str, Any], names: RoleNames, needs_role: bool = False) -> tuple[str, str | None]:

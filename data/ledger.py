@@ -24,6 +24,7 @@ class Ledger:
     replies: int = 0  # messages of the characters, in dialogues that pass the filters
     timed_replies: int = 0  # of these, those that have a time
     scrubbed: dict[str, int] = field(default_factory=dict)  # values that were replaced, by kind
+    untrained_replies: int = 0  # of the character, which their records keep out of the loss
     of_characters: dict[str, int] = field(default_factory=dict)  # dialogues of each participant in split.characters
 
     def filter(self, reason: str, count: int = 1) -> None:
@@ -53,6 +54,7 @@ class Ledger:
             total.blank_messages += ledger.blank_messages
             total.replies += ledger.replies
             total.timed_replies += ledger.timed_replies
+            total.untrained_replies += ledger.untrained_replies
             for reason, count in ledger.filtered.items():
                 total.filter(reason, count)
             total.count_scrubbed(ledger.scrubbed)
@@ -81,6 +83,7 @@ class Ledger:
             "blank_messages": self.blank_messages,
             "replies": self.replies,
             "timed_replies": self.timed_replies,
+            "untrained_replies": self.untrained_replies,
             "scrubbed": dict(sorted(self.scrubbed.items())),
             "of_characters": dict(sorted(self.of_characters.items())),
         }

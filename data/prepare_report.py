@@ -41,6 +41,10 @@ def print_report(run_dir: Path, manifest: Mapping[str, Any], seconds: float, con
         )
     if ledger.scrubbed:
         console.print(f"scrubbed: {ledger.scrubbed_told}", highlight=False, soft_wrap=True)
+    if ledger.untrained_replies:
+        console.print(
+            f"{ledger.untrained_replies:,} replies are not trained by SFT, as their records say", soft_wrap=True
+        )
     for name, count in ledger.of_characters.items():
         console.print(f"{name}: a character, in {count:,} dialogues; it links none", highlight=False, soft_wrap=True)
     console.print(side_table(sides))

@@ -108,6 +108,9 @@ def _write(folder: Path, dialogues: Iterable[Dialogue], quarantine: Quarantine, 
         for given in _batches(dialogues):
             cleaned = [_cleaned(dialogue, settings, quarantine) for dialogue in given]
             kept = [dialogue for dialogue in cleaned if dialogue is not None]
+            quarantine.ledger.untrained_replies += sum(
+                not message.is_trained for dialogue in kept for message in dialogue.messages if message.metadata
+            )
             lines = [to_json(dialogue) + b"\n" for dialogue in kept]
             texts, messages, n_messages = render(kept, settings.continue_within_seconds)
             rows = rows_of(kept, settings.seed)

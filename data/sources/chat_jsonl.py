@@ -7,7 +7,7 @@ from data.chat_message import RoleNames, supervised
 from data.dialogue import NARRATOR, Dialogue
 from data.record_keys import RECORD_ALIASES
 from data.sources.character import any_speaker
-from data.sources.chat_record import ChatRecord, take_messages
+from data.sources.chat_record import ChatRecord, participant_ids, take_messages
 from data.sources.json_source import JsonFormat, JsonSource
 from data.sources.record import RecordError
 
@@ -47,7 +47,7 @@ class ChatJsonlFormat(JsonFormat):
         told = character or chat.last_assistant()
         character = told or _any_speaker(identity, chat)
         messages = supervised(chat.messages, character, chat.trained)
-        return Dialogue(identity, messages, character, _people(participants, told), metadata)
+        return Dialogue(identity, messages, character, participant_ids(participants, told), metadata)
 
 
 class ChatJsonlSource(ChatJsonlFormat, JsonSource):
@@ -63,12 +63,3 @@ def _any_speaker(identity: str, chat: ChatRecord) -> str:
     if not speakers:
         raise RecordError("nobody but the narrator writes; name a character")
     return any_speaker(identity, speakers)
-
-
-def _people(given: Any, character: str | None) -> tuple[str, ...]:
-    """The ids of the people: all but that of the character, where the record or the recipe says who that is."""
-    ids = list(given.values()) if isinstance(given, dict) else given
-    if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids):
-        raise RecordError(f"participants is {given!r}: expected a list of strings, or an object of speakers and ids")
-    own = given.get(character) if isinstance(given, dict) else character
-    return tuple(one for one in ids if one != own)

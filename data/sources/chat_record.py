@@ -49,6 +49,15 @@ def take_messages(
     return ChatRecord((*_system(take(record, "system", RECORD_ALIASES), read), *untold, *read[n_prompt:]), trained)
 
 
+def participant_ids(given: Any, character: str | None) -> tuple[str, ...]:
+    """The ids of the people: all but that of the character, where the record or the recipe says who that is."""
+    ids = list(given.values()) if isinstance(given, dict) else given
+    if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids):
+        raise RecordError(f"participants is {given!r}: expected a list of strings, or an object of speakers and ids")
+    own = given.get(character) if isinstance(given, dict) else character
+    return tuple(one for one in ids if one != own)
+
+
 def _system(given: Any, read: Sequence[ChatMessage]) -> tuple[ChatMessage, ...]:
     """The narrator's message of the record's key `system`, unless it is the first message already."""
     if given is None or given in ("", []):

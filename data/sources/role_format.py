@@ -6,7 +6,7 @@ from pydantic import model_validator
 
 from data.chat_message import RoleNames, supervised
 from data.dialogue import Dialogue
-from data.sources.chat_record import take_messages
+from data.sources.chat_record import participant_ids, take_messages
 from data.sources.json_source import JsonFormat
 from data.sources.record import RecordError
 
@@ -14,7 +14,8 @@ from data.sources.record import RecordError
 class RoleFormat(JsonFormat):
     """What the system says is the narrator's; a message's `name`, where given, is its speaker. The character is the
     last assistant. Keys of data/record_keys.py say what is trained, and are read or refused there; what is not text
-    (tool calls and results, images) makes a bad record. Other keys become metadata, of the record or the message."""
+    (tool calls and results, images) makes a bad record. `participants` are those of chat_jsonl; other keys become
+    metadata, of the record or the message."""
 
     user: str = "User"  # the names of the speakers that have none
     assistant: str = "Assistant"
@@ -31,4 +32,5 @@ class RoleFormat(JsonFormat):
         if character is None:
             raise RecordError("no message is the assistant's, whose replies are to be trained")
         messages = supervised(chat.messages, character, chat.trained)
-        return Dialogue(self._identity(place, record), messages, character, (), record)
+        people = participant_ids(record.pop("participants", []), character)
+        return Dialogue(self._identity(place, record), messages, character, people, record)

@@ -218,6 +218,19 @@ def test_a_log_of_names_under_other_keys(tmp_path: Path) -> None:
     assert good(read("chat_jsonl", chat("a", "b"), tmp_path / "a.jsonl", character="Mia")).character == "Mia"
 
 
+def test_participants_of_roles(tmp_path: Path) -> None:
+    dialogue = good(read("openai_messages", chat("a", "b", participants=["u1", "Assistant"]), tmp_path / "a.jsonl"))
+    assert (dialogue.participants, dialogue.metadata) == (("u1",), {})
+
+
+def test_parts_of_text_are_lines_under_every_name(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]
+    for key in ("text", "content", "value"):
+        for said, empty in ((parts, "x\ny"), ([], "")):
+            record = {"messages": [{"speaker": "Tom", key: said}, {"speaker": "Mia", "text": "yo"}]}
+            assert good(read("chat_jsonl", record, tmp_path / "a.jsonl")).messages[0].text == empty
+
+
 def test_the_character_is_no_participant(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     said = [{"speaker": "Tom", "text": "hi"}, {"speaker": "Mia", "text": "yo"}]
