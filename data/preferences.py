@@ -172,7 +172,14 @@ def pair_from_record(record: dict[str, Any], place: str = "") -> PreferencePair:
     if missing or unknown:
         problem = f"missing {', '.join(missing)}" if missing else f"unknown key {unknown[0]!r}"
         raise RecordError(f"{problem}; expected {', '.join(_REQUIRED)} and optionally {', '.join(_OPTIONAL)}")
-    return PreferencePair(**{**record, "messages": messages_from_records(record["messages"], record["character"])})
+    identity, metadata = record["id"], record.get("metadata") or {}
+    if not isinstance(identity, str | int) or not isinstance(metadata, Mapping):
+        raise RecordError(f"id is {identity!r}, metadata {metadata!r}: expected a string and an object"[:200])
+    messages = messages_from_records(record["messages"], record["character"])
+    source = record.get("source") or ""
+    return PreferencePair(
+        str(identity), messages, record["character"], record["chosen"], record["rejected"], source, metadata
+    )
 
 
 def hold_out(groups: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:

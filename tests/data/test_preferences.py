@@ -54,6 +54,8 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, chosen: str, rejec
         ({"character": "a:b"}, "contains ':'"),
         ({"messages": [{"text": "x"}]}, "message 0"),
         ({"extra": 1}, "unknown key 'extra'"),
+        ({"metadata": [1]}, "expected a string and an object"),
+        ({"id": None}, "expected a string and an object"),
     ],
 )
 def test_bad_pairs_name_file_and_line(tmp_path: Path, change: dict[str, object], reason: str) -> None:

@@ -2,6 +2,7 @@
 line."""
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -24,9 +25,7 @@ Contents = Callable[[Path], dict[str, bytes]]
 WriteChats = Callable[..., None]
 
 
-def test_outputs(
-    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], contents: Contents
-) -> None:
+def test_outputs(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], contents: Contents) -> None:
     assert main([str(recipe_file)]) == 0
     run_dir = tmp_path / "run"
     tokenizer = DialogueTokenizer.load(run_dir)
@@ -240,3 +239,22 @@ def test_interruptions_at_random_lose_and_change_nothing() -> None:
     ended = subprocess.run(program, capture_output=True, text=True, timeout=400)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "4 interruptions" in ended.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_no_label_without_evidence(recipe_file: Path, tmp_path: Path, ends: bool) -> None:
+    source = f"[{{kind: chat_jsonl, path: {tmp_path}/chats.jsonl, ends_when_partner_leaves: {str(ends).lower()}}}]"
+    assert main([str(recipe_file), f"sources={source}"]) == 0
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert (manifest["train"]["n_partner_leaves"] > 0) == ends
+    assert manifest["train"]["n_partner_continues"] > 0
+
+
+def test_a_time_limit_without_times_is_an_error(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(re.sub(r', "time": \d+', "", chats.read_text()))
+    assert main([str(recipe_file)]) == 2
+    assert "continue_within_seconds: 10 has no effect: none of the" in " ".join(capsys.readouterr().err.split())
+    assert main([str(recipe_file), "continue_within_seconds=null"]) == 0

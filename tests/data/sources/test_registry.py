@@ -3,7 +3,7 @@
 import importlib
 import inspect
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import data.sources
 from data.sources.registry import SOURCES, named_sources
@@ -27,3 +27,14 @@ def test_every_source_is_registered_under_its_kind() -> None:
             if inspect.isclass(source) and issubclass(source, DialogueSource) and not inspect.isabstract(source):
                 (kind,) = get_args(source.model_fields["kind"].annotation)
                 assert SOURCES[kind] is source
+
+
+def test_the_end_of_a_dialogue_is_evidence_only_where_people_talked_as_long_as_they_liked() -> None:
+    given: dict[str, dict[str, Any]] = {kind: {"kind": kind, "path": "p"} for kind in SOURCES}
+    given["datasets"]["format"] = {"kind": "openai_messages"}
+    ends = {kind: SOURCES[kind].model_validate(fields).end_means_partner_left for kind, fields in given.items()}
+    assert {kind for kind, is_evidence in ends.items() if is_evidence} == {"chat_jsonl", "chitchat"}
+    given["datasets"]["format"] = {"kind": "chat_jsonl"}
+    assert SOURCES["datasets"].model_validate(given["datasets"]).end_means_partner_left
+    excerpts = given["chat_jsonl"] | {"ends_when_partner_leaves": False}
+    assert not SOURCES["chat_jsonl"].model_validate(excerpts).end_means_partner_left
