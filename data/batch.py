@@ -17,7 +17,8 @@ class PackedRows(Rows, Protocol):
     """Numbered rows of packed documents: shards on disk (data.shards), or made up (data.synthetic)."""
 
     def gather(self, row_indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """tokens_RL int64, trained_RL uint8, label_RL int8, and all documents' lengths, one after the other, int32."""
+        """tokens_RL int64, trained_RL uint8, label_RL int8, and all documents (data.packing.DOCUMENT), one after the
+        other, each row's padding as its last."""
         ...
 
 
@@ -26,9 +27,10 @@ class PackedBatch:
     """R rows laid one after the other, T = R * row_length positions.
 
     `tokens_T`, `targets_T` int64 (the pad id where there is no target); `trained_T` bool: the target exists, i.e. lies
-    in the same document and is no padding; `answer_T` bool: and belongs to the character's reply (SFT, DPO);
-    `label_T` int8: continuation at the token itself, -1 for none; `document_lengths` int32, sum T, each row's padding
-    included as a document.
+    in the same document, is no padding and repeats nothing that another document trains; `answer_T` bool: and belongs
+    to the character's reply (SFT, DPO); `label_T` int8: continuation at the token itself, -1 for none;
+    `document_lengths` int32, sum T, each row's padding included as a document; `documents`: all that is known of them
+    (DOCUMENT), in memory of the host.
     """
 
     tokens_T: torch.Tensor
@@ -37,12 +39,14 @@ class PackedBatch:
     answer_T: torch.Tensor
     label_T: torch.Tensor
     document_lengths: torch.Tensor
+    documents: np.ndarray
     row_length: int
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The same batch on a device (`document_lengths` too)."""
-        tensors = {f.name: to_device(getattr(self, f.name), device) for f in fields(self) if f.name != "row_length"}
-        return PackedBatch(**tensors, row_length=self.row_length)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: to_device(v, device) for name, v in values.items() if isinstance(v, torch.Tensor)}
+        return PackedBatch(**{**values, **moved})
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -52,11 +56,15 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def collate(dataset: PackedRows, row_indices: Sequence[int] | np.ndarray) -> PackedBatch:
     """The rows of `dataset` with these numbers, in this order."""
-    tokens_RL, in_answer_RL, label_RL, document_lengths = dataset.gather(row_indices)
+    tokens_RL, in_answer_RL, label_RL, documents = dataset.gather(row_indices)
     tokens_T = tokens_RL.reshape(-1)
     in_answer_T = in_answer_RL.reshape(-1)
     targets_T = np.append(tokens_T[1:], _PAD_ID)
-    targets_T[np.cumsum(document_lengths) - 1] = _PAD_ID  # the last token of a document predicts nothing
+    ends = np.cumsum(documents["length"], dtype=np.int64)
+    targets_T[ends - 1] = _PAD_ID  # the last token of a document predicts nothing
+    for number in np.flatnonzero(documents["n_repeated"]):
+        start = ends[number] - documents["length"][number]
+        targets_T[start : start + documents["n_repeated"][number] - 1] = _PAD_ID
     trained_T = targets_T != _PAD_ID
     answer_T = trained_T & np.append(in_answer_T[1:] != 0, False)
     return PackedBatch(
@@ -65,6 +73,7 @@ def collate(dataset: PackedRows, row_indices: Sequence[int] | np.ndarray) -> Pac
         trained_T=torch.from_numpy(trained_T),
         answer_T=torch.from_numpy(answer_T),
         label_T=torch.from_numpy(label_RL.reshape(-1)),
-        document_lengths=torch.from_numpy(document_lengths),
+        document_lengths=torch.from_numpy(documents["length"].copy()),
+        documents=documents,
         row_length=dataset.row_length,
     )

@@ -127,7 +127,8 @@ class EncodedDialogue:
 
     `trained`: 1 on the character's text and its `<|end|>`, unless its metadata says otherwise. `label`: at the
     `<|end|>` that closes a message with a label (`continuation_labels`), 0 or 1; -1 everywhere else. `message_starts`:
-    positions of `<|message|>`; `text_starts`: positions of the first token after each "speaker:".
+    positions of `<|message|>`; `text_starts`: positions of the first token after each "speaker:". `n_opening`: how many
+    messages of the narrator it begins with.
     """
 
     tokens: np.ndarray
@@ -135,6 +136,7 @@ class EncodedDialogue:
     label: np.ndarray
     message_starts: np.ndarray
     text_starts: np.ndarray
+    n_opening: int = 0
 
 
 def check_speaker(name: object) -> None:
@@ -245,6 +247,11 @@ def decode_reply(tokenizer: Encoder, ids: Sequence[int]) -> str:
     return unescape(tokenizer.decode(ids).removeprefix(" "))
 
 
+def n_opening_messages(messages: Sequence[Message]) -> int:
+    """How many messages of the narrator stand before anybody else's: a scene or a definition of the character."""
+    return next((i for i, message in enumerate(messages) if message.speaker != NARRATOR), len(messages))
+
+
 def continuation_labels(dialogue: Dialogue, within_seconds: float | None = None) -> list[int]:
     """For each message: does the partner write again after it? 1, 0, or -1 where the question is not asked.
 
@@ -324,4 +331,5 @@ def encode_dialogue(
     for is_answer, continues, first, end in zip(is_trained, labels, text_starts, ends, strict=True):
         label[end - 1] = continues
         trained[first:end] = is_answer
-    return EncodedDialogue(np.asarray(ids, dtype=np.int64), trained, label, np.asarray(starts), np.asarray(text_starts))
+    tokens, n_opening = np.asarray(ids, dtype=np.int64), n_opening_messages(dialogue.messages)
+    return EncodedDialogue(tokens, trained, label, np.asarray(starts), np.asarray(text_starts), n_opening)

@@ -21,6 +21,7 @@ from rich.text import Text
 from data.inspect_lengths import length_table, write_histogram
 from data.inspect_quarantine import print_quarantine
 from data.inspect_text import visible
+from data.packing import NO_DIALOGUE
 from data.prepare_report import side_table
 from data.shards import MANIFEST_FILE, PackedDataset, PackedRow, ShardError
 from data.tokenizer import DialogueTokenizer, TokenizerError
@@ -30,6 +31,7 @@ SIDES = ("train", "heldout")
 HISTOGRAM_FILE = Path("plots") / "document_lengths.png"
 _QUARANTINE_FILE = "quarantine.jsonl"
 _ANSWER, _OTHER, _CONTROL, _PADDING, _BOUNDARY = "green", "default", "dim", "dim strike", "bold magenta"
+_REPEATED = "dim italic"
 _LABELS = {0: (" [label 0]", "bold red"), 1: (" [label 1]", "bold blue")}
 
 
@@ -37,14 +39,20 @@ def row_as_text(row: PackedRow, tokenizer: DialogueTokenizer) -> Text:
     """The row's documents one below the other: trained text green, control tokens dim, labels where they stand."""
     text = Text()
     start = 0
-    for number, length in enumerate(row.document_lengths.tolist()):
+    for number, (length, dialogue, first_message, n_repeated) in enumerate(row.documents.tolist()):
         tokens, trained = row.tokens_L[start : start + length], row.trained_L[start : start + length]
-        if tokens[0] == tokenizer.pad_id:
+        if dialogue == NO_DIALOGUE:
             text.append(f"{length} x <pad>\n", _PADDING)
             break
+        origin = f"dialogue {dialogue}" + (f" from message {first_message}" if n_repeated else "")
         counts = f"{length} tokens from {start}, {np.count_nonzero(trained)} of them the character's"
-        text.append(f"-- document {number}: {counts}\n", _BOUNDARY)
-        _append_document(text, tokens, trained, row.label_L[start : start + length], tokenizer)
+        text.append(f"-- document {number}: {origin}, {counts}\n", _BOUNDARY)
+        label = row.label_L[start : start + length]
+        if n_repeated:
+            shown = visible(tokenizer.decode(tokens[:n_repeated].tolist(), show_control=True))
+            text.append(f"{shown}\n-- the above is repeated as context, not trained\n", _REPEATED)
+        own = slice(n_repeated, length)
+        _append_document(text, tokens[own], trained[own], label[own], tokenizer)
         start += length
     return text
 
@@ -127,7 +135,7 @@ def show(arguments: argparse.Namespace, console: Console) -> None:
     console.rule("the whole data")
     console.print(record_table(manifest["records"]))
     console.print(side_table({side: manifest[side] for side in SIDES}))
-    lengths = {side: data.document_lengths() for side, data in sides.items()}
+    lengths = {side: data.documents()["length"] for side, data in sides.items()}
     console.print(length_table(lengths, dataset.row_length))
     plot = arguments.plot or run_dir / HISTOGRAM_FILE
     write_histogram(plot, lengths, dataset.row_length)

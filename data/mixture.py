@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
+from data.packing import NO_DIALOGUE
 from data.sampler import DataPositionError, RowOrder, Rows
 from data.shards import PackedDataset, ShardError
 from data.stable_hash import stable_hash
@@ -67,6 +68,7 @@ class MixtureRows:
                 raise ShardError(f"{part.directory} holds no rows; leave it out of the mixture")
         self.row_length, self.vocab_size = first.row_length, first.vocab_size
         self._starts = np.cumsum([0] + [part.n_rows for part in self.parts])
+        self._first_dialogues = np.cumsum([0] + [part.manifest["n_dialogues"] for part in self.parts])
         self.n_rows = int(self._starts[-1])
         # a row of a part that is packed less densely holds fewer tokens, so that more of them are needed
         rows = [weight * part.n_rows / part.n_tokens for weight, part in zip(weights, self.parts, strict=True)]
@@ -79,15 +81,20 @@ class MixtureRows:
         return hashlib.sha256("\n".join(["mixture", *described]).encode()).hexdigest()
 
     def gather(self, row_indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """As PackedDataset.gather, rows in the order asked."""
+        """As PackedDataset.gather, rows in the order asked; dialogues are numbered one part after the other."""
         numbers = np.asarray(row_indices, dtype=np.int64)
         owners = np.searchsorted(self._starts, numbers, side="right") - 1
         runs = np.split(np.arange(len(numbers)), np.flatnonzero(np.diff(owners)) + 1) if len(numbers) else []
-        parts = [self.parts[owners[run[0]]].gather(numbers[run] - self._starts[owners[run[0]]]) for run in runs]
+        parts = [self._gather_of(owners[run[0]], numbers[run]) for run in runs]
         if not parts:
             return self.parts[0].gather([])
-        tokens_RL, trained_RL, label_RL, lengths = (np.concatenate(pieces) for pieces in zip(*parts, strict=True))
-        return tokens_RL, trained_RL, label_RL, lengths
+        tokens_RL, trained_RL, label_RL, documents = (np.concatenate(pieces) for pieces in zip(*parts, strict=True))
+        return tokens_RL, trained_RL, label_RL, documents
+
+    def _gather_of(self, owner: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        *streams, documents = self.parts[owner].gather(numbers - self._starts[owner])
+        documents["dialogue"][documents["dialogue"] != NO_DIALOGUE] += self._first_dialogues[owner]
+        return streams[0], streams[1], streams[2], documents
 
     def spread(self, wanted: int) -> np.ndarray:
         """About `wanted` rows for evaluation: of each part its share, at least one, evenly spread over it."""

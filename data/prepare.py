@@ -83,7 +83,7 @@ def stages(recipe: DataRecipe, work: WorkFolder, n_units: int) -> list[Stage]:
     row_length, rows_per_shard = recipe.row_length, recipe.rows_per_shard
     shared_out = (
         ReadUnits(work, sources, settings),
-        TokeniseUnits(work, n_units, row_length),
+        TokeniseUnits(work, n_units, row_length, recipe.context_tokens),
         PackGroups(work, n_units, row_length, rows_per_shard, recipe.pack_tokens),
     )
     read, tokenise, pack = (Stage(step.stage, [step], n) for step in shared_out)

@@ -14,8 +14,9 @@ Figures = Mapping[str, Mapping[str, Any]]
 
 
 def key_figure(splits: Figures) -> str:
-    """The line of the pipeline's table, e.g. "1.9M tokens, density 99.2%"."""
-    return f"{short_number(splits['train']['n_tokens'])} tokens, density {splits['train']['density']:.1%}"
+    """The line of the pipeline's table, e.g. "1.9M tokens, density 99.2%"; repeated context is not counted."""
+    train = splits["train"]
+    return f"{short_number(train['n_tokens'] - train['n_repeated_tokens'])} tokens, density {train['density']:.1%}"
 
 
 def short_number(n: int) -> str:
@@ -97,7 +98,8 @@ def side_table(splits: Figures) -> Table:
         "messages": "n_messages",
         "characters": "n_characters",
         "tokens": "n_tokens",
-        "of these, the character's": "n_answer_tokens",
+        "of these, context repeated": "n_repeated_tokens",
+        "and the character's": "n_answer_tokens",
         "rows": "n_rows",
         "partner continues": "n_partner_continues",
         "partner leaves": "n_partner_leaves",

@@ -5,12 +5,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.dialogue import NO_LABEL, Dialogue, EncodedDialogue, message_body, speaker_prefix, supervision
-from data.packing import Document, EncodedCorpus, cut, token_dtype
+from data.cut import CutRule, cut
+from data.dialogue import (
+    NO_LABEL,
+    Dialogue,
+    EncodedDialogue,
+    message_body,
+    n_opening_messages,
+    speaker_prefix,
+    supervision,
+)
+from data.packing import DOCUMENT, EncodedCorpus, token_dtype
 from data.tokenise import BulkEncoder
 
-MESSAGE = np.dtype([("prefix_bytes", "<u4"), ("body_bytes", "<u4"), ("trained", "u1"), ("label", "i1")])
-"""A message: the bytes of "speaker:" and of " text", whether SFT trains it, and its continuation label."""
+MESSAGE = np.dtype(
+    [("prefix_bytes", "<u4"), ("body_bytes", "<u4"), ("trained", "u1"), ("label", "i1"), ("opening", "u1")]
+)
+"""A message: the bytes of "speaker:" and of " text", whether SFT trains it, its continuation label, and whether it is
+one of the narrator's messages that the dialogue begins with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +59,20 @@ def render(
     messages["prefix_bytes"], messages["body_bytes"] = n_bytes[::2], n_bytes[1::2]
     trained: list[bool] = []
     labels: list[int] = []
+    opening: list[bool] = []
     for dialogue in dialogues:
         is_trained, label = supervision(dialogue, continue_within_seconds)
         trained += is_trained
         labels += label
-    messages["trained"], messages["label"] = trained, labels
+        n_opening = n_opening_messages(dialogue.messages)
+        opening += [True] * n_opening + [False] * (len(label) - n_opening)
+    messages["trained"], messages["label"], messages["opening"] = trained, labels, opening
     return texts, messages, np.array([len(dialogue.messages) for dialogue in dialogues], np.int64)
 
 
-def encode_rendered(
-    rendered: RenderedDialogues, encoder: BulkEncoder, row_length: int
-) -> tuple[EncodedCorpus, np.ndarray]:
-    """The documents of the dialogues in order, as `cut(encode_dialogue(...))` makes them of each, and the number of the
-    dialogue that each document comes from."""
+def encode_rendered(rendered: RenderedDialogues, encoder: BulkEncoder, rule: CutRule) -> EncodedCorpus:
+    """The documents of the dialogues in order, as `cut(encode_dialogue(...))` makes them of each; their `dialogue` is
+    its number among these."""
     messages, tokenizer = rendered.messages, encoder.tokenizer
     n_messages, n_dialogues = len(messages), len(rendered.n_messages)
     n_bytes = np.empty(2 * n_messages, np.int64)
@@ -89,46 +102,45 @@ def encode_rendered(
     trained = np.cumsum(steps[:-1], dtype=np.int8).view(np.uint8)
     whole = EncodedDialogue(tokens, trained, label, starts, text_starts)
     edges = np.append(starts[first_messages] - 1, n_tokens)
-    return _cut_all(whole, edges, np.append(first_messages, n_messages), row_length, tokenizer.vocab_size)
+    opening_before = np.append(0, np.cumsum(messages["opening"], dtype=np.int64))
+    first_messages = np.append(first_messages, n_messages)
+    n_opening = np.diff(opening_before[first_messages])
+    return _cut_all(whole, edges, first_messages, n_opening, rule, tokenizer.vocab_size)
 
 
 def _cut_all(
-    whole: EncodedDialogue, edges: np.ndarray, first_messages: np.ndarray, row_length: int, vocab_size: int
-) -> tuple[EncodedCorpus, np.ndarray]:
+    whole: EncodedDialogue,
+    edges: np.ndarray,
+    first_messages: np.ndarray,
+    n_opening: np.ndarray,
+    rule: CutRule,
+    vocab_size: int,
+) -> EncodedCorpus:
     """Dialogues one after the other (they begin at `edges`) as documents: those that fit are kept as they are."""
-    sizes = np.diff(edges)
-    if sizes.size == 0 or sizes.max() <= row_length:
-        corpus = EncodedCorpus(
-            whole.tokens.astype(token_dtype(vocab_size)), whole.trained, whole.label, sizes.astype(np.int32)
-        )
-        return corpus, np.arange(len(sizes))
-    documents: list[Document] = []
-    lengths: list[np.ndarray] = []
-    origins: list[np.ndarray] = []
+    sizes, dtype = np.diff(edges), token_dtype(vocab_size)
+    uncut = np.zeros(len(sizes), DOCUMENT)
+    uncut["length"], uncut["dialogue"] = sizes, np.arange(len(sizes))
+    parts: list[EncodedCorpus] = []
     kept_from = 0  # dialogue
 
     def keep_until(number: int) -> None:
-        if number > kept_from:
+        if number > kept_from or not parts:
             span = slice(int(edges[kept_from]), int(edges[number]))
-            documents.append(Document(whole.tokens[span], whole.trained[span], whole.label[span]))
-            lengths.append(sizes[kept_from:number])
-            origins.append(np.arange(kept_from, number))
+            tokens = whole.tokens[span].astype(dtype)
+            parts.append(EncodedCorpus(tokens, whole.trained[span], whole.label[span], uncut[kept_from:number]))
 
-    for number in np.flatnonzero(sizes > row_length).tolist():
+    for number in np.flatnonzero(sizes > rule.row_length).tolist():
         keep_until(number)
         kept_from = number + 1
-        pieces = cut(_one(whole, edges, first_messages, number), row_length)
-        documents += pieces
-        lengths.append(np.array([len(piece.tokens) for piece in pieces]))
-        origins.append(np.full(len(pieces), number))
+        one = _one(whole, edges, first_messages, number, int(n_opening[number]))
+        parts.append(EncodedCorpus.of(cut(one, rule, number), vocab_size))
     keep_until(len(sizes))
-    joined = EncodedCorpus.of(documents, vocab_size)
-    return EncodedCorpus(
-        joined.tokens, joined.trained, joined.label, np.concatenate(lengths).astype(np.int32)
-    ), np.concatenate(origins)
+    return parts[0] if len(parts) == 1 else EncodedCorpus.join(parts)
 
 
-def _one(whole: EncodedDialogue, edges: np.ndarray, first_messages: np.ndarray, number: int) -> EncodedDialogue:
+def _one(
+    whole: EncodedDialogue, edges: np.ndarray, first_messages: np.ndarray, number: int, n_opening: int
+) -> EncodedDialogue:
     start, end = int(edges[number]), int(edges[number + 1])
     messages = slice(int(first_messages[number]), int(first_messages[number + 1]))
     return EncodedDialogue(
@@ -137,6 +149,7 @@ def _one(whole: EncodedDialogue, edges: np.ndarray, first_messages: np.ndarray, 
         whole.label[start:end],
         whole.message_starts[messages] - start,
         whole.text_starts[messages] - start,
+        n_opening,
     )
 
 

@@ -1,9 +1,10 @@
 """Packed rows on disk, memory-mapped: shards of tokens, masks and labels under a manifest that is written last.
 
 A directory holds, for each shard, `shard_00000.tokens.bin` (uint16, or uint32 above 65,536 pieces), `.trained.bin`
-(uint8), `.label.bin` (int8), each n_rows x row_length, and `.documents.bin` (int32: n_rows + 1 offsets into the
-document lengths, then the lengths; a row's padding is its last document). Little-endian throughout. Rows may be written
-in groups, by several processes, that are joined in order.
+(uint8), `.label.bin` (int8), each n_rows x row_length, and `.documents.bin` (n_rows + 1 offsets into the documents,
+int32, then the documents as DOCUMENT; a row's padding is its last document). Little-endian throughout. Rows may be
+written in groups, by several processes, that are joined in order. `dialogues.parquet` says which dialogue the number of
+a document stands for.
 """
 
 import hashlib
@@ -12,18 +13,21 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 
 from data.atomic_file import TEMPORARY_SUFFIX, atomic_file, sync_path, write_json
 from data.dialogue import NO_LABEL
-from data.packing import EncodedCorpus, token_dtype
+from data.dialogue_table import DIALOGUES_FILE, dialogue_table, read_dialogue_table, write_dialogue_table
+from data.packing import DOCUMENT, NO_DIALOGUE, EncodedCorpus, token_dtype
 
 MANIFEST_FILE = "manifest.json"
-FORMAT = "dramatis-packed-1"
+FORMAT = "dramatis-packed-2"
 STREAMS = ("tokens", "trained", "label", "documents")
 _PAD_ID = 0
 _ROWS_AT_ONCE = 512
@@ -35,33 +39,39 @@ class ShardError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class PackedRow:
-    """One row: `tokens_L`, `trained_L` uint8, `label_L` int8, and the lengths of its documents, which sum to L."""
+    """One row: `tokens_L`, `trained_L` uint8, `label_L` int8, and its documents (DOCUMENT), whose lengths sum to L."""
 
     tokens_L: np.ndarray
     trained_L: np.ndarray
     label_L: np.ndarray
-    document_lengths: np.ndarray
+    documents: np.ndarray
+
+    @property
+    def document_lengths(self) -> np.ndarray:
+        """The tokens of each document, int32."""
+        return np.asarray(self.documents["length"])
 
     @property
     def n_padding(self) -> int:
         """How many positions at its end are padding."""
-        last = int(self.document_lengths[-1])
-        return last if self.tokens_L[-last] == _PAD_ID else 0
+        last = self.documents[-1]
+        return int(last["length"]) if last["dialogue"] == NO_DIALOGUE else 0
 
 
 def packed_rows(corpus: EncodedCorpus, rows: Iterable[Sequence[int]], row_length: int) -> Iterator[PackedRow]:
     """Lay the documents of each row one after the other and pad its tail, which is a document of its own."""
     starts = np.concatenate([[0], np.cumsum(corpus.lengths, dtype=np.int64)])
     for numbers in rows:
-        lengths = [int(corpus.lengths[i]) for i in numbers]
+        documents = corpus.documents[list(numbers)]
         spans = [slice(int(starts[i]), int(starts[i + 1])) for i in numbers]
-        pad = row_length - sum(lengths)
+        pad = row_length - int(documents["length"].sum())
+        padding = np.array([(pad, NO_DIALOGUE, 0, 0)] * (pad > 0), DOCUMENT)
         assert pad >= 0, "a row holds more than its length"
         yield PackedRow(
             np.concatenate([*(corpus.tokens[s] for s in spans), np.full(pad, _PAD_ID, corpus.tokens.dtype)]),
             np.concatenate([*(corpus.trained[s] for s in spans), np.zeros(pad, np.uint8)]),
             np.concatenate([*(corpus.label[s] for s in spans), np.full(pad, NO_LABEL, np.int8)]),
-            np.array(lengths + [pad] * (pad > 0), dtype=np.int32),
+            np.concatenate([documents, padding]),
         )
 
 
@@ -73,11 +83,13 @@ def write_shards(
     vocab_size: int,
     rows_per_shard: int,
     tokenizer_sha256: str,
+    dialogues: pa.Table | None = None,
     statistics: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write rows as shards and return the manifest, which is on disk only once everything else is.
 
-    The fingerprint covers the tokenizer, row_length and the rows in order; it does not depend on rows_per_shard.
+    `dialogues` (None: not known) is the dialogue_table that the documents' numbers point into. The fingerprint covers
+    the tokenizer, row_length and the rows in order; it does not depend on rows_per_shard.
     Shards and manifest that an earlier run left in the directory are removed first.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -88,6 +100,7 @@ def write_shards(
     return join_groups(
         directory,
         [(directory, group)],
+        [dialogue_table([], []) if dialogues is None else dialogues],
         row_length=row_length,
         vocab_size=vocab_size,
         rows_per_shard=rows_per_shard,
@@ -124,7 +137,7 @@ def _write_shard(
     """Write a shard, and add what it holds to the digests `contents`; its entry of the manifest, and its padding."""
     n_padding = 0
     n_documents: list[int] = []  # of each row
-    lengths: list[np.ndarray] = []
+    documents: list[np.ndarray] = []
     digests = {stream: hashlib.sha256() for stream in STREAMS}
     n_bytes = dict.fromkeys(STREAMS, 0)
     with ExitStack() as opened:
@@ -141,12 +154,12 @@ def _write_shard(
                 write(stream, array)
                 contents[stream].update(array.data)
             n_padding += sum(row.n_padding for row in chunk)
-            n_documents += [len(row.document_lengths) for row in chunk]
-            lengths += [row.document_lengths for row in chunk]
-            # without offsets, which depend on the shard
-            counted = [part for row in chunk for part in ([len(row.document_lengths)], row.document_lengths)]
-            contents["documents"].update(np.concatenate(counted).astype("<i4").data)
-        write("documents", np.concatenate([np.cumsum([0, *n_documents]), *lengths]).astype("<i4"))
+            n_documents += [len(row.documents) for row in chunk]
+            documents += [row.documents for row in chunk]
+            # without offsets, which depend on the shard; the lengths say where a row ends
+            contents["documents"].update(_raw(np.concatenate([row.documents for row in chunk])).data)
+        write("documents", np.cumsum([0, *n_documents]).astype("<i4"))
+        write("documents", _raw(np.concatenate(documents)))
     entries = {
         stream: {"name": path.name, "bytes": n_bytes[stream], "sha256": digests[stream].hexdigest()}
         for stream, path in paths.items()
@@ -154,9 +167,15 @@ def _write_shard(
     return {"n_rows": len(n_documents), "files": entries}, n_padding
 
 
+def _raw(documents: np.ndarray) -> np.ndarray:
+    """DOCUMENTs as plain int32, which hashes and files take."""
+    return np.ascontiguousarray(documents).view("<i4")
+
+
 def join_groups(
     directory: Path,
     groups: Sequence[tuple[Path, dict[str, Any]]],
+    dialogues: Iterable[pa.Table],
     *,
     row_length: int,
     vocab_size: int,
@@ -165,7 +184,8 @@ def join_groups(
     statistics: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Move the shards of groups (where they are, and what `write_group` returned) into one directory, in order, and
-    write its manifest, which is returned. Interrupted, it is repeated: what has been moved is left where it is."""
+    write the table of their dialogues and the manifest, which is returned. Interrupted, it is repeated: what has been
+    moved is left where it is."""
     directory.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Any]] = []
     for folder, group in groups:
@@ -178,6 +198,8 @@ def join_groups(
                     os.replace(source, target)
                 files[stream] = {**entry, "name": name}
             shards.append({**shard, "files": files})
+    table = directory / DIALOGUES_FILE
+    n_dialogues = write_dialogue_table(table, dialogues)
     sync_path(directory)
     digests = [digest for _, group in groups for digest in group["contents"]]
     manifest = {
@@ -188,8 +210,10 @@ def join_groups(
         "row_length": row_length,
         "n_rows": sum(group["n_rows"] for _, group in groups),
         "n_tokens": sum(group["n_tokens"] for _, group in groups),
+        "n_dialogues": n_dialogues,
         "rows_per_shard": rows_per_shard,
         "statistics": statistics or {},
+        "dialogues": {"name": table.name, "bytes": table.stat().st_size, "sha256": file_sha256(table)},
         "shards": shards,
     }
     write_json(directory / MANIFEST_FILE, manifest)
@@ -230,6 +254,7 @@ class PackedDataset:
         for shard in self.manifest["shards"]:
             for entry in shard["files"].values():
                 _check_file(self.directory / entry["name"], entry, verify)
+        _check_file(self.directory / DIALOGUES_FILE, self.manifest["dialogues"], verify)
         self._shards = [self._open(shard) for shard in self.manifest["shards"]]
 
     def _open(self, shard: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -240,46 +265,47 @@ class PackedDataset:
             path = self.directory / shard["files"][stream]["name"]
             arrays[stream] = np.memmap(path, dtype=dtype, mode="r", shape=(shard["n_rows"], self.row_length))
         path = self.directory / shard["files"]["documents"]["name"]
-        documents = np.memmap(path, dtype="<i4", mode="r")
-        arrays["offsets"], arrays["lengths"] = documents[: shard["n_rows"] + 1], documents[shard["n_rows"] + 1 :]
-        if arrays["offsets"][0] != 0 or arrays["offsets"][-1] != len(arrays["lengths"]):
-            raise ShardError(f"{path}: its document offsets do not match its lengths; run data.prepare again")
+        numbers = np.memmap(path, dtype="<i4", mode="r")
+        arrays["offsets"], documents = numbers[: shard["n_rows"] + 1], numbers[shard["n_rows"] + 1 :]
+        if arrays["offsets"][0] != 0 or arrays["offsets"][-1] * DOCUMENT.itemsize != documents.nbytes:
+            raise ShardError(f"{path}: its document offsets do not match its documents; run data.prepare again")
+        arrays["documents"] = documents.view(DOCUMENT)
         return arrays
 
     def __len__(self) -> int:
         return self.n_rows
 
-    def document_lengths(self) -> np.ndarray:
-        """The lengths of all documents in the order of the rows, without the rows' padding, int32."""
-        kept = [np.zeros(0, np.int32)]
-        for shard in self._shards:
-            lengths, last = np.asarray(shard["lengths"]), np.asarray(shard["offsets"][1:]) - 1
-            starts = self.row_length - lengths[last]
-            is_padding = shard["tokens"][np.arange(len(last)), starts] == _PAD_ID
-            kept.append(np.delete(lengths, last[is_padding]))
-        return np.concatenate(kept)
+    def documents(self) -> np.ndarray:
+        """All documents (DOCUMENT) in the order of the rows, without the rows' padding."""
+        found = np.concatenate([np.zeros(0, DOCUMENT), *(np.asarray(shard["documents"]) for shard in self._shards)])
+        return np.asarray(found[found["dialogue"] != NO_DIALOGUE])
+
+    @cached_property
+    def dialogues(self) -> pa.Table:
+        """What data/dialogue_table.py says of the dialogues that documents name."""
+        return read_dialogue_table(self.directory / DIALOGUES_FILE)
 
     def row(self, i: int) -> PackedRow:
         """Row i."""
-        tokens, trained, label, lengths = self.gather([i])
-        return PackedRow(tokens[0], trained[0], label[0], lengths)
+        tokens, trained, label, documents = self.gather([i])
+        return PackedRow(tokens[0], trained[0], label[0], documents)
 
     def gather(self, row_indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Rows in the order asked: tokens (R, L) int64, trained (R, L) uint8, label (R, L) int8, and the document
-        lengths of all of them one after the other, int32."""
+        """Rows in the order asked: tokens (R, L) int64, trained (R, L) uint8, label (R, L) int8, and the documents
+        (DOCUMENT) of all of them one after the other, each row's padding as its last."""
         indices = np.asarray(row_indices, dtype=np.int64)
         if indices.size and not 0 <= int(indices.min()) <= int(indices.max()) < self.n_rows:
             raise IndexError(f"row {indices.min()} or {indices.max()} is outside 0..{self.n_rows - 1}")
         shape = (len(indices), self.row_length)
         tokens, trained, label = np.empty(shape, np.int64), np.empty(shape, np.uint8), np.empty(shape, np.int8)
-        lengths: list[np.ndarray] = []
+        documents = [np.zeros(0, DOCUMENT)]
         numbers = np.searchsorted(self._first_rows, indices, "right") - 1
         locals_ = indices - self._first_rows[numbers]
         for k, (number, local) in enumerate(zip(numbers.tolist(), locals_.tolist(), strict=True)):
             shard = self._shards[number]
             tokens[k], trained[k], label[k] = shard["tokens"][local], shard["trained"][local], shard["label"][local]
-            lengths.append(shard["lengths"][shard["offsets"][local] : shard["offsets"][local + 1]])
-        return tokens, trained, label, np.concatenate(lengths).astype(np.int32) if lengths else np.zeros(0, np.int32)
+            documents.append(shard["documents"][shard["offsets"][local] : shard["offsets"][local + 1]])
+        return tokens, trained, label, np.concatenate(documents)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -295,7 +321,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise ShardError(f"{path}: not JSON ({error}); run data.prepare again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise ShardError(f"{path}: format is {found!r}, expected {FORMAT!r}; run data.prepare again")
+        raise ShardError(
+            f"{path}: format is {found!r}, expected {FORMAT!r}: it was written by another version; run data.prepare "
+            "again, into another run_dir if trained models still name this one"
+        )
     return manifest
 
 

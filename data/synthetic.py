@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from data.dialogue import NO_LABEL
+from data.packing import DOCUMENT
 from data.stable_hash import stable_hash
 from recipes.loader import Section
 
@@ -36,11 +37,14 @@ class SyntheticRows:
         self.fingerprint = f"{stable_hash(settings.model_dump_json()):016x}"
 
     def gather(self, row_indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """tokens_RL int64, trained_RL uint8 (all), label_RL int8 (none), and document lengths, as shards give them."""
+        """tokens_RL int64, trained_RL uint8 (all), label_RL int8 (none), and documents, as shards give them; a row is a
+        dialogue."""
         rows = [self._row(int(number)) for number in row_indices]
         tokens_RL = np.stack([tokens_L for tokens_L, _ in rows])
-        lengths = np.concatenate([lengths for _, lengths in rows])
-        return tokens_RL, np.ones(tokens_RL.shape, np.uint8), np.full(tokens_RL.shape, NO_LABEL, np.int8), lengths
+        documents = np.concatenate([np.zeros(len(lengths), DOCUMENT) for _, lengths in rows])
+        documents["length"] = np.concatenate([lengths for _, lengths in rows])
+        documents["dialogue"] = np.repeat(np.asarray(row_indices), [len(lengths) for _, lengths in rows])
+        return tokens_RL, np.ones(tokens_RL.shape, np.uint8), np.full(tokens_RL.shape, NO_LABEL, np.int8), documents
 
     def _row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         rng = np.random.Generator(np.random.Philox(key=[self._settings.seed, number]))

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from data.dialogue import CONTROL_SURFACES
 
 MODEL_FILE = "tokenizer.model"
@@ -100,6 +102,11 @@ class DialogueTokenizer:
             for i in range(self.vocab_size)
         ]
         return [Piece(processor.id_to_piece(i), processor.get_score(i), kind) for i, kind in enumerate(kinds)]
+
+    def inside_character(self) -> np.ndarray:
+        """True for each id of the vocabulary that continues a character: the byte pieces <0x80> to <0xBF> of UTF-8."""
+        bytes_of = (int(piece.text[3:5], 16) if piece.kind == "byte" else 0 for piece in self.pieces())
+        return np.array([byte & 0xC0 == 0x80 for byte in bytes_of])
 
     def save(self, path: Path | str) -> None:
         """Write the model to a file, or to `tokenizer.model` of a directory."""

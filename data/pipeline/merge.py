@@ -23,7 +23,7 @@ from data.shards import MANIFEST_FILE, join_groups
 from data.tokenizer import MODEL_FILE, DialogueTokenizer
 
 MERGE = "merge"
-FORMAT = "dramatis-data-1"
+FORMAT = "dramatis-data-2"
 DIALOGUES = "dialogues"
 
 
@@ -51,7 +51,7 @@ class MergeResults(ItemStep):
             with atomic_file(run_dir / DIALOGUES / f"{side}.jsonl") as file:
                 for unit in range(len(units)):
                     _copy_lines(UnitResults(self.work, unit), selection.sides(unit) == SIDES[side], file)
-            sides[side] = self._merge_side(side, [unit.source for unit in units], tokenizer)
+            sides[side] = self._merge_side(side, [unit.source for unit in units], tokenizer, selection)
         ledgers = selection.ledgers()
         total = Ledger.total(ledgers.values())
         assert total.kept == sum(figures["n_dialogues"] for figures in sides.values()), "kept dialogues are lost"
@@ -69,7 +69,9 @@ class MergeResults(ItemStep):
         }
         write_json(run_dir / MANIFEST_FILE, manifest)
 
-    def _merge_side(self, side: str, source_of_unit: Sequence[str], tokenizer: DialogueTokenizer) -> dict[str, Any]:
+    def _merge_side(
+        self, side: str, source_of_unit: Sequence[str], tokenizer: DialogueTokenizer, selection: Selection
+    ) -> dict[str, Any]:
         """Shards and manifest of one side; its figures, as they stand in the run's manifest."""
         total = Figures()
         of_source: dict[str, Figures] = {}
@@ -85,9 +87,13 @@ class MergeResults(ItemStep):
             for source, figures in of_source.items()
             if figures.n_dialogues
         }
+        units = [UnitResults(self.work, unit) for unit in range(len(source_of_unit))]
+        is_ours = [selection.sides(unit) == SIDES[side] for unit in range(len(units))]
+        people = _people(units, is_ours)
         manifest = join_groups(
             self.work.run_dir / side,
             groups,
+            (unit.dialogue_table(is_kept, people) for unit, is_kept in zip(units, is_ours, strict=True)),
             row_length=self.row_length,
             vocab_size=tokenizer.vocab_size,
             rows_per_shard=self.rows_per_shard,
@@ -95,16 +101,27 @@ class MergeResults(ItemStep):
             statistics=statistics,
         )
         assert manifest["n_tokens"] == total.n_tokens, "packing lost tokens"
+        assert manifest["n_dialogues"] == total.n_dialogues, "the table of dialogues lacks some"
         return {**{key: manifest[key] for key in ("fingerprint", "n_rows", "n_tokens")}, **statistics}
+
+
+def _people(units: Sequence[UnitResults], is_ours: Sequence[np.ndarray]) -> np.ndarray:
+    """The hashes of all who take part in these rows (a mask for each unit), sorted."""
+    hashes = [np.zeros(0, np.uint64)]
+    for unit, is_kept in zip(units, is_ours, strict=True):
+        n_participants, participants = unit.participants()
+        hashes.append(np.unique(participants[np.repeat(is_kept, n_participants)]))
+    return np.unique(np.concatenate(hashes))
 
 
 def _statistics(figures: Figures, n_positions: int) -> dict[str, Any]:
     counts = asdict(figures)
     n_tokens = counts.pop("n_tokens")
+    n_own = n_tokens - figures.n_repeated_tokens
     return {
         **counts,
         "density": round(n_tokens / n_positions, 4) if n_positions else 0.0,
-        "characters_per_token": round(figures.n_characters / n_tokens, 3) if n_tokens else 0.0,
+        "characters_per_token": round(figures.n_characters / n_own, 3) if n_own else 0.0,
     }
 
 

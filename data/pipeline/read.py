@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from data.atomic_file import write_json
 from data.clean import Filters, passing, scrubbed, without_bad
 from data.dialogue import Dialogue, without_end_label
 from data.dialogue_json import from_json, to_json
+from data.dialogue_table import table_of_columns
 from data.ledger import Ledger
 from data.pipeline.item_step import ItemStep
 from data.pipeline.record import RECORD, ROW, participants_of, records_of, rows_of
@@ -35,6 +37,7 @@ _COLUMNS = {
     "rows": ROW,
     "messages": MESSAGE,
     "texts": np.dtype("u1"),
+    "ids": np.dtype("u1"),
 }
 _DIALOGUES_AT_ONCE = 512
 
@@ -117,6 +120,9 @@ def _write(folder: Path, dialogues: Iterable[Dialogue], quarantine: Quarantine, 
             n_bytes = messages["prefix_bytes"].astype(np.int64) + messages["body_bytes"]
             rows["text_bytes"] = np.diff(np.append(0, np.cumsum(n_bytes))[np.append(0, np.cumsum(n_messages))])
             rows["line_bytes"] = [len(line) for line in lines]
+            ids = [dialogue.id.encode() for dialogue in kept]
+            rows["id_bytes"] = [len(name) for name in ids]
+            columns["ids"].write(b"".join(ids))
             records_of(given, [dialogue is not None for dialogue in cleaned], settings.seed).tofile(columns["records"])
             participants_of(given).tofile(columns["participants"])
             rows.tofile(columns["rows"])
@@ -163,7 +169,7 @@ class UnitResults:
         return counts.pop("source"), Ledger.from_dict(counts)
 
     def column(self, name: str) -> np.ndarray:
-        """One of `records`, `participants`, `rows`, `messages`, `texts`."""
+        """One of `records`, `participants`, `rows`, `messages`, `texts`, `ids`."""
         path = self._folder / f"{name}.bin"
         if not path.stat().st_size:
             return np.zeros(0, _COLUMNS[name])
@@ -186,6 +192,18 @@ class UnitResults:
                 ),
             )
             first = end
+
+    def participants(self) -> tuple[np.ndarray, np.ndarray]:
+        """How many each row has, and the hashes of all of them, row by row."""
+        records, participants = self.column("records"), self.column("participants")
+        of_row = np.repeat(records["is_kept"], records["n_participants"])
+        return records["n_participants"][records["is_kept"]], participants[of_row]
+
+    def dialogue_table(self, is_kept: np.ndarray, people: np.ndarray) -> pa.Table:
+        """Ids and participants of some rows (a mask); a participant's number is its hash's place in `people`."""
+        rows, (n_participants, participants) = self.column("rows"), self.participants()
+        numbers = np.minimum(np.searchsorted(people, participants), len(people) - 1)
+        return table_of_columns(rows["id_bytes"], self.column("ids"), n_participants, numbers, is_kept)
 
     def texts(self) -> "RowTexts":
         """Its rendered texts, row by row in any order."""

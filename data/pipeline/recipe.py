@@ -26,6 +26,9 @@ class DataRecipe(Section):
     split: SplitRule
     tokenizer: TokenizerRule
     row_length: int = Field(ge=16)
+    # A dialogue longer than a row is several documents. Each later one begins with the narrator's opening and with the
+    # newest messages before it, at most this part of a row; they are read again, never trained again. 0: none.
+    context_fraction: float = Field(default=0.25, ge=0, le=0.5)
     filters: Filters = Filters()
     # Personal data in texts, names, ids and metadata become placeholders and hashes; null: they stay.
     scrub: Scrub | None = None
@@ -51,6 +54,11 @@ class DataRecipe(Section):
     def n_tasks(self) -> int:
         """How many tasks a stage has that can be shared out."""
         return self.tasks or self.executor.n_workers or 1
+
+    @property
+    def context_tokens(self) -> int:
+        """The most tokens that a document repeats of the messages before it."""
+        return int(self.context_fraction * self.row_length)
 
     @model_validator(mode="after")
     def _tasks_are_said(self) -> Self:

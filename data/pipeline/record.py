@@ -21,6 +21,7 @@ ROW = np.dtype(
         ("n_characters", "<i8"),
         ("n_messages", "<i8"),
         ("n_speakers", "<i4"),  # but for the narrator
+        ("id_bytes", "<i4"),
         ("text_bytes", "<i8"),  # rendered
         ("line_bytes", "<i8"),
     ]

@@ -20,8 +20,8 @@ from data.split_warnings import Measure, is_too_large, side_measures, side_warni
 SELECT = "select"
 SIDES = {"train": TRAIN, "heldout": HELDOUT}
 QUARANTINE_FILE = "quarantine.jsonl"
-_SIDES_FILE, _EDGES_FILE, _LEDGERS_FILE = "sides.npy", "edges.npy", "ledgers.json"
 _WARNINGS_FILE = "warnings.json"
+_SIDES_FILE, _EDGES_FILE, _LEDGERS_FILE, _N_BEFORE_FILE = "sides.npy", "edges.npy", "ledgers.json", "n_before.npy"
 _LEFT_OUT = -1
 
 
@@ -83,6 +83,7 @@ class SelectDialogues(ItemStep):
         write_json(folder / _WARNINGS_FILE, [*warnings, *side_warnings(_measures(units, rows), sides)])
         np.save(folder / _SIDES_FILE, sides)
         np.save(folder / _EDGES_FILE, edges)
+        np.save(folder / _N_BEFORE_FILE, _n_before(sides, edges))
         write_json(folder / _LEDGERS_FILE, {name: ledger.to_dict() for name, ledger in ledgers.items()})
 
     def _near_duplicates(self, edges: np.ndarray) -> np.ndarray:
@@ -159,6 +160,12 @@ def _measures(units: Sequence[UnitResults], rows: Sequence[np.ndarray]) -> tuple
     return side_measures(**known, n_stay=stays, n_leave=leaves)
 
 
+def _n_before(sides: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """How many dialogues of each of SIDES stand before each unit, (units + 1, sides)."""
+    of_side = [np.append(0, np.cumsum(sides == side))[edges] for side in SIDES.values()]
+    return np.stack(of_side, axis=1)
+
+
 def _repeats(keys: np.ndarray) -> np.ndarray:
     """Which keys (n, 2) an earlier one is equal to."""
     order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: of equal ones the first comes first
@@ -191,10 +198,19 @@ class Selection:
         self._folder = work.item(SELECT, 0)
         self._edges = np.load(self._folder / _EDGES_FILE)
         self._sides = np.load(self._folder / _SIDES_FILE, mmap_mode="r")
+        self._n_before = np.load(self._folder / _N_BEFORE_FILE)
 
     def sides(self, unit: int) -> np.ndarray:
         """The side of each row of a unit, or another number where it is left out."""
         return np.array(self._sides[self._edges[unit] : self._edges[unit + 1]])
+
+    def numbers(self, unit: int) -> np.ndarray:
+        """The number of each row of a unit among all of its side, i.e. its line in dialogues/<side>.jsonl; int32."""
+        of_unit, numbers = self.sides(unit), np.full(len(self.sides(unit)), -1, np.int32)
+        for place, side in enumerate(SIDES.values()):
+            is_ours = of_unit == side
+            numbers[is_ours] = self._n_before[unit, place] + np.arange(np.count_nonzero(is_ours))
+        return numbers
 
     def rows_of(self, side: str) -> tuple[np.ndarray, np.ndarray]:
         """Of all rows of a side, in order: the unit, and the number in it."""

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+import numpy.typing as npt
 
 from data.atomic_file import write_json
-from data.packing import EncodedCorpus, token_dtype
+from data.cut import CutRule
+from data.packing import DOCUMENT, EncodedCorpus, token_dtype
 from data.pipeline.item_step import ItemStep
 from data.pipeline.read import UnitResults
 from data.pipeline.select import SIDES, Selection
@@ -33,6 +35,7 @@ class Figures:
     n_characters: int = 0
     n_documents: int = 0
     n_tokens: int = 0
+    n_repeated_tokens: int = 0
     n_answer_tokens: int = 0
     n_partner_leaves: int = 0
     n_partner_continues: int = 0
@@ -48,9 +51,9 @@ class TokeniseUnits(ItemStep):
 
     stage = TOKENISE
 
-    def __init__(self, work: WorkFolder, n_units: int, row_length: int) -> None:
+    def __init__(self, work: WorkFolder, n_units: int, row_length: int, context_tokens: int) -> None:
         super().__init__(work)
-        self.n_units, self.row_length = n_units, row_length
+        self.n_units, self.row_length, self.context_tokens = n_units, row_length, context_tokens
         self._encoder: BulkEncoder | None = None
 
     def __getstate__(self) -> dict[str, object]:
@@ -62,7 +65,10 @@ class TokeniseUnits(ItemStep):
     def do(self, number: int, folder: Path) -> None:
         if self._encoder is None:
             self._encoder = BulkEncoder(made_tokenizer(self.work))
-        unit, side_of_row = UnitResults(self.work, number), Selection(self.work).sides(number)
+        rule = CutRule(self.row_length, self.context_tokens, self._encoder.tokenizer.inside_character())
+        selection = Selection(self.work)
+        unit, side_of_row = UnitResults(self.work, number), selection.sides(number)
+        number_in_side = selection.numbers(number)
         n_characters = np.array(unit.column("rows")["n_characters"])
         figures = {name: Figures() for name in SIDES}
         with ExitStack() as opened:
@@ -73,7 +79,9 @@ class TokeniseUnits(ItemStep):
             for rows, rendered in unit.rendered(_TEXT_BYTES_AT_ONCE):
                 is_kept = np.isin(side_of_row[rows], list(SIDES.values()))
                 rendered = rendered.of(is_kept)
-                corpus, origin = encode_rendered(rendered, self._encoder, self.row_length)
+                corpus = encode_rendered(rendered, self._encoder, rule)
+                origin = corpus.documents["dialogue"].copy()
+                corpus.documents["dialogue"] = number_in_side[rows][is_kept][origin]
                 side, characters = side_of_row[rows][is_kept], n_characters[rows][is_kept]
                 for name, value in SIDES.items():
                     part = corpus.of_documents(side[origin] == value)
@@ -101,8 +109,9 @@ def _write(files: Mapping[str, IO[bytes]], corpus: EncodedCorpus) -> None:
 def _counts(corpus: EncodedCorpus) -> Figures:
     labels = np.bincount(corpus.label[corpus.label >= 0], minlength=2)
     return Figures(
-        n_documents=len(corpus.lengths),
+        n_documents=len(corpus.documents),
         n_tokens=len(corpus.tokens),
+        n_repeated_tokens=int(corpus.documents["n_repeated"].sum(dtype=np.int64)),
         n_answer_tokens=int(np.count_nonzero(corpus.trained)),
         n_partner_leaves=int(labels[0]),
         n_partner_continues=int(labels[1]),
@@ -117,7 +126,12 @@ def figures_of(work: WorkFolder, unit: int) -> dict[str, Figures]:
 
 def encoded_unit(work: WorkFolder, unit: int, side: str, vocab_size: int) -> EncodedCorpus:
     """The documents of one side of a unit, memory-mapped."""
-    dtypes = {"tokens": token_dtype(vocab_size), "trained": np.uint8, "label": np.int8, "lengths": np.int32}
+    dtypes: dict[str, npt.DTypeLike] = {
+        "tokens": token_dtype(vocab_size),
+        "trained": np.uint8,
+        "label": np.int8,
+        "documents": DOCUMENT,
+    }
     arrays = {}
     for name in _ARRAYS:
         path = _array(work.item(TOKENISE, unit), side, name)

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.cut import CutRule, cut
 from data.dialogue import Dialogue, Message, encode_dialogue
 from data.inspect import HISTOGRAM_FILE, main, pick_rows, row_as_text
-from data.packing import EncodedCorpus, cut
+from data.packing import EncodedCorpus
 from data.prepare import main as prepare
 from data.shards import ShardError, packed_rows
 from data.tokenizer import DialogueTokenizer
@@ -19,16 +20,20 @@ def test_rows_show_replies_labels_and_padding(tokenizer: DialogueTokenizer) -> N
     unwanted = Message("Ann", "bah\x1b[2J", metadata={"engagement_label": 0, "trained": False})
     dialogue = Dialogue("d", (Message("Bob", "hi [red]"), Message("Ann", "hello you"), Message("Bob", "bye")), "Ann")
     thrown_away = Dialogue("e", (Message("Bob", "so?"), unwanted), "Ann")
-    pieces = [piece for d in (dialogue, thrown_away) for piece in cut(encode_dialogue(tokenizer, d), 90)]
+    rule = CutRule(90, 20, tokenizer.inside_character())
+    pieces = [
+        piece for n, d in enumerate((dialogue, thrown_away)) for piece in cut(encode_dialogue(tokenizer, d), rule, n)
+    ]
     (row,) = packed_rows(EncodedCorpus.of(pieces, tokenizer.vocab_size), [[0, 1]], 90)
     text = row_as_text(row, tokenizer)
     first, second = (len(piece.tokens) for piece in pieces)
+    n_trained = np.count_nonzero(pieces[0].trained)
     assert text.plain.splitlines() == [
-        f"-- document 0: {first} tokens from 0, {np.count_nonzero(pieces[0].trained)} of them the character's",
+        f"-- document 0: dialogue 0, {first} tokens from 0, {n_trained} of them the character's",
         "<bos><|message|>Bob: hi [red]<|end|>",
         "<|message|>Ann: hello you<|end|> [label 1]",
         "<|message|>Bob: bye<|end|>",
-        f"-- document 1: {second} tokens from {first}, 0 of them the character's",
+        f"-- document 1: dialogue 1, {second} tokens from {first}, 0 of them the character's",
         "<bos><|message|>Bob: so?<|end|>",
         "<|message|>Ann: bah\u241b[2J<|end|> [label 0]",
         f"{90 - first - second} x <pad>",

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.dialogue_table import dialogue_table
 from data.mixture import MixtureData, MixtureOrder, MixtureRows, open_mixture, training_order
+from data.packing import DOCUMENT, NO_DIALOGUE
 from data.sampler import DataPositionError, position_after
 from data.shards import PackedRow, ShardError, write_shards
 
@@ -76,11 +78,13 @@ def directory(path: Path, fill: list[int], token: int, tokenizer: str = "t") -> 
         rows = []
         for n in fill:
             tokens_L = np.where(np.arange(LENGTH) < n, token, 0).astype(np.uint16)
-            lengths = np.array([n, LENGTH - n] if n < LENGTH else [n], np.int32)
-            rows.append(PackedRow(tokens_L, np.zeros(LENGTH, np.uint8), np.full(LENGTH, -1, np.int8), lengths))
+            padding = [(LENGTH - n, NO_DIALOGUE, 0, 0)] * (n < LENGTH)
+            documents = np.array([(n, len(rows), 0, 0), *padding], DOCUMENT)
+            rows.append(PackedRow(tokens_L, np.zeros(LENGTH, np.uint8), np.full(LENGTH, -1, np.int8), documents))
         write_shards(
-            path / side, rows, row_length=LENGTH, vocab_size=300, rows_per_shard=3, tokenizer_sha256=tokenizer
-        )
+            path / side, rows, row_length=LENGTH, vocab_size=300, rows_per_shard=3, tokenizer_sha256=tokenizer,
+            dialogues=dialogue_table([str(number) for number in range(len(fill))], [[]] * len(fill)),
+        )  # fmt: skip
     return path
 
 
@@ -110,10 +114,11 @@ def test_rows_come_from_their_part_and_in_the_order_asked(tmp_path: Path) -> Non
     paths = [directory(tmp_path / "a", [20, 32, 7, 31], 11), directory(tmp_path / "b", [32, 9], 12)]
     rows = open_mixture(mixture(paths, [1, 1]), "train")
     assert (rows.n_rows, rows.row_length, rows.vocab_size) == (6, LENGTH, 300)
-    tokens_RL, trained_RL, label_RL, lengths = rows.gather([5, 0, 3, 4, 4])
+    tokens_RL, trained_RL, label_RL, documents = rows.gather([5, 0, 3, 4, 4])
     assert [row[0] for row in tokens_RL.tolist()] == [12, 11, 11, 12, 12]
     assert (tokens_RL > 0).sum(1).tolist() == [9, 20, 31, 32, 32]
-    assert lengths.tolist() == [9, 23, 20, 12, 31, 1, 32, 32]
+    assert documents["length"].tolist() == [9, 23, 20, 12, 31, 1, 32, 32]
+    assert documents["dialogue"].tolist() == [5, -1, 0, -1, 3, -1, 4, 4], "dialogues of two parts are two"
     assert trained_RL.shape == label_RL.shape == (5, LENGTH)
     assert rows.gather([])[0].shape == (0, LENGTH)
     assert set(np.searchsorted([4], rows.spread(4), side="right")) == {0, 1}

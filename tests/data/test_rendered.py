@@ -6,8 +6,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.cut import CutRule, cut
 from data.dialogue import NARRATOR, Dialogue, Message, encode_dialogue
-from data.packing import Document, EncodedCorpus, cut
+from data.packing import Document, EncodedCorpus
 from data.rendered import RenderedDialogues, encode_rendered, join_bytes, render
 from data.tokenise import BulkEncoder
 from data.tokenizer import DialogueTokenizer
@@ -24,10 +25,10 @@ def dialogues(draw: st.DrawFn) -> Dialogue:
 
 
 def one_by_one(
-    tokenizer: DialogueTokenizer, given_dialogues: list[Dialogue], within: float | None, row_length: int
-) -> tuple[list[Document], list[int]]:
-    pieces = [cut(encode_dialogue(tokenizer, dialogue, within), row_length) for dialogue in given_dialogues]
-    return [piece for of_one in pieces for piece in of_one], [n for n, of_one in enumerate(pieces) for _ in of_one]
+    tokenizer: DialogueTokenizer, given_dialogues: list[Dialogue], within: float | None, rule: CutRule
+) -> list[Document]:
+    encoded = (encode_dialogue(tokenizer, dialogue, within) for dialogue in given_dialogues)
+    return [piece for number, one in enumerate(encoded) for piece in cut(one, rule, number)]
 
 
 @settings(max_examples=200)
@@ -36,21 +37,27 @@ def one_by_one(
     row_length=st.sampled_from([16, 40, 4096]),
     within=st.sampled_from([None, 5.0]),
     keep=st.integers(0, 63),
+    context=st.integers(0, 8),
 )
 def test_columns_give_the_same_documents(
-    tokenizer: DialogueTokenizer, given_dialogues: list[Dialogue], row_length: int, within: float | None, keep: int
+    tokenizer: DialogueTokenizer,
+    given_dialogues: list[Dialogue],
+    row_length: int,
+    within: float | None,
+    keep: int,
+    context: int,
 ) -> None:
     texts, messages, n_messages = render(given_dialogues, within)
     columns = RenderedDialogues(join_bytes(texts), messages, n_messages)
     is_kept = np.array([keep >> number & 1 for number in range(len(given_dialogues))], bool)
     kept = [dialogue for dialogue, is_in in zip(given_dialogues, is_kept, strict=True) if is_in]
-    encoder = BulkEncoder(tokenizer)
+    encoder, inside_character_V = BulkEncoder(tokenizer), tokenizer.inside_character()
     for rendered, expected in ((columns, given_dialogues), (columns.of(is_kept), kept)):
-        corpus, origin = encode_rendered(rendered, encoder, row_length)
-        documents, numbers = one_by_one(tokenizer, expected, within, row_length)
+        rule = CutRule(row_length, context, inside_character_V)
+        corpus = encode_rendered(rendered, encoder, rule)
+        documents = one_by_one(tokenizer, expected, within, rule)
         joined = EncodedCorpus.of(documents, tokenizer.vocab_size)
         for field in fields(EncodedCorpus):
             found, wanted = getattr(corpus, field.name), getattr(joined, field.name)
             assert np.array_equal(found, wanted)
             assert found.dtype == wanted.dtype
-        assert origin.tolist() == numbers

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.dialogue_table import DIALOGUES_FILE, dialogue_table
 from data.packing import Document, EncodedCorpus
 from data.shards import MANIFEST_FILE, PackedDataset, PackedRow, ShardError, packed_rows, write_shards
 
@@ -16,8 +17,7 @@ MakeRows = Callable[..., list[PackedRow]]
 
 def same(a: PackedRow, b: PackedRow) -> bool:
     return all(
-        np.array_equal(getattr(a, name), getattr(b, name))
-        for name in ("tokens_L", "trained_L", "label_L", "document_lengths")
+        np.array_equal(getattr(a, name), getattr(b, name)) for name in ("tokens_L", "trained_L", "label_L", "documents")
     )
 
 
@@ -27,15 +27,15 @@ def test_rows_come_back_exactly(write_rows: WriteRows, make_rows: MakeRows) -> N
     for i, row in enumerate(make_rows(7, 16)):
         assert same(dataset.row(i), row)
         assert dataset.row(i).document_lengths.sum() == 16
-    tokens, _, _, lengths = dataset.gather([6, 0, 3])
+    tokens, _, _, documents = dataset.gather([6, 0, 3])
     assert np.array_equal(tokens[1], dataset.row(0).tokens_L)
-    assert np.array_equal(lengths, np.concatenate([dataset.row(i).document_lengths for i in (6, 0, 3)]))
+    assert np.array_equal(documents, np.concatenate([dataset.row(i).documents for i in (6, 0, 3)]))
     for outside in (7, -1):
         with pytest.raises(IndexError, match="outside"):
             dataset.row(outside)
 
 
-def test_document_lengths_leave_out_the_padding(write_rows: WriteRows) -> None:
+def test_documents_leave_out_the_padding(write_rows: WriteRows) -> None:
     for seed in range(4):
         dataset = PackedDataset(write_rows(n_rows=7, rows_per_shard=3, seed=seed, name=f"d{seed}"))
         expected = []
@@ -44,7 +44,7 @@ def test_document_lengths_leave_out_the_padding(write_rows: WriteRows) -> None:
             for length in row.document_lengths.tolist():
                 expected += [length] if row.tokens_L[start] != 0 else []
                 start += length
-        assert dataset.document_lengths().tolist() == expected
+        assert dataset.documents()["length"].tolist() == expected
         assert sum(expected) == dataset.n_tokens
 
 
@@ -56,7 +56,7 @@ def test_fingerprint_is_of_contents_only(write_rows: WriteRows) -> None:
     assert first.n_tokens == sum(int(np.count_nonzero(first.row(i).tokens_L)) for i in range(7))
 
 
-@pytest.mark.parametrize("changed", ["tokens", "trained", "label", "boundary", "tokenizer"])
+@pytest.mark.parametrize("changed", ["tokens", "trained", "label", "boundary", "dialogue", "tokenizer"])
 def test_fingerprint_sees_every_stream(tmp_path: Path, changed: str) -> None:
     def fingerprint(name: str, change: bool) -> str:
         tokens, trained, label = np.arange(10, 18), np.zeros(8, np.uint8), np.full(8, -1, np.int8)
@@ -67,7 +67,8 @@ def test_fingerprint_sees_every_stream(tmp_path: Path, changed: str) -> None:
         if change and changed == "label":
             label[3] = 0
         edge = 5 if change and changed == "boundary" else 4
-        documents = [Document(tokens[s], trained[s], label[s]) for s in (slice(0, edge), slice(edge, 8))]
+        dialogue = int(change and changed == "dialogue")
+        documents = [Document(tokens[s], trained[s], label[s], dialogue) for s in (slice(0, edge), slice(edge, 8))]
         rows = packed_rows(EncodedCorpus.of(documents, 400), [[0, 1]], 8)
         digest = "other" if change and changed == "tokenizer" else "t"
         manifest = write_shards(
@@ -76,6 +77,25 @@ def test_fingerprint_sees_every_stream(tmp_path: Path, changed: str) -> None:
         return str(manifest["fingerprint"])
 
     assert fingerprint("a", change=False) != fingerprint("b", change=True)
+
+
+def test_documents_name_their_dialogue(tmp_path: Path) -> None:
+    """Which it is, who took part, from which message on; a damaged table is named as any shard is."""
+    documents = [
+        Document(np.arange(10, 18), np.zeros(8, np.uint8), np.full(8, -1, np.int8), dialogue=1),
+        Document(np.arange(20, 26), np.zeros(6, np.uint8), np.full(6, -1, np.int8), 1, first_message=63, n_repeated=4),
+    ]
+    rows = packed_rows(EncodedCorpus.of(documents, 400), [[0], [1]], 8)
+    table = dialogue_table(["a", "b\nc"], [[0], [0, 3]])
+    write_shards(tmp_path, rows, row_length=8, vocab_size=400, rows_per_shard=1, tokenizer_sha256="t", dialogues=table)
+    dataset = PackedDataset(tmp_path)
+    assert dataset.documents().tolist() == [(8, 1, 0, 0), (6, 1, 63, 4)]
+    assert dataset.row(1).documents.tolist() == [(6, 1, 63, 4), (2, -1, 0, 0)]
+    assert dataset.dialogues.to_pydict() == {"id": ["a", "b\nc"], "participants": [[0], [0, 3]]}
+    path = tmp_path / DIALOGUES_FILE
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ShardError, match=r"dialogues\.parquet: \d+ bytes, the manifest says"):
+        PackedDataset(tmp_path)
 
 
 def test_large_vocabularies_use_32_bits(tmp_path: Path) -> None:
@@ -127,6 +147,6 @@ def test_half_written_is_never_whole(write_rows: WriteRows, make_rows: MakeRows,
     again = PackedDataset(write_rows(n_rows=4, rows_per_shard=3))
     assert sorted(path.name for path in directory.iterdir()) == sorted(
         [f"shard_0000{k}.{s}.bin" for k in (0, 1) for s in ("tokens", "trained", "label", "documents")]
-        + [MANIFEST_FILE]
+        + [MANIFEST_FILE, DIALOGUES_FILE]
     ), "files of the older run are gone"
     assert again.n_rows == 4

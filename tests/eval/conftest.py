@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from data.cut import CutRule, cut
 from data.dialogue import Dialogue, Message, encode_dialogue
 from data.dialogue_json import write_dialogues
-from data.packing import EncodedCorpus, best_fit, cut
+from data.dialogue_table import dialogue_table
+from data.packing import EncodedCorpus, best_fit
 from data.shards import packed_rows, write_shards
 from data.tokenizer import DialogueTokenizer, train_tokenizer
 from model.config import ModelConfig, TailSharing
@@ -45,7 +47,9 @@ def tokenizer(dialogues: list[Dialogue]) -> DialogueTokenizer:
 
 
 def write_packed(directory: Path, dialogues: list[Dialogue], tokenizer: DialogueTokenizer) -> None:
-    documents = [piece for d in dialogues for piece in cut(encode_dialogue(tokenizer, d), ROW_LENGTH)]
+    rule = CutRule(ROW_LENGTH, ROW_LENGTH // 4, tokenizer.inside_character())
+    encoded = [encode_dialogue(tokenizer, dialogue) for dialogue in dialogues]
+    documents = [piece for number, one in enumerate(encoded) for piece in cut(one, rule, number)]
     corpus = EncodedCorpus.of(documents, tokenizer.vocab_size)
     rows = packed_rows(corpus, best_fit(corpus.lengths, ROW_LENGTH), ROW_LENGTH)
     write_shards(
@@ -55,6 +59,7 @@ def write_packed(directory: Path, dialogues: list[Dialogue], tokenizer: Dialogue
         vocab_size=tokenizer.vocab_size,
         rows_per_shard=64,
         tokenizer_sha256="0" * 64,
+        dialogues=dialogue_table([d.id for d in dialogues], [[number] for number in range(len(dialogues))]),
     )
 
 

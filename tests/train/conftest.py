@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from data.cut import CutRule, cut
 from data.dialogue import Dialogue, Message, encode_dialogue
 from data.dialogue_json import write_dialogues
-from data.packing import EncodedCorpus, best_fit, cut
+from data.dialogue_table import dialogue_table
+from data.packing import EncodedCorpus, best_fit
 from data.shards import packed_rows, write_shards
 from data.tokenizer import train_tokenizer
 
@@ -63,12 +65,15 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (out / "dialogues").mkdir()
     for name, dialogues in parts.items():
         write_dialogues(out / "dialogues" / f"{name}.jsonl", dialogues)
-        documents = [piece for d in dialogues for piece in cut(encode_dialogue(tokenizer, d, 60.0), ROW_LENGTH)]
+        rule = CutRule(ROW_LENGTH, ROW_LENGTH // 4, tokenizer.inside_character())
+        encoded = [encode_dialogue(tokenizer, dialogue, 60.0) for dialogue in dialogues]
+        documents = [piece for number, one in enumerate(encoded) for piece in cut(one, rule, number)]
         corpus = EncodedCorpus.of(documents, VOCAB_SIZE)
         rows = packed_rows(corpus, best_fit(corpus.lengths, ROW_LENGTH), ROW_LENGTH)
         write_shards(
-            out / name, rows, row_length=ROW_LENGTH, vocab_size=VOCAB_SIZE, rows_per_shard=16, tokenizer_sha256="t"
-        )
+            out / name, rows, row_length=ROW_LENGTH, vocab_size=VOCAB_SIZE, rows_per_shard=16, tokenizer_sha256="t",
+            dialogues=dialogue_table([d.id for d in dialogues], [[]] * len(dialogues)),
+        )  # fmt: skip
     (out / "done.json").write_text(json.dumps({"stage": "data"}))
     return out
 

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.packing import EncodedCorpus
+from data.packing import DOCUMENT, EncodedCorpus
 from data.pipeline.pack import Group, _documents_from, groups_of
 
 
@@ -23,18 +23,15 @@ def test_groups_cover_a_side(total: int, pack_tokens: int) -> None:
 
 
 @settings(max_examples=200)
-@given(
-    units=st.lists(st.lists(st.integers(1, 9), max_size=8), min_size=1, max_size=5), pack_tokens=st.integers(1, 60)
-)
+@given(units=st.lists(st.lists(st.integers(1, 9), max_size=8), min_size=1, max_size=5), pack_tokens=st.integers(1, 60))
 def test_every_document_is_in_one_group_and_whole(units: list[list[int]], pack_tokens: int) -> None:
     corpora, begins, token = [], [], 0
     for lengths in units:
         begins.append(token)
         tokens = np.arange(token, token + sum(lengths))
         token += sum(lengths)
-        corpora.append(
-            EncodedCorpus(tokens, tokens.astype(np.uint8), tokens.astype(np.int8), np.array(lengths, np.int32))
-        )
+        documents = np.array([(length, 0, 0, 0) for length in lengths], DOCUMENT)
+        corpora.append(EncodedCorpus(tokens, tokens.astype(np.uint8), tokens.astype(np.int8), documents))
     packed: list[int] = []
     lengths_packed: list[int] = []
     for group in groups_of({"train": token}, pack_tokens):
@@ -49,6 +46,7 @@ def test_every_document_is_in_one_group_and_whole(units: list[list[int]], pack_t
 
 def test_groups_are_read_back_as_one_dataset(tmp_path: Path) -> None:
     """Shards of different sizes in the middle of a dataset, which groups leave."""
+    from data.dialogue_table import dialogue_table
     from data.packing import Document, best_fit
     from data.shards import PackedDataset, join_groups, packed_rows, write_group
 
@@ -71,7 +69,7 @@ def test_groups_are_read_back_as_one_dataset(tmp_path: Path) -> None:
             expected += rows
         directory = tmp_path / f"joined_{rows_per_shard}"
         for _ in range(2):  # again, as after an interruption
-            join_groups(directory, groups, **settings_, tokenizer_sha256="t")
+            join_groups(directory, groups, [dialogue_table(["a"], [[]])], **settings_, tokenizer_sha256="t")
         dataset = PackedDataset(directory)
         fingerprints.add(dataset.fingerprint)
         assert len(dataset) == len(expected)

@@ -1,0 +1,110 @@
+"""Cutting of dialogues longer than a row into documents. Each token of a dialogue is trained in one document; a later
+document begins with the narrator's opening and the newest messages before the cut, so that no reply stands without the
+message that it answers. These are repeated: read, but never trained and never labelled."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.dialogue import NO_LABEL, EncodedDialogue
+from data.packing import Document
+
+_LEAST_NEW = 8  # tokens that a document trains at least: a character of four byte tokens always fits
+
+
+@dataclass(frozen=True, slots=True)
+class CutRule:
+    """Rows of `row_length` tokens, of which a later document repeats the narrator's opening (when it takes at most half
+    a row) and at most `context_tokens` of what follows it. `inside_character_V`: True for each id of the vocabulary
+    that continues a character of the text and so cannot begin a piece."""
+
+    row_length: int
+    context_tokens: int
+    inside_character_V: np.ndarray
+
+    def __post_init__(self) -> None:
+        assert self.row_length >= 16 and 0 <= self.context_tokens <= self.row_length // 2
+
+
+def cut(encoded: EncodedDialogue, rule: CutRule, dialogue: int = 0) -> list[Document]:
+    """The dialogue as documents of at most `row_length` tokens, each of which begins with `<bos>`.
+
+    A dialogue that fits stays whole. A longer one is cut between messages, and a message that alone exceeds a row
+    between characters of its text.
+    """
+    if len(encoded.tokens) <= rule.row_length:
+        return [Document(encoded.tokens, encoded.trained, encoded.label, dialogue)]
+    return _Cutter(encoded, rule, dialogue).pieces()
+
+
+class _Cutter:
+    """Cuts one dialogue. Positions are of its tokens; `edges` are where messages begin, and the end of the last."""
+
+    def __init__(self, encoded: EncodedDialogue, rule: CutRule, dialogue: int) -> None:
+        self.encoded, self.rule, self.dialogue = encoded, rule, dialogue
+        self.edges = np.append(encoded.message_starts, len(encoded.tokens))
+        self.opening_end = int(self.edges[encoded.n_opening])
+
+    def pieces(self) -> list[Document]:
+        """All documents, in order."""
+        documents, position, n = [], 1, len(self.encoded.tokens)
+        while position < n:
+            message = int(np.searchsorted(self.edges, position, "right")) - 1
+            room = self.rule.row_length - 1
+            size = int(self.edges[message + 1]) - int(self.edges[message])
+            # a message that fits a row stays whole: its context is what it leaves room for
+            stays_whole = position == self.edges[message] and size <= room
+            most = room - size if stays_whole else room - _LEAST_NEW
+            repeated = self._context(position, message, most)
+            end = self._end(position, position + room - sum(last - first for first, last in repeated))
+            documents.append(self._document(repeated, position, end, message))
+            position = end
+        return documents
+
+    def _end(self, position: int, furthest: int) -> int:
+        """Where a document that begins at `position` ends: at the last edge that is not beyond `furthest`, or inside
+        a message."""
+        edge = int(self.edges[np.searchsorted(self.edges, furthest, "right") - 1])
+        if edge > position:
+            return edge
+        while self.rule.inside_character_V[self.encoded.tokens[furthest]]:
+            furthest -= 1
+        return furthest
+
+    def _context(self, position: int, message: int, most: int) -> list[tuple[int, int]]:
+        """The spans, in all at most `most` tokens, that a document repeats whose own tokens begin at `position`."""
+        if position == 1:
+            return []
+        most = min(most, 3 * self.rule.row_length // 4)
+        opening = self.opening_end - 1
+        if 0 < opening <= min(most, self.rule.row_length // 2) and self.opening_end <= position:
+            return [(1, self.opening_end), *self._tail(self.opening_end, position, message, most - opening)]
+        return self._tail(1, position, message, most)
+
+    def _tail(self, tail_from: int, position: int, message: int, most: int) -> list[tuple[int, int]]:
+        """The newest whole messages between `tail_from` and `position` that fit; where not even the newest does, who
+        writes it and the end of its text."""
+        budget = min(most, self.rule.context_tokens)
+        first = int(self.edges[np.searchsorted(self.edges, max(tail_from, position - budget))])
+        if first < position:
+            return [(first, position)]
+        is_inside = position > self.edges[message]
+        newest = message if is_inside else message - 1
+        start, text_start = int(self.edges[newest]), int(self.encoded.text_starts[newest])
+        header = text_start - start
+        if start < tail_from or text_start > position or header > (most if is_inside else budget // 2):
+            return []  # nothing is before, or a name that leaves no room for a text
+        text_from = max(text_start, position - max(0, budget - header))
+        while text_from < position and self.rule.inside_character_V[self.encoded.tokens[text_from]]:
+            text_from += 1
+        return [(start, text_start), (text_from, position)] if is_inside or text_from < position else []
+
+    def _document(self, repeated: list[tuple[int, int]], first: int, end: int, message: int) -> Document:
+        spans = [slice(0, 1), *(slice(*span) for span in repeated), slice(first, end)]
+        n_repeated = 1 + sum(last - start for start, last in repeated)
+        tokens, trained, label = (
+            np.concatenate([of_all[span] for span in spans])
+            for of_all in (self.encoded.tokens, self.encoded.trained, self.encoded.label)
+        )
+        trained[:n_repeated], label[:n_repeated] = 0, NO_LABEL
+        return Document(tokens, trained, label, self.dialogue, message, n_repeated if first > 1 else 0)

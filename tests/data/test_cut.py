@@ -1,0 +1,154 @@
+"""Cutting: every token is trained in one document, later documents begin with context, characters stay whole."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.cut import CutRule, cut
+from data.dialogue import NARRATOR, Dialogue, EncodedDialogue, Message, encode_dialogue
+from data.packing import Document
+from data.tokenizer import DialogueTokenizer
+
+END, CONTINUES = 4, 7
+INSIDE_V = np.zeros(200, bool)
+INSIDE_V[CONTINUES] = True
+
+
+@st.composite
+def encoded_dialogues(draw: st.DrawFn) -> EncodedDialogue:
+    """Made of plain numbers: <bos>=2, then messages <|message|>=3, header 10.., text 100.. where 6 7 7 7 is a character
+    of four tokens, <|end|>=4."""
+    tokens, trained, label, starts, text_starts = [2], [0], [-1], [], []
+    n_messages = draw(st.integers(1, 6))
+    for _ in range(n_messages):
+        header, character = draw(st.integers(1, 3)), draw(st.booleans())
+        text = draw(st.lists(st.sampled_from([[100], [6, CONTINUES, CONTINUES, CONTINUES]]), min_size=1, max_size=40))
+        ids = [token for piece in text for token in piece]
+        starts.append(len(tokens))
+        text_starts.append(len(tokens) + 1 + header)
+        tokens += [3, *range(10, 10 + header), *ids, END]
+        trained += [0] * (1 + header) + [int(character)] * (len(ids) + 1)
+        label += [-1] * (1 + header + len(ids)) + [1 if character else -1]
+    return EncodedDialogue(
+        np.array(tokens),
+        np.array(trained, np.uint8),
+        np.array(label, np.int8),
+        np.array(starts),
+        np.array(text_starts),
+        draw(st.integers(0, n_messages)),
+    )
+
+
+@st.composite
+def rules(draw: st.DrawFn) -> CutRule:
+    row_length = draw(st.integers(16, 96))
+    return CutRule(row_length, draw(st.integers(0, row_length // 2)), INSIDE_V)
+
+
+def own_of(pieces: list[Document], name: str) -> list[int]:
+    """One field of the tokens that the documents do not repeat."""
+    return [value for piece in pieces for value in getattr(piece, name)[piece.n_repeated :].tolist()]
+
+
+@settings(max_examples=400, deadline=None)
+@given(encoded=encoded_dialogues(), rule=rules())
+def test_every_token_is_trained_once_and_in_order(encoded: EncodedDialogue, rule: CutRule) -> None:
+    pieces = cut(encoded, rule, dialogue=5)
+    if len(encoded.tokens) <= rule.row_length:
+        assert len(pieces) == 1, "a dialogue that fits stays whole"
+    assert pieces[0].n_repeated == 0
+    for name in ("tokens", "trained", "label"):
+        assert own_of(pieces, name) == getattr(encoded, name).tolist()
+    position = 0
+    for piece in pieces:
+        assert 2 <= len(piece.tokens) == len(piece.trained) == len(piece.label) <= rule.row_length
+        assert piece.tokens[0] == 2 and piece.dialogue == 5
+        assert not piece.trained[: piece.n_repeated].any()
+        assert (piece.label[: piece.n_repeated] == -1).all()
+        number = np.searchsorted(encoded.message_starts, max(position, 1), "right") - 1
+        assert piece.first_message == number
+        position += len(piece.tokens) - piece.n_repeated
+
+
+@settings(max_examples=400, deadline=None)
+@given(encoded=encoded_dialogues(), rule=rules())
+def test_cuts_are_between_messages_or_else_between_characters(encoded: EncodedDialogue, rule: CutRule) -> None:
+    edges = np.append(encoded.message_starts, len(encoded.tokens))
+    position = 0
+    for piece in cut(encoded, rule):
+        position += len(piece.tokens) - piece.n_repeated
+        if position not in edges:
+            number = int(np.searchsorted(edges, position)) - 1
+            assert edges[number + 1] - edges[number] > rule.row_length - 1, "a message that fits a row was cut"
+        pairs = zip(piece.tokens[:-1].tolist(), piece.tokens[1:].tolist(), strict=True)
+        assert all(before in (6, CONTINUES) for before, after in pairs if after == CONTINUES), "a character was cut"
+        assert piece.tokens[-1] != 6 and (piece.tokens[-1] != CONTINUES or piece.tokens[-4] == 6)
+
+
+@settings(max_examples=400, deadline=None)
+@given(encoded=encoded_dialogues(), rule=rules())
+def test_context_is_the_opening_and_the_newest_before_the_cut(encoded: EncodedDialogue, rule: CutRule) -> None:
+    tokens, edges = encoded.tokens.tolist(), [*encoded.message_starts.tolist(), len(encoded.tokens)]
+    position = 0
+    for piece in cut(encoded, rule):
+        context = piece.tokens[1 : piece.n_repeated].tolist()
+        opening_end = edges[encoded.n_opening]
+        opening = tokens[1:opening_end]
+        if opening and opening_end <= position and context[: len(opening)] == opening:
+            context = context[len(opening) :]
+        assert len(context) <= max(rule.context_tokens, 4), "4: a name, which a message's later pieces repeat"
+        newest = next((n for n in range(len(edges)) if tokens[position - n : position] == context[len(context) - n :]), 0)
+        whole = tokens[position - len(context) : position] == context
+        if not whole:  # the name of who writes, then the end of the text before the cut
+            start = max(edge for edge in edges if edge < position)
+            header = tokens[start : encoded.text_starts[edges.index(start)]]
+            assert context[: len(header)] == header
+            rest = context[len(header) :]
+            assert rest == tokens[position - len(rest) : position]
+        elif context:
+            assert position - len(context) in edges or newest == 0
+        position += len(piece.tokens) - piece.n_repeated
+
+
+def shown(tokenizer: DialogueTokenizer, messages: list[Message], rule: CutRule) -> list[tuple[str, str]]:
+    """Of each document the text that it repeats and its own."""
+    pieces = cut(encode_dialogue(tokenizer, Dialogue("d", tuple(messages), "Ann")), rule)
+    return [
+        tuple(tokenizer.decode(part.tolist(), show_control=True) for part in np.split(p.tokens, [p.n_repeated]))
+        for p in pieces
+    ]  # type: ignore[misc]
+
+
+def test_a_reply_follows_its_prompt_and_the_scene(tokenizer: DialogueTokenizer) -> None:
+    size = len(tokenizer.encode(" so so so so"))
+    scene, prompt, reply = Message(NARRATOR, "A nap."), Message("Bob", "so " * 60), Message("Ann", "so so so so")
+    rule = CutRule(80, 24, tokenizer.inside_character())
+    documents = shown(tokenizer, [scene, Message("Ann", "hi"), prompt, reply], rule)
+    repeated, own = documents[-1]
+    assert size < 24 and own.endswith("<|message|>Ann: so so so so<|end|>")
+    assert repeated.startswith("<bos><|message|>narrator: A nap.<|end|><|message|>Bob:")
+    assert "Ann: hi" not in repeated and "so so" in repeated
+    without = shown(tokenizer, [scene, Message("Ann", "hi"), prompt, reply], CutRule(80, 0, rule.inside_character_V))
+    assert without[1][0] == "<bos><|message|>narrator: A nap.<|end|>"
+
+
+def test_whole_messages_are_repeated_where_they_fit(tokenizer: DialogueTokenizer) -> None:
+    messages = [Message(("Bob", "Ann")[n % 2], f"so {n}") for n in range(10, 30)]
+    one = len(encode_dialogue(tokenizer, Dialogue("d", (messages[1],), "Ann")).tokens) - 1
+    documents = shown(tokenizer, messages, CutRule(8 * one, 2 * one + 3, tokenizer.inside_character()))
+    assert len(documents) > 2
+    for (_, before), (repeated, _) in zip(documents[:-1], documents[1:], strict=True):
+        assert repeated.count("<|message|>") == 2
+        assert before.endswith(repeated.removeprefix("<bos>"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(st.sampled_from("🐱é漢a "), min_size=40, max_size=80), row_length=st.integers(16, 40))
+def test_text_is_cut_between_characters(tokenizer: DialogueTokenizer, text: str, row_length: int) -> None:
+    """The tokenizer of the tests knows none of these: each is two to four byte tokens."""
+    rule = CutRule(row_length, row_length // 4, tokenizer.inside_character())
+    messages = [Message("Bob", "hi"), Message("Ann", text)]
+    pieces = cut(encode_dialogue(tokenizer, Dialogue("d", tuple(messages), "Ann")), rule)
+    assert all("\ufffd" not in tokenizer.decode(piece.tokens.tolist()) for piece in pieces)
+    answers = "".join(tokenizer.decode(piece.tokens[piece.trained == 1].tolist()) for piece in pieces)
+    assert answers == " " + text
