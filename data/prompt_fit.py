@@ -13,7 +13,7 @@ itself, and cuts in rare deep steps: data/prompt_truncation.py.)
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data.dialogue import NARRATOR, Encoder, Message
+from data.dialogue import NARRATOR, Encoder, Message, n_opening_messages
 from data.message_encoder import MessageEncoder
 from data.sources.record import LeftOut
 
@@ -29,11 +29,6 @@ class FittedPrompt:
     messages: tuple[Message, ...]
     tokens: list[int]
     n_cut: int
-
-
-def n_opening_messages(messages: Sequence[Message]) -> int:
-    """How many narrator's messages stand before anybody else's."""
-    return next((i for i, message in enumerate(messages) if message.speaker != NARRATOR), len(messages))
 
 
 def fit_prompt(

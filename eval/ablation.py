@@ -74,7 +74,7 @@ def open_ablation(recipe: AblationRecipe, console: Console) -> Ablation:
     contexts = heldout_contexts(dialogues, tokenizer, recipe.seed, recipe.contexts, console)
     if recipe.ranking.n_contexts > len(contexts):
         raise EvalError(f"ranking.n_contexts: {recipe.ranking.n_contexts} asked for, {len(contexts)} found; lower it")
-    bootstrap = Bootstrap(recipe.bootstrap.n_resamples, recipe.bootstrap.confidence_level, recipe.seed)
+    bootstrap = recipe.bootstrap.over(heldout, recipe.seed)
     return Ablation(recipe, tokenizer, heldout, dialogues, contexts, arms, models, device, bootstrap)
 
 
@@ -92,7 +92,7 @@ def loss_part(space: Ablation, on_progress: OnProgress) -> dict[str, Any]:
     return {
         "n_rows": int(rows.size),
         "n_targets": int(base.nats_N.size),
-        "n_documents": int(base.bytes_D.size),
+        "n_dialogues": int(np.unique(base.dialogue_D).size),
         "arms": {name: _loss_figures(targets, base, space.bootstrap) for name, targets in scored.items()},
     }
 
@@ -101,7 +101,7 @@ def _loss_figures(targets: ScoredTargets, base: ScoredTargets, bootstrap: Bootst
     def figures(chosen_N: NDArray[np.bool_]) -> dict[str, Any]:
         nats_N = targets.nats_N[chosen_N]
         return {
-            "loss": bootstrap.mean(nats_N, targets.document_N[chosen_N]),
+            "loss": bootstrap.mean(nats_N, targets.dialogue_N[chosen_N]),
             "difference": None if targets is base else paired_difference(targets, base, chosen_N, bootstrap),
         }
 

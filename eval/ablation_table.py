@@ -61,7 +61,7 @@ def _summary(report: Report) -> str:
     edge = edge if any(arm["best_is_at_the_edge"] for arm in report["arms"].values()) else ""
     return (
         f"{_markdown(head, rows)}\n\n"
-        f"{edge}Loss in nats a token, on {loss['n_targets']:,} tokens of {loss['n_documents']} held-out documents, in "
+        f"{edge}Loss in nats a token, on {loss['n_targets']:,} tokens of {loss['n_dialogues']} held-out dialogues, in "
         f"rows that no learning rate was chosen on. Ranking: {ranking['n_contexts']} contexts, "
         f"{ranking['n_candidates']} replies each, chance {number_text(1 / ranking['n_candidates'], 1, True)}. "
         f"KV in 16 bits; a local layer keeps its window. Spikes: steps whose training loss + gradient norm exceed the "

@@ -30,6 +30,12 @@ class ReplyContext:
     turn: int  # number of the reply in the whole dialogue, counted from 1
     prompt: tuple[int, ...]
     human_tokens: tuple[int, ...]
+    dialogue: int  # its number among the held-out dialogues, as shards know it
+
+
+def dialogues_of(contexts: Sequence[ReplyContext]) -> NDArray[np.int64]:
+    """The dialogue of each context: what intervals are clustered by."""
+    return np.array([context.dialogue for context in contexts], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ def select_contexts(
         if not places:
             reasons[f"the character answers nobody after {min_messages} messages"] += 1
             continue
-        context = _context_at(dialogue, places[int(pick * len(places))], encoder, max_prompt_tokens)
+        context = _context_at(dialogue, int(number), places[int(pick * len(places))], encoder, max_prompt_tokens)
         if isinstance(context, LeftOut):
             reasons[context.reason] += 1
         else:
@@ -91,7 +97,7 @@ def _reply_places(dialogue: Dialogue, min_messages: int) -> list[int]:
 
 
 def _context_at(
-    dialogue: Dialogue, place: int, encoder: MessageEncoder, max_prompt_tokens: int
+    dialogue: Dialogue, number: int, place: int, encoder: MessageEncoder, max_prompt_tokens: int
 ) -> ReplyContext | LeftOut:
     """The context before message `place`, or why it does not fit."""
     reply = dialogue.messages[place]
@@ -99,8 +105,9 @@ def _context_at(
     if isinstance(fitted, LeftOut):
         return fitted
     human_tokens = tuple(encode_reply(encoder.tokenizer, reply.text))
+    prompt = tuple(fitted.tokens)
     return ReplyContext(
-        dialogue.id, fitted.messages, dialogue.character, reply.text, place + 1, tuple(fitted.tokens), human_tokens
+        dialogue.id, fitted.messages, dialogue.character, reply.text, place + 1, prompt, human_tokens, number
     )
 
 

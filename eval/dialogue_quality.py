@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from eval.context import Reply, ReplyContext
-from eval.statistics import Bootstrap, Estimate, proportion
+from eval.context import Reply, ReplyContext, dialogues_of
+from eval.statistics import Bootstrap, Estimate
 
 WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 N_SUBSAMPLES = 200
@@ -100,16 +100,19 @@ def reply_figures(contexts: Sequence[ReplyContext], replies: Sequence[Reply], bo
         bool(reply) and any(reply == words(m.text) for m in context.messages)
         for reply, context in zip(tokenised, contexts, strict=True)
     ]
-    n, level = len(replies), bootstrap.confidence_level
+    dialogue_N = dialogues_of(contexts)
+    has_copied_N = np.array([share is not None for share in copied], dtype=bool)
     return {
-        "length_words": bootstrap.mean([len(reply) for reply in tokenised]),
-        "length_tokens": bootstrap.mean([len(reply.tokens) for reply in replies]),
-        "stop_rate": proportion(sum(reply.finished for reply in replies), n, level),
-        "empty_rate": proportion(sum(not reply for reply in tokenised), n, level),
-        "repetition": bootstrap.mean([repeated_share(reply) for reply in tokenised]),
-        "copied_from_context": bootstrap.mean([share for share in copied if share is not None]),
-        "echo_rate": proportion(sum(echoes), n, level),
-        "same_as_another_reply": proportion(sum(seen[tuple(reply)] > 1 for reply in tokenised), n, level),
+        "length_words": bootstrap.mean([len(reply) for reply in tokenised], dialogue_N),
+        "length_tokens": bootstrap.mean([len(reply.tokens) for reply in replies], dialogue_N),
+        "stop_rate": bootstrap.proportion([reply.finished for reply in replies], dialogue_N),
+        "empty_rate": bootstrap.proportion([not reply for reply in tokenised], dialogue_N),
+        "repetition": bootstrap.mean([repeated_share(reply) for reply in tokenised], dialogue_N),
+        "copied_from_context": bootstrap.mean(
+            [share for share in copied if share is not None], dialogue_N[has_copied_N]
+        ),
+        "echo_rate": bootstrap.proportion(echoes, dialogue_N),
+        "same_as_another_reply": bootstrap.proportion([seen[tuple(reply)] > 1 for reply in tokenised], dialogue_N),
         "lengths": [len(reply) for reply in tokenised],
         "commonest": [[" ".join(reply), count] for reply, count in seen.most_common(3) if count > 1],
     }

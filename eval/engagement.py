@@ -12,7 +12,7 @@ from pydantic import PositiveInt
 from data.batch import PackedBatch, collate
 from data.shards import PackedDataset
 from eval.scoring import OnProgress, sigmoid, silent, spread_rows
-from eval.statistics import Bootstrap, proportion
+from eval.statistics import Bootstrap
 from model.attention_ops import Documents
 from model.scalar_head import ScalarHead
 from model.transformer import Transformer
@@ -39,35 +39,37 @@ class LabelledTurns:
 
     label_N: IntArray
     length_N: IntArray  # tokens of the turn's last message, without the speaker's name tag's <|message|>
-    turn_N: IntArray  # number of the message in its document, from 1
-    document_N: IntArray
+    turn_N: IntArray  # number of the message in its dialogue, from 1
+    dialogue_N: IntArray
     position_N: IntArray  # of the turn's <|end|> in the batch it came from
 
     @classmethod
     def concatenate(cls, parts: Sequence["LabelledTurns"]) -> "LabelledTurns":
-        names = ("label_N", "length_N", "turn_N", "document_N", "position_N")
+        names = ("label_N", "length_N", "turn_N", "dialogue_N", "position_N")
         empty = [np.empty(0, np.int64)]
         return cls(*(np.concatenate([getattr(p, name) for p in parts] or empty) for name in names))
 
 
-def labelled_turns(batch: PackedBatch, message_id: int, first_document: int = 0) -> LabelledTurns:
-    """The labelled turns of a batch; documents are numbered from `first_document`."""
+def labelled_turns(batch: PackedBatch, message_id: int) -> LabelledTurns:
+    """The labelled turns of a batch."""
     label_T, tokens_T = batch.label_T.numpy(), batch.tokens_T.numpy()
-    lengths = np.asarray(batch.document_lengths)
+    documents, lengths = batch.documents, batch.documents["length"].astype(np.int64)
     start_T = np.repeat(np.cumsum(lengths) - lengths, lengths)
     is_message_T = tokens_T == message_id
     place_T = np.arange(tokens_T.size)
     # Where the current message began; a document cut in the middle of a message begins one too.
     began_T = np.maximum(np.maximum.accumulate(np.where(is_message_T, place_T, -1)), start_T)
     number_T = np.cumsum(is_message_T)
-    before_T = number_T[start_T] - is_message_T[start_T]
+    # the first token of a document's own belongs to message `first_message`, counted from 0
+    own_D = np.cumsum(lengths) - lengths + np.minimum(np.maximum(documents["n_repeated"], 1), lengths - 1)
+    before_D = number_T[own_D] - documents["first_message"] - 1
     at_N = np.flatnonzero(label_T != UNLABELLED)
     document_T = np.repeat(np.arange(lengths.size), lengths)
     return LabelledTurns(
         label_T[at_N].astype(np.int64),
         at_N - began_T[at_N],
-        (number_T - before_T)[at_N],
-        document_T[at_N] + first_document,
+        number_T[at_N] - before_D[document_T[at_N]],
+        documents["dialogue"][document_T[at_N]].astype(np.int64),
         at_N,
     )
 
@@ -93,15 +95,13 @@ def score_turns(
     step = max(1, batch_tokens // dataset.row_length)
     parts: list[LabelledTurns] = []
     logits: list[FloatArray] = []
-    n_documents = 0
     for start in range(0, len(rows), step):
         batch = collate(dataset, rows[start : start + step])
-        turns = labelled_turns(batch, message_id, n_documents)
+        turns = labelled_turns(batch, message_id)
         documents = Documents.from_lengths(batch.document_lengths, batch.row_length, device)
         hidden_TD = model(batch.tokens_T.to(device), documents)
         parts.append(turns)
         logits.append(head(hidden_TD[torch.from_numpy(turns.position_N).to(device)]).float().cpu().numpy())
-        n_documents += len(batch.document_lengths)
         on_progress(min(start + step, len(rows)), len(rows))
     return LabelledTurns.concatenate(parts), np.concatenate(logits).astype(np.float64)
 
@@ -126,13 +126,15 @@ def binned_rate(
     return np.asarray(((ones + weight * base) / (seen + weight))[cells])
 
 
-def calibration(probability_N: FloatArray, label_N: IntArray, confidence_level: float) -> dict[str, Any]:
+def calibration(
+    probability_N: FloatArray, label_N: IntArray, bootstrap: Bootstrap, clusters_N: IntArray
+) -> dict[str, Any]:
     """Predicted against observed rate in bins of equal size, expected calibration error, Brier score and skill."""
     order = np.argsort(probability_N, kind="stable")
     bins = []
     error = 0.0
     for part in np.array_split(order, min(N_CALIBRATION_BINS, label_N.size)):
-        observed = proportion(int(label_N[part].sum()), part.size, confidence_level)
+        observed = bootstrap.proportion(label_N[part] == 1, clusters_N[part])
         predicted = float(probability_N[part].mean())
         assert observed.value is not None
         error += abs(observed.value - predicted) * part.size / label_N.size
@@ -155,7 +157,7 @@ def summarise_scorer(
 
     With one class only the AUCs are undefined and say so in their `note`.
     """
-    label_N, clusters = turns.label_N, turns.document_N
+    label_N, clusters = turns.label_N, turns.dialogue_N
     result: dict[str, Any] = {
         "n_turns": int(label_N.size),
         "n_dialogues": int(np.unique(clusters).size),
@@ -178,7 +180,7 @@ def summarise_scorer(
                 "scorer_minus_baseline": bootstrap.auc(logit_N, label_N, clusters, minus_N=baseline_N),
             }
     probability_N = sigmoid(logit_N)
-    result["calibration"] = calibration(probability_N, label_N, bootstrap.confidence_level)
+    result["calibration"] = calibration(probability_N, label_N, bootstrap, clusters)
     result["roc"] = roc_points(logit_N, label_N)
     return result
 

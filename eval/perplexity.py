@@ -1,4 +1,4 @@
-"""Held-out loss on packed rows: overall, by who speaks and by turn, with intervals over documents."""
+"""Held-out loss on packed rows: overall, by who speaks and by turn, with intervals over dialogues."""
 
 import math
 from dataclasses import dataclass
@@ -35,8 +35,8 @@ class PerplexitySection(Section):
 
 @dataclass(frozen=True)
 class ScoredTargets:
-    """Every scored held-out target N: its loss, role, turn (1 for the first message), document, and how many tokens of
-    that document come before it (what a model could have read)."""
+    """Every scored held-out target N: its loss, role, turn (1 for the first message of the dialogue), document, and how
+    many tokens of that document come before it (what a model could have read). A long dialogue is several documents."""
 
     nats_N: FloatArray
     role_N: IntArray
@@ -45,6 +45,12 @@ class ScoredTargets:
     context_N: IntArray
     bytes_D: IntArray  # UTF-8 bytes of the text of each document's targets
     characters_D: IntArray
+    dialogue_D: IntArray
+
+    @property
+    def dialogue_N(self) -> IntArray:
+        """The dialogue of each target: what intervals are clustered by."""
+        return np.asarray(self.dialogue_D[self.document_N])
 
 
 def message_structure(
@@ -75,9 +81,10 @@ def targets_of_batch(
 ) -> list[ScoredTargets]:
     """The targets of each document of a batch, in order; `nats_T` holds the loss at every position."""
     tokens_T, trained_T, answer_T = (x.numpy() for x in (batch.tokens_T, batch.trained_T, batch.answer_T))
-    ends = np.cumsum(np.asarray(batch.document_lengths))
+    ends = np.cumsum(batch.documents["length"], dtype=np.int64)
+    starts = ends - batch.documents["length"]
     out = []
-    for start, end in zip(np.concatenate([[0], ends[:-1]]).tolist(), ends.tolist(), strict=True):
+    for start, end, document in zip(starts.tolist(), ends.tolist(), batch.documents, strict=True):
         at_T = np.flatnonzero(trained_T[start:end]) + start
         if at_T.size == 0:
             continue
@@ -86,8 +93,11 @@ def targets_of_batch(
         role_N = np.where(control_L[target_L], CONTROL, np.where(answer_T[at_T], CHARACTER, PARTNER))
         text = tokenizer.decode(tokens_T[at_T + 1].tolist())
         size, length = np.array([len(text.encode())]), np.array([len(text)])
-        document_N = np.zeros(at_T.size, np.int64)
-        out.append(ScoredTargets(nats_T[at_T], role_N, number_L[target_L], document_N, target_L, size, length))
+        document_N, dialogue = np.zeros(at_T.size, np.int64), np.array([document["dialogue"]], np.int64)
+        # the first token of the document's own belongs to message `first_message`, counted from 0
+        before_own = number_L[max(1, document["n_repeated"])] - document["first_message"] - 1
+        turn_N = number_L[target_L] - before_own
+        out.append(ScoredTargets(nats_T[at_T], role_N, turn_N, document_N, target_L, size, length, dialogue))
     return out
 
 
@@ -125,6 +135,7 @@ def score_dataset(
         np.concatenate([p.context_N for p in parts]),
         np.concatenate([p.bytes_D for p in parts]),
         np.concatenate([p.characters_D for p in parts]),
+        np.concatenate([p.dialogue_D for p in parts]),
     )
 
 
@@ -133,7 +144,7 @@ def summarise(targets: ScoredTargets, bootstrap: Bootstrap) -> dict[str, Any]:
 
     def loss(chosen_N: NDArray[np.bool_] | slice) -> Estimate:
         nats_N = targets.nats_N[chosen_N]
-        return bootstrap.ratio(nats_N, np.ones_like(nats_N), targets.document_N[chosen_N])
+        return bootstrap.ratio(nats_N, np.ones_like(nats_N), targets.dialogue_N[chosen_N])
 
     nats_D = np.bincount(targets.document_N, weights=targets.nats_N, minlength=targets.bytes_D.size)
     text_N = targets.role_N != CONTROL
@@ -142,8 +153,10 @@ def summarise(targets: ScoredTargets, bootstrap: Bootstrap) -> dict[str, Any]:
     return {
         "loss": overall,
         "perplexity": math.exp(overall.value),
-        "bits_per_byte": bootstrap.ratio(nats_D / math.log(2), targets.bytes_D.astype(np.float64)),
-        "bits_per_character": bootstrap.ratio(nats_D / math.log(2), targets.characters_D.astype(np.float64)),
+        "bits_per_byte": bootstrap.ratio(nats_D / math.log(2), targets.bytes_D.astype(np.float64), targets.dialogue_D),
+        "bits_per_character": bootstrap.ratio(
+            nats_D / math.log(2), targets.characters_D.astype(np.float64), targets.dialogue_D
+        ),
         "by_role": {role: loss(targets.role_N == number) for number, role in enumerate(ROLES)},
         "by_turn": [
             {
@@ -163,7 +176,7 @@ def paired_difference(
     """Loss of `first` less that of `second` on the same chosen targets, in nats a token."""
     assert np.array_equal(first.document_N, second.document_N) and np.array_equal(first.role_N, second.role_N)
     difference_N = first.nats_N[chosen_N] - second.nats_N[chosen_N]
-    return bootstrap.ratio(difference_N, np.ones_like(difference_N), first.document_N[chosen_N])
+    return bootstrap.ratio(difference_N, np.ones_like(difference_N), first.dialogue_N[chosen_N])
 
 
 def turn_label(low: int, high: int) -> str:

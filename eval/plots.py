@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.atomic_file import atomic_file
+from eval.digits import telling_digits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,10 +95,11 @@ def draw_loss(report: Report) -> "Figure | None":
     colours = series_colours(list(report["models"]))
     rows += [(name, figures["loss"], colours[name]) for name, figures in part["models"].items()]
     figure, (ax,) = new_figure(8.6, 0.7 + 0.34 * len(rows))
+    digits = telling_digits((estimate["value"] for _, estimate, _ in rows), 2)
     for y, (_, estimate, colour) in enumerate(rows):
         draw_whisker(ax, estimate, y, colour)
         ax.annotate(
-            f"{estimate['value']:.2f}", (estimate["value"], y), xytext=(0, 7), textcoords="offset points",
+            f"{estimate['value']:.{digits}f}", (estimate["value"], y), xytext=(0, 7), textcoords="offset points",
             fontsize=8.5, color=INK, ha="center",
         )  # fmt: skip
     label_rows(ax, [label for label, *_ in rows])

@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.context import Reply, ReplyContext
+from eval.context import Reply, ReplyContext, dialogues_of
 from eval.scoring import OnProgress, reply_logprobs, score_conversations, sigmoid, silent
-from eval.statistics import Bootstrap, minimum_detectable_effect, paired_tests
+from eval.statistics import Bootstrap, minimum_detectable_effect
 from model.scalar_head import ScalarHead
 from model.transformer import Transformer
 from recipes.loader import Section
 
 FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
 
 # Meta's CharacterFlywheel (arXiv 2603.01973): reward-model wins above 65% went with losses in live tests.
 OVER_OPTIMISATION_WIN_RATE = 0.65
@@ -35,14 +36,16 @@ def win_values(score_N: FloatArray, other_N: FloatArray) -> FloatArray:
     return np.asarray(0.5 + 0.5 * np.sign(score_N - other_N))
 
 
-def win_rate(score_N: FloatArray, other_N: FloatArray, bootstrap: Bootstrap) -> dict[str, Any]:
+def win_rate(score_N: FloatArray, other_N: FloatArray, dialogue_N: IntArray, bootstrap: Bootstrap) -> dict[str, Any]:
     """Win rate with interval, exact sign and Wilcoxon tests, and the smallest effect this sample would find."""
     wins_N = win_values(score_N, other_N)
+    rate = bootstrap.mean(wins_N, dialogue_N)
+    smallest = minimum_detectable_effect(wins_N, variance_factor=rate.variance_factor)
     return {
-        "win_rate": bootstrap.mean(wins_N),
-        "tests": paired_tests(score_N - other_N).to_json(),
-        "minimum_detectable_win_rate": _above_half(minimum_detectable_effect(wins_N)),
-        "probability_gain": bootstrap.mean(sigmoid(score_N) - sigmoid(other_N)),
+        "win_rate": rate,
+        "tests": bootstrap.paired_tests(score_N - other_N, dialogue_N).to_json(),
+        "minimum_detectable_win_rate": _above_half(smallest),
+        "probability_gain": bootstrap.mean(sigmoid(score_N) - sigmoid(other_N), dialogue_N),
     }
 
 
@@ -51,7 +54,12 @@ def _above_half(effect: float | None) -> float | None:
 
 
 def length_bias(
-    score_N: FloatArray, other_N: FloatArray, length_N: FloatArray, other_length_N: FloatArray, bootstrap: Bootstrap
+    score_N: FloatArray,
+    other_N: FloatArray,
+    length_N: FloatArray,
+    other_length_N: FloatArray,
+    dialogue_N: IntArray,
+    bootstrap: Bootstrap,
 ) -> dict[str, Any]:
     """Length difference in tokens, how often the scorer prefers the longer reply, win rate among pairs of like length.
 
@@ -63,9 +71,9 @@ def length_bias(
     longer_wins_N = win_values(score_N, other_N)
     longer_wins_N = np.where(difference_N > 0, longer_wins_N, 1 - longer_wins_N)
     return {
-        "length_difference": bootstrap.mean(difference_N),
-        "longer_reply_wins": bootstrap.mean(longer_wins_N[unequal_N]),
-        "win_rate_length_matched": bootstrap.mean(win_values(score_N, other_N)[matched_N]),
+        "length_difference": bootstrap.mean(difference_N, dialogue_N),
+        "longer_reply_wins": bootstrap.mean(longer_wins_N[unequal_N], dialogue_N[unequal_N]),
+        "win_rate_length_matched": bootstrap.mean(win_values(score_N, other_N)[matched_N], dialogue_N[matched_N]),
     }
 
 
@@ -90,8 +98,8 @@ def drift(
     other = reply_logprobs(against, items, batch_tokens, lambda done, _: on_progress(len(items) + done, total))
     difference_N = np.array([float((a[:n] - b[:n]).sum()) for a, b, n in zip(own, other, drawn, strict=True)])
     return {
-        "nats_per_reply": bootstrap.mean(difference_N),
-        "nats_per_token": bootstrap.ratio(difference_N, np.array(drawn, dtype=np.float64)),
+        "nats_per_reply": bootstrap.mean(difference_N, dialogues_of(contexts)),
+        "nats_per_token": bootstrap.ratio(difference_N, np.array(drawn, dtype=np.float64), dialogues_of(contexts)),
     }
 
 
@@ -113,21 +121,22 @@ def summarise_preference(
     human_N: FloatArray,
     replies: Sequence[Reply],
     other_replies: Sequence[Reply],
+    dialogue_N: IntArray,
     bootstrap: Bootstrap,
 ) -> dict[str, Any]:
     """Everything that needs scores and lengths only; `drift` is added by the caller, who holds the models."""
     length_N, other_length_N = (
         np.array([len(r.tokens) for r in some], dtype=np.float64) for some in (replies, other_replies)
     )
-    result = win_rate(score_N, other_N, bootstrap)
+    result = win_rate(score_N, other_N, dialogue_N, bootstrap)
     rate = result["win_rate"]
     return {
         "n_contexts": len(score_N),
         "identical_replies": sum(a.tokens == b.tokens for a, b in zip(replies, other_replies, strict=True)),
         **result,
-        **length_bias(score_N, other_N, length_N, other_length_N, bootstrap),
-        "win_rate_against_human": bootstrap.mean(win_values(score_N, human_N)),
-        "other_win_rate_against_human": bootstrap.mean(win_values(other_N, human_N)),
-        "over_optimisation_suspected": rate.value is not None and rate.value > OVER_OPTIMISATION_WIN_RATE,
+        **length_bias(score_N, other_N, length_N, other_length_N, dialogue_N, bootstrap),
+        "win_rate_against_human": bootstrap.mean(win_values(score_N, human_N), dialogue_N),
+        "other_win_rate_against_human": bootstrap.mean(win_values(other_N, human_N), dialogue_N),
+        "over_optimisation_suspected": rate.low is not None and rate.low > OVER_OPTIMISATION_WIN_RATE,
         "over_optimisation_threshold": OVER_OPTIMISATION_WIN_RATE,
     }

@@ -17,6 +17,7 @@ from model.transformer import Transformer
 from recipes.loader import Section
 
 FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
 
 # The score of a candidate: mean or summed log-probability, or the gain a token that the context brings.
 SCORES = ("mean_logprob", "sum_logprob", "context_gain")
@@ -38,6 +39,7 @@ class RankingTask:
     prompt: tuple[int, ...]
     empty_prompt: tuple[int, ...]  # the same character, nothing said before
     candidates: tuple[tuple[int, ...], ...]
+    dialogue: int  # the context's, by number
 
 
 def build_tasks(
@@ -68,7 +70,7 @@ def build_tasks(
             drawn.sort(key=lambda reply: abs(len(reply) - len(truth)))
         chosen = tuple(drawn[:n_distractors])
         empty = empty_prompts[context.character]
-        tasks.append(RankingTask(context.dialogue_id, context.prompt, empty, (truth, *chosen)))
+        tasks.append(RankingTask(context.dialogue_id, context.prompt, empty, (truth, *chosen), context.dialogue))
     return tasks
 
 
@@ -98,15 +100,17 @@ def candidate_scores(
     return scores
 
 
-def rank_figures(scores: Sequence[FloatArray], bootstrap: Bootstrap) -> dict[str, Any]:
-    """Recall@1 and mean reciprocal rank of candidate 0; ties count as their expectation under random order."""
+def rank_figures(scores: Sequence[FloatArray], bootstrap: Bootstrap, dialogue_N: IntArray) -> dict[str, Any]:
+    """Recall@1 and mean reciprocal rank of candidate 0; ties count as their expectation under random order.
+
+    `dialogue_N`: the dialogue of each task."""
     recall, reciprocal = [], []
     for values in scores:
         better = int((values[1:] > values[0]).sum())
         ties = int((values[1:] == values[0]).sum())
         recall.append(1 / (ties + 1) if better == 0 else 0.0)
         reciprocal.append(float(np.mean(1 / np.arange(better + 1, better + ties + 2))))
-    return {"recall_at_1": bootstrap.mean(recall), "mrr": bootstrap.mean(reciprocal)}
+    return {"recall_at_1": bootstrap.mean(recall, dialogue_N), "mrr": bootstrap.mean(reciprocal, dialogue_N)}
 
 
 def chance_figures(n_candidates: int) -> dict[str, float]:
@@ -141,18 +145,19 @@ def evaluate_ranking(
     contexts = pool[: section.n_contexts]
     prompts = empty_prompts(tokenizer, contexts)
     tasks = build_tasks(contexts, pool, prompts, section.n_distractors, section.distractors, seed)
+    dialogue_N = np.array([task.dialogue for task in tasks], dtype=np.int64)
     figures: dict[str, dict[str, Any]] = {}
     for number, (name, model) in enumerate(models.items()):
         scores = candidate_scores(model, tasks, batch_tokens, share_of(on_progress, number, len(models)))
-        figures[name] = {kind: rank_figures(values, bootstrap) for kind, values in scores.items()}
+        figures[name] = {kind: rank_figures(values, bootstrap, dialogue_N) for kind, values in scores.items()}
     return {
         "n_contexts": len(tasks),
         "n_candidates": section.n_distractors + 1,
         "distractors": section.distractors,
         "chance": chance_figures(section.n_distractors + 1),
         "length_only": {
-            "shortest_first": rank_figures(length_only_scores(tasks, -1), bootstrap),
-            "longest_first": rank_figures(length_only_scores(tasks, 1), bootstrap),
+            "shortest_first": rank_figures(length_only_scores(tasks, -1), bootstrap, dialogue_N),
+            "longest_first": rank_figures(length_only_scores(tasks, 1), bootstrap, dialogue_N),
         },
         "models": figures,
     }

@@ -50,6 +50,7 @@ class RecallProbe:
     prompts: tuple[tuple[int, ...], tuple[int, ...]]
     values: tuple[str, ...]
     candidates: tuple[tuple[int, ...], ...]
+    dialogue: int  # the first that lends messages, by its number
 
 
 def usable_values(tokenizer: DialogueTokenizer, kind: FactKind, n_candidates: int) -> dict[str, tuple[int, ...]]:
@@ -95,8 +96,9 @@ def build_probes(
             "same number of tokens; lower it"
         )
     rng = np.random.default_rng(seed)
-    pairs = [dialogue for dialogue in dialogues if len(_speakers(dialogue)) == 2]
-    ordered = [pairs[number] for number in rng.permutation(len(pairs))]
+    pairs = [number for number, dialogue in enumerate(dialogues) if len(_speakers(dialogue)) == 2]
+    order = [pairs[place] for place in rng.permutation(len(pairs))]
+    ordered = [dialogues[number] for number in order]
     probes: list[RecallProbe] = []
     first = number = 0
     while len(probes) < section.n_items * len(section.distances):
@@ -108,7 +110,7 @@ def build_probes(
         kind = kinds[number % len(kinds)]
         wording = kind.wordings[int(rng.integers(len(kind.wordings)))]
         filler = _Filler(tokenizer, ordered[first:], max(section.distances))
-        found = _probes_of_fact(tokenizer, filler, kind, wording, values[kind.name], section, rng)
+        found = _probes_of_fact(tokenizer, filler, order[first], kind, wording, values[kind.name], section, rng)
         probes += found
         first += filler.n_dialogues if found else 1
         number += 1
@@ -150,6 +152,7 @@ class _Filler:
 def _probes_of_fact(
     tokenizer: DialogueTokenizer,
     filler: _Filler,
+    dialogue: int,
     kind: FactKind,
     wording: Wording,
     values: Mapping[str, tuple[int, ...]],
@@ -183,7 +186,9 @@ def _probes_of_fact(
         candidates = tuple(values[value] for value in chosen)
         distance = len(prompts[0]) - value_at
         assert len(prompts[0]) == len(prompts[1]) and prompts[0][value_at : value_at + 1] == candidates[0][:1]
-        probes.append(RecallProbe(kind.name, filler.dialogue_id, wanted, distance, prompts, chosen, candidates))
+        probes.append(
+            RecallProbe(kind.name, filler.dialogue_id, wanted, distance, prompts, chosen, candidates, dialogue)
+        )
     return probes
 
 
@@ -230,14 +235,15 @@ def summarise_recall(
     bins = []
     for wanted in dict.fromkeys(wanted_P.tolist()):
         chosen_P = wanted_P == wanted
+        dialogue_P = np.array([probe.dialogue for probe in probes], dtype=np.int64)[chosen_P]
         base_P = gains(logprobs[against])[chosen_P]
         models = {}
         for name, logprob_PSC in logprobs.items():
             gain_P = gains(logprob_PSC)[chosen_P]
             models[name] = {
-                "gain": bootstrap.mean(gain_P),
-                "difference": None if name == against else bootstrap.mean(gain_P - base_P),
-                "accuracy": bootstrap.mean(first_ranks(logprob_PSC)[chosen_P]),
+                "gain": bootstrap.mean(gain_P, dialogue_P),
+                "difference": None if name == against else bootstrap.mean(gain_P - base_P, dialogue_P),
+                "accuracy": bootstrap.mean(first_ranks(logprob_PSC)[chosen_P], dialogue_P),
             }
         here_P = distance_P[chosen_P]
         places = {"mean": float(here_P.mean()), "least": int(here_P.min()), "most": int(here_P.max())}

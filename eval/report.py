@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from eval.digits import estimate_digits, telling_digits
 from eval.plots import MODEL_COLOURS, draw_all, series_colours
 from eval.statistics import Estimate
 from recipes.json_text import json_text
 from recipes.run_directory import write_atomically
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 TEMPLATE = "report.html.j2"
 
 Json = Any
@@ -59,6 +60,8 @@ def render_html(report: Mapping[str, Any], svgs: Mapping[str, str]) -> str:
     environment.filters |= {
         "num": number_text,
         "interval": interval_text,
+        "digits": estimate_digits,
+        "telling": telling_digits,
         "signed": signed_text,
         "p": p_value_text,
         "thousands": lambda n: f"{n:,}",
@@ -111,6 +114,7 @@ def p_value_text(value: float | None) -> str:
 def _card(
     title: str, estimate: Mapping[str, Any], note: str, verdict: str, digits: int = 2, percent: bool = False
 ) -> dict[str, str]:
+    digits = estimate_digits(estimate, digits, percent)
     return {
         "title": title,
         "value": number_text(estimate["value"], digits, percent),
@@ -177,7 +181,9 @@ def _win_card(report: Mapping[str, Any]) -> dict[str, str] | None:
         return None
     verdict = "bad" if part["over_optimisation_suspected"] else _above(part["win_rate"], 0.5)
     note = (
-        "above 65%: over-optimised?" if part["over_optimisation_suspected"] else "by the scorer · 50% is no difference"
+        "all of it above 65%: over-optimised?"
+        if part["over_optimisation_suspected"]
+        else "by the scorer · 50% is no difference"
     )
     title = f"{part['model']} over {part['against']}, win rate"
     card = _card(title, part["win_rate"], note, verdict, digits=1, percent=True)
@@ -211,6 +217,10 @@ def _echo_card(report: Mapping[str, Any]) -> dict[str, str] | None:
     if distinct["value"] is None or bar["value"] is None:
         return None
     # Neither dull nor random: noise has more distinct bigrams than people do.
-    near = abs(distinct["value"] / bar["value"] - 1) < 0.1
+    low, high = 0.9 * bar["value"], 1.1 * bar["value"]
     card = _card(f"Distinct bigrams, {name}", distinct, f"humans {bar['value']:.2f} on as many words", "open")
-    return card | {"tag": "near humans" if near else "unlike humans"}
+    if distinct["low"] is None:
+        return card
+    if low <= distinct["low"] and distinct["high"] <= high:
+        return card | {"tag": "near humans"}
+    return card | {"tag": "unlike humans"} if distinct["high"] < low or distinct["low"] > high else card

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from eval.context import human_replies, sample_replies
+from eval.context import dialogues_of, human_replies, sample_replies
 from eval.dialogue_quality import summarise_quality
 from eval.engagement import score_turns, summarise_scorer, training_turns
 from eval.ngram import ngram_losses
@@ -45,7 +45,7 @@ def perplexity_part(space: Workspace, on_progress: OnProgress) -> dict[str, Any]
     first, *later = scored
     return {
         "n_targets": int(scored[first].nats_N.size),
-        "n_documents": int(scored[first].bytes_D.size),
+        "n_dialogues": int(np.unique(scored[first].dialogue_D).size),
         "ngrams": ngrams,
         "models": {name: summarise(targets, space.bootstrap) for name, targets in scored.items()},
         "differences": [
@@ -119,7 +119,13 @@ def preference_part(space: Workspace, on_progress: OnProgress) -> dict[str, Any]
     sampling = space.recipe.replies
     unbiased = sampling.temperature == 1 and sampling.top_p >= 1 and sampling.top_k == 0
     verdict = summarise_preference(
-        scores[model], scores[against], scores[HUMAN], replies[model], replies[against], space.bootstrap
+        scores[model],
+        scores[against],
+        scores[HUMAN],
+        replies[model],
+        replies[against],
+        dialogues_of(contexts),
+        space.bootstrap,
     )
     return {"model": model, "against": against, **verdict, "drift": {**drifts, "is_kl": unbiased}}
 
@@ -160,7 +166,8 @@ def sample_conversations(space: Workspace) -> list[dict[str, Any]]:
                 {"system": system, "text": reply.text, "finished": reply.finished, "probability": probability}
             )
         messages = [{"speaker": m.speaker, "text": m.text} for m in context.messages]
-        shown.append({"character": context.character, "context": messages, "replies": replies})
+        n_earlier = context.turn - 1 - len(messages)
+        shown.append({"character": context.character, "n_earlier": n_earlier, "context": messages, "replies": replies})
     return shown
 
 

@@ -1,18 +1,21 @@
 """Error bars: bootstrap over independent units, tests for paired replies and ranking statistics.
 
-Tokens of a document and turns of a dialogue depend on each other, so every interval here resamples *clusters*
-(documents, dialogues) and never the single values. A statistic is written once, as a function of how often each cluster
-was drawn, and `scipy.stats.bootstrap` does the resampling.
+Tokens and turns of a dialogue depend on each other, so every interval here resamples *clusters* (dialogues, never the
+pieces that a long one is cut into) and never the single values; where people take part in several dialogues it is
+widened (eval/shared_participants.py). A statistic is written once, as a function of how often each cluster was drawn,
+and `scipy.stats.bootstrap` does the resampling.
 """
 
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from eval.shared_participants import Dependence, SharedParticipants
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -35,6 +38,8 @@ class Estimate:
     method: str
     confidence_level: float = 0.95
     note: str = ""
+    variance_factor: float = 1.0
+    """The variance as a multiple of that with clusters nobody of whom takes part in two."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -50,14 +55,24 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """How intervals are made: `n_resamples` draws, `confidence_level` in (0, 1), the seed of the draws."""
+    """How intervals are made: `n_resamples` draws, `confidence_level` in (0, 1), the seed of the draws. With `people`,
+    clusters are the numbers of dialogues, and who is in several of them counts."""
 
     n_resamples: int = 2000
     confidence_level: float = 0.95
     seed: int = 0
+    people: SharedParticipants | None = None
 
-    def interval(self, statistic: WeightedStatistic, n_clusters: int, n: int) -> Estimate:
-        """BCa interval of `statistic` over clusters; `n` is the number of single values (for the record).
+    def interval(
+        self,
+        statistic: WeightedStatistic,
+        clusters_C: NDArray[Any] | None,
+        n_clusters: int,
+        n: int,
+        limits: tuple[float, float],
+    ) -> Estimate:
+        """BCa interval of `statistic` over clusters; `n` is the number of single values (for the record), and the
+        statistic never lies outside `limits`.
 
         Where BCa is undefined (no spread on one side) the percentile interval takes its place, named in `method`.
         """
@@ -69,7 +84,27 @@ class Bootstrap:
         low, high, method = self._limits(statistic, n_clusters, n)
         if low is None:
             return Estimate(point, None, None, n, n_clusters, "none", self.confidence_level, method)
-        return Estimate(point, low, high, n, n_clusters, method, self.confidence_level)
+        assert high is not None
+        dependence = self._dependence(statistic, clusters_C, n_clusters)
+        factor = dependence.width_factor(self.confidence_level)
+        if factor != 1:
+            method += ", widened for shared participants"
+            low, high = max(limits[0], point - (point - low) * factor), min(limits[1], point + (high - point) * factor)
+        return Estimate(point, low, high, n, n_clusters, method, self.confidence_level, "", dependence.variance_factor)
+
+    def _dependence(self, statistic: WeightedStatistic, clusters_C: NDArray[Any] | None, n_clusters: int) -> Dependence:
+        """What people in several of these clusters do to the statistic's variance, from the jackknife."""
+        if self.people is None or clusters_C is None:
+            return Dependence()
+        left_out_C = np.empty(n_clusters)
+        step = max(1, BATCH_ELEMENTS // MAX_VALUES_HELD)
+        for start in range(0, n_clusters, step):
+            numbers = np.arange(start, min(start + step, n_clusters))
+            weight_RC = np.ones((numbers.size, n_clusters))
+            weight_RC[np.arange(numbers.size), numbers] = 0
+            left_out_C[numbers] = statistic(weight_RC)
+        left_out_C = np.where(np.isfinite(left_out_C), left_out_C, np.nanmean(left_out_C))
+        return self.people.dependence(left_out_C.mean() - left_out_C, np.asarray(clusters_C, dtype=np.int64))
 
     def _limits(self, statistic: WeightedStatistic, n_clusters: int, n: int) -> tuple[float | None, float | None, str]:
         """Lower and upper limit and the method, or (None, None, why there is none)."""
@@ -118,16 +153,59 @@ class Bootstrap:
         assert top.shape == bottom.shape
         if bottom.sum() == 0:
             return Estimate(None, None, None, 0, 0, "none", self.confidence_level, "no observations")
-        index, n_clusters = cluster_index(clusters, top.size)
+        index, n_clusters, found = cluster_index(clusters, top.size)
         top_C = np.bincount(index, weights=top, minlength=n_clusters)
         bottom_C = np.bincount(index, weights=bottom, minlength=n_clusters)
         present_C = bottom_C > 0  # a cluster without any observation of this kind is not a unit of the sample
         top_C, bottom_C = top_C[present_C], bottom_C[present_C]
+        ratio_C = top_C / bottom_C
 
         def statistic(weight_RC: FloatArray) -> FloatArray:
             return np.asarray((weight_RC @ top_C) / (weight_RC @ bottom_C))
 
-        return self.interval(statistic, top_C.size, round(float(bottom.sum())))
+        return self.interval(
+            statistic,
+            None if found is None else found[present_C],
+            top_C.size,
+            round(float(bottom.sum())),
+            (float(ratio_C.min()), float(ratio_C.max())),
+        )
+
+    def proportion(
+        self, successes_N: Sequence[bool] | NDArray[np.bool_], clusters: Sequence[object] | IntArray | None = None
+    ) -> Estimate:
+        """Share of successes with the Wilson interval, which stays right at 0 and 1, on as many independent trials as
+        the clusters are worth."""
+        successes = np.asarray(successes_N, dtype=np.float64)
+        if successes.size == 0:
+            return Estimate(None, None, None, 0, 0, "none", self.confidence_level, "no observations")
+        share = float(successes.mean())
+        index, n_clusters, found = cluster_index(clusters, successes.size)
+        influence_C = np.bincount(index, weights=successes - share, minlength=n_clusters) / successes.size
+        alone = share * (1 - share) / successes.size
+        factor = max(1.0, float((influence_C**2).sum()) / alone) if alone > 0 and n_clusters < successes.size else 1.0
+        dependence = Dependence()
+        if self.people is not None and found is not None:
+            dependence = self.people.dependence(influence_C, np.asarray(found, dtype=np.int64))
+        width = dependence.width_factor(self.confidence_level)
+        low, high = wilson_interval(share, successes.size / (factor * width**2), self.confidence_level)
+        method = "Wilson" if factor * width == 1 else "Wilson on the effective number of trials"
+        return Estimate(
+            share, low, high, successes.size, n_clusters, method, self.confidence_level, "",
+            dependence.variance_factor,
+        )  # fmt: skip
+
+    def paired_tests(
+        self, differences_N: Sequence[float] | FloatArray, clusters: Sequence[object] | IntArray | None = None
+    ) -> "PairedTests":
+        """Exact sign test and Wilcoxon signed-rank test of paired differences against zero, one a cluster; where people
+        take part in several, the tests' normal scores are divided by what that does to the mean sign's error."""
+        tests = paired_tests(differences_N)
+        sign = self.mean(np.sign(np.asarray(differences_N, dtype=np.float64)), clusters)
+        if sign.variance_factor == 1 or tests.sign_p is None or tests.wilcoxon_p is None:
+            return tests
+        scale = math.sqrt(sign.variance_factor)
+        return replace(tests, sign_p=_tempered(tests.sign_p, scale), wilcoxon_p=_tempered(tests.wilcoxon_p, scale))
 
     def auc(
         self,
@@ -141,14 +219,15 @@ class Bootstrap:
         if len(set(labels.tolist())) < 2:
             note = "only one class is present: AUC is undefined"
             return Estimate(None, None, None, labels.size, len(set(clusters)), "none", self.confidence_level, note)
-        index, n_clusters = cluster_index(clusters, labels.size)
+        index, n_clusters, found = cluster_index(clusters, labels.size)
         first = _WeightedAuc(scores_N, labels, index)
         second = None if minus_N is None else _WeightedAuc(minus_N, labels, index)
 
         def statistic(weight_RC: FloatArray) -> FloatArray:
             return first(weight_RC) if second is None else first(weight_RC) - second(weight_RC)
 
-        return self.interval(statistic, n_clusters, labels.size)
+        limits = (0.0, 1.0) if second is None else (-1.0, 1.0)
+        return self.interval(statistic, found, n_clusters, labels.size, limits)
 
 
 class _WeightedAuc:
@@ -172,14 +251,21 @@ class _WeightedAuc:
             return np.asarray((positive_RU * below_RU).sum(axis=1) / pairs_R)
 
 
-def proportion(successes: int, n: int, confidence_level: float = 0.95) -> Estimate:
-    """Share of `n` independent trials with the Wilson interval, which stays right at 0 and 1."""
-    from scipy.stats import binomtest
+def wilson_interval(share: float, n_trials: float, confidence_level: float) -> tuple[float, float]:
+    """Wilson's score interval of a share of `n_trials` independent trials, which need be no whole number."""
+    from scipy.stats import norm
 
-    if n == 0:
-        return Estimate(None, None, None, 0, 0, "none", confidence_level, "no observations")
-    interval = binomtest(successes, n).proportion_ci(confidence_level, method="wilson")
-    return Estimate(successes / n, float(interval.low), float(interval.high), n, n, "Wilson", confidence_level)
+    z2 = float(norm.isf((1 - confidence_level) / 2)) ** 2
+    middle = (share + z2 / (2 * n_trials)) / (1 + z2 / n_trials)
+    half = math.sqrt(z2 * (share * (1 - share) / n_trials + z2 / (4 * n_trials**2))) / (1 + z2 / n_trials)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _tempered(p: float, scale: float) -> float:
+    """The two-sided p value whose normal score is that of `p` divided by `scale`."""
+    from scipy.stats import norm
+
+    return float(2 * norm.sf(norm.isf(p / 2) / scale))
 
 
 @dataclass(frozen=True)
@@ -210,29 +296,33 @@ def paired_tests(differences_N: Sequence[float] | FloatArray) -> PairedTests:
 
 
 def minimum_detectable_effect(
-    values_N: Sequence[float] | FloatArray, power: float = 0.8, significance: float = 0.05
+    values_N: Sequence[float] | FloatArray,
+    power: float = 0.8,
+    significance: float = 0.05,
+    variance_factor: float = 1.0,
 ) -> float | None:
-    """Smallest true shift of the mean that a two-sided z-test on `values_N` finds with probability `power`."""
+    """Smallest true shift of the mean that a two-sided z-test on `values_N` finds with probability `power`; the mean's
+    variance is that of independent values times `variance_factor`."""
     from scipy.stats import norm
 
     values = np.asarray(values_N, dtype=np.float64)
     if values.size < 2:
         return None
-    standard_error = float(values.std(ddof=1)) / math.sqrt(values.size)
+    standard_error = float(values.std(ddof=1)) * math.sqrt(variance_factor / values.size)
     return float(norm.ppf(1 - significance / 2) + norm.ppf(power)) * standard_error
 
 
-def cluster_index(clusters: Sequence[object] | IntArray | None, n: int) -> tuple[IntArray, int]:
-    """Number the clusters 0..C-1: the index of each value's cluster, and C."""
+def cluster_index(clusters: Sequence[object] | IntArray | None, n: int) -> tuple[IntArray, int, NDArray[Any] | None]:
+    """Number the clusters 0..C-1: the index of each value's cluster, C, and the clusters in that order."""
     if clusters is None:
-        return np.arange(n), n
+        return np.arange(n), n, None
     assert len(clusters) == n
     if isinstance(clusters, np.ndarray):
         found, index_N = np.unique(clusters, return_inverse=True)
-        return index_N, found.size
+        return index_N, found.size, found
     numbers: dict[object, int] = {}
     index_N = np.fromiter((numbers.setdefault(cluster, len(numbers)) for cluster in clusters), np.int64, n)
-    return index_N, len(numbers)
+    return index_N, len(numbers), np.array(list(numbers))
 
 
 def _draw_counts(index_RC: IntArray, n_clusters: int) -> FloatArray:

@@ -14,7 +14,7 @@ from pydantic import PositiveInt
 
 from data.dialogue import encode_prompt
 from data.tokenizer import DialogueTokenizer
-from eval.context import ReplyContext
+from eval.context import ReplyContext, dialogues_of
 from eval.scoring import OnProgress, next_token_logprobs, share_of, silent
 from eval.statistics import Bootstrap
 from model.transformer import Transformer
@@ -80,22 +80,26 @@ def evaluate_user_sensitivity(
         logprob_BV = next_token_logprobs(model, prompts, batch_tokens, share_of(on_progress, step, len(models))).numpy()
         base = logprob_BV[[number for number, *_ in changes]].astype(np.float64)
         kl_N = kl_divergence(base, logprob_BV[len(contexts) :].astype(np.float64))
-        result[name] = summarise_changes(changes, kl_N, bootstrap)
+        result[name] = summarise_changes(changes, kl_N, dialogues_of(contexts), bootstrap)
     return result
 
 
 def summarise_changes(
-    changes: Sequence[tuple[int, int, str, tuple[int, ...]]], kl_N: FloatArray, bootstrap: Bootstrap
+    changes: Sequence[tuple[int, int, str, tuple[int, ...]]],
+    kl_N: FloatArray,
+    dialogue_C: NDArray[np.int64],
+    bootstrap: Bootstrap,
 ) -> dict[str, Any]:
-    """Mean KL by side and by distance; `kl_N` belongs to `changes`, one value each."""
-    context_N = np.array([number for number, *_ in changes], dtype=np.int64)
+    """Mean KL by side and by distance; `kl_N` belongs to `changes`, one value each, `dialogue_C` to the contexts."""
+    dialogue_N = dialogue_C[np.array([number for number, *_ in changes], dtype=np.int64)]
     distance_N = np.array([distance for _, distance, *_ in changes], dtype=np.int64)
     user_N = np.array([side == "user" for _, _, side, _ in changes], dtype=bool)
     by_side = {}
     for side, chosen_N in (("user", user_N), ("character", ~user_N)):
+        at_distance = [chosen_N & (distance_N == distance) for distance in range(1, MAX_DISTANCE + 1)]
         by_side[side] = {
-            "kl": bootstrap.mean(kl_N[chosen_N], context_N[chosen_N]),
-            "by_distance": [bootstrap.mean(kl_N[chosen_N & (distance_N == d)]) for d in range(1, MAX_DISTANCE + 1)],
+            "kl": bootstrap.mean(kl_N[chosen_N], dialogue_N[chosen_N]),
+            "by_distance": [bootstrap.mean(kl_N[here_N], dialogue_N[here_N]) for here_N in at_distance],
         }
     # Below float32 rounding the replaced message had no influence at all.
     ignored = int((kl_N[user_N & (distance_N == 1)] < 1e-9).sum())

@@ -22,6 +22,7 @@ from eval.perplexity import PerplexitySection
 from eval.plots import HUMAN
 from eval.preference import PreferenceSection
 from eval.ranking import RankingSection
+from eval.shared_participants import SharedParticipants
 from eval.statistics import Bootstrap
 from eval.user_sensitivity import UserSensitivitySection
 from model.config import ModelConfig
@@ -42,6 +43,11 @@ class BootstrapSection(Section):
 
     n_resamples: PositiveInt = 2000
     confidence_level: PositiveFloat = 0.95
+
+    def over(self, heldout: PackedDataset, seed: int) -> Bootstrap:
+        """Intervals over the dialogues of these shards, widened where people take part in several."""
+        people = SharedParticipants(heldout.dialogues["participants"].to_pylist())
+        return Bootstrap(self.n_resamples, self.confidence_level, seed, people)
 
     @model_validator(mode="after")
     def _below_one(self) -> "BootstrapSection":
@@ -176,7 +182,7 @@ def open_workspace(recipe: EvalRecipe, console: Console) -> Workspace:
     dialogues = list(read_dialogues(data / "dialogues" / "heldout.jsonl"))
     contexts = heldout_contexts(dialogues, tokenizer, recipe.seed, recipe.contexts, console)
     check_contexts(recipe, len(contexts))
-    bootstrap = Bootstrap(recipe.bootstrap.n_resamples, recipe.bootstrap.confidence_level, recipe.seed)
+    bootstrap = recipe.bootstrap.over(heldout, recipe.seed)
     return Workspace(recipe, tokenizer, train, heldout, len(dialogues), models, scorer, contexts, bootstrap)
 
 

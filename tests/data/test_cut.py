@@ -1,5 +1,7 @@
 """Cutting: every token is trained in one document, later documents begin with context, characters stay whole."""
 
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -97,7 +99,6 @@ def test_context_is_the_opening_and_the_newest_before_the_cut(encoded: EncodedDi
         if opening and opening_end <= position and context[: len(opening)] == opening:
             context = context[len(opening) :]
         assert len(context) <= max(rule.context_tokens, 4), "4: a name, which a message's later pieces repeat"
-        newest = next((n for n in range(len(edges)) if tokens[position - n : position] == context[len(context) - n :]), 0)
         whole = tokens[position - len(context) : position] == context
         if not whole:  # the name of who writes, then the end of the text before the cut
             start = max(edge for edge in edges if edge < position)
@@ -106,7 +107,7 @@ def test_context_is_the_opening_and_the_newest_before_the_cut(encoded: EncodedDi
             rest = context[len(header) :]
             assert rest == tokens[position - len(rest) : position]
         elif context:
-            assert position - len(context) in edges or newest == 0
+            assert position - len(context) in edges
         position += len(piece.tokens) - piece.n_repeated
 
 
@@ -137,7 +138,7 @@ def test_whole_messages_are_repeated_where_they_fit(tokenizer: DialogueTokenizer
     one = len(encode_dialogue(tokenizer, Dialogue("d", (messages[1],), "Ann")).tokens) - 1
     documents = shown(tokenizer, messages, CutRule(8 * one, 2 * one + 3, tokenizer.inside_character()))
     assert len(documents) > 2
-    for (_, before), (repeated, _) in zip(documents[:-1], documents[1:], strict=True):
+    for (_, before), (repeated, _) in pairwise(documents):
         assert repeated.count("<|message|>") == 2
         assert before.endswith(repeated.removeprefix("<bos>"))
 

@@ -51,7 +51,7 @@ def test_a_silent_system_leaves_diversity_undefined() -> None:
 
 
 def test_summary_of_known_replies() -> None:
-    context = ReplyContext("d", (Message("Sam", "Hello there!"),), "Alex", "hi", 2, (1,), (1,))
+    context = ReplyContext("d", (Message("Sam", "Hello there!"),), "Alex", "hi", 2, (1,), (1,), 0)
     texts = ["hello there!", "i do not know", "i do not know", ""]
     replies = [Reply(text, (9,) * (i + 1), i != 1) for i, text in enumerate(texts)]
     figures = summarise_quality([context] * 4, {"model": replies, "human": replies}, Bootstrap(n_resamples=50))["model"]

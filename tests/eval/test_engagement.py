@@ -41,7 +41,7 @@ def test_turns_have_the_features_of_their_messages(
         if label >= 0
     )
     assert found == expected
-    assert np.unique(turns.document_N).size == 5
+    assert np.unique(turns.dialogue_N).size == 5
 
 
 def test_scores_are_those_of_each_conversation_alone(
@@ -56,12 +56,11 @@ def test_scores_are_those_of_each_conversation_alone(
     batch = collate(dataset, rows)
     together = labelled_turns(batch, tokenizer.message_id)
     assert turns.label_N.tolist() == together.label_N.tolist()
-    assert np.unique(turns.document_N).size == np.unique(together.document_N).size
+    assert np.unique(turns.dialogue_N).size == np.unique(together.dialogue_N).size
     starts = np.cumsum(batch.document_lengths.numpy()) - batch.document_lengths.numpy()
     tokens = batch.tokens_T.tolist()
-    alone = [
-        tokens[int(starts[d]) : p + 1] for d, p in zip(together.document_N, together.position_N.tolist(), strict=True)
-    ]
+    places = together.position_N.tolist()
+    alone = [tokens[int(starts[np.searchsorted(starts, p, "right") - 1]) : p + 1] for p in places]
     np.testing.assert_allclose(logit_N, score_conversations(scorer, alone, 1000), atol=1e-5)
 
 
@@ -106,8 +105,8 @@ def test_one_class_and_no_turns_are_said_not_hidden() -> None:
 def test_calibration_of_an_overconfident_scorer() -> None:
     rng = np.random.default_rng(2)
     label_N = (rng.random(1000) < 0.7).astype(np.int64)
-    certain = calibration(np.full(1000, 0.99), label_N, 0.95)
-    honest = calibration(np.full(1000, 0.7), label_N, 0.95)
+    certain = calibration(np.full(1000, 0.99), label_N, BOOTSTRAP, np.arange(1000))
+    honest = calibration(np.full(1000, 0.7), label_N, BOOTSTRAP, np.arange(1000))
     assert certain["expected_calibration_error"] > 0.2 > honest["expected_calibration_error"]
     assert certain["brier_skill"] < 0 and abs(honest["brier_skill"]) < 0.02
 

@@ -97,7 +97,7 @@ def test_count_models_see_the_same_targets(dialogues: list[Dialogue], dataset_of
 def targets_with(nats: list[float], role: list[int], turn: list[int], document: list[int]) -> ScoredTargets:
     n = max(document) + 1
     arrays = (np.array(nats), np.array(role), np.array(turn), np.array(document))
-    return ScoredTargets(*arrays, np.ones(len(nats), np.int64), np.full(n, 10), np.full(n, 5))
+    return ScoredTargets(*arrays, np.ones(len(nats), np.int64), np.full(n, 10), np.full(n, 5), np.arange(n))
 
 
 def test_summary_of_known_losses() -> None:

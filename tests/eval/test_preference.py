@@ -21,10 +21,10 @@ def test_wins_ties_and_losses() -> None:
 def test_win_rate_of_a_clear_winner_and_of_nobody() -> None:
     rng = np.random.default_rng(0)
     base = rng.normal(size=150)
-    better = win_rate(base + rng.normal(0.5, 1, 150), base, BOOTSTRAP)
+    better = win_rate(base + rng.normal(0.5, 1, 150), base, np.arange(150), BOOTSTRAP)
     assert better["win_rate"].excludes(0.5) and better["tests"]["sign_p"] < 0.01
     assert better["probability_gain"].low > 0
-    nobody = win_rate(base + rng.normal(0, 1, 150), base, BOOTSTRAP)
+    nobody = win_rate(base + rng.normal(0, 1, 150), base, np.arange(150), BOOTSTRAP)
     assert not nobody["win_rate"].excludes(0.5) and nobody["tests"]["sign_p"] > 0.05
     # With n fair coins the detectable effect is (1.96 + 0.84) / (2 sqrt(n)).
     assert nobody["minimum_detectable_win_rate"] == pytest.approx(0.5 + 2.8 / 2 / np.sqrt(150), abs=0.01)
@@ -33,10 +33,10 @@ def test_win_rate_of_a_clear_winner_and_of_nobody() -> None:
 def test_a_win_that_is_all_length_is_exposed() -> None:
     rng = np.random.default_rng(1)
     length, other_length = rng.integers(5, 20, 400).astype(float), rng.integers(4, 14, 400).astype(float)
-    figures = length_bias(length, other_length, length, other_length, BOOTSTRAP)
+    figures = length_bias(length, other_length, length, other_length, np.arange(400), BOOTSTRAP)
     assert figures["longer_reply_wins"].value == 1.0
     assert figures["length_difference"].low > 2
-    same = length_bias(rng.normal(size=400), rng.normal(size=400), length, other_length, BOOTSTRAP)
+    same = length_bias(rng.normal(size=400), rng.normal(size=400), length, other_length, np.arange(400), BOOTSTRAP)
     assert not same["longer_reply_wins"].excludes(0.5) and not same["win_rate_length_matched"].excludes(0.5)
     assert 0 < same["win_rate_length_matched"].n < 400
 
@@ -45,9 +45,9 @@ def test_summary_flags_a_win_that_is_too_good() -> None:
     replies = [Reply("a", (7, 4), True)] * 40
     others = [Reply("b", (8, 9, 4), True)] * 39 + [Reply("a", (7, 4), True)]
     score, zero = np.linspace(0.1, 2, 40), np.zeros(40)
-    figures = summarise_preference(score, zero, zero + 1, replies, others, BOOTSTRAP)
+    figures = summarise_preference(score, zero, zero + 1, replies, others, np.arange(40), BOOTSTRAP)
     assert figures["over_optimisation_suspected"] and figures["identical_replies"] == 1
-    fair = summarise_preference(np.resize([1.0, -1.0], 40), zero, zero, replies, others, BOOTSTRAP)
+    fair = summarise_preference(np.resize([1.0, -1.0], 40), zero, zero, replies, others, np.arange(40), BOOTSTRAP)
     assert not fair["over_optimisation_suspected"] and fair["win_rate"].value == 0.5
 
 

@@ -64,7 +64,7 @@ def test_too_few_replies_is_an_error(contexts: list[ReplyContext], tokenizer: Di
 
 def test_figures_of_known_ranks() -> None:
     scores = [np.array([3.0, 1, 2]), np.array([1.0, 2, 0]), np.array([0.0, 1, 2]), np.array([1.0, 1, 0])]
-    figures = rank_figures(scores, BOOTSTRAP)
+    figures = rank_figures(scores, BOOTSTRAP, np.arange(4))
     # Ranks 1, 2, 3, and a tie between 1 and 2 that counts as its expectation.
     assert figures["recall_at_1"].value == pytest.approx((1 + 0 + 0 + 0.5) / 4)
     assert figures["mrr"].value == pytest.approx((1 + 1 / 2 + 1 / 3 + 3 / 4) / 4)
@@ -72,16 +72,16 @@ def test_figures_of_known_ranks() -> None:
 
 def test_chance_is_what_random_scores_give() -> None:
     rng = np.random.default_rng(0)
-    figures = rank_figures(list(rng.normal(size=(4000, 10))), BOOTSTRAP)
+    figures = rank_figures(list(rng.normal(size=(4000, 10))), BOOTSTRAP, np.arange(4000))
     assert figures["recall_at_1"].value == pytest.approx(chance_figures(10)["recall_at_1"], abs=0.02)
     assert figures["mrr"].value == pytest.approx(chance_figures(10)["mrr"], abs=0.02)
-    constant = rank_figures([np.zeros(10)] * 3, BOOTSTRAP)
+    constant = rank_figures([np.zeros(10)] * 3, BOOTSTRAP, np.arange(3))
     assert constant["recall_at_1"].value == pytest.approx(0.1)
     assert constant["mrr"].value == pytest.approx(chance_figures(10)["mrr"])
 
 
 def test_length_only_scores() -> None:
-    task = RankingTask("d", (1,), (1,), ((5, 4), (5, 6, 4), (4,)))
+    task = RankingTask("d", (1,), (1,), ((5, 4), (5, 6, 4), (4,)), 0)
     assert length_only_scores([task], -1)[0].argmax() == 2 and length_only_scores([task], 1)[0].argmax() == 1
 
 

@@ -31,7 +31,9 @@ def random_targets(rng: np.random.Generator, level: float) -> ScoredTargets:
     role_N = np.tile(np.array([2, 0, 1] * 20), 40)
     nats_N = rng.gamma(2, level / 2, documents.size) * (1.2 - 0.1 * np.log(turn_N))
     context_N = np.tile(np.arange(1, 61), 40)
-    return ScoredTargets(nats_N, role_N, turn_N, documents, context_N, np.full(40, 200), np.full(40, 190))
+    return ScoredTargets(
+        nats_N, role_N, turn_N, documents, context_N, np.full(40, 200), np.full(40, 190), np.arange(40)
+    )
 
 
 def random_replies(rng: np.random.Generator, n: int, length: float) -> list[Reply]:
@@ -54,13 +56,16 @@ def random_scorer(rng: np.random.Generator, one_class: bool = False) -> dict[str
 
 
 def random_ranking(rng: np.random.Generator) -> dict[str, Any]:
-    tasks = [RankingTask(str(i), (1,), (1,), tuple((1,) * k for k in rng.integers(1, 9, 10))) for i in range(80)]
+    tasks = [RankingTask(str(i), (1,), (1,), tuple((1,) * k for k in rng.integers(1, 9, 10)), i) for i in range(80)]
     models = {
-        name: {s: rank_figures([rng.normal(0, 1, 10) + np.eye(10)[0] * gain for _ in tasks], BOOTSTRAP) for s in SCORES}
+        name: {
+            s: rank_figures([rng.normal(0, 1, 10) + np.eye(10)[0] * gain for _ in tasks], BOOTSTRAP, np.arange(80))
+            for s in SCORES
+        }
         for name, gain in (("pretrain", 0.4), ("sft", 0.8), ("dpo", 0.7))
     }
     length_only = {
-        name: rank_figures(length_only_scores(tasks, sign), BOOTSTRAP)
+        name: rank_figures(length_only_scores(tasks, sign), BOOTSTRAP, np.arange(80))
         for name, sign in (("shortest_first", -1), ("longest_first", 1))
     }
     return {"n_contexts": 80, "n_candidates": 10, "distractors": "length_matched", "chance": chance_figures(10),
@@ -70,7 +75,13 @@ def random_ranking(rng: np.random.Generator) -> dict[str, Any]:
 def random_preference(rng: np.random.Generator, systems: dict[str, list[Reply]]) -> dict[str, Any]:
     scores = {name: rng.normal(mean, 1, 80) for name, mean in (("dpo", 0.3), ("sft", 0.0), ("human", 0.5))}
     part = summarise_preference(
-        scores["dpo"], scores["sft"], scores["human"], systems["dpo"], systems["sft"], BOOTSTRAP
+        scores["dpo"],
+        scores["sft"],
+        scores["human"],
+        systems["dpo"],
+        systems["sft"],
+        np.arange(80),
+        BOOTSTRAP,
     )
     drift = {
         "nats_per_reply": BOOTSTRAP.mean(rng.normal(0.4, 1, 80)),
@@ -82,7 +93,7 @@ def random_preference(rng: np.random.Generator, systems: dict[str, list[Reply]])
 def random_report(seed: int = 0) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     contexts = [
-        ReplyContext(str(i), (Message("Sam", "hi how are you doing today", None),), "Alex", "fine", 3, (1,), (1, 4))
+        ReplyContext(str(i), (Message("Sam", "hi how are you doing today", None),), "Alex", "fine", 3, (1,), (1, 4), i)
         for i in range(80)
     ]
     systems = {name: random_replies(rng, 80, mean) for name, mean in (("sft", 7), ("dpo", 9), ("human", 8))}
@@ -92,6 +103,7 @@ def random_report(seed: int = 0) -> dict[str, Any]:
     samples = [
         {
             "character": "Alex",
+            "n_earlier": i,
             "context": [{"speaker": "Sam", "text": HOSTILE if i == 0 else "what do you do on rainy days?"},
                         {"speaker": "Alex", "text": "mostly i read"}, {"speaker": "Sam", "text": "which one?"}],
             "replies": [
@@ -105,7 +117,7 @@ def random_report(seed: int = 0) -> dict[str, Any]:
     curve = {"step": steps, "loss": [3.6 + 4 * float(np.exp(-s / 90)) + 0.05 * float(rng.normal()) for s in steps],
              "heldout_step": [100, 200, 300], "heldout_loss": [5.0, 4.2, 3.95]}  # fmt: skip
     difference = paired_difference(scored["sft"], scored["pretrain"], scored["sft"].role_N == 0, BOOTSTRAP)
-    sensitivity = summarise_changes(changes, kl_N, BOOTSTRAP)
+    sensitivity = summarise_changes(changes, kl_N, np.arange(60), BOOTSTRAP)
     return {
         "title": "Dramatis evaluation: demo",
         "created": "2026-11-23",
@@ -121,7 +133,7 @@ def random_report(seed: int = 0) -> dict[str, Any]:
         "sampling": {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 48},
         "perplexity": {
             "n_targets": 2400,
-            "n_documents": 40,
+            "n_dialogues": 40,
             "ngrams": {"unigram": 6.02, "bigram_add_one": 5.31, "bigram_kneser_ney": 4.25},
             "models": {name: summarise(targets, BOOTSTRAP) for name, targets in scored.items()},
             "differences": [{"model": "sft", "against": "pretrain", "character": difference}],
@@ -176,7 +188,7 @@ def test_plots_are_files_too(written: Path) -> None:
 
 def test_json_holds_every_number_with_interval_and_size(written: Path) -> None:
     report = json.loads((written / "report.json").read_text())
-    assert report["schema_version"] == 1
+    assert report["schema_version"] == 2
     rate = report["preference"]["win_rate"]
     assert rate["low"] < rate["value"] < rate["high"] and rate["n"] == 80 and "bootstrap" in rate["method"]
     assert f"{100 * rate['value']:.1f}%" in (written / "report.html").read_text()

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eval.shared_participants import SharedParticipants
 from eval.statistics import (
     Bootstrap,
     cluster_index,
     minimum_detectable_effect,
     paired_tests,
-    proportion,
 )
 
 FAST = Bootstrap(n_resamples=300, seed=3)
@@ -111,10 +111,10 @@ def test_auc_interval_and_difference() -> None:
 
 
 def test_proportion_has_an_interval_at_the_edges() -> None:
-    none = proportion(0, 20)
+    none = FAST.proportion([False] * 20)
     assert none.value == 0 and none.low == pytest.approx(0, abs=1e-9)
     assert none.high == pytest.approx(0.161, abs=0.002)  # Wilson
-    assert proportion(0, 0).value is None
+    assert FAST.proportion([]).value is None
 
 
 def test_paired_tests() -> None:
@@ -135,5 +135,73 @@ def test_minimum_detectable_effect_is_found_that_often() -> None:
 
 
 def test_cluster_index_numbers_in_order_of_appearance() -> None:
-    index, n = cluster_index(["b", "a", "b"], 3)
+    index, n, found = cluster_index(["b", "a", "b"], 3)
     assert index.tolist() == [0, 1, 0] and n == 2
+    assert found is not None and found.tolist() == ["b", "a"]
+
+
+def coverage(participants: list[list[int]], clustered: bool, n_trials: int = 150) -> float:
+    """How often a 95% interval of a mean over dialogues holds the truth, when every person has an own level."""
+    n_people = 1 + max(person for people in participants for person in people)
+    members = [np.array(people) for people in participants]
+    people = SharedParticipants(participants) if clustered else None
+    numbers, hits = np.arange(len(participants)), 0
+    for seed in range(n_trials):
+        rng = np.random.default_rng(seed)
+        level_P = rng.normal(size=n_people)
+        values_N = np.array([level_P[m].sum() for m in members]) + rng.normal(size=len(members))
+        estimate = Bootstrap(n_resamples=200, seed=seed, people=people).mean(values_N, numbers)
+        assert estimate.low is not None and estimate.high is not None
+        hits += estimate.low <= 0 <= estimate.high
+    return hits / n_trials
+
+
+def test_intervals_cover_when_people_have_several_dialogues() -> None:
+    """Nominal is 0.95; of 150 trials two standard errors are 0.036."""
+    one_person = [[number // 8] for number in range(240)]
+    assert coverage(one_person, clustered=False) < 0.7
+    assert coverage(one_person, clustered=True) > 0.89
+    rng = np.random.default_rng(5)
+    pairs = [rng.choice(60, 2, replace=False).tolist() for _ in range(240)]  # all linked: one component
+    assert coverage(pairs, clustered=False) < 0.8
+    assert coverage(pairs, clustered=True) > 0.89
+
+
+def test_pieces_of_a_dialogue_are_one_unit() -> None:
+    """Ten dialogues in 200 pieces, whose values depend on each other within a dialogue."""
+    rng = np.random.default_rng(0)
+    dialogue_N = np.repeat(np.arange(10), 20)
+    values_N = rng.normal(size=10)[dialogue_N] + 0.3 * rng.normal(size=200)
+    pieces, whole = FAST.mean(values_N), FAST.mean(values_N, dialogue_N)
+    assert (pieces.n_clusters, whole.n_clusters) == (200, 10)
+    assert whole.high - whole.low > 2.5 * (pieces.high - pieces.low)  # type: ignore[operator]
+
+
+def test_nobody_shared_changes_nothing() -> None:
+    rng = np.random.default_rng(1)
+    values_N = rng.normal(size=80)
+    alone = SharedParticipants([[number, 80] for number in range(80)])  # 80 is in all: the character's own id
+    for people in (alone, SharedParticipants([[]] * 80)):
+        assert Bootstrap(300, seed=3, people=people).mean(values_N, np.arange(80)) == FAST.mean(values_N, np.arange(80))
+
+
+def test_shared_people_widen_every_statistic() -> None:
+    rng = np.random.default_rng(2)
+    person_N = np.arange(200) // 20
+    people = SharedParticipants(person_N[:, None].tolist())
+    level_N = rng.normal(size=10)[person_N]
+    score_N, numbers = level_N + 0.2 * rng.normal(size=200), np.arange(200)
+    label_N = (level_N + 0.2 * rng.normal(size=200) > 0).astype(np.int64)
+    linked = Bootstrap(300, seed=3, people=people)
+    for of in (
+        lambda b: b.proportion(label_N == 1, numbers),
+        lambda b: b.auc(np.where(label_N, score_N, level_N[::-1]), label_N, numbers),
+        lambda b: b.mean(score_N, numbers),
+    ):
+        wide, narrow = of(linked), of(FAST)
+        assert wide.value == narrow.value and wide.variance_factor > 2
+        assert wide.high - wide.low > 1.4 * (narrow.high - narrow.low)
+        assert narrow.variance_factor == 1
+    assert linked.proportion(label_N == 1, numbers).low >= 0
+    tests, plain = linked.paired_tests(score_N + 0.3, numbers), FAST.paired_tests(score_N + 0.3, numbers)
+    assert tests.wins == plain.wins and tests.sign_p > plain.sign_p  # type: ignore[operator]
