@@ -83,21 +83,30 @@ class _Cutter:
 
     def _tail(self, tail_from: int, position: int, message: int, most: int) -> list[tuple[int, int]]:
         """The newest whole messages between `tail_from` and `position` that fit; where not even the newest does, who
-        writes it and the end of its text."""
-        budget = min(most, self.rule.context_tokens)
+        writes it and the end of its text. The rest of a message, which its beginning comes before, needs what the
+        message answers too: the beginning gets half of the room."""
+        if position <= tail_from:
+            return []
+        budget, start = max(0, min(most, self.rule.context_tokens)), int(self.edges[message])
+        is_inside = position > start
         first = int(self.edges[np.searchsorted(self.edges, max(tail_from, position - budget))])
-        if first < position:
+        if first < (start if is_inside and start > tail_from else position):
             return [(first, position)]
-        is_inside = position > self.edges[message]
-        newest = message if is_inside else message - 1
-        start, text_start = int(self.edges[newest]), int(self.encoded.text_starts[newest])
+        if not is_inside:
+            message -= 1
+            start = int(self.edges[message])
+        text_start = int(self.encoded.text_starts[message])
         header = text_start - start
         if start < tail_from or text_start > position or header > (most if is_inside else budget // 2):
             return []  # nothing is before, or a name that leaves no room for a text
-        text_from = max(text_start, position - max(0, budget - header))
+        room = budget // 2 if is_inside and start > tail_from else budget
+        text_from = max(text_start, position - max(0, room - header))
         while text_from < position and self.rule.inside_character_V[self.encoded.tokens[text_from]]:
             text_from += 1
-        return [(start, text_start), (text_from, position)] if is_inside or text_from < position else []
+        own = [(start, text_start), (text_from, position)]
+        if not is_inside:
+            return own if text_from < position else []
+        return self._tail(tail_from, start, message, budget - header - (position - text_from)) + own
 
     def _document(self, repeated: list[tuple[int, int]], first: int, end: int, message: int) -> Document:
         spans = [slice(0, 1), *(slice(*span) for span in repeated), slice(first, end)]
