@@ -25,7 +25,7 @@ from data.packing import NO_DIALOGUE
 from data.prepare_report import side_table
 from data.shards import MANIFEST_FILE, PackedDataset, PackedRow, ShardError
 from data.tokenizer import DialogueTokenizer, TokenizerError
-from recipes.loader import tell_error
+from recipes.stage_errors import run_told
 
 SIDES = ("train", "heldout")
 HISTOGRAM_FILE = Path("plots") / "document_lengths.png"
@@ -155,14 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.count < 0 or arguments.seed < 0:
         parser.error("--count and --seed: expected numbers of at least 0")
-    try:
-        show(arguments, Console())
-    except KeyboardInterrupt:
-        return 130
-    except (ShardError, TokenizerError, OSError) as error:
-        tell_error(error)
-        return 2
-    return 0
+    return run_told(lambda: show(arguments, Console()), arguments.run_dir, (ShardError, TokenizerError))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from data.prompt_template import (
 )
 from data.prompt_values import PromptError
 from recipes.loader import tell_error
+from recipes.stage_errors import USER_ERROR, tell_os_error
 
 __all__ = [
     "DEFAULT_TEMPLATE",
@@ -61,11 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         return _check(arguments) if arguments.command == "check" else _reuse(arguments)
-    except (ValueError, OSError) as error:  # what a user can get wrong; all of it names what was found
+    except ValueError as error:  # what a user can get wrong; all of it names what was found
         tell_error(error)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    except OSError as error:
+        tell_os_error(error, Path())
+    return USER_ERROR
 
 
 def _check(arguments: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ from data.prompt_jinja import RESERVED, TemplateEnvironment, template_sources
 from data.prompt_parts import PartReader, TemplatePart
 from data.prompt_truncation import CONTEXT_COST, planned_parts, surviving_parts
 from data.prompt_values import PromptError, Texts, current_texts, plain
+from recipes.stage_errors import describe_os_error
 
 ROLES = ("system", "user", "assistant")
 
@@ -111,8 +112,10 @@ class PromptTemplate:
         path = Path(path)
         try:
             source = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise PromptError(f"{path}: cannot be read as a template ({error})") from None
+        except OSError as error:
+            raise PromptError(f"{describe_os_error(error, path)}; expected a Prompt Poet template") from None
+        except UnicodeDecodeError as error:
+            raise PromptError(f"{path}: byte {error.start} is not UTF-8; save the template as UTF-8") from None
         return cls(source, str(path), path.parent, functions)
 
     def sources(self) -> Iterator[tuple[str, jinja2.nodes.Template]]:

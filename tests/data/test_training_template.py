@@ -85,7 +85,7 @@ def test_a_template_is_an_input_with_all_that_it_includes(recipe_file: Path, tmp
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (None, "cannot be read as a template"),
+        (None, "no such file or directory; correct the path; expected a Prompt Poet template"),
         ("{% for %}", "line 1"),
         ('{% include "lost.yml.j2" %}', "lost.yml.j2, which is not in its folder"),
     ],

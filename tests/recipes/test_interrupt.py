@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -16,8 +17,18 @@ from recipes.interrupt import EXIT_CODE
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("module", ["recipes.pipeline", "recipes.sweep"])
-@pytest.mark.parametrize("imported", ["rich.table", "recipes.stages", "recipes.run_directory"])
+@pytest.mark.parametrize(
+    ("module", "imported"),
+    [
+        *itertools.product(["recipes.pipeline", "recipes.sweep"], ["rich.table", "recipes.stages"]),
+        ("data.prepare", "data.dialogue"),
+        ("data.feedback", "data.feedback_pairs"),
+        ("eval.run", "torch"),
+        ("serving_export.export", "torch"),
+        ("serving_export.server", "torch"),
+        ("train.pretrain", "torch"),
+    ],
+)
 def test_ctrl_c_while_modules_are_imported_is_one_line(tmp_path: Path, module: str, imported: str) -> None:
     # a module finder that sends Ctrl-C to its own process when the named module is asked for
     (tmp_path / "sitecustomize.py").write_text(
