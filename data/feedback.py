@@ -52,6 +52,8 @@ from data.stable_hash import pseudonym
 from data.steps import Steps
 from recipes.loader import Section, parse_command_line, print_recipe
 from recipes.run_directory import RunDirectoryError, RunState, finish_run, prepare_run_directory, read_done
+from recipes.run_identity import Location
+from recipes.run_inputs import names_below
 from recipes.stage_errors import run_told
 
 PAIRS_FILE, DIALOGUES_FILE, REPLIES_FILE = "pairs.jsonl", "dialogues.jsonl", "replies.jsonl"
@@ -66,10 +68,10 @@ class FeedbackRecipe(Section):
     """A recipe of data.feedback."""
 
     stage: Literal["feedback"]
-    run_dir: str
+    run_dir: Location
     seed: int
     # A .jsonl or .jsonl.gz file, or a directory of them; the lines of a conversation may be spread over several.
-    events: str
+    events: Location
     pairs: PairSettings
     labels: LabelSettings
     # Of what stood before a pair's or a reply's text: the narrator's opening, and the last so many messages; null: all.
@@ -80,6 +82,10 @@ class FeedbackRecipe(Section):
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     # The log is worked on in so many parts, whole users each; memory is that of the largest.
     parts: int = Field(default=16, ge=1, le=256)
+
+    def inputs(self) -> dict[str, Path]:
+        """The files that it reads. Raises SourceError where there are none."""
+        return names_below("events", self.events, find_files(self.events))
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +231,7 @@ def _remove_outputs(run_dir: Path) -> None:
 def run(recipe: FeedbackRecipe, console: Console) -> None:
     """Convert the events of a recipe, unless that is done already."""
     run_dir = Path(recipe.run_dir)
-    inputs = {f"events: {path}": path for path in find_files(recipe.events)}
+    inputs = recipe.inputs()
     with prepare_run_directory(run_dir, recipe, inputs) as state:
         done = read_done(run_dir) if state is RunState.FINISHED else None
         if done and all((run_dir / name).is_file() for name in OUTPUTS):
@@ -242,7 +248,8 @@ def run(recipe: FeedbackRecipe, console: Console) -> None:
             _remove_outputs(run_dir)  # so that a corrected recipe can use the directory
             raise
         seconds = time.monotonic() - began
-        finish_run(run_dir, recipe, inputs, key_figure(counts), seconds, to_report(counts))
+        outputs = (PAIRS_FILE, DIALOGUES_FILE, REPLIES_FILE)
+        finish_run(run_dir, recipe, inputs, key_figure(counts), seconds, to_report(counts), outputs)
     print_report(counts, console)
     console.print(f"{run_dir}: {key_figure(counts)}, {seconds:.1f} s", highlight=False, soft_wrap=True)
 

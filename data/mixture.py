@@ -8,6 +8,7 @@ So no part is ever further from its share than one row for each part before it.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,6 +21,7 @@ from data.sampler import DataPositionError, RowOrder, Rows
 from data.shards import PackedDataset, ShardError
 from data.stable_hash import stable_hash
 from recipes.loader import Section
+from recipes.run_identity import Location
 
 _UNIT = 1 << 31
 """Shares are whole multiples of 1/_UNIT, so that every product of a place and a share is exact in 64 bits."""
@@ -29,7 +31,7 @@ _MAX_PLACES = 1 << 32
 class MixturePart(Section):
     """A directory that data.prepare wrote, and how much of it there is to be."""
 
-    path: str
+    path: Location
     # Of the tokens; the weights of all parts need not add up to one.
     weight: float = Field(gt=0, allow_inf_nan=False)
 
@@ -42,10 +44,10 @@ class MixtureData(Section):
 
     @model_validator(mode="after")
     def _distinct(self) -> MixtureData:
-        paths = [part.path for part in self.parts]
-        for path in paths:
+        paths = [os.path.realpath(part.path) for part in self.parts]
+        for part, path in zip(self.parts, paths, strict=True):
             if paths.count(path) > 1:
-                raise ValueError(f"{path} is named twice; give it one weight")
+                raise ValueError(f"{part.path} is named twice; give it one weight")
         return self
 
 

@@ -23,7 +23,7 @@ from data.pipeline.read import UNITS_FILE, ReadSettings, ReadUnits
 from data.pipeline.recipe import DataRecipe
 from data.pipeline.select import QUARANTINE_FILE, SIDES, SelectDialogues
 from data.pipeline.tokenise import TokeniseUnits
-from data.pipeline.tokenizer_stage import MakeTokenizer, TokenizerFile
+from data.pipeline.tokenizer_stage import MakeTokenizer
 from data.pipeline.unit import units_of, write_units
 from data.pipeline.work_folder import WorkFolder
 from data.prepare_report import key_figure, print_report
@@ -45,8 +45,13 @@ def prepare(recipe: DataRecipe, steps: Steps) -> dict[str, Any]:
 
     What a run that was interrupted has finished is not done again: the result is the same, to the byte.
     """
-    run_dir = Path(recipe.run_dir)
-    work = WorkFolder(run_dir)
+    prepare_until(recipe, steps)
+    return read_manifest_of(Path(recipe.run_dir))
+
+
+def prepare_until(recipe: DataRecipe, steps: Steps, last: str | None = None) -> tuple[WorkFolder, int]:
+    """Run the stages, or those up to the one called `last`; their results, and the number of units."""
+    work = WorkFolder(Path(recipe.run_dir))
     units = units_of(named_sources(recipe.sources), recipe.unit_bytes)
     write_units(work.path / UNITS_FILE, units)
     if recipe.executor.kind == "local":
@@ -56,7 +61,9 @@ def prepare(recipe: DataRecipe, steps: Steps) -> dict[str, Any]:
             logs = work.logs(stage.name, stage.n_tasks)
             with steps.following(stage.name, *_progress(stage, work, logs)):
                 run_stage(run, stage, logs)
-    return read_manifest_of(run_dir)
+            if stage.name == last:
+                break
+    return work, len(units)
 
 
 def _progress(stage: Stage, work: WorkFolder, logs: Path) -> tuple[str, Callable[[], int], Callable[[], int]]:
@@ -92,17 +99,6 @@ def stages(recipe: DataRecipe, work: WorkFolder, n_units: int) -> list[Stage]:
         for step in (select, MakeTokenizer(work, recipe.tokenizer), MergeResults(work, row_length, rows_per_shard))
     )
     return [read, *minhash, select_, tokenizer, tokenise, pack, merge]
-
-
-def _inputs(recipe: DataRecipe) -> dict[str, Path]:
-    sources = named_sources(recipe.sources).items()
-    inputs = {f"source {name}: {path}": path for name, source in sources for path in source.inputs()}
-    if isinstance(recipe.tokenizer, TokenizerFile):
-        path = Path(recipe.tokenizer.path)
-        inputs["tokenizer"] = path / MODEL_FILE if path.is_dir() else path
-    if recipe.prompt_template:
-        inputs |= {f"prompt template: {path}": path for path in recipe.prompt_template.files()}
-    return inputs
 
 
 def _dry_run(recipe: DataRecipe, console: Console) -> None:
@@ -146,7 +142,7 @@ def _remove_outputs(run_dir: Path) -> None:
 def run(recipe: DataRecipe, console: Console) -> None:
     """Prepare the data of a recipe, unless that is done already."""
     run_dir = Path(recipe.run_dir)
-    inputs = _inputs(recipe)
+    inputs = recipe.inputs()
     with prepare_run_directory(run_dir, recipe, inputs) as state:
         done = read_done(run_dir) if state is RunState.FINISHED else None
         if done and _is_whole(run_dir):
@@ -167,8 +163,9 @@ def run(recipe: DataRecipe, console: Console) -> None:
             raise
         seconds = time.monotonic() - began
         sides = {side: manifest[side] for side in SIDES}
+        figures = {"fingerprint": manifest["train"]["fingerprint"]}
         finish_run(
-            run_dir, recipe, inputs, key_figure(sides), seconds, {"fingerprint": manifest["train"]["fingerprint"]}
+            run_dir, recipe, inputs, key_figure(sides), seconds, figures, (MANIFEST_FILE, MODEL_FILE, DIALOGUES)
         )
         WorkFolder(run_dir).remove()
     print_report(run_dir, manifest, seconds, console)

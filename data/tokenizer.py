@@ -16,12 +16,18 @@ MODEL_FILE = "tokenizer.model"
 _SENTENCEPIECE_SPACE = "\u2581"
 _FIRST_BYTE_ID = len(CONTROL_SURFACES)
 SMALLEST_VOCABULARY = len(CONTROL_SURFACES) + 256
+_LARGEST = re.compile(r"set it to a value <= (\d+)")  # in SentencePiece's error
 
 PieceKind = Literal["normal", "control", "byte"]
 
 
 class TokenizerError(ValueError):
-    """A tokenizer file that is missing, foreign or damaged, or one that cannot be trained as asked."""
+    """A tokenizer file that is missing, foreign or damaged, or one that cannot be trained as asked.
+
+    `largest_vocab_size`: where a smaller vocabulary could be trained on the same texts.
+    """
+
+    largest_vocab_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +189,10 @@ def train_tokenizer(
     except RuntimeError as error:
         if failures:  # of whoever gives the texts, Ctrl-C too: SentencePiece makes a text of it
             raise failures[0] from None
-        raise TokenizerError(_training_failure(vocab_size, str(error))) from None
+        failure = TokenizerError(_training_failure(vocab_size, str(error)))
+        if largest := _LARGEST.search(str(error)):
+            failure.largest_vocab_size = int(largest[1])
+        raise failure from None
     tokenizer = DialogueTokenizer(_with_literal_spaces(model.getvalue()), source="the trained tokenizer")
     if out_path is not None:
         tokenizer.save(out_path)
@@ -193,7 +202,7 @@ def train_tokenizer(
 def _training_failure(vocab_size: int, reason: str) -> str:
     if "sentences_.empty()" in reason:
         return f"cannot train a tokenizer of {vocab_size} pieces: there is no text to train on"
-    largest = re.search(r"set it to a value <= (\d+)", reason)
+    largest = _LARGEST.search(reason)
     if largest:
         return f"vocab_size is {vocab_size}: these texts support at most {largest[1]} pieces; lower it or add text"
     needed = re.search(r"smaller than required_chars. \d+ vs (\d+)", reason)

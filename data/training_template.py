@@ -9,13 +9,14 @@ from pydantic import Field, model_validator
 from data.dialogue import Dialogue
 from data.prompt_template import PromptTemplate
 from recipes.loader import Section
+from recipes.run_identity import Location
 
 
 class TrainingTemplate(Section):
     """The template gets `messages`, `character`, `metadata` (the dialogue's, after scrubbing) and `values`. It may add
     parts, such as a definition of the character; a dialogue of which it leaves out or changes a message is bad."""
 
-    path: str  # a Prompt Poet template; what it includes lies beside it
+    path: Location  # a Prompt Poet template; what it includes lies beside it
     values: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")

@@ -20,7 +20,9 @@ from model.config import ModelConfig
 from model.weights import load_config
 from recipes.json_text import NOT_FINITE
 from recipes.loader import Section, read_document
-from recipes.run_directory import digest_inputs, read_done
+from recipes.run_directory import read_done
+from recipes.run_identity import Location
+from recipes.run_inputs import digest_inputs
 
 IntArray = NDArray[np.int64]
 
@@ -29,10 +31,10 @@ class AblationRecipe(Section):
     """Arms (name: run directories, one a learning rate) to hold against the first of them, and how each is measured."""
 
     stage: Literal["ablation"]
-    run_dir: str
+    run_dir: Location
     title: str
-    data: str
-    arms: dict[str, Annotated[tuple[str, ...], Field(min_length=1)]]
+    data: Location
+    arms: dict[str, Annotated[tuple[Location, ...], Field(min_length=1)]]
     seed: NonNegativeInt
     threads: PositiveInt | None = None
     batch_tokens: PositiveInt

@@ -83,6 +83,12 @@ def select_contexts(
     return chosen
 
 
+def human_texts(dialogues: Sequence[Dialogue], min_messages: int) -> list[str]:
+    """A reply of each dialogue that has a context: how many contexts there are, before a tokenizer says which fit."""
+    places = ((dialogue, _reply_places(dialogue, min_messages)) for dialogue in dialogues)
+    return [dialogue.messages[found[0]].text for dialogue, found in places if found]
+
+
 def _reply_places(dialogue: Dialogue, min_messages: int) -> list[int]:
     """Indices of the character's messages that answer somebody; one kept out of the loss is no reply to learn from."""
     messages = dialogue.messages

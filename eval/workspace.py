@@ -16,7 +16,7 @@ from data.dialogue_json import read_dialogues
 from data.ledger import reasons_told
 from data.shards import PackedDataset
 from data.tokenizer import MODEL_FILE, DialogueTokenizer
-from eval.context import Reply, ReplyContext, select_contexts
+from eval.context import Reply, ReplyContext, human_texts, select_contexts
 from eval.engagement import EngagementSection
 from eval.perplexity import PerplexitySection
 from eval.plots import HUMAN
@@ -31,7 +31,9 @@ from model.scalar_head import ScalarHead
 from model.transformer import Transformer
 from model.weights import load_config, load_model, load_scorer
 from recipes.loader import Section
+from recipes.plan_check import PlanCheck
 from recipes.run_directory import RunDirectoryError, read_done
+from recipes.run_identity import Location
 
 
 class EvalError(ValueError):
@@ -78,11 +80,11 @@ class EvalRecipe(Section):
     """Models (name: run directory) to evaluate, the scorer, and the parts of the report; an absent part is skipped."""
 
     stage: Literal["eval"]
-    run_dir: str
+    run_dir: Location
     title: str
-    data: str
-    models: dict[str, str]
-    scorer: str | None = None
+    data: Location
+    models: dict[str, Location]
+    scorer: Location | None = None
     seed: NonNegativeInt
     threads: PositiveInt | None = None
     batch_tokens: PositiveInt = 8192
@@ -115,6 +117,22 @@ class EvalRecipe(Section):
         """Every run directory that is read, by name."""
         scorer = {} if self.scorer is None else {"scorer": self.scorer}
         return {"data": self.data, **{f"models.{name}": path for name, path in self.models.items()}, **scorer}
+
+    def check_plan(self, plan: PlanCheck) -> None:
+        """Whether models, contexts and held-out dialogues fit each other, as far as it can be told already."""
+        facts = plan.data(self.data)
+        scorer = [("scorer", self.scorer)] if self.scorer is not None else []
+        for name, path in [*((f"models.{name}", path) for name, path in self.models.items()), *scorer]:
+            config = plan.config(path)
+            for problem in facts.misfits(config.vocab_size, config.max_length) if facts and config else ():
+                plan.problem(problem)
+            if config and (problem := too_long(name, path, config, self, facts.row_length if facts else 0)):
+                plan.problem(problem)
+        if facts and facts.heldout is not None:
+            replies = human_texts(facts.heldout, self.contexts.min_messages)
+            _, lowered = fit_counts(self, len(replies), len(set(replies)))
+            for line in lowered:
+                plan.note(line)
 
     def parts(self) -> list[str]:
         """The parts that will be evaluated, in order."""
@@ -181,7 +199,9 @@ def open_workspace(recipe: EvalRecipe, console: Console) -> Workspace:
         scorer = load_scorer(Path(recipe.scorer) / "model", device)
     dialogues = list(read_dialogues(data / "dialogues" / "heldout.jsonl"))
     contexts = heldout_contexts(dialogues, tokenizer, recipe.seed, recipe.contexts, console)
-    check_contexts(recipe, len(contexts))
+    recipe, lowered = fit_counts(recipe, len(contexts), len({context.human_tokens for context in contexts}))
+    for line in lowered:
+        console.print(line, highlight=False, soft_wrap=True)
     bootstrap = recipe.bootstrap.over(heldout, recipe.seed)
     return Workspace(recipe, tokenizer, train, heldout, len(dialogues), models, scorer, contexts, bootstrap)
 
@@ -233,24 +253,44 @@ def check_fits(
 ) -> None:
     """Raise EvalError where a model was trained with another tokenizer or is too short for what is asked of it."""
     check_tokenizer(name, path, tokenizer, recipe.data)
+    if problem := too_long(name, path, config, recipe, row_length):
+        raise EvalError(problem)
+
+
+def too_long(name: str, path: str, config: ModelConfig, recipe: EvalRecipe, row_length: int) -> str | None:
+    """Why a model is too short for what is asked of it; None when it is not."""
     longest = max(row_length, recipe.contexts.max_prompt_tokens + recipe.replies.max_new_tokens)
-    if longest > config.max_length:
+    if longest <= config.max_length:
+        return None
+    return (
+        f"{name}: max_length of {path} is {config.max_length} tokens, and {longest} are asked for "
+        f"(rows of {row_length}; contexts.max_prompt_tokens + replies.max_new_tokens)"
+    )
+
+
+def fit_counts(recipe: EvalRecipe, n_contexts: int, n_replies: int) -> tuple[EvalRecipe, list[str]]:
+    """The recipe with counts no larger than the held-out dialogues allow, and a line for each that was lowered.
+
+    `n_contexts`: how many contexts there are; `n_replies`: how many different human replies they have. Raises
+    EvalError where there is nothing to evaluate on.
+    """
+    if n_contexts < 2:
         raise EvalError(
-            f"{name}: max_length of {path} is {config.max_length} tokens, and {longest} are asked for "
-            f"(rows of {row_length}; contexts.max_prompt_tokens + replies.max_new_tokens)"
+            f"{n_contexts} contexts found, at least 2 are needed (one a held-out dialogue whose character answers "
+            f"somebody after {recipe.contexts.min_messages} messages); hold out more dialogues"
         )
-
-
-def check_contexts(recipe: EvalRecipe, n_found: int) -> None:
-    """Raise EvalError when the held-out dialogues give fewer contexts than a part asks for."""
-    wanted: Mapping[str, int] = {
-        "replies.n_contexts": recipe.replies.n_contexts,
-        "ranking.n_contexts": recipe.ranking.n_contexts if recipe.ranking else 0,
-        "user_sensitivity.n_contexts": recipe.user_sensitivity.n_contexts if recipe.user_sensitivity else 0,
-    }
-    for key, n in wanted.items():
-        if n > n_found:
-            raise EvalError(
-                f"{key}: {n} contexts asked for, {n_found} found (one a held-out dialogue whose character answers "
-                f"somebody after {recipe.contexts.min_messages} messages); lower it or hold out more dialogues"
-            )
+    if recipe.ranking is not None and n_replies < 2:
+        raise EvalError("ranking: all held-out replies are the same text; hold out more dialogues, or remove ranking")
+    limits = {"n_contexts": (n_contexts, "contexts"), "n_distractors": (n_replies - 1, "other replies")}
+    changed, lines = {}, []
+    for part in ("replies", "ranking", "user_sensitivity"):
+        section = getattr(recipe, part)
+        lowered = {}
+        for key, (limit, what) in limits.items():
+            wanted = getattr(section, key, 0)
+            if wanted > limit:
+                lowered[key] = limit
+                lines.append(f"{part}.{key}: {wanted} asked for, {limit} {what} found held out; {limit} are used")
+        if lowered:
+            changed[part] = section.model_copy(update=lowered)
+    return recipe.model_copy(update=changed), lines

@@ -15,6 +15,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,7 +26,15 @@ from rich.table import Table
 from recipes.child_process import Ended, StopRequests, run_child
 from recipes.interrupt import tell_interrupt
 from recipes.loader import RecipeError, Section, load_recipe, read_document
-from recipes.run_directory import RunDirectoryError, RunState, inspect_run_directory, move_aside, read_done
+from recipes.plan_check import PlanCheck
+from recipes.run_directory import (
+    MissingInputError,
+    RunDirectoryError,
+    RunState,
+    inspect_run_directory,
+    move_aside,
+    read_done,
+)
 from recipes.stages import LAUNCHER, STAGES, Stage
 
 PIPELINE_FILE = "pipeline.yaml"
@@ -62,6 +71,20 @@ class Planned:
     def run_dir(self) -> Path:
         return Path(self.written["run_dir"])
 
+    @cached_property
+    def recipe(self) -> Any:
+        """The recipe as its stage's schema reads it. Raises RecipeError."""
+        return load_recipe(schema_of(self.written["stage"]), self.recipe_path, self.overrides)
+
+    def inputs(self) -> dict[str, str | Path]:
+        """What the stage reads, by name. Raises ValueError where a source is missing."""
+        found: dict[str, str | Path] = self.recipe.inputs()
+        return found
+
+    def inspect(self) -> tuple[RunState, list[str]]:
+        """The state of its run directory, and in what that differs. Raises MissingInputError."""
+        return inspect_run_directory(self.run_dir, self.recipe, self.inputs)
+
     def typed(self) -> str:
         """What a user types to run this stage alone."""
         words = self.stage.command(str(self.recipe_path), self.nproc_per_node)
@@ -88,7 +111,7 @@ def plan(folder: Path, runs: str | None, overrides: Sequence[str]) -> list[Plann
         raise RecipeError(f"{folder}: no such folder; expected one with {PIPELINE_FILE}, such as recipes/demo")
     pipeline = load_recipe(PipelineRecipe, folder / PIPELINE_FILE)
     names = [Path(entry.recipe).stem for entry in pipeline.stages]
-    common = pipeline.runs.rstrip("/")
+    common = os.path.normpath(pipeline.runs)
     if repeated := {name for name in names if names.count(name) > 1}:
         raise RecipeError(f"{folder / PIPELINE_FILE}: stages: {', '.join(sorted(repeated))} given twice")
     given = _by_stage(overrides, names)
@@ -100,8 +123,8 @@ def plan(folder: Path, runs: str | None, overrides: Sequence[str]) -> list[Plann
             problems.append(str(error))
     if problems:
         raise RecipeError("\n".join(problems))
-    directories = [one.run_dir for one in planned]
-    if shared := {str(run_dir) for run_dir in directories if directories.count(run_dir) > 1}:
+    directories = [one.run_dir.resolve() for one in planned]
+    if shared := {str(one.run_dir) for one in planned if directories.count(one.run_dir.resolve()) > 1}:
         raise RecipeError(f"{folder}: run_dir {', '.join(sorted(shared))} is that of two stages; each needs its own")
     return planned
 
@@ -140,8 +163,13 @@ def _moved(node: Any, old: str, new: str, key: str = "") -> Iterator[str]:
     if isinstance(node, dict | list):
         for name, value in node.items() if isinstance(node, dict) else enumerate(node):
             yield from _moved(value, old, new, f"{key}.{name}" if key else str(name))
-    elif isinstance(node, str) and (node == old or node.startswith(f"{old}/")):
-        yield path_override(key, new.rstrip("/") + node.removeprefix(old))
+    elif isinstance(node, str) and "/" in node and is_below(node, old):
+        yield path_override(key, os.path.normpath(os.path.join(new, os.path.relpath(node, old))))
+
+
+def is_below(path: str, folder: str) -> bool:
+    """Whether `path` is `folder` or in it, however the two are spelled."""
+    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
 
 
 def path_override(key: str, path: str) -> str:
@@ -165,26 +193,37 @@ def schema_of(stage: str) -> type[BaseModel]:
 
 
 def check(stages: Sequence[Planned]) -> None:
-    """Load every recipe that is not finished with its schema, so that no problem of the last one shows after a run.
+    """Load every recipe with its schema, so that no problem of the last one shows after a run.
 
     Raises RecipeError with all problems, or RunDirectoryError.
     """
     problems = []
-    states = [inspect_run_directory(planned.run_dir, planned.written) for planned in stages]
-    for planned in (one for one, state in zip(stages, states, strict=True) if state != (RunState.FINISHED, [])):
+    for planned in stages:
         try:
-            load_recipe(schema_of(planned.written["stage"]), planned.recipe_path, planned.overrides)
+            planned.recipe  # noqa: B018 (loads it)
         except RecipeError as error:
             problems.append(str(error))
     if problems:
         raise RecipeError("\n".join(problems))
 
 
+def check_together(stages: Sequence[Planned], console: Console, reads_sources: bool) -> None:
+    """Check what stages need of each other; print what will be done otherwise than asked. Raises RecipeError."""
+    plan_of_all = PlanCheck(stages, reads_sources)
+    plan_of_all.check()
+    for note in plan_of_all.notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
+
+
 def run(stages: Sequence[Planned], console: Console, stops: StopRequests) -> int:
-    """Run what is not finished, in order; the exit code. Raises RunDirectoryError."""
+    """Run what is not finished, in order; the exit code. Raises RunDirectoryError, or RecipeError before training."""
     rows = []
+    is_checked = False
     for number, planned in enumerate(stages, 1):
         state = make_room(planned, console)
+        if planned.stage.distributed and state is not RunState.FINISHED and not is_checked:
+            check_together(stages, console, reads_sources=False)  # now that the data is there
+            is_checked = True
         ended = None
         if state is not RunState.FINISHED and not stops.received:  # it may have come while the inputs were hashed
             how = "continues" if state is RunState.UNFINISHED else "starts"
@@ -206,7 +245,7 @@ def run(stages: Sequence[Planned], console: Console, stops: StopRequests) -> int
 
 def make_room(planned: Planned, console: Console) -> RunState:
     """The state of the stage's run directory, once a run of another recipe or other inputs is out of the way."""
-    state, differences = inspect_run_directory(planned.run_dir, planned.written)
+    state, differences = planned.inspect()
     if not differences:
         return state
     moved = move_aside(planned.run_dir)
@@ -265,15 +304,6 @@ def _tell_end(stages: Sequence[Planned], rows: Sequence[Row], console: Console) 
         console.print(f"chat:   make chat{'' if bundle == DEMO_BUNDLE else f' BUNDLE={bundle}'}", highlight=False)
 
 
-def _texts(node: Any) -> Iterator[str]:
-    """Every text value of a recipe's data."""
-    if isinstance(node, dict | list):
-        for value in node.values() if isinstance(node, dict) else node:
-            yield from _texts(value)
-    elif isinstance(node, str):
-        yield node
-
-
 def minutes(seconds: float) -> str:
     """`m:ss`."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
@@ -281,16 +311,33 @@ def minutes(seconds: float) -> str:
 
 def _tell_plan(stages: Sequence[Planned], console: Console) -> None:
     table = Table("stage", "state", "command", title="what would run", title_justify="left")
-    again: set[str] = set()
+    again: list[str] = []
     for planned in stages:
-        state, differences = inspect_run_directory(planned.run_dir, planned.written)
-        shown = "of another recipe or inputs" if differences else state.value
-        if state is RunState.FINISHED and not differences and again & set(_texts(planned.written)):
+        shown = shown_state(planned)
+        if shown == RunState.FINISHED.value and any(reads(planned, run_dir) for run_dir in again):
             shown = "finished, but an input runs again"
         if shown != RunState.FINISHED.value:
-            again.add(str(planned.run_dir))
+            again.append(str(planned.run_dir))
         table.add_row(planned.name, shown, planned.typed())
     console.print(table)
+
+
+def shown_state(planned: Planned) -> str:
+    """What a dry run says of the stage's run directory."""
+    try:
+        state, differences = planned.inspect()
+    except MissingInputError:
+        return "an input is missing"
+    return "of another recipe or inputs" if differences else state.value
+
+
+def reads(planned: Planned, run_dir: str) -> bool:
+    """Whether an input of the stage lies in a run directory."""
+    try:
+        inputs = planned.inputs()
+    except (ValueError, OSError):  # a source that is not there: an earlier stage writes it
+        return True
+    return any(is_below(str(path), run_dir) for path in inputs.values())
 
 
 def tell_problems(error: Exception) -> None:
@@ -312,6 +359,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         stages = plan(arguments.folder, arguments.runs, arguments.overrides)
         check(stages)
+        check_together(stages, console, reads_sources=arguments.dry_run)
         if arguments.dry_run:
             _tell_plan(stages, console)
             return 0

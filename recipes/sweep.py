@@ -26,8 +26,17 @@ from rich.table import Table
 from recipes.child_process import Child, Ended, StopRequests
 from recipes.interrupt import tell_interrupt
 from recipes.loader import RecipeError, read_document
-from recipes.pipeline import Planned, check, make_room, minutes, path_override, stage_environment, tell_problems
-from recipes.run_directory import RunDirectoryError, RunState, inspect_run_directory, read_done
+from recipes.pipeline import (
+    Planned,
+    check,
+    make_room,
+    minutes,
+    path_override,
+    shown_state,
+    stage_environment,
+    tell_problems,
+)
+from recipes.run_directory import RunDirectoryError, RunState, read_done
 from recipes.stages import STAGES
 from recipes.sweep_display import Progress, SweepDisplay, read_progress
 
@@ -139,8 +148,8 @@ def plan(
                 problems.append(str(error))
     if problems:
         raise RecipeError("\n".join(dict.fromkeys(problems)))
-    directories = [run.planned.run_dir for run in runs]
-    if shared := {str(run_dir) for run_dir in directories if directories.count(run_dir) > 1}:
+    directories = [run.planned.run_dir.resolve() for run in runs]
+    if shared := {str(run.planned.run_dir) for run in runs if directories.count(run.planned.run_dir.resolve()) > 1}:
         raise RecipeError(f"run_dir {', '.join(sorted(shared))} is that of two runs; each needs its own")
     return runs, left_out
 
@@ -238,10 +247,7 @@ def _tell_end(runs: Sequence[SweepRun], console: Console) -> None:
 def _tell_plan(runs: Sequence[SweepRun], slots: Sequence[str | None], console: Console) -> None:
     table = Table("run", "state", "command", title="what would run", title_justify="left")
     for run in runs:
-        state, differences = inspect_run_directory(run.planned.run_dir, run.planned.written)
-        table.add_row(
-            run.planned.name, "of another recipe or inputs" if differences else state.value, run.planned.typed()
-        )
+        table.add_row(run.planned.name, shown_state(run.planned), run.planned.typed())
     console.print(table)
     devices = ", ".join(str(device) for device in dict.fromkeys(slots) if device is not None)
     console.print(f"{len(runs)} runs, {len(slots)} at a time" + (f", on devices {devices}" if devices else ""))

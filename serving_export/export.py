@@ -21,9 +21,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data.atomic_file import sync_path, write_json
-from data.dialogue import Dialogue, check_speaker
+from data.dialogue import Dialogue, check_speaker, encode_dialogue
 from data.dialogue_json import read_dialogues
 from data.prompt import DEFAULT_TEMPLATE, PromptTemplate
+from data.speaker_names import SpeakerNames, names_trained_on
 from data.tokenizer import MODEL_FILE, DialogueTokenizer
 from model.config import ModelConfig
 from model.hugging_face import hf_config, load_exported_model, state_to_hf
@@ -31,7 +32,9 @@ from model.portability import describe
 from model.transformer import Transformer
 from model.weights import load_config, load_model, write_tensors
 from recipes.loader import Section, dump_recipe, parse_command_line, tell_error
+from recipes.plan_check import PlanCheck
 from recipes.run_directory import RunState, finish_run, prepare_run_directory, read_done
+from recipes.run_identity import Location
 from recipes.stage_errors import run_told
 from serving_export.chat_template import chat_template
 from serving_export.manifest import MANIFEST, SERVING, Defaults, verify, write_defaults, write_manifest
@@ -41,6 +44,7 @@ from serving_export.parity import (
     check_logits,
     check_tokens,
     choose_conversations,
+    longer_than,
     transformers_peer,
 )
 from serving_export.tokenizer_json import tokenizer_config, tokenizer_json
@@ -71,10 +75,11 @@ class ExportRecipe(Section):
     """An export: which model, whose names, and how closely transformers must agree with our runtime."""
 
     stage: Literal["export"]
-    run_dir: str
-    init_from: str
-    data: str
-    names: Names
+    run_dir: Location
+    init_from: Location
+    data: Location
+    # null: the commonest character of the training data, and who speaks to it most.
+    names: Names | None = None
     dtype: Literal["float32", "bfloat16", "float16"]
     n_parity_conversations: PositiveInt = 24
     max_logit_difference: PositiveFloat = 1e-4
@@ -83,6 +88,16 @@ class ExportRecipe(Section):
     def inputs(self) -> dict[str, str]:
         """The run directories it reads."""
         return {"init_from": self.init_from, "data": self.data}
+
+    def check_plan(self, plan: PlanCheck) -> None:
+        """Whether stock engines can run the model, and how many conversations there are to compare on."""
+        facts, config = plan.data(self.data), plan.config(self.init_from)
+        if config is not None:
+            hf_config(config, self.dtype, bos_id=2, end_id=4, pad_id=0)
+            for problem in facts.misfits(config.vocab_size, config.max_length) if facts else ():
+                plan.problem(problem)
+        if facts and facts.heldout is not None and (told := fewer_conversations(self, len(facts.heldout))):
+            plan.note(told)
 
 
 def write_bundle(directory: Path, model: Transformer, tokenizer: DialogueTokenizer, names: Names, dtype: str) -> None:
@@ -124,15 +139,21 @@ def generation_config(tokenizer: DialogueTokenizer) -> dict[str, Any]:
 
 
 def check_bundle(
-    directory: Path, dialogues: list[Dialogue], recipe: ExportRecipe, on_progress: Callable[[int], None] | None = None
+    directory: Path,
+    dialogues: list[Dialogue],
+    recipe: ExportRecipe,
+    names: Names,
+    on_progress: Callable[[int], None] | None = None,
 ) -> Parity:
     """Parity of the bundle, in float32, with our runtime on the same (rounded) weights. Raises ParityError."""
     tokenizer = DialogueTokenizer.load(directory)
     model = load_exported_model(directory)
     peer, peer_tokenizer = transformers_peer(directory)
     chosen = choose_conversations(tokenizer, dialogues, recipe.n_parity_conversations)
+    if all(len(encode_dialogue(tokenizer, dialogue).tokens) <= model.config.window for dialogue in chosen):
+        chosen = [*chosen[:-1], longer_than(tokenizer, chosen[-1], model.config.window)]  # so that the window is tested
     template = PromptTemplate.load(directory / "prompt.yml.j2")
-    n_texts = check_tokens(tokenizer, peer_tokenizer, template, chosen, (recipe.names.user, recipe.names.character))
+    n_texts = check_tokens(tokenizer, peer_tokenizer, template, chosen, (names.user, names.character))
     parity = check_logits(model, peer, tokenizer, chosen, recipe.max_logit_difference, on_progress)
     return replace(parity, n_texts=n_texts)
 
@@ -174,13 +195,17 @@ def remove_bundle(directory: Path) -> None:
 def _stage(staging: Path, recipe: ExportRecipe, console: Console) -> Parity:
     source = _model_directory(recipe.init_from)
     model = load_model(source)
-    write_bundle(staging, model, DialogueTokenizer.load(_tokenizer_of(source, recipe)), recipe.names, recipe.dtype)
+    names, told = choose_names(recipe.names, names_trained_on(recipe.data))
+    console.print(told, highlight=False, markup=False, soft_wrap=True)
+    write_bundle(staging, model, DialogueTokenizer.load(_tokenizer_of(source, recipe)), names, recipe.dtype)
     _check_weights(staging, model, recipe.dtype)
     dialogues = list(read_dialogues(Path(recipe.data) / "dialogues" / "heldout.jsonl"))
+    if fewer := fewer_conversations(recipe, len(dialogues)):
+        console.print(fewer, highlight=False, soft_wrap=True)
     columns = (TextColumn("parity"), BarColumn(), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("parity", total=recipe.n_parity_conversations)
-        parity = check_bundle(staging, dialogues, recipe, lambda done: progress.update(task, completed=done))
+        parity = check_bundle(staging, dialogues, recipe, names, lambda done: progress.update(task, completed=done))
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "sentencepiece")}
     figures = parity.as_dict() | {"limit": recipe.max_logit_difference, "dtype": recipe.dtype}
     write_manifest(staging, BUNDLE_FILES, model.config, DTYPES[recipe.dtype].itemsize, figures, versions)
@@ -189,6 +214,33 @@ def _stage(staging: Path, recipe: ExportRecipe, console: Console) -> Parity:
         path.chmod(0o644)  # the bundle is often served by another user
         sync_path(path)
     return parity
+
+
+def choose_names(asked: Names | None, seen: SpeakerNames) -> tuple[Names, str]:
+    """The names of a chat's user and character where a message has none, and a line that says why."""
+    commonest = seen.commonest()
+    if asked is None:
+        if commonest is None:
+            raise ValueError("names: nobody speaks to anybody in the data; write names: {user: ..., character: ...}")
+        names = Names(user=commonest[0], character=commonest[1])
+        return names, f"names: user {names.user}, character {names.character}: the commonest of the training data"
+    strange = [name for name in (asked.character,) if name not in seen.characters]
+    if asked.user not in {name for partners in seen.partners.values() for name in partners}:
+        strange.append(asked.user)
+    told = f"names: user {asked.user}, character {asked.character}"
+    if strange and commonest is not None:
+        told += f"; the model has not seen {' or '.join(strange)} in that part, but {commonest[0]} and {commonest[1]}"
+    return asked, told
+
+
+def fewer_conversations(recipe: ExportRecipe, n_heldout: int) -> str | None:
+    """What to say where fewer held-out dialogues are there than asked for."""
+    wanted = recipe.n_parity_conversations
+    return (
+        f"n_parity_conversations: {wanted} asked for, {n_heldout} held-out dialogues found; all are compared"
+        if n_heldout < wanted
+        else None
+    )
 
 
 def _check_weights(staging: Path, model: Transformer, dtype: str) -> None:
@@ -228,7 +280,7 @@ def run(recipe: ExportRecipe, console: Console) -> None:
             figure = export(recipe, console)
             content = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
             figures = {key: content[key] for key in ("parity", "kv_bytes_per_token", "engines")}
-            finish_run(target, recipe, recipe.inputs(), figure, time.monotonic() - started, figures)
+            finish_run(target, recipe, recipe.inputs(), figure, time.monotonic() - started, figures, BUNDLE_FILES)
     except ParityError:
         for name in _RUN_FILES:
             (target / name).unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -157,11 +157,7 @@ def check_logits(
             on_progress(number + 1)
     if not worst <= limit:
         raise ParityError(f"logits differ from ours by up to {worst:.2e} in {where}; at most {limit:.0e} is allowed")
-    if not n_long:
-        raise ParityError(
-            f"no conversation is longer than the window of {model.config.window} tokens, so nothing tests it; "
-            "raise n_parity_conversations"
-        )
+    assert n_long, "a conversation longer than the window is among those compared"
     return Parity(len(dialogues), n_long, n_tokens, worst, n_greedy, n_ties, 0)
 
 
@@ -179,12 +175,21 @@ def reply_place(tokenizer: DialogueTokenizer, dialogue: Dialogue, max_tokens: in
 
 
 def choose_conversations(tokenizer: DialogueTokenizer, dialogues: Sequence[Dialogue], n: int) -> list[Dialogue]:
-    """`n` of `dialogues`, from the shortest to the longest in even steps."""
-    if len(dialogues) < n:
-        raise ParityError(f"n_parity_conversations is {n}, but there are only {len(dialogues)} held-out dialogues")
+    """`n` of `dialogues` (all, where there are fewer), from the shortest to the longest in even steps."""
+    if not dialogues:
+        raise ParityError("there is no held-out dialogue to compare on; hold out some")
+    n = min(n, len(dialogues))
     by_length = sorted(dialogues, key=lambda dialogue: sum(len(m.text) for m in dialogue.messages))
     steps = [round(i * (len(by_length) - 1) / max(n - 1, 1)) for i in range(n)]
     return [by_length[step] for step in steps]
+
+
+def longer_than(tokenizer: DialogueTokenizer, dialogue: Dialogue, n_tokens: int) -> Dialogue:
+    """The dialogue with its messages said over again until it is longer than `n_tokens`."""
+    messages = dialogue.messages
+    while len(encode_dialogue(tokenizer, replace(dialogue, messages=messages)).tokens) <= n_tokens:
+        messages = messages + dialogue.messages
+    return replace(dialogue, messages=messages)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -29,8 +30,9 @@ from model.attention_ops import Documents
 from model.transformer import Transformer
 from model.weights import SCALAR_HEAD, WEIGHTS
 from recipes.loader import Section
+from recipes.run_identity import Location, identity
 from train.engine import World
-from train.initial_model import init_input, initial_model
+from train.initial_model import initial_model
 from train.loop import LoopError, Loss, Outcome, Stage, no_grad_sum
 from train.losses import dpo_loss, sequence_logprobs
 from train.pairs import OnPolicyPairs, sample_pairs
@@ -44,7 +46,7 @@ class FilePairs(Section):
     """Pairs from a file: our JSONL, or transcripts as in hh-rlhf (`Human:` / `Assistant:`), gzip allowed."""
 
     kind: Literal["file"]
-    path: str
+    path: Location
     format: Literal["jsonl", "hh_rlhf"] = "jsonl"
     max_pairs: PositiveInt | None = None
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -59,8 +61,8 @@ class DPORecipe(TrainingRecipe):
     """A preference run: the policy it starts from (also the reference), and where pairs come from."""
 
     stage: Literal["dpo"]
-    init_from: str
-    data: str
+    init_from: Location
+    data: Location
     pairs: Annotated[tuple[Pairs, ...], Field(min_length=1, strict=False)]
     beta: PositiveFloat = 0.1
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
@@ -68,6 +70,14 @@ class DPORecipe(TrainingRecipe):
     """Longest prompt + reply. A longer prompt loses its oldest messages, but neither the narrator's opening nor the
     newest message; a pair that still does not fit is left out and counted."""
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+    def inputs(self) -> dict[str, str]:
+        """The finished runs and the files that it reads, by the recipe's keys for them."""
+        pairs = {
+            f"pairs.{number}": source.scorer if isinstance(source, OnPolicyPairs) else source.path
+            for number, source in enumerate(self.pairs)
+        }
+        return super().inputs() | pairs
 
 
 @dataclass(frozen=True)
@@ -234,7 +244,7 @@ def collect_pairs(
 
 def _digest_of(source: OnPolicyPairs, recipe: DPORecipe) -> str:
     """Of all that the sampled pairs depend on, so that those of another recipe or model are not taken for them."""
-    digest = hashlib.sha256(f"{source.model_dump_json()} {recipe.seed} {recipe.engine.precision}".encode())
+    digest = hashlib.sha256(f"{json.dumps(identity(source))} {recipe.seed} {recipe.engine.precision}".encode())
     policy, scorer = Path(recipe.init_from) / "model", Path(source.scorer) / "model"
     dialogues = Path(recipe.data) / "dialogues" / "train.jsonl"
     for path in (policy / WEIGHTS, scorer / WEIGHTS, scorer / SCALAR_HEAD, dialogues):
@@ -317,12 +327,9 @@ def _finish(outcome: Outcome, rows: PairRows, heldout: PairRows) -> tuple[str, d
 
 def plan(recipe: DPORecipe) -> Plan:
     """What the recipe asks for."""
-    inputs = {"init_from": init_input(recipe.init_from), "data": recipe.data}
-    for number, source in enumerate(recipe.pairs):
-        inputs[f"pairs.{number}"] = source.scorer if isinstance(source, OnPolicyPairs) else source.path
     # a row is a pair: the prompt twice, each time with a reply
     summary = summarize(recipe, recipe.data, loss="chosen tokens", row_tokens=2 * recipe.max_pair_tokens)
-    return Plan(inputs, summary, lambda world, console: prepare(recipe, world, console))
+    return Plan(recipe.inputs(), summary, lambda world, console: prepare(recipe, world, console))
 
 
 def main() -> int:

@@ -14,8 +14,9 @@ from scipy.stats import mannwhitneyu
 from data.batch import PackedBatch
 from data.mixture import MixtureData
 from model.scalar_head import ScalarHead
+from recipes.run_identity import Location
 from train.engine import Engine, World
-from train.initial_model import init_input, initial_model
+from train.initial_model import initial_model
 from train.loop import Loss, Outcome
 from train.losses import continuation_loss
 from train.run import run_stage
@@ -24,7 +25,6 @@ from train.stage import (
     LossModule,
     Plan,
     TrainingRecipe,
-    data_directories,
     documents_of,
     open_data,
     packed_stage,
@@ -37,8 +37,8 @@ class EngagementRecipe(TrainingRecipe):
     """A scorer run: the trunk it starts from, and dialogues whose turns carry labels."""
 
     stage: Literal["engagement"]
-    init_from: str
-    data: str | MixtureData
+    init_from: Location
+    data: Location | MixtureData
     evaluation_rows: PositiveInt
 
 
@@ -120,9 +120,8 @@ def prepare(recipe: EngagementRecipe, world: World) -> Job:
 
 def plan(recipe: EngagementRecipe) -> Plan:
     """What the recipe asks for."""
-    inputs = {"init_from": init_input(recipe.init_from), **data_directories(recipe.data)}
     summary = summarize(recipe, recipe.data, loss="score")
-    return Plan(inputs, summary, lambda world, console: prepare(recipe, world))
+    return Plan(recipe.inputs(), summary, lambda world, console: prepare(recipe, world))
 
 
 def main() -> int:

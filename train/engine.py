@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from model.execution import Execution, Recompute
 from model.transformer import Block
 from recipes.loader import Section
-from recipes.run_directory import MayChange
+from recipes.run_identity import MayChange
 from train.host_memory import HostMemory
 from train.optim import AdamW, Muon, build_optimizer
 from train.snapshot import Snapshot

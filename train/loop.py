@@ -18,7 +18,7 @@ from torch import Tensor
 from data.mixture import training_order
 from data.sampler import DataPosition, Rows, position_after, rows_of_rank
 from recipes.loader import Section
-from recipes.run_directory import MayChange
+from recipes.run_identity import MayChange
 from train.best import BestWeights, KeepBest
 from train.checkpoint import Checkpoints, CheckpointState, Write
 from train.engine import Engine, World
@@ -53,6 +53,15 @@ class LoopConfig(Section):
         if self.stop_after is not None and self.keep_best is None:
             raise ValueError("stop_after needs keep_best, whose figure it looks at; add keep_best or leave it out")
         return self
+
+    def misfit(self, n_ranks: int) -> str | None:
+        """Why the rows of a step cannot be shared out to so many ranks; None when they can."""
+        if self.rows_per_step % (self.rows_per_micro_batch * n_ranks) == 0:
+            return None
+        return (
+            f"loop.rows_per_step={self.rows_per_step} is not a multiple of rows_per_micro_batch="
+            f"{self.rows_per_micro_batch} x {n_ranks} rank(s); change one of them"
+        )
 
 
 class LoopError(ValueError):
@@ -114,12 +123,9 @@ def train(
     best: BestWeights,
 ) -> Outcome:
     """Train until `max_steps` or until any rank is asked to stop; the latter leaves a checkpoint to resume from."""
-    world, per_rank = engine.world, config.rows_per_micro_batch * engine.world.size
-    if config.rows_per_step % per_rank:
-        raise LoopError(
-            f"loop.rows_per_step={config.rows_per_step} is not a multiple of rows_per_micro_batch="
-            f"{config.rows_per_micro_batch} x {world.size} rank(s); change one of them"
-        )
+    world = engine.world
+    if misfit := config.misfit(world.size):
+        raise LoopError(misfit)
     reader = StepReader(stage, config, seed, world)
     step = start.step if start else 0
     skipped = SkippedSteps(

@@ -29,6 +29,7 @@ from model.scalar_head import ScalarHead
 from model.transformer import Transformer
 from model.weights import load_scorer
 from recipes.loader import Section
+from recipes.run_identity import Location
 from train.engine import World
 
 CONTEXTS_A_FILE = 32
@@ -55,7 +56,7 @@ class OnPolicyPairs(Section):
     """Pairs made by the model itself: `n_candidates` replies to each context, best against worst by the scorer."""
 
     kind: Literal["on_policy"]
-    scorer: str
+    scorer: Location
     n_contexts: PositiveInt
     n_candidates: Annotated[int, Field(ge=2)] = 4
     max_context_tokens: PositiveInt

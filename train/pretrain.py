@@ -19,8 +19,9 @@ from eval.ngram import ngram_losses
 from eval.scoring import spread_rows
 from model.config import ModelConfig
 from model.transformer import Transformer
+from recipes.run_identity import Location
 from train.engine import Engine, World
-from train.initial_model import check_same_architecture, find_initial_model, init_input, initial_model
+from train.initial_model import check_same_architecture, find_initial_model, initial_model
 from train.loop import Loss, Outcome
 from train.losses import next_token_loss
 from train.run import run_stage
@@ -42,11 +43,11 @@ class PretrainRecipe(TrainingRecipe):
     """A pre-training run: the data (a directory, a mixture of several, or made-up tokens), the model, the training."""
 
     stage: Literal["pretrain"]
-    data: str | Annotated[SyntheticData | MixtureData, Field(discriminator="kind")]
+    data: Location | Annotated[SyntheticData | MixtureData, Field(discriminator="kind")]
     evaluation_rows: PositiveInt
     ngram_baselines: bool = True
     z_loss: NonNegativeFloat = 0.0
-    init_from: str | None = None
+    init_from: Location | None = None
     """A run or an exported bundle whose weights are trained on, with a fresh optimizer; null: weights are drawn."""
     model: ModelConfig | None = None
     """Left out, the architecture is that of `init_from`."""
@@ -139,10 +140,7 @@ def _print_comparison(loss: float, baselines: dict[str, float], console: Console
 def plan(recipe: PretrainRecipe) -> Plan:
     """What the recipe asks for."""
     summary = summarize(recipe, recipe.data, architecture(recipe))
-    inputs = data_directories(recipe.data)
-    if recipe.init_from is not None:
-        inputs["init_from"] = init_input(recipe.init_from)
-    return Plan(inputs, summary, lambda world, console: prepare(recipe, world, console))
+    return Plan(recipe.inputs(), summary, lambda world, console: prepare(recipe, world, console))
 
 
 def main() -> int:

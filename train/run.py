@@ -158,7 +158,7 @@ def _run(recipe: TrainingRecipe, plan: Plan, world: World, console: Console, sto
             plot_metrics(run_dir, figures.get("baselines"), figures.get("kept_step"))
             seconds = time.monotonic() - began
             figures["skipped_steps"] = outcome.skipped_steps
-            finish_run(run_dir, recipe, inputs, key_figure, seconds, figures)
+            finish_run(run_dir, recipe, inputs, key_figure, seconds, figures, outputs=("model",))
             console.print(f"[bold]{key_figure}[/]  -> {run_dir / 'model'}", highlight=False)
         world.barrier()
     return 0

@@ -10,8 +10,9 @@ from rich.console import Console
 
 from data.batch import PackedBatch, to_device
 from data.mixture import MixtureData
+from recipes.run_identity import Location
 from train.engine import Engine, World
-from train.initial_model import init_input, initial_model
+from train.initial_model import initial_model
 from train.loop import Loss, Outcome
 from train.losses import next_token_loss
 from train.run import run_stage
@@ -20,7 +21,6 @@ from train.stage import (
     LossModule,
     Plan,
     TrainingRecipe,
-    data_directories,
     documents_of,
     open_data,
     packed_stage,
@@ -33,8 +33,8 @@ class SFTRecipe(TrainingRecipe):
     """A fine-tuning run: where the weights come from, and the dialogues."""
 
     stage: Literal["sft"]
-    init_from: str
-    data: str | MixtureData
+    init_from: Location
+    data: Location | MixtureData
     evaluation_rows: PositiveInt
 
 
@@ -78,9 +78,8 @@ def prepare(recipe: SFTRecipe, world: World) -> Job:
 
 def plan(recipe: SFTRecipe) -> Plan:
     """What the recipe asks for."""
-    inputs = {"init_from": init_input(recipe.init_from), **data_directories(recipe.data)}
     summary = summarize(recipe, recipe.data, loss="chosen tokens")
-    return Plan(inputs, summary, lambda world, console: prepare(recipe, world))
+    return Plan(recipe.inputs(), summary, lambda world, console: prepare(recipe, world))
 
 
 def main() -> int:

@@ -22,8 +22,10 @@ from model.config import ModelConfig
 from model.scalar_head import ScalarHead
 from model.transformer import Transformer
 from recipes.loader import Section
-from recipes.run_directory import MayChange
+from recipes.plan_check import PlanCheck
+from recipes.run_identity import Location, MayChange
 from train.engine import Engine, EngineConfig, World
+from train.initial_model import init_input
 from train.loop import LoopConfig, LoopError, Loss, Outcome, Stage, no_grad_sum
 from train.memory_report import Summary
 from train.metrics import WandbConfig
@@ -35,7 +37,7 @@ from train.targets import Targets, check_targets
 class TrainingRecipe(Section):
     """Sections every training stage has."""
 
-    run_dir: str
+    run_dir: Location
     seed: NonNegativeInt = 0
     attention: MayChange[Backend] = "auto"
     loop: LoopConfig
@@ -50,6 +52,24 @@ class TrainingRecipe(Section):
     def keys_that_may_grow(self) -> tuple[str, ...]:
         """A finished run is continued with a larger number of steps, unless its whole schedule hangs on that."""
         return ("loop.max_steps",) if self.schedule.stable_steps(self.loop.max_steps) else ()
+
+    def inputs(self) -> dict[str, str]:
+        """The finished runs and the files that it reads, by the recipe's keys for them."""
+        init_from = getattr(self, "init_from", None)
+        initial = {} if init_from is None else {"init_from": init_input(init_from)}
+        return initial | data_directories(getattr(self, "data", None))
+
+    def check_plan(self, plan: PlanCheck) -> None:
+        """What the loop and the model need of the data and of the stage before, as far as it can be told already."""
+        loop = self.loop
+        if problem := loop.misfit(plan.n_ranks):
+            plan.problem(problem)
+        init_from = getattr(self, "init_from", None)
+        config = getattr(self, "model", None) or (plan.config(init_from) if init_from else None)
+        for path in data_directories(getattr(self, "data", None)).values():
+            facts = plan.data(path)
+            for problem in facts.misfits(config.vocab_size, config.max_length) if facts and config else ():
+                plan.problem(problem)
 
     @field_validator("engine")
     @classmethod
@@ -134,7 +154,7 @@ def described(data: str | SyntheticData | MixtureData) -> str:
     return data if isinstance(data, str) else "made-up tokens"
 
 
-def data_directories(data: str | SyntheticData | MixtureData) -> dict[str, str]:
+def data_directories(data: str | SyntheticData | MixtureData | None) -> dict[str, str]:
     """The directories that training data is read from, each under the recipe's key for it."""
     if isinstance(data, MixtureData):
         return {f"data.parts.{number}": part.path for number, part in enumerate(data.parts)}

@@ -1,5 +1,6 @@
 """The recipe of data.prepare. (It is no part of the entry point, whose classes other processes cannot find.)"""
 
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -7,20 +8,23 @@ from pydantic import Field, model_validator
 from data.clean import Filters
 from data.near_duplicates import NearDuplicates
 from data.pipeline.executor import Executor, LocalSettings
-from data.pipeline.tokenizer_stage import TokenizerRule
+from data.pipeline.tokenizer_stage import TokenizerFile, TokenizerRule
 from data.scrub import Scrub
 from data.sources.registry import AnySource
 from data.split import SplitRule
+from data.tokenizer import MODEL_FILE
 from data.training_template import TrainingTemplate
 from recipes.loader import Section
-from recipes.run_directory import MayChange
+from recipes.plan_check import PlanCheck
+from recipes.run_identity import Location, MayChange
+from recipes.run_inputs import names_below
 
 
 class DataRecipe(Section):
     """A recipe of data.prepare. The result depends neither on the executor nor on the number of tasks."""
 
     stage: Literal["data"]
-    run_dir: str
+    run_dir: Location
     seed: int
     sources: tuple[AnySource, ...] = Field(min_length=1)
     split: SplitRule
@@ -59,6 +63,25 @@ class DataRecipe(Section):
     def context_tokens(self) -> int:
         """The most tokens that a document repeats of the messages before it."""
         return int(self.context_fraction * self.row_length)
+
+    def inputs(self) -> dict[str, Path]:
+        """The files that it reads. Raises SourceError where a source is missing."""
+        found: dict[str, Path] = {}
+        for number, source in enumerate(self.sources):
+            key, files = f"sources.{number}", source.inputs()
+            location = getattr(source, "path", None)  # None: what an installed package brings
+            found |= names_below(key, location, files) if location else {f"{key}: {path.name}": path for path in files}
+        if isinstance(self.tokenizer, TokenizerFile):
+            path = Path(self.tokenizer.path)
+            found["tokenizer"] = path / MODEL_FILE if path.is_dir() else path
+        if self.prompt_template:
+            template = self.prompt_template
+            found |= names_below("prompt_template", Path(template.path).parent, template.files())
+        return found
+
+    def check_plan(self, plan: PlanCheck) -> None:
+        """Bad records, and a side without a dialogue, are found before anything runs."""
+        plan.data(self.run_dir)
 
     @model_validator(mode="after")
     def _tasks_are_said(self) -> Self:

@@ -13,6 +13,7 @@ from data.pipeline.select import Selection
 from data.pipeline.work_folder import WorkFolder
 from data.tokenizer import MODEL_FILE, DialogueTokenizer, train_tokenizer
 from recipes.loader import Section
+from recipes.run_identity import Location
 
 TOKENIZER = "tokenizer"
 
@@ -32,7 +33,7 @@ class TokenizerFile(Section):
     """Use a tokenizer that an earlier data.prepare made."""
 
     kind: Literal["file"]
-    path: str
+    path: Location
 
 
 TokenizerRule = Annotated[TrainedTokenizer | TokenizerFile, Field(discriminator="kind")]

@@ -13,6 +13,7 @@ from data.sources.first_names import first_names
 from data.sources.record import RecordError, SourceError
 from data.stable_hash import pseudonym
 from data.unix_time import TimeError, unix_seconds
+from recipes.run_identity import Location
 
 _SLIDER_DEFAULT = 5  # a rating of 5 says nothing: the slider stood there
 
@@ -24,7 +25,7 @@ class ChitchatSource(RecordSource):
     suffixes: ClassVar = (".json",)
 
     kind: Literal["chitchat"]
-    path: str | None = None  # type: ignore[assignment]  # a dataset.json; null takes the installed package's
+    path: Location | None = None  # type: ignore[assignment]  # a dataset.json; null takes the installed package's
     # Senders are ids: first_names gives each a stable first name, ids the hash that stands for the participant.
     names: Literal["first_names", "ids"] = "first_names"
     topic_as_scene: bool = True  # the topic shown to the two becomes a first message by the narrator

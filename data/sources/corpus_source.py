@@ -11,6 +11,7 @@ from data.sources.corpus_file import CorpusFile, find_corpus_files, read_corpus_
 from data.sources.record import LeftOut, RecordError, Rejected, read_record, rejected
 from data.sources.source import DialogueSource
 from data.sources.strict_json import parse_json
+from recipes.run_identity import Location
 
 WHOLE_FILE = "whole file"  # the place of a bad record that is a file
 
@@ -20,7 +21,7 @@ class CorpusSource(DialogueSource):
 
     suffixes: ClassVar[tuple[str, ...]]
 
-    path: str  # the corpus as it is distributed: a file, an archive, or a directory of either
+    path: Location  # the corpus as it is distributed: a file, an archive, or a directory of either
 
     def files(self) -> list[Path]:
         return find_corpus_files(self.path, self.suffixes)

@@ -12,6 +12,7 @@ from data.feedback_labels import conversation_dialogue
 from data.sources.record import LeftOut, RecordError, Rejected, beginning
 from data.sources.source import DialogueSource, find_files, read_lines
 from data.stable_hash import pseudonym
+from recipes.run_identity import Location
 
 
 class FeedbackEventsSource(DialogueSource):
@@ -20,7 +21,7 @@ class FeedbackEventsSource(DialogueSource):
     are put together in memory; labels, and a log too large for that, are what data.feedback is for."""
 
     kind: Literal["feedback_events"]
-    path: str  # a .jsonl or .jsonl.gz file, or a directory of them
+    path: Location  # a .jsonl or .jsonl.gz file, or a directory of them
 
     def files(self) -> list[Path]:
         self.inputs()

@@ -19,6 +19,7 @@ from data.sources.preference_pairs import PreferencePairsFormat
 from data.sources.record import LeftOut, RecordError, Rejected, SourceError, read_record
 from data.sources.sharegpt import SharegptFormat
 from recipes.loader import Section
+from recipes.run_identity import Location
 
 LOOK_UP_SECONDS = 10.0
 _PARQUET = ".parquet"
@@ -47,7 +48,7 @@ class DatasetsSource(JsonSource):
     suffixes: ClassVar = (_PARQUET, ".jsonl")
 
     kind: Literal["datasets"]
-    path: str | None = None  # type: ignore[assignment]  # a file, or a directory of .parquet, .jsonl and .jsonl.gz
+    path: Location | None = None  # type: ignore[assignment]  # a file, or a directory of .parquet, .jsonl and .jsonl.gz
     hub: HubDataset | None = None
     format: Format
     # Key of the format: name of the column. Only these are read; null reads all columns under their own names.

@@ -117,7 +117,7 @@ rows_per_shard: 3
 
 def outputs_of(run_dir: Path) -> dict[str, bytes]:
     """Every output; what names a moment or this very recipe is left out."""
-    other = {"done.json", "environment.json", "recipe.yaml", "run.json", ".lock"}
+    other = {"done.json", "environment.json", "recipe.yaml", "run.json", ".lock", ".digests.json"}
     return {
         str(path.relative_to(run_dir)): path.read_bytes()
         for path in sorted(run_dir.rglob("*"))

@@ -79,7 +79,7 @@ def test_a_template_that_fits_no_dialogue_stops_with_the_reason(
 def test_a_template_is_an_input_with_all_that_it_includes(recipe_file: Path, tmp_path: Path, chats: Path) -> None:
     assert main(given(recipe_file, tmp_path, "max_bad_fraction=0.1")) == 0
     inputs = json.loads((tmp_path / "run" / "done.json").read_text())["inputs"]
-    assert {f"prompt template: {tmp_path}/{name}.yml.j2" for name in ("template", "persona")} <= inputs.keys()
+    assert {f"prompt_template: {name}.yml.j2" for name in ("template", "persona")} <= inputs.keys()
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from model.config import ModelConfig
 from model.transformer import Transformer
 from model.weights import save_model
 from recipes.loader import RecipeError, load_recipe
-from recipes.run_directory import digest_inputs
+from recipes.run_inputs import digest_inputs
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "ablation" / "eval.yaml"
 ARMS = {"full": ("G", 2), "shared": ("G", 1), "windows": ("SSG", 1)}

@@ -27,21 +27,28 @@ import os, sys, time
 from pathlib import Path
 from typing import Literal
 from recipes.loader import Section, parse_command_line
+from recipes.run_identity import Location
 from recipes.run_directory import RunState, finish_run, prepare_run_directory
 
 class First(Section):
     stage: Literal["data"]
-    run_dir: str
+    run_dir: Location
     value: int = 1
     do: Literal["finish", "fail", "wait", "leave"] = "finish"
 
+    def inputs(self):
+        return {}
+
 class Second(First):
     stage: Literal["eval"]
-    data: str
+    data: Location
+
+    def inputs(self):
+        return {"data": self.data}
 
 if __name__ == "__main__":
     recipe = parse_command_line(First if "first" in sys.argv[1] else Second).recipe
-    inputs = {"data": recipe.data} if isinstance(recipe, Second) else {}
+    inputs = recipe.inputs()
     with prepare_run_directory(recipe.run_dir, recipe, inputs) as state:
         with (Path(recipe.run_dir).parent / "launched").open("a") as file:
             file.write(f"{recipe.stage} {state.value}\\n")
@@ -135,7 +142,7 @@ def test_a_changed_recipe_runs_it_and_what_depends_on_it_again(folder: Path, pip
     launched(folder)
     code, output = pipeline("first.value=2")
     assert (code, launched(folder)) == (0, ["data new", "eval new"]), output
-    assert "first: runs/toy/first held another run (value: there 'absent', here 2); moved to" in output
+    assert "first: runs/toy/first held another run (value: there 1, here 2); moved to" in output
     assert "input data (runs/toy/first): its content is not the same" in output
     kept = read_done(folder.parent / "runs/toy/first.replaced-1")
     assert kept is not None
@@ -150,6 +157,55 @@ def test_a_missing_upstream_runs_again(folder: Path, pipeline: Pipeline) -> None
     (folder.parent / "runs/toy/first").rename(folder.parent / "runs/elsewhere")
     assert pipeline()[0] == 0
     assert launched(folder) == ["data new", "eval new"]
+
+
+@pytest.mark.parametrize("runs", ["runs/toy/", "./runs/toy", "runs/../runs//toy", "absolute", "linked"])
+def test_another_spelling_is_the_same_run(folder: Path, pipeline: Pipeline, runs: str) -> None:
+    pipeline()
+    launched(folder)
+    (folder.parent / "linked").symlink_to(folder.parent / "runs" / "toy")
+    place = str(folder.parent / "runs" / "toy") if runs == "absolute" else runs
+    code, output = pipeline("--runs", place)
+    assert (code, launched(folder)) == (0, []), output
+    for name in ("first", "second"):
+        file = folder / f"{name}.yaml"
+        file.write_text(file.read_text().replace("runs/toy", place))
+    code, output = pipeline()
+    assert (code, launched(folder)) == (0, []), output
+    if runs != "linked":  # another folder by name, and what lies in it is asked for by that name
+        code, output = pipeline("--runs", "copied")
+        assert (code, launched(folder, "copied")) == (0, ["data new", "eval new"]), output
+
+
+def test_a_moved_folder_goes_on_from_another_working_directory(
+    folder: Path, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pipeline("second.do=leave")
+    assert launched(folder) == ["data new", "eval new"]
+    (folder.parent / "there").mkdir()
+    (folder.parent / "runs" / "toy").rename(folder.parent / "there" / "moved")
+    monkeypatch.chdir(folder.parent / "there")
+    command = [str(folder), "--runs", "moved", "second.do=leave"]
+    code = main(command)
+    assert (code, launched(folder, "there/moved")) == (1, ["eval unfinished"]), capfd.readouterr()
+    assert main([*command, "--dry-run"]) == 0
+    shown = capfd.readouterr().out
+    assert "finished" in shown and "unfinished" in shown and "another recipe" not in shown
+
+
+def test_a_missing_input_moves_nothing_aside(folder: Path, pipeline: Pipeline) -> None:
+    (folder / "pipeline.yaml").write_text("runs: runs/toy\nstages: [{recipe: second.yaml}]\n")
+    pipeline("second.data=recipes_of_toy/first.yaml")
+    launched(folder)
+    (folder / "first.yaml").rename(folder / "gone.yaml")
+    code, output = pipeline("second.data=recipes_of_toy/first.yaml")
+    assert (code, launched(folder)) == (2, [])
+    assert "input data: recipes_of_toy/first.yaml does not exist" in output
+    assert not list((folder.parent / "runs" / "toy").glob("*.replaced-*"))
+    (folder / "gone.yaml").write_text("changed")
+    code, output = pipeline("second.data=recipes_of_toy/gone.yaml")
+    assert (code, launched(folder)) == (0, ["eval new"]), output
+    assert "input data (recipes_of_toy/gone.yaml): its content is not the same" in output
 
 
 def test_runs_can_go_elsewhere(folder: Path, pipeline: Pipeline) -> None:

@@ -9,6 +9,7 @@ import pytest
 from recipes.loader import dump_recipe, load_recipe
 from recipes.pipeline import PIPELINE_FILE, PipelineRecipe, plan, schema_of
 from recipes.run_directory import inspect_run_directory, prepare_run_directory
+from recipes.run_identity import identity
 from recipes.stages import STAGES
 from recipes.yaml_text import parse_yaml
 
@@ -33,28 +34,15 @@ def test_a_recipe_loads_and_dumps_equal(path: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", PIPELINES, ids=lambda path: path.name)
-def test_the_stages_of_a_pipeline_read_what_earlier_ones_write(folder: Path) -> None:
-    """A path under the pipeline's runs folder is the run directory of an earlier stage, or inside it."""
-    runs = load_recipe(PipelineRecipe, folder / PIPELINE_FILE).runs
-    written: list[str] = []
-    for planned in plan(folder, None, []):
-        run_dir = planned.run_dir.as_posix()
-        assert run_dir.startswith(f"{runs}/"), planned.name
-        assert run_dir not in written, planned.name
-        for value in strings(planned.written):
-            if value.startswith(f"{runs}/") and value != run_dir:
-                assert any(f"{value}/".startswith(f"{earlier}/") for earlier in written), (planned.name, value)
-        written.append(run_dir)
-
-
-@pytest.mark.parametrize("folder", PIPELINES, ids=lambda path: path.name)
-def test_a_run_is_recognised_without_its_schema(folder: Path, tmp_path: Path) -> None:
-    """The pipeline compares plain data: what a stage records must be what the file (and overrides) say."""
-    for planned in plan(folder, str(tmp_path / "runs"), []):
-        recipe = load_recipe(schema_of(planned.written["stage"]), planned.recipe_path, planned.overrides)
-        with prepare_run_directory(planned.run_dir, recipe, {}):
+def test_a_run_is_known_whatever_its_folder_is_called(folder: Path, tmp_path: Path) -> None:
+    """Every key that is a path is a `Location`: a recipe in two places has one identity."""
+    pairs = zip(plan(folder, str(tmp_path / "runs"), []), plan(folder, "../elsewhere", []), strict=True)
+    for planned, moved in pairs:
+        assert identity(planned.recipe) == identity(moved.recipe), planned.name
+        assert [text for text in strings(identity(planned.recipe)) if str(tmp_path) in text] == [], planned.name
+        with prepare_run_directory(planned.run_dir, planned.recipe, {}):
             pass
-        assert inspect_run_directory(planned.run_dir, planned.written)[1] == [], planned.name
+        assert inspect_run_directory(planned.run_dir, moved.recipe, dict)[1] == [], planned.name
 
 
 def test_every_stage_has_a_schema() -> None:

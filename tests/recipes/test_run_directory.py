@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,26 +13,25 @@ from typing import Literal
 
 import pytest
 
-from recipes import run_directory
+from recipes import run_directory, run_inputs
 from recipes.loader import Section, load_recipe
 from recipes.run_directory import (
-    MayChange,
+    MissingInputError,
     RunDirectoryError,
     RunState,
-    digest_inputs,
     finish_run,
     inspect_run_directory,
     prepare_run_directory,
-    read_begun,
     read_done,
-    recipe_digest,
     write_atomically,
 )
+from recipes.run_identity import Location, MayChange, identity, recipe_digest
+from recipes.run_inputs import DigestCache, content_digest, digest_inputs, names_below
 
 
 class Recipe(Section):
     stage: Literal["sft"] = "sft"
-    run_dir: str
+    run_dir: Location
     steps: int = 10
     seed: int = 0
 
@@ -73,9 +73,9 @@ def test_the_directory_holds_the_resolved_recipe_the_written_keys_and_every_star
     state_of(run_dir, recipe)
     state_of(run_dir, recipe)
     assert load_recipe(Recipe, run_dir / "recipe.yaml") == recipe
-    begun = read_begun(run_dir)
-    written = {"stage": "sft", "run_dir": str(run_dir), "steps": 5}
-    assert begun == {"written": written, "may_change": [], "inputs": {}}
+    begun = json.loads((run_dir / "run.json").read_text())
+    known_by = {"stage": "sft", "run_dir": "(a location)", "steps": 5, "seed": 0}
+    assert begun == {"identity": known_by, "inputs": {}}
     starts = json.loads((run_dir / "environment.json").read_text())["starts"]
     assert len(starts) == 2
     assert {"time", "command", "python", "versions", "git"} <= starts[0].keys()
@@ -97,7 +97,7 @@ class Loop(Section):
 
 
 class Training(Section):
-    run_dir: str
+    run_dir: Location
     loop: Loop = Loop()
     threads: MayChange[int | None] = None
 
@@ -115,10 +115,9 @@ def test_keys_that_do_not_change_the_result_may_change(run_dir: Path) -> None:
         pass
     assert str(caught.value).splitlines()[1:-1] == ["  loop.steps: there 5, here 6"]
 
-    written = {"run_dir": str(run_dir), "loop": {"steps": 5}}
-    assert inspect_run_directory(run_dir, written) == (RunState.UNFINISHED, [])
-    state, differences = inspect_run_directory(run_dir, {**written, "loop": {"steps": 7}})
-    assert differences == ["loop.steps: there 5, here 7"]
+    assert inspect_run_directory(run_dir, begun, dict) == (RunState.UNFINISHED, [])
+    state, differences = inspect_run_directory(run_dir, refused, dict)
+    assert differences == ["loop.steps: there 5, here 6"]
 
 
 def test_other_inputs_are_refused_by_name(run_dir: Path, tmp_path: Path) -> None:
@@ -188,7 +187,7 @@ def test_what_a_crash_leaves_while_preparing_does_not_make_it_a_run(run_dir: Pat
     state_of(run_dir, recipe_of(run_dir))
     (run_dir / "recipe.yaml").unlink()
     (run_dir / ".recipe.yaml.writing").write_text("sta")
-    assert read_begun(run_dir) is None
+    assert inspect_run_directory(run_dir, recipe_of(run_dir), dict) == (RunState.NEW, [])
     assert state_of(run_dir, recipe_of(run_dir, steps=7)) is RunState.NEW
     assert [path.name for path in run_dir.glob(".*")] == [".lock"], "leftovers do not pile up"
 
@@ -204,6 +203,138 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="disk full"):
         write_atomically(path, "new")
     assert path.read_text() == "old"
+
+
+class Part(Section):
+    path: Location
+    weight: float = 1.0
+
+
+class Known(Section):
+    run_dir: Location
+    scorer: Location | None = None
+    data: Location | Part = "runs/data"
+    models: dict[str, Location]
+    parts: tuple[Part, ...] = ()
+    title: str = "runs/data"
+
+
+def test_a_run_is_known_by_its_recipe_without_how_places_are_spelled() -> None:
+    def recipe(folder: str, **keys: object) -> Known:
+        parts = (Part(path=f"{folder}/a"), Part(path=f"{folder}/b", weight=2.0))
+        places = {"run_dir": folder, "scorer": f"{folder}/s", "data": f"{folder}/d", "models": {"sft": f"{folder}/m"}}
+        return Known.model_validate({**places, "parts": parts, **keys})
+
+    assert identity(recipe("runs")) == identity(recipe("/elsewhere/./runs/"))
+    assert recipe_digest(recipe("runs")) == recipe_digest(recipe("../runs"))
+    others = [{"scorer": None}, {"title": "runs"}, {"models": {"dpo": "m"}}, {"data": Part(path="d")}, {"parts": ()}]
+    for other in others:
+        assert recipe_digest(recipe("runs", **other)) != recipe_digest(recipe("runs")), other
+
+
+def test_a_key_that_the_schema_has_gained_counts_as_its_default(run_dir: Path) -> None:
+    finish(run_dir, recipe_of(run_dir, steps=5))
+    begun = json.loads((run_dir / "run.json").read_text())
+    del begun["identity"]["seed"]
+    (run_dir / "run.json").write_text(json.dumps(begun))
+    assert state_of(run_dir, recipe_of(run_dir, steps=5)) is RunState.FINISHED
+    with pytest.raises(RunDirectoryError, match="seed: there 'absent', here 3"):
+        state_of(run_dir, recipe_of(run_dir, steps=5, seed=3))
+
+
+@pytest.mark.parametrize("how", ["rename", "copytree", "symlink_to"])
+def test_a_moved_or_copied_run_is_the_same_run(tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = tmp_path / "runs", tmp_path / "elsewhere" / "runs"
+    (tmp_path / "logs" / "day").mkdir(parents=True)
+    (tmp_path / "logs" / "day" / "one.jsonl").write_text("one")
+
+    def inputs(root: Path, logs: str) -> dict[str, Path]:
+        return {"data": root / "data", **names_below("logs", logs, Path(logs).rglob("*.jsonl"))}
+
+    monkeypatch.chdir(tmp_path)
+    finish(old / "data", recipe_of(old / "data"))
+    state_of(old / "sft", recipe_of(old / "sft"), inputs(old, "logs"))  # type: ignore[arg-type]
+    new.parent.mkdir()
+    if how == "copytree":
+        shutil.copytree(old, new)
+    elif how == "rename":
+        old.rename(new)
+    else:
+        new.symlink_to(old)
+    monkeypatch.chdir(new.parent)
+    here = inputs(Path("./runs/"), "../logs/")
+    assert inspect_run_directory("runs/sft", recipe_of(Path("runs/sft")), lambda: here) == (RunState.UNFINISHED, [])
+    assert state_of(Path("runs/sft/"), recipe_of(Path("runs/sft")), here) is RunState.UNFINISHED  # type: ignore[arg-type]
+    finish(Path("runs/sft"), recipe_of(Path("runs/sft")), here)  # type: ignore[arg-type]
+    assert state_of(new / "sft", recipe_of(new / "sft"), inputs(new, str(tmp_path / "logs"))) is RunState.FINISHED  # type: ignore[arg-type]
+    (tmp_path / "logs" / "day" / "two.jsonl").write_text("two")
+    _, differences = inspect_run_directory(new / "sft", recipe_of(new / "sft"), lambda: inputs(new, "../logs"))
+    assert differences == ["input logs: day/two.jsonl (../logs/day/two.jsonl): it was no input of that run"]
+    shutil.rmtree(new / "data")
+    with pytest.raises(MissingInputError, match="data does not exist"):
+        inspect_run_directory(new / "sft", recipe_of(new / "sft"), lambda: inputs(new, "../logs"))
+
+
+def test_a_file_is_hashed_again_only_when_it_may_have_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus, hashed = tmp_path / "corpus.jsonl", list[Path]()
+    corpus.write_text("one")
+    real = run_inputs._hash_file
+    monkeypatch.setattr(run_inputs, "_hash_file", lambda path: hashed.append(path) or real(path))
+
+    def digest() -> str:
+        return digest_inputs({"corpus": corpus}, tmp_path)["corpus"]["sha256"]
+
+    first = digest()
+    assert (digest(), len(hashed)) == (first, 2), "what was written just now may still be being written"
+    monkeypatch.setattr(run_inputs, "_SETTLED_SECONDS", -1e9)
+    assert [digest(), digest(), digest()] == [first] * 3
+    assert len(hashed) == 3
+    (tmp_path / "copy").mkdir()
+    shutil.copy2(tmp_path / ".digests.json", tmp_path / "copy")
+    assert digest_inputs({"corpus": corpus}, tmp_path / "copy")["corpus"]["sha256"] == first
+    assert len(hashed) == 3, "a copied run folder brings what is known of its inputs"
+    before = corpus.stat()
+    corpus.write_text("two")  # of the same length, and with the old time of modification
+    os.utime(corpus, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert digest() != first
+    (tmp_path / ".digests.json").write_text("[broken")
+    assert DigestCache(tmp_path).sha256(corpus) == digest()
+
+
+def test_a_finished_run_is_known_by_what_it_left(run_dir: Path, tmp_path: Path) -> None:
+    def finished(name: str, text: str) -> str:
+        upstream = tmp_path / name
+        with prepare_run_directory(upstream, recipe_of(upstream), {}):
+            (upstream / "model").mkdir(exist_ok=True)
+            (upstream / "model" / "weights").write_text(text)
+            finish_run(upstream, recipe_of(upstream), {}, "figure", len(name), outputs=("model",))
+        return digest_inputs({"data": upstream})["data"]["sha256"]
+
+    assert finished("first", "same") == finished("another", "same") == content_digest(tmp_path / "first", ["model"])
+    assert finished("third", "other") != finished("fourth", "same")
+
+
+def test_after_an_error_of_the_user_s_the_corrected_recipe_may_use_the_directory(run_dir: Path) -> None:
+    def fails(error: Exception, steps: int) -> None:
+        def attempt() -> None:
+            with prepare_run_directory(run_dir, recipe_of(run_dir, steps=steps), {}):
+                (run_dir / "pairs").mkdir(exist_ok=True)
+                raise error
+
+        with pytest.raises(type(error)):
+            attempt()
+
+    fails(ValueError("too few pairs"), 1)
+    assert inspect_run_directory(run_dir, recipe_of(run_dir, steps=2), dict) == (RunState.NEW, [])
+    fails(FileNotFoundError("pairs.jsonl"), 2)
+    assert state_of(run_dir, recipe_of(run_dir, steps=3)) is RunState.NEW
+    fails(OSError("disk full"), 3)  # no error of the user's: the run stays what it is
+    with pytest.raises(RunDirectoryError, match="steps: there 3, here 4"):
+        state_of(run_dir, recipe_of(run_dir, steps=4))
+    (run_dir / "checkpoints" / "step_00000001").mkdir(parents=True)
+    fails(ValueError("late"), 3)  # something is trained: it stays too
+    with pytest.raises(RunDirectoryError, match="steps: there 3, here 4"):
+        state_of(run_dir, recipe_of(run_dir, steps=4))
 
 
 HOLDER = """

@@ -29,13 +29,17 @@ from pathlib import Path
 from typing import Literal
 from recipes.loader import Section, parse_command_line
 from recipes.run_directory import RunState, finish_run, prepare_run_directory
+from recipes.run_identity import Location
 
 class Toy(Section):
     stage: Literal["pretrain"]
-    run_dir: str
+    run_dir: Location
     lr: float
     do: Literal["finish", "fail", "meet", "sleep"] = "finish"
     fails_at: float = 0.0
+
+    def inputs(self):
+        return {}
 
 if __name__ == "__main__":
     recipe = parse_command_line(Toy).recipe

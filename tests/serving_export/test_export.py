@@ -52,6 +52,24 @@ def make_recipe(root: Path, tokenizer: DialogueTokenizer, model: Transformer, dt
     return path
 
 
+def test_names_left_out_are_the_commonest_that_the_model_saw(
+    tokenizer: DialogueTokenizer, model: Transformer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make_recipe(tmp_path, tokenizer, model)
+    said = [("Tom", "Mia")] * 3 + [("Ann", "Mia")] * 2 + [("Mia", "Tom")]
+    dialogues = [
+        Dialogue(str(n), (Message(user, "Hi"), Message(character, "Hello")), character)
+        for n, (user, character) in enumerate(said)
+    ]
+    write_dialogues(tmp_path / "data" / "dialogues" / "train.jsonl", dialogues)
+    assert main([str(path), "names=null"]) == 0
+    defaults = read_defaults(tmp_path / "export")
+    assert (defaults.user, defaults.character) == ("Tom", "Mia")
+    assert "names: user Tom, character Mia: the commonest of the training data" in capsys.readouterr().out
+    assert main([str(path), f"run_dir={tmp_path}/other"]) == 0
+    assert "the model has not seen Ada or Bob in that part, but Tom and Mia" in capsys.readouterr().out
+
+
 @pytest.fixture
 def quiet() -> Console:
     return Console(quiet=True)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from data.dialogue import CONTROL_SURFACES, Dialogue, Message, encode_prompt
+from data.dialogue import CONTROL_SURFACES, Dialogue, Message, encode_dialogue, encode_prompt
 from data.tokenizer import DialogueTokenizer
 from model.attention_ops import Documents
 from model.transformer import Transformer
@@ -17,6 +17,7 @@ from serving_export.parity import (
     ParityError,
     check_logits,
     choose_conversations,
+    longer_than,
     reply_place,
     top_two_gap,
 )
@@ -89,8 +90,15 @@ def test_the_gap_is_between_the_two_best(model: Transformer) -> None:
 def test_chosen_from_shortest_to_longest(tokenizer: DialogueTokenizer) -> None:
     dialogues = [talk(n) for n in (5, 2, 9, 7, 3)]
     assert [d.id for d in choose_conversations(tokenizer, dialogues, 3)] == ["2", "5", "9"]
-    with pytest.raises(ParityError, match="only 5"):
-        choose_conversations(tokenizer, dialogues, 6)
+    assert len(choose_conversations(tokenizer, dialogues, 6)) == 5, "all, where there are fewer"
+    with pytest.raises(ParityError, match="no held-out dialogue"):
+        choose_conversations(tokenizer, [], 6)
+
+
+def test_a_short_dialogue_is_said_over_until_it_passes_the_window(tokenizer: DialogueTokenizer) -> None:
+    n_tokens = [len(encode_dialogue(tokenizer, longer_than(tokenizer, talk(3), limit)).tokens) for limit in (1, 400)]
+    assert n_tokens[0] == len(encode_dialogue(tokenizer, talk(3)).tokens)
+    assert 400 < n_tokens[1] < 400 + n_tokens[0]
 
 
 def test_reply_place_is_the_last_that_fits(tokenizer: DialogueTokenizer) -> None:

@@ -1,0 +1,113 @@
+"""What can be told of a data directory before a stage reads it: from its manifest, or from the recipe that makes it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from rich.console import Console
+
+from data.clean import CleanError
+from data.dialogue import Dialogue
+from data.dialogue_json import read_dialogues
+from data.ledger import Ledger
+from data.pipeline.executor import LocalSettings
+from data.pipeline.read import UnitResults
+from data.pipeline.recipe import DataRecipe
+from data.pipeline.select import SELECT, SIDES, Selection
+from data.pipeline.tokenizer_stage import TrainedTokenizer
+from data.prepare import prepare_until
+from data.shards import MANIFEST_FILE
+from data.steps import Steps
+from data.tokenizer import DialogueTokenizer
+
+READ_AT_MOST_BYTES = 256 << 20
+"""Larger sources are not read for a plan: they hold enough, and preparation tells of their bad records soon enough."""
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """Of one data directory. What is None cannot be told yet."""
+
+    run_dir: str
+    vocab_size: int | None
+    row_length: int
+    heldout: list[Dialogue] | None
+
+    def misfits(self, vocab_size: int, max_length: int) -> list[str]:
+        """Why a model of these sizes cannot be trained on it or evaluated with it, and what would fit."""
+        found = []
+        if self.vocab_size is not None and self.vocab_size != vocab_size:
+            found.append(
+                f"the model has vocab_size {vocab_size}, the tokenizer of {self.run_dir} {self.vocab_size} pieces; "
+                f"set model.vocab_size to {self.vocab_size}, or tokenizer.vocab_size of the data to {vocab_size}"
+            )
+        if self.row_length > max_length:
+            found.append(
+                f"rows of {self.run_dir} have {self.row_length} tokens, the model's max_length is {max_length}; set "
+                f"model.max_length to {self.row_length} or more, or row_length of the data to {max_length} or less"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class Selected:
+    """What preparation would keep of the sources of a recipe."""
+
+    ledgers: dict[str, Ledger]
+    train: list[Dialogue]
+    heldout: list[Dialogue]
+
+
+def facts_of_run(run_dir: str) -> DataFacts | None:
+    """Of a prepared directory; None where there is none."""
+    path = Path(run_dir)
+    if not (path / MANIFEST_FILE).is_file():
+        return None
+    manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
+    heldout = path / "dialogues" / "heldout.jsonl"
+    is_small = heldout.is_file() and heldout.stat().st_size <= READ_AT_MOST_BYTES
+    return DataFacts(
+        run_dir, manifest["vocab_size"], manifest["row_length"], list(read_dialogues(heldout)) if is_small else None
+    )
+
+
+def facts_of_recipe(recipe: DataRecipe, reads_sources: bool) -> DataFacts:
+    """Of a directory that is still to be prepared. Raises the errors that preparation would end in."""
+    vocab_size: int | None
+    if isinstance(recipe.tokenizer, TrainedTokenizer):
+        vocab_size = recipe.tokenizer.vocab_size
+    else:
+        path = Path(recipe.tokenizer.path)
+        vocab_size = DialogueTokenizer.load(path).vocab_size if path.exists() else None
+    heldout = None
+    if reads_sources and _size(recipe) <= READ_AT_MOST_BYTES:
+        heldout = select_dialogues(recipe).heldout
+    return DataFacts(recipe.run_dir, vocab_size, recipe.row_length, heldout)
+
+
+def _size(recipe: DataRecipe) -> int:
+    return sum(path.stat().st_size for path in recipe.inputs().values() if path.is_file())
+
+
+def select_dialogues(recipe: DataRecipe) -> Selected:
+    """Read, clean, deduplicate and split the sources as preparation does, in a folder that goes again."""
+    with TemporaryDirectory() as folder:
+        run_dir = Path(folder) / "data"
+        run_dir.mkdir()
+        settings = {"run_dir": str(run_dir), "executor": LocalSettings(kind="local"), "tasks": None}
+        try:
+            with Steps(Console(quiet=True)) as steps:
+                work, n_units = prepare_until(recipe.model_copy(update=settings), steps, SELECT)
+        except CleanError as error:
+            raise CleanError(str(error).replace(f"; all are in {run_dir}.quarantine.jsonl", "")) from None
+        selection = Selection(work)
+        sides: dict[str, list[Dialogue]] = {side: [] for side in SIDES}
+        for unit in range(n_units):
+            for side, dialogue in zip(selection.sides(unit), UnitResults(work, unit).read_dialogues(), strict=True):
+                for name, number in SIDES.items():
+                    if side == number:
+                        sides[name].append(dialogue)
+        return Selected(selection.ledgers(), **sides)

@@ -1,0 +1,94 @@
+"""Look at conversations and write a folder of recipes that fits them.
+
+    python -m recipes.new runs/mine --data logs/
+    python -m recipes.pipeline runs/mine
+
+The recipes are those of `--like` (demo or mqa_1b) with the values that depend on the data changed; what was found and
+why each value was chosen is printed. Stages that the data cannot support are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from recipes.interrupt import tell_interrupt
+from recipes.loader import RecipeError, load_recipe
+from recipes.new_recipes import Choices, choose, write_recipes
+from recipes.pipeline import PIPELINE_FILE, schema_of, tell_problems
+
+RECIPES = Path(__file__).parent
+LIKE = ("demo", "mqa_1b")
+
+
+def tell_found(found: Any, data: Path, console: Console) -> None:
+    """What was read, who speaks, and the first bad records with their reasons."""
+    look = importlib.import_module("data.look")
+    dialogues = found.dialogues
+    lengths = [len(dialogue.messages) for dialogue in dialogues]
+    names = found.names
+    speakers = {name for partners in names.partners.values() for name in partners} | set(names.characters)
+    of_all = f" (of {found.n_bytes / 2**20:,.0f} MiB the first {found.n_records:,} records)" if found.is_sample else ""
+    table = Table("found", f"{data}{of_all}", show_lines=False)
+    table.add_row("read as", f"{found.source['kind']}" + (f" of {found.kind}" if "format" in found.source else ""))
+    table.add_row("files", f"{len(found.files):,} ({found.n_bytes / 2**20:,.1f} MiB)")
+    counts = f"{len(dialogues):,} dialogues, {len(found.bad):,} bad, {found.n_left_out:,} left out"
+    table.add_row("records", f"{found.n_records:,}: {counts}")
+    table.add_row("messages", f"{sum(lengths):,}, {look.median(lengths):.0f} a dialogue, at most {max(lengths)}")
+    characters = ", ".join(f"{name} ({n:,})" for name, n in names.characters.most_common(4))
+    table.add_row("characters", characters + (" ..." if len(names.characters) > 4 else ""))
+    table.add_row("speakers", f"{len(speakers):,}")
+    table.add_row("times", "yes" if found.has_times else "no")
+    table.add_row("participants", "named" if any(dialogue.participants for dialogue in dialogues) else "not named")
+    console.print(table)
+    for bad in found.bad[:3]:
+        console.print(f"bad: {bad.file}:{bad.line}: {bad.reason}", highlight=False, markup=False, soft_wrap=True)
+
+
+def run(folder: Path, data: Path, like: str, console: Console) -> Choices:
+    """Look, choose and write; raises RecipeError or the errors of the readers, with nothing written."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RecipeError(f"{folder} is there already and not empty; choose another folder, or remove it")
+    look = importlib.import_module("data.look")
+    found = look.find_source(data)
+    tell_found(found, data, console)
+    choices = choose(found, RECIPES / like, os.path.normpath(folder))
+    for line in choices.told:
+        console.print(f"- {line}", highlight=False, markup=False, soft_wrap=True)
+    write_recipes(choices, folder)
+    for stage in choices.stages:
+        load_recipe(schema_of(choices.recipes[stage]["stage"]), folder / f"{stage}.yaml")
+    return choices
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="the folder to write; the runs go into it too")
+    parser.add_argument("--data", type=Path, required=True, help="a file or a folder of conversations")
+    parser.add_argument("--like", choices=LIKE, default="demo", help="whose recipes to start from (default demo)")
+    arguments = parser.parse_args(argv)
+    console = Console()
+    try:
+        choices = run(arguments.folder, arguments.data, arguments.like, console)
+    except KeyboardInterrupt:
+        return tell_interrupt("nothing was written")
+    except (ValueError, OSError) as error:
+        tell_problems(error)
+        return 2
+    files = ", ".join([PIPELINE_FILE, *(f"{stage}.yaml" for stage in choices.stages)])
+    console.print(f"wrote {files} into {arguments.folder}", highlight=False, soft_wrap=True)
+    console.print(f"run them: python -m recipes.pipeline {arguments.folder}", highlight=False, soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

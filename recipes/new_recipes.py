@@ -1,0 +1,319 @@
+"""The recipes of another folder with the values changed that depend on the data; their comments stay."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+_VOCABULARIES = (384, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+_CHARACTERS_A_PIECE = 200  # a piece that is seen less often teaches nothing
+_EPOCHS = 8  # over a small corpus; a large one ends at the steps of the recipe that is copied
+_FEWEST_STEPS = 20
+_HELDOUT_DIALOGUES = 60
+_SILENCES = (600.0, 3600.0, 86400.0)  # seconds, tried in this order
+_RARER_LABEL = 0.03  # at least this share of the labels must be of the rarer class
+_OF_THE_DEMO = {
+    "The demo's conversations (package chitchat-dataset)": "The conversations",
+    "conversations of a later season than it was trained on": "conversations that none of them was trained on",
+    "The demo, stage by stage: `make demo`, or ": "The pipeline, stage by stage: ",
+    "The demo's model": "The model",
+    "of the demo": "of the pipeline",
+    "on the demo's conversations": "on the conversations",
+}
+"""Comments that would not be true of other data."""
+
+
+@dataclass
+class Choices:
+    """Recipes by name, ready to be written, and a line for each choice."""
+
+    recipes: dict[str, Any]
+    runs: str
+    like: str
+    told: list[str] = field(default_factory=list)
+
+    @property
+    def stages(self) -> list[str]:
+        """The names of the recipes, in the pipeline's order."""
+        return [entry["recipe"].removesuffix(".yaml") for entry in self.recipes["pipeline"]["stages"]]
+
+    def set(self, recipe: str, key: str, value: Any, why: str) -> None:
+        """Set a dotted key of a recipe that is there, and say why."""
+        if recipe not in self.recipes:
+            return
+        *sections, last = key.split(".")
+        node = self.recipes[recipe]
+        for section in sections:
+            node = node[section]
+        if node.get(last) != value:
+            node[last] = value
+            self.told.append(f"{recipe}: {key}: {_shown(value)} ({why})")
+
+    def leave_out(self, stage: str, why: str) -> None:
+        """Remove a stage, and say why."""
+        if self.recipes.pop(stage, None) is not None:
+            entries = self.recipes["pipeline"]["stages"]
+            entries.remove(next(entry for entry in entries if entry["recipe"] == f"{stage}.yaml"))
+            self.told.append(f"no {stage} stage: {why}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_shown(item)}" for key, item in value.items()) + "}"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _yaml() -> YAML:
+    yaml = YAML()
+    yaml.width = 2**31
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
+    return yaml
+
+
+def read_recipes(like: Path, runs: str) -> Choices:
+    """The recipes of a folder, with every path of theirs below `runs`."""
+    yaml = _yaml()
+    recipes = {file.stem: yaml.load(file) for file in sorted(like.glob("*.yaml"))}
+    if "pipeline" not in recipes:
+        stages = [{"recipe": f"{name}.yaml"} for name in ("data", "pretrain", "sft") if name in recipes]
+        recipes["pipeline"] = {"runs": "", "stages": stages}
+    old = f"runs/{like.name}"
+    for recipe in recipes.values():
+        _move(recipe, old, runs)
+    recipes["pipeline"]["runs"] = runs
+    return Choices(recipes, runs, like.name)
+
+
+def _move(node: Any, old: str, new: str) -> None:
+    for key, value in list(node.items() if isinstance(node, dict) else enumerate(node)):
+        if isinstance(value, dict | list):
+            _move(value, old, new)
+        elif isinstance(value, str) and (value == old or value.startswith(f"{old}/")):
+            node[key] = new + value.removeprefix(old)
+
+
+def choose(found: Any, like: Path, runs: str) -> Choices:
+    """The recipes of `like` for what data.look has found. Raises the errors that preparing the data would end in."""
+    look = importlib.import_module("data.look")
+    choices = read_recipes(like, runs)
+    _choose_data(choices, found)
+    sides = _choose_split(choices, found)
+    _choose_labels(choices, found, sides)
+    vocab_size = max(v for v in _VOCABULARIES if v == _VOCABULARIES[0] or _fits(v, choices, found))
+    tokenizer = look.fit_tokenizer(sides.train, vocab_size)
+    lengths = look.token_lengths(sides.train, tokenizer)
+    why = f"{found.n_bytes / 2**20:,.1f} MiB of conversations"
+    choices.set("data", "tokenizer.vocab_size", tokenizer.vocab_size, why)
+    choices.set("pretrain", "model.vocab_size", tokenizer.vocab_size, "the tokenizer's")
+    row_length = _row_length(choices, lengths, look)
+    most = look.quantile(lengths, 0.95)
+    choices.set("data", "row_length", row_length, f"19 of 20 dialogues have {most:,} tokens or less")
+    share = len(found.dialogues) / max(1, found.n_bytes) if found.is_sample else 0
+    scale = max(1.0, found.n_bytes / 2000 / len(found.dialogues)) if share else 1.0
+    _choose_steps(choices, int(sum(lengths) * scale), len(lengths), row_length)
+    _choose_heldout(choices, sides, look, tokenizer)
+    if (names := found.names.commonest()) is not None and "export" in choices.recipes:
+        choices.set("export", "names.user", names[0], "who speaks to the character in most dialogues")
+        choices.set("export", "names.character", names[1], "the character of most dialogues")
+    if "eval" in choices.recipes:
+        choices.recipes["eval"]["title"] = f"Dramatis evaluation: {Path(runs).name}"
+    return choices
+
+
+def _fits(vocab_size: int, choices: Choices, found: Any) -> bool:
+    limit = choices.recipes["data"]["tokenizer"]["vocab_size"]
+    n_characters = sum(len(message.text) for dialogue in found.dialogues for message in dialogue.messages)
+    enough = found.is_sample or n_characters >= vocab_size * _CHARACTERS_A_PIECE
+    return bool(vocab_size <= limit and enough)
+
+
+def _choose_data(choices: Choices, found: Any) -> None:
+    data = choices.recipes["data"]
+    data["sources"] = [dict(found.source)]
+    n_bad = len(found.bad)
+    if n_bad:
+        share = n_bad / found.n_records
+        if share > data["max_bad_fraction"]:
+            value = min(0.5, round(share * 1.2 + 0.005, 3))
+            why = f"{n_bad:,} of {found.n_records:,} records are bad; look at them"
+            choices.set("data", "max_bad_fraction", value, why)
+    data["filters"] = {"min_speakers": 2, "min_messages": 2}
+
+
+def _choose_split(choices: Choices, found: Any) -> Any:
+    """The sides of the first rule that holds out about as much as it should."""
+    look, schema = importlib.import_module("data.look"), importlib.import_module("data.pipeline.recipe").DataRecipe
+    data = choices.recipes["data"]
+    n = len(found.dialogues)
+    heldout = round(min(0.2, max(0.002 if found.is_sample else 0.02, _HELDOUT_DIALOGUES / n)), 3)
+    data["continue_within_seconds"] = None
+    data.ca.items.pop("continue_within_seconds", None)  # its comment is about another value
+    problems: list[str] = []
+    for by_participant in (True, False):
+        data["split"] = {"kind": "fraction", "heldout": heldout, "by_participant": by_participant}
+        recipe = schema.model_validate_json(json.dumps(data))
+        try:
+            sides = look.split_found(found, recipe)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        share = len(sides.heldout) / (len(sides.heldout) + len(sides.train))
+        if not by_participant or 0.4 * heldout <= share <= 2.5 * heldout:
+            total = len(sides.heldout) + len(sides.train)
+            told = f"{len(sides.heldout):,} of {total:,} dialogues held out"
+            linked = "" if by_participant else ", not by participant: they link too many dialogues to hold some out"
+            choices.told.append(f"data: split: {_shown(data['split'])} ({told}{linked})")
+            return sides
+    raise look.LookError(f"{problems[-1]}")
+
+
+def _choose_labels(choices: Choices, found: Any, sides: Any) -> None:
+    """The silence after which a partner is gone; without labels of both classes no scorer, and what needs one."""
+    look = importlib.import_module("data.look")
+    own = look.labels_of_metadata(found.dialogues)
+    tried = [None] if own else list(_SILENCES) if found.has_times else []
+    for silence in tried:
+        counts = [look.count_labels(side, silence) for side in (sides.train, sides.heldout)]
+        if all(min(c[0], c[1]) >= max(2, _RARER_LABEL * c.total()) for c in counts):
+            data = choices.recipes["data"]
+            data["continue_within_seconds"] = silence
+            told = f"after {counts[0][1]:,} turns the partner writes again, after {counts[0][0]:,} not"
+            choices.told.append(f"data: continue_within_seconds: {_shown(silence)} ({told})")
+            return
+    choices.recipes["data"]["continue_within_seconds"] = None
+    why = "the messages have no times and no labels" if not tried else "hardly any turn is of one of the two labels"
+    choices.leave_out("engagement", f"{why}, so nothing says whether a partner wrote again")
+    _without_scorer(choices, found)
+
+
+def _without_scorer(choices: Choices, found: Any) -> None:
+    pairs = importlib.import_module("data.look").PAIRS.get(found.kind)
+    if "dpo" in choices.recipes:
+        if pairs is not None and "format" not in found.source:
+            files = [{"kind": "file", "path": str(file), "format": pairs} for file in found.files]
+            choices.recipes["dpo"]["pairs"] = files
+            choices.told.append("dpo: pairs: those of the data, as there is no scorer to rank sampled ones")
+        else:
+            choices.leave_out("dpo", "without a scorer, pairs would have to come from a file")
+    evaluation = choices.recipes.get("eval")
+    if evaluation is not None:
+        for key in ("scorer", "engagement", "preference"):
+            evaluation.pop(key, None)
+        if "dpo" not in choices.recipes:
+            evaluation["models"].pop("dpo", None)
+    if "export" in choices.recipes and "dpo" not in choices.recipes:
+        choices.recipes["export"]["init_from"] = f"{choices.runs}/sft"
+
+
+def _row_length(choices: Choices, lengths: list[int], look: Any) -> int:
+    """The template's, or a shorter power of two that most dialogues fit."""
+    longest = choices.recipes["data"]["row_length"]
+    row_length = 128
+    while row_length < longest and row_length < look.quantile(lengths, 0.95):
+        row_length *= 2
+    return int(min(row_length, longest))
+
+
+def _choose_steps(choices: Choices, n_tokens: int, n_dialogues: int, row_length: int) -> None:
+    """At most the template's steps, and over a small corpus no more than some epochs."""
+    n_rows = max(1, n_tokens // row_length)
+    shares = {"pretrain": 1.0, "sft": 0.25, "engagement": 0.25}
+    for stage, share in shares.items():
+        if stage not in choices.recipes:
+            continue
+        loop = choices.recipes[stage]["loop"]
+        epochs = _EPOCHS * share
+        steps = max(_FEWEST_STEPS, int(epochs * n_rows / loop["rows_per_step"]))
+        _set_steps(choices, stage, steps, f"{epochs:g} epochs of {n_rows:,} rows of {row_length} tokens")
+    if "dpo" in choices.recipes:
+        for number, pairs in enumerate(choices.recipes["dpo"]["pairs"]):
+            if pairs["kind"] == "on_policy" and pairs["n_contexts"] > n_dialogues:
+                pairs["n_contexts"] = n_dialogues
+                choices.told.append(f"dpo: pairs.{number}.n_contexts: {n_dialogues} (one a dialogue)")
+    if "pretrain" in choices.recipes:
+        model = choices.recipes["pretrain"]["model"]
+        if row_length > model["max_length"]:
+            choices.set("pretrain", "model.max_length", row_length, "a row's")
+
+
+def _set_steps(choices: Choices, stage: str, steps: int, why: str) -> None:
+    loop, schedule = choices.recipes[stage]["loop"], choices.recipes[stage]["schedule"]
+    if steps >= loop["max_steps"]:
+        return
+    scale = steps / loop["max_steps"]
+    choices.set(stage, "loop.max_steps", steps, why)
+    for key in ("evaluate_every", "save_every"):
+        loop[key] = max(1, min(steps, round(loop[key] * scale)))
+    schedule["warmup_steps"] = max(1, min(steps // 4, round(schedule["warmup_steps"] * scale)))
+
+
+def _choose_heldout(choices: Choices, sides: Any, look: Any, tokenizer: Any) -> None:
+    """Held-out counts that the data can give."""
+    lengths = look.token_lengths(sides.heldout, tokenizer)
+    row_length = choices.recipes["data"]["row_length"]
+    n_rows = max(1, sum(lengths) // row_length)
+    n = len(sides.heldout)
+    for stage in ("pretrain", "sft", "engagement"):
+        if stage in choices.recipes and choices.recipes[stage]["evaluation_rows"] > n_rows:
+            choices.set(stage, "evaluation_rows", n_rows, f"{sum(lengths):,} tokens are held out")
+    evaluation = choices.recipes.get("eval", {})
+    if evaluation:
+        before = sorted(_messages_before_last_reply(dialogue) for dialogue in sides.heldout)
+        most = max(1, before[n // 5])  # four of five dialogues have as many
+        if evaluation["contexts"]["min_messages"] > most:
+            choices.set("eval", "contexts.min_messages", most, "so short are the dialogues")
+        n_contexts = sum(place >= evaluation["contexts"]["min_messages"] for place in before)
+        why = f"{n_contexts} of {n} held-out dialogues have a reply so late"
+    for part in ("replies", "ranking", "user_sensitivity"):
+        if part in evaluation and evaluation[part]["n_contexts"] > n_contexts:
+            choices.set("eval", f"{part}.n_contexts", n_contexts, why)
+    if "ranking" in evaluation and evaluation["ranking"]["n_distractors"] >= n_contexts:
+        choices.set("eval", "ranking.n_distractors", max(1, n_contexts - 1), why)
+    if "export" in choices.recipes and choices.recipes["export"]["n_parity_conversations"] > n:
+        choices.set("export", "n_parity_conversations", n, f"{n} dialogues are held out")
+
+
+def _messages_before_last_reply(dialogue: Any) -> int:
+    places = [place for place, message in enumerate(dialogue.messages) if message.speaker == dialogue.character]
+    return int(places[-1]) if places else 0
+
+
+def texts_of(choices: Choices, like_name: str, folder: str) -> Iterator[tuple[str, str]]:
+    """(name, YAML text) of every recipe; comments that name the folder that was copied name this one."""
+    for name, recipe in choices.recipes.items():
+        stream = io.StringIO()
+        _yaml().dump(recipe, stream)
+        lines = stream.getvalue().splitlines()
+        yield name, "".join(f"{_renamed(line, like_name, folder, choices.runs)}\n" for line in lines)
+
+
+def _renamed(line: str, like_name: str, folder: str, runs: str) -> str:
+    before, mark, comment = line.partition("#")
+    for old, new in {f"recipes/{like_name}": folder, f"runs/{like_name}": runs, **_OF_THE_DEMO}.items():
+        comment = comment.replace(old, new)
+    return before + mark + comment
+
+
+def write_recipes(choices: Choices, folder: Path) -> None:
+    """All files or none."""
+    staging = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        for name, text in texts_of(choices, choices.like, str(folder)):
+            (staging / f"{name}.yaml").write_text(text, encoding="utf-8")
+        if folder.is_dir():
+            folder.rmdir()  # it is empty
+        staging.rename(folder)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise

@@ -1,0 +1,142 @@
+"""What a run was made from, by content: digests of the files and finished runs that its recipe names."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+Digests = dict[str, dict[str, str]]
+"""{name of the input: {path, sha256}}. Only the name and the digest tell one input from another."""
+
+_CACHE = ".digests.json"
+_SETTLED_SECONDS = 2.0  # what was written just now may be written again without another time of change
+
+
+class InputError(ValueError):
+    """An input that is not there."""
+
+
+class DigestCache:
+    """SHA-256 of files, kept in a run directory beside each file's size, times and inode; no file is hashed twice
+    while these are the same. The time of the last change (ctime) is among them: a program cannot set it back."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._file = run_dir / _CACHE
+        self._known: dict[str, list[Any]] = {}
+        self._is_changed = False
+        try:
+            held = json.loads(self._file.read_text(encoding="utf-8"))
+            self._known = held if isinstance(held, dict) else {}
+        except (OSError, ValueError):  # it is a cache: without it files are hashed again
+            pass
+
+    def sha256(self, path: Path) -> str:
+        """Of the bytes of a file."""
+        key, signature = os.path.abspath(path), _signature(path)
+        held = self._known.get(key)
+        if isinstance(held, list) and held[:-1] == signature:
+            return str(held[-1])
+        began = time.time()
+        digest = _hash_file(path)
+        newest = max(signature[1:3]) / 1e9
+        if newest < began - _SETTLED_SECONDS and _signature(path) == signature:
+            self._known[key] = [*signature, digest]
+            self._is_changed = True
+        return digest
+
+    def save(self) -> None:
+        """Write what was learned, where the run directory is there and can be written."""
+        if not self._is_changed or not self._file.parent.is_dir():
+            return
+        temporary = self._file.with_name(f"{_CACHE}.{os.getpid()}")
+        try:
+            temporary.write_text(json.dumps(self._known), encoding="utf-8")
+            temporary.replace(self._file)
+        except OSError:
+            return
+        self._is_changed = False
+
+
+def _signature(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def digest_inputs(inputs: Mapping[str, str | Path], run_dir: Path | None = None) -> Digests:
+    """Digests of inputs: of a finished run its content (see `content_digest`), of a file its bytes.
+
+    `run_dir`: where digests of files are kept between calls. Raises InputError where an input is missing.
+    """
+    cache = DigestCache(run_dir) if run_dir is not None else None
+    digests: Digests = {}
+    for name, given in inputs.items():
+        path = Path(given)
+        if path.is_dir():
+            sha256 = _run_digest(name, path)
+        elif path.is_file():
+            sha256 = cache.sha256(path) if cache else _hash_file(path)
+        else:
+            raise InputError(f"input {name}: {path} does not exist; finish the stage that writes it first")
+        digests[name] = {"path": str(given), "sha256": sha256}
+    if cache:
+        cache.save()
+    return digests
+
+
+def _run_digest(name: str, run_dir: Path) -> str:
+    file = run_dir / "done.json"
+    if not file.is_file():
+        raise InputError(
+            f"input {name}: {run_dir} holds no finished run (no done.json); finish the stage that writes it first"
+        )
+    content = file.read_bytes()
+    try:
+        stated = json.loads(content).get("content")
+    except (ValueError, AttributeError):
+        stated = None  # whoever reads the run says that its done.json is damaged
+    return stated if isinstance(stated, str) else hashlib.sha256(content).hexdigest()
+
+
+def content_digest(run_dir: Path, outputs: Iterable[str]) -> str:
+    """SHA-256 of names and bytes of files; `outputs` are files below `run_dir`, or folders that stand for theirs."""
+    files = {
+        file.relative_to(run_dir).as_posix(): file
+        for name in outputs
+        for file in ([run_dir / name] if (run_dir / name).is_file() else (run_dir / name).rglob("*"))
+        if file.is_file()
+    }
+    lines = [f"{name} {_hash_file(file)}\n" for name, file in sorted(files.items())]
+    assert lines, f"{run_dir} holds none of {', '.join(outputs)}"
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def changed_inputs(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A line for every input that is another one, has come or has gone."""
+    lines = []
+    for name in [*stored, *(name for name in now if name not in stored)]:
+        before, after = stored.get(name), now.get(name)
+        if before is None or after is None:
+            was = "it was no input of that run" if before is None else "an input of that run, and none of this one"
+            lines.append(f"input {name} ({(after or before or {}).get('path')}): {was}")
+        elif before.get("sha256") != after.get("sha256"):
+            lines.append(f"input {name} ({after.get('path')}): its content is not the same")
+    return lines
+
+
+def names_below(key: str, location: str | Path, files: Iterable[Path]) -> dict[str, Path]:
+    """The files of a recipe's location as inputs: named by the recipe's key and by where they lie below the location,
+    so that another spelling, or a moved folder, gives the same names."""
+    root = Path(location)
+    if root.is_file() or not root.exists():
+        return {f"{key}: {file.name}": file for file in files}
+    return {f"{key}: {Path(os.path.relpath(file, root)).as_posix()}": file for file in files}

@@ -1,0 +1,206 @@
+"""`recipes.new` finds the reader, writes recipes that fit the data, and the README's three commands run to a bundle."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from data.look import LookError, find_source
+from recipes.new import main
+from recipes.pipeline import main as pipeline
+
+ROOT = Path(__file__).parents[2]
+WORDS = ("tea", "rain", "music", "garden", "train", "book", "river", "coffee", "winter", "dog", "story", "city")
+# A model and steps so small that the README's pipeline takes a minute.
+TINY = [
+    "pretrain.model.d_model=32", "pretrain.model.n_heads=2", "pretrain.model.d_head=16", "pretrain.model.d_ff=64",
+    *(f"{stage}.loop.max_steps={n}" for stage, n in (("pretrain", 8), ("sft", 4))),
+    *(f"{stage}.schedule.warmup_steps=1" for stage in ("pretrain", "sft")),
+    "eval.bootstrap.n_resamples=50", "eval.replies.max_new_tokens=4", "export.n_parity_conversations=3",
+]  # fmt: skip
+
+
+def conversations(n: int, times: bool = False) -> list[dict[str, Any]]:
+    rng = random.Random(0)
+    made = []
+    for number in range(n):
+        now, messages = 1.7e9 + number * 1e5, []
+        for place in range(rng.choice((3, 4, 5, 6, 7, 8))):
+            now += rng.choice((5, 30, 60, 900)) if times else 0
+            text = f"I like {rng.choice(WORDS)} and {rng.choice(WORDS)}, what of the {rng.choice(WORDS)} {number}?"
+            speaker = ("Tom" if number % 3 else "Ann", "Mia")[place % 2]
+            messages.append({"speaker": speaker, "text": text, **({"time": now} if times else {})})
+        made.append({"id": f"c{number}", "character": "Mia", "messages": messages})
+    return made
+
+
+def write_lines(path: Path, records: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def recipe(folder: Path, name: str) -> Any:
+    return YAML(typ="safe").load(folder / f"{name}.yaml")
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    return tmp_path
+
+
+def as_roles(record: dict[str, Any], list_key: str, role_key: str, text_key: str, names: tuple[str, str]) -> Any:
+    said = record["messages"]
+    turns = [{role_key: names[place % 2], text_key: message["text"]} for place, message in enumerate(said)]
+    return {list_key: turns}
+
+
+@pytest.mark.parametrize("kind", ["chat_jsonl", "openai_messages", "sharegpt", "preference_pairs", "hh_rlhf"])
+def test_the_reader_is_found(work: Path, kind: str) -> None:
+    records = conversations(20)
+    said = {
+        "chat_jsonl": records,
+        "openai_messages": [as_roles(r, "messages", "role", "content", ("user", "assistant")) for r in records],
+        "sharegpt": [as_roles(r, "conversations", "from", "value", ("human", "gpt")) for r in records],
+        "preference_pairs": [
+            {**r, "messages": r["messages"][:1], "chosen": "Yes, I do.", "rejected": "No."} for r in records
+        ],
+        "hh_rlhf": [
+            {side: f"\n\nHuman: What of {r['id']}?\n\nAssistant: {side} it is" for side in ("chosen", "rejected")}
+            for r in records
+        ],
+    }
+    write_lines(work / "logs" / "a.jsonl", said[kind])
+    found = find_source(Path("logs"))
+    read_alike = {"sharegpt": "openai_messages"}  # both take either's keys
+    assert (found.kind, len(found.dialogues), found.bad) == (read_alike.get(kind, kind), 20, [])
+    if kind in ("openai_messages", "sharegpt"):
+        assert found.names.commonest() == ("User", "Assistant")
+
+
+def test_columns_are_read_as_the_format_they_hold(work: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    records = [as_roles(r, "messages", "role", "content", ("user", "assistant")) for r in conversations(20)]
+    (work / "logs").mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist(records), work / "logs" / "a.parquet")
+    found = find_source(Path("logs"))
+    assert (found.source["kind"], len(found.dialogues)) == ("datasets", 20)
+    assert found.names.commonest() == ("User", "Assistant")
+
+
+def test_the_recipes_fit_the_data(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_lines(work / "logs" / "a.jsonl", [*conversations(300, times=True), {"id": 3}])
+    assert main(["runs/mine", "--data", "logs"]) == 0
+    output = capfd.readouterr().out
+    assert "301: 300 dialogues, 1 bad" in output and "bad: logs/a.jsonl:301: " in output
+    folder = work / "runs" / "mine"
+    data, pretrain = recipe(folder, "data"), recipe(folder, "pretrain")
+    assert data["sources"] == [{"kind": "chat_jsonl", "path": "logs"}]
+    assert data["tokenizer"]["vocab_size"] == pretrain["model"]["vocab_size"] < 2048
+    assert data["continue_within_seconds"] == 600
+    demo = YAML(typ="safe").load(ROOT / "recipes" / "demo" / "pretrain.yaml")
+    assert 20 <= pretrain["loop"]["max_steps"] <= demo["loop"]["max_steps"]
+    assert recipe(folder, "export")["names"] == {"user": "Tom", "character": "Mia"}
+    assert recipe(folder, "pipeline")["runs"] == "runs/mine"
+    text = "".join(file.read_text() for file in folder.glob("*.yaml"))
+    assert "# keys a local layer sees" in text, "comments stay"
+    assert "runs/demo" not in text and "recipes/demo" not in text and "chitchat" not in text
+    assert pipeline(["runs/mine", "--dry-run"]) == 0
+    output = capfd.readouterr().out
+    assert "asked for" not in output, "no count has to be lowered"
+    # what is there is not written over
+    assert main(["runs/mine", "--data", "logs"]) == 2
+    assert "runs/mine is there already" in capfd.readouterr().err
+
+
+def test_stages_that_the_data_cannot_support_are_left_out(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_lines(work / "logs" / "a.jsonl", conversations(60))
+    assert main(["mine", "--data", "logs/a.jsonl"]) == 0
+    output = capfd.readouterr().out
+    assert "no engagement stage: the messages have no times and no labels" in output
+    assert "no dpo stage: " in output
+    assert [entry["recipe"] for entry in recipe(work / "mine", "pipeline")["stages"]] == [
+        "data.yaml", "pretrain.yaml", "sft.yaml", "eval.yaml", "export.yaml",
+    ]  # fmt: skip
+    assert recipe(work / "mine", "data")["continue_within_seconds"] is None
+    evaluation = recipe(work / "mine", "eval")
+    assert list(evaluation["models"]) == ["pretrain", "sft"]
+    assert not {"scorer", "engagement", "preference"} & evaluation.keys()
+    assert recipe(work / "mine", "export")["init_from"] == "mine/sft"
+    assert pipeline(["mine", "--dry-run"]) == 0
+
+
+def test_pairs_are_trained_as_pairs(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    replies = {"rejected": "No."}
+    pairs = [
+        {**r, **replies, "messages": r["messages"][:1], "chosen": f"Yes, {r['id']}."} for r in conversations(60)
+    ]
+    file = write_lines(work / "pairs" / "a.jsonl", pairs)
+    assert main(["mine", "--data", "pairs"]) == 0
+    dpo = recipe(work / "mine", "dpo")
+    assert dpo["pairs"] == [{"kind": "file", "path": str(file.relative_to(work)), "format": "jsonl"}]
+    assert recipe(work / "mine", "export")["init_from"] == "mine/dpo"
+    assert pipeline(["mine", "--dry-run"]) == 0, capfd.readouterr()
+
+
+def test_a_larger_template_keeps_its_own_stages(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_lines(work / "logs" / "a.jsonl", conversations(300))
+    assert main(["mine", "--data", "logs", "--like", "mqa_1b"]) == 0
+    assert [entry["recipe"] for entry in recipe(work / "mine", "pipeline")["stages"]] == ["data.yaml", "pretrain.yaml"]
+    assert pipeline(["mine", "--dry-run"]) == 0, capfd.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"question": 1}\n{"question": 2}\n', "no reader reads half of the records (.jsonl found)"),
+        ("a.bin", "x", "no reader reads half of the records (.bin found)"),
+        (None, "", "--data logs: no such file or directory"),
+        ("a.jsonl", "\n".join(json.dumps(r) for r in conversations(1)), "split: of 1 dialogues none is held-out"),
+    ],
+)
+def test_data_that_will_not_do_is_told_and_nothing_is_written(
+    work: Path, capfd: pytest.CaptureFixture[str], name: str | None, text: str, message: str
+) -> None:
+    if name is not None:
+        (work / "logs").mkdir()
+        (work / "logs" / name).write_text(text)
+    assert main(["mine", "--data", "logs"]) == 2
+    error = capfd.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (work / "mine").exists()
+    if name == "a.bin":
+        with pytest.raises(LookError):
+            find_source(Path("logs"))
+
+
+def test_the_readme_s_three_commands_lead_to_a_bundle(work: Path) -> None:
+    section = (ROOT / "README.md").read_text().split("## Your own data")[1].split("\n## ")[0]
+    block = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)[0]
+    commands = [shlex.split(line, comments=True) for line in block.splitlines() if line.strip()]
+    assert len(commands) == 3
+    write_lines(work / "logs" / "a.jsonl", conversations(300))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for words in commands:
+        tiny = TINY if words[2] == "recipes.pipeline" else []
+        done = subprocess.run(
+            [sys.executable, *words[1:], *tiny], cwd=work, env=environment, capture_output=True, text=True, timeout=1800
+        )
+        assert done.returncode == 0, f"{words}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    serving = json.loads((work / "runs" / "mine" / "export" / "dramatis.json").read_text())
+    assert "Mia" in serving.values() and "Tom" in serving.values()
+    assert (work / "runs" / "mine" / "export" / "manifest.json").is_file()

@@ -1,0 +1,107 @@
+"""What a stage needs of another is told by the pipeline's dry run, and again before anything is trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from recipes.pipeline import main, plan
+from recipes.plan_check import PlanCheck
+
+ROOT = Path(__file__).parents[2]
+SIZES = ["data.tokenizer.vocab_size=300", "pretrain.model.vocab_size=300", "data.executor.workers=1"]
+
+
+def write_logs(folder: Path, n: int) -> None:
+    folder.mkdir()
+    lines = []
+    for number in range(n):
+        said = [{"speaker": s, "text": f"{s} says {i} of {number}"} for i in range(4) for s in ("Tom", "Mia")]
+        lines.append(json.dumps({"id": f"c{number}", "character": "Mia", "messages": said}))
+    (folder / "a.jsonl").write_text("\n".join(lines))
+
+
+@pytest.fixture
+def logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The demo's pipeline on 60 own conversations, of which some are held out."""
+    write_logs(tmp_path / "logs", 60)
+    monkeypatch.setenv("COLUMNS", "200")
+    sources = f"data.sources=[{{kind: chat_jsonl, path: {tmp_path}/logs}}]"
+    return [
+        str(ROOT / "recipes" / "demo"), "--runs", str(tmp_path / "runs"), sources,
+        "data.split={kind: fraction, heldout: 0.2, by_participant: false}", *SIZES,
+    ]  # fmt: skip
+
+
+def dry_run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    code = main([*arguments, "--dry-run"])
+    captured = capfd.readouterr()
+    return code, captured.out + captured.err
+
+
+def test_counts_that_can_be_lowered_are_noted(logs: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    code, output = dry_run(capfd, *logs)
+    assert code == 0, output
+    n = int(output.split("eval: replies.n_contexts: 128 asked for, ")[1].split()[0])
+    assert 2 <= n <= 20
+    assert f"ranking.n_contexts: 64 asked for, {n} contexts found held out; {n} are used" in output
+    assert f"export: n_parity_conversations: 24 asked for, {n} held-out dialogues found" in output
+    assert not Path(logs[2]).exists()
+    code, output = dry_run(capfd, *logs, "eval.ranking.n_distractors=40")
+    assert f"ranking.n_distractors: 40 asked for, {n - 1} other replies found held out" in output
+
+
+@pytest.mark.parametrize(
+    ("overrides", "messages"),
+    [
+        (["pretrain.model.vocab_size=512"], ["vocab_size 512", "300 pieces; set model.vocab_size to 300"]),
+        (["pretrain.model.max_length=256"], ["have 512 tokens, the model's max_length is 256; set model.max_length"]),
+        (["eval.replies.max_new_tokens=4000"], ["models.dpo: max_length", "4096 are asked for"]),
+        (["sft.loop.rows_per_step=6"], ["rows_per_step=6 is not a multiple of rows_per_micro_batch=4 x 1 rank(s)"]),
+        (["pretrain.model.kv_sharing={kind: adjacent, group: 2}"], ["cannot be exported"]),
+        # all at once
+        (["pretrain.model.vocab_size=512", "dpo.loop.rows_per_step=9"], ["300 pieces", "rows_per_step=9"]),
+    ],
+    ids=lambda value: value[0],
+)
+def test_what_does_not_fit_is_told(
+    logs: list[str], capfd: pytest.CaptureFixture[str], overrides: list[str], messages: list[str]
+) -> None:
+    code, output = dry_run(capfd, *logs, *overrides)
+    assert code == 2, output
+    assert [message for message in messages if message not in output] == [], output
+
+
+def test_bad_records_are_told(logs: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with (tmp_path / "logs" / "a.jsonl").open("a") as file:
+        file.write("\n{}\nnot JSON\n")
+    code, output = dry_run(capfd, *logs)
+    assert code == 2
+    assert "2 of 62 records are bad, more than max_bad_fraction 0.01" in output
+    assert f"{tmp_path}/logs/a.jsonl:61: " in output
+    assert output.count("records are bad") == 1, "each problem once"
+
+
+def test_too_few_heldout_dialogues_are_told(logs: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    code, output = dry_run(capfd, *logs, "eval.contexts.min_messages=50")
+    assert code == 2
+    assert "0 contexts found, at least 2 are needed" in output
+
+
+def test_prepared_data_counts_as_it_is(logs: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A real run is checked with the data that was made, before the first stage that trains."""
+    from data.prepare import main as prepare
+
+    stages = plan(Path(logs[0]), logs[2], logs[3:])
+    assert prepare([str(stages[0].recipe_path), *stages[0].overrides]) == 0
+    for planned in stages:
+        planned.__dict__.pop("recipe", None)
+    checked = PlanCheck(stages, reads_sources=False)
+    checked.check()
+    assert any("replies.n_contexts: 128 asked for" in note for note in checked.notes)
+    code = main([*logs, "pretrain.model.vocab_size=512"])
+    assert code == 2
+    assert "300 pieces" in capfd.readouterr().err
+    assert not (tmp_path / "runs" / "pretrain").exists()
