@@ -21,6 +21,7 @@ from train.stage import (
     LossModule,
     Plan,
     TrainingRecipe,
+    data_directories,
     documents_of,
     open_data,
     packed_stage,
