@@ -9,13 +9,12 @@ from jinja2 import nodes
 from jinja2.runtime import BlockReference, Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from data.prompt_values import TemplateText, Texts, Undefined, current_texts, plain
+from data.prompt_values import IndentedText, TemplateText, Texts, Undefined, current_texts, plain
 
 ESCAPE = "escape_special_characters"
 RESERVED = ("token_limit", ESCAPE)  # Prompt Poet gives these to every template
 _PRINT, _PRINT_ESCAPED, _LITERAL, _CAPTURE = "_print", "_print_escaped", "_template_text", "_capture"  # filters
 _DICT_METHODS = frozenset(dir(dict))
-_LAYOUT_FILTERS = ("trim", "indent")
 
 
 class TemplateEnvironment(ImmutableSandboxedEnvironment):
@@ -33,8 +32,8 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         self.filters[_PRINT_ESCAPED] = lambda value, place: current_texts.get().printed_value(value, place)
         self.filters[_LITERAL] = _template_text
         self.filters[_CAPTURE] = _capture
-        for name in _LAYOUT_FILTERS:
-            self.filters[name] = _of_template_text(self.filters[name])
+        self.filters["trim"] = _of_template_text(self.filters["trim"])
+        self.filters["indent"] = _indenting(_of_template_text(self.filters["indent"]))
         self.globals[ESCAPE] = lambda text: str(text) if isinstance(text, str) else text  # a value needs no escape
         for name, function in functions.items():
             self.globals[name] = _of_plain_values(name, function)
@@ -98,6 +97,21 @@ def _of_template_text(filter_function: Callable[..., str]) -> Callable[..., str]
     def apply(value: Any, *arguments: Any, **keywords: Any) -> str:
         result = filter_function(value, *arguments, **keywords)
         return TemplateText(result) if type(value) is TemplateText else result
+
+    return apply
+
+
+def _indenting(indent: Callable[..., str]) -> Callable[..., str]:
+    """The filter `indent`, whose result for a value tells the lines of the value from what the filter adds."""
+
+    def apply(value: Any, *arguments: Any, **keywords: Any) -> str:
+        result = indent(value, *arguments, **keywords)
+        if type(value) is not str or type(result) is not str:
+            return result
+        indented = IndentedText(result)
+        indented.layout = lambda text: indent(text, *arguments, **keywords)
+        indented.lines = value.splitlines() + [""] * value.endswith("\n")
+        return indented
 
     return apply
 

@@ -13,6 +13,7 @@ import yaml
 
 from data.dialogue import NARRATOR
 from data.prompt_values import MARK, PromptError, Texts
+from data.prompt_yaml import load_records
 from data.recent import Recent
 
 SPACE_MARKER = "<|space|>"  # Prompt Poet's: keeps white space at the edge of a content, which is stripped
@@ -30,7 +31,6 @@ _DOCUMENT_MARK = re.compile(r"^(?:---|\.\.\.|%)", re.MULTILINE)
 _INTEGER = re.compile("-?[0-9]{1,9}")
 
 Pieces = tuple[str | int, ...]  # template text, and numbers of values among those of a shape
-Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class Section(NamedTuple):
@@ -155,28 +155,10 @@ def _chunks(marked: str) -> list[str]:
     return [first, *(separator[1:] + other for other in others)]
 
 
-class _UniqueKeys(Loader):
-    """PyYAML's safe loader (Prompt Poet's), which refuses a key that is given twice instead of keeping the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"key {key.value!r} is given twice", key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def _load(marked: str) -> Any:
     literals = marked.split(MARK)
     numbered = "".join(f"{literal}{MARK}{i}{_END}" for i, literal in enumerate(literals[:-1])) + literals[-1]
-    try:
-        return yaml.load(numbered, Loader=_UniqueKeys)
-    except (ValueError, OverflowError) as error:  # a date or a number that is none
-        raise yaml.YAMLError(str(error)) from None
+    return load_records(numbered, (NAME, ROLE, SPEAKER), (SECTIONS, EXPECTED))
 
 
 def _explained(error: yaml.YAMLError, name: str, marked: str, values: Sequence[str]) -> str:
@@ -303,8 +285,9 @@ def _sections(
 
 
 def _scalar(value: Any, where: str, key: str) -> str:
-    if isinstance(value, list | dict) or value is None:
-        raise PromptError(f"{where}: {key} is {value!r}, expected a text")
+    is_read = key != PRIORITY and not isinstance(value, str)  # from a merged mapping, or with a tag
+    if isinstance(value, list | dict) or value is None or is_read:
+        raise PromptError(f"{where}: {key} is {value!r}, expected a text; write it in quotes")
     return str(value)
 
 

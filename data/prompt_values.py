@@ -7,7 +7,7 @@ template's author wrote, be it as a literal of an expression (`TemplateText`), i
 import dataclasses
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -27,6 +27,14 @@ _CUT = "a filter block cuts a value after it is printed; cut the value itself"
 
 class TemplateText(str):
     """A string literal of the template. It is printed as the author's own text; whatever is made of it is a value."""
+
+
+class IndentedText(str):
+    """A value through the filter `indent`. Its line breaks and indentation are the template's, its lines are values: in
+    a `content: |` YAML takes the indentation away, as in Prompt Poet."""
+
+    layout: Callable[[str], str]
+    lines: list[str]
 
 
 class Undefined(jinja2.Undefined):
@@ -50,6 +58,8 @@ class Texts:
         if type(value) is not str:
             if type(value) is TemplateText:
                 return value
+            if type(value) is IndentedText:
+                return value.layout("\n".join(self.printed(line, place) if line else "" for line in value.lines))
             value = _as_text(value)
         self.texts.append(value)
         self.places.append(place)
@@ -134,9 +144,7 @@ def _fields(kind: type) -> tuple[str, ...]:
 def _as_text(value: Any) -> str:
     if isinstance(value, jinja2.Undefined):
         str(value)  # raises, naming the variable
-    if value is None or isinstance(value, bool):
-        return {None: "", True: "true", False: "false"}[value]
-    if isinstance(value, int | float):
+    if value is None or isinstance(value, bool | int | float):
         return str(value)
     if not isinstance(value, str):
         raise TypeError(f"cannot print a {type(value).__name__}; print its texts one by one")

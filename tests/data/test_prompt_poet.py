@@ -1,6 +1,8 @@
 """The dialect is that of the package `prompt-poet`: the same parts, messages and truncation, and each difference."""
 
+import ast
 import inspect
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -332,3 +334,117 @@ def test_both_refuse_reserved_values(key: str) -> None:
         theirs(ONE, {"text": "x", key: 1})
     with pytest.raises(PromptError, match=key):
         ours(ONE, {"text": "x", key: 1})
+
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+_ROW = re.compile(r"\|[^|`]*(?:`[^`]*`[^|`]*)*\| `(- name.*?)` \| `(.*?)` \| (`.*?`|error) \| (`.*?`|error) \|")
+LISTED = [[cell.replace("\\|", "|").strip("`") for cell in row.groups()] for row in _ROW.finditer(README)]
+
+
+def outcome(parts: Callable[[], Any]) -> Any:
+    """Names and contents of the parts; "error" where there are none."""
+    try:
+        return [(part.name, part.content) for part in parts()]
+    except (PromptError, ValueError, TypeError):
+        return "error"
+
+
+def test_the_readme_lists_differences() -> None:
+    begin = README.index("## Prompt templates")
+    lines = [line for line in README[begin : README.index("\n## ", begin)].splitlines() if "`- name" in line]
+    assert len(LISTED) == len(lines) > 15, "a row of another form"
+
+
+@pytest.mark.parametrize(("template", "values", "package", "here"), LISTED)
+def test_a_listed_difference_is_there(template: str, values: str, package: str, here: str) -> None:
+    source, given = template.replace("⏎", "\n") + "\n", ast.literal_eval(values)
+    assert package != here
+    for expected, found in (
+        (package, outcome(lambda: theirs(source, given).parts)),
+        (here, outcome(lambda: ours(source, given))),
+    ):
+        assert found == (expected if expected == "error" else ast.literal_eval(expected))
+
+
+SAME = [
+    "{{ t|indent(4) }}", "x {{ t|indent(6) }}", "x {{ t|indent(width=4, first=true) }}",
+    "{{ t|indent(4, blank=true) }}",
+    "{% set q = t|indent(4) %}{{ q }}", "{{ yes }} {{ no }} {{ none }} {{ 1.0 }} {{ 1e30 }}", "{{ t|upper|indent(4) }}",
+    "{% macro m(x) %}<{{ x|indent(4) }}>{% endmacro %}{{ m(t) }}", "{{ t|indent('    ') }}",
+    "{{ missing|default(t|indent(4)) }}",
+    "{% filter indent(4) %}a\n    b{% endfilter %}", "{{ [1, 'a']|join(', ') }}", "{{ 'x' if missing else 'y' }}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("expression", SAME)
+@pytest.mark.parametrize("text", ["a", "a\nb", "a\n\nb\n  c", "one\n- two: #3\n    four"])
+def test_layout_and_constants_are_the_same(expression: str, text: str) -> None:
+    source = f"- name: a\n  content: |\n    {expression}\n- name: b\n  content: end\n"
+    values = {"t": text, "yes": True, "no": False, "none": None}
+    assert_same(ours(source, values), theirs(source, values))
+
+
+@pytest.mark.parametrize(
+    "literal", ["No", "yes", "on", "off", "true", "1_000", "0o7", "017", "1e3", "1:30", "2024-05-06", "=", ".inf"]
+)
+def test_names_roles_and_speakers_are_as_written(literal: str) -> None:
+    source = f"- name: {literal}\n  role: {literal}\n  speaker: {literal}\n  content: x\n"
+    (part,) = ours(source, {})
+    assert (part.name, part.role, part.speaker) == (literal, literal, literal)
+    (part,) = ours(f"- name: a\n  sections: [{{name: {literal}, content: x}}]\n", {})
+    assert part.sections[0].name == literal
+
+
+# Random templates of what both have: block scalars of every kind, white space control, loops, conditions, filters.
+words = st.sampled_from(["x", "a b", "No", "1_000", "it's", "- dash", "#no", "k: v"])
+printed = st.sampled_from(
+    [
+        "{{ t }}", "{{- t }}", "{{ t -}}", "{{ n }}", "{{ t|upper }}", "{{ t|trim }}", "{{ t|default('d') }}",
+        "{{ gone|default('d') }}", "{{ yes }}", "{{ none }}", "{{ 'lit' }}", "{{ t if yes else n }}",
+        "{{ 'x' if gone }}",
+        "{{ l|join('-') }}", "{{ l|length }}", "{{ l[0] }}", "{{ d.k }}", "{{ t|replace('e', 'i') }}", "{{ n + 1 }}",
+        "{{ t ~ n }}", "{# note #}", "{{ m(t) }}", "{{ t|indent(4) }}", "{% set q = n %}{{ q }}",
+        "{% for i in l %}{{ i }}{{ ',' if not loop.last }}{% endfor %}", "{% if yes -%} in {%- endif %}",
+    ]
+)  # fmt: skip
+lines = st.lists(words | printed, min_size=1, max_size=4).map(" ".join)
+contents = st.tuples(
+    st.sampled_from(["|", ">", "|-", ">-", "|+", ">+"]),
+    st.lists(lines | st.just(""), min_size=1, max_size=4),
+    st.sampled_from(["", "  "]),
+)
+literals = st.sampled_from(
+    [
+        "yes", "No", "on", "off", "~x", "1_000", "0o7", "017", "1e3", "1.0e+3", "true", "2024-05-06", "'No'", "''",
+        ".5", '"a\\tb"', "[1, {a: No}]", "{type: text, on: 1_0}", "plain words", "!!str 5",
+    ]
+)  # fmt: skip
+
+
+def block(content: tuple[str, list[str], str]) -> str:
+    style, texts, inner = content
+    indented = "\n".join(f"    {inner if i else ''}{text}" if text else "" for i, text in enumerate(texts))
+    return f"{style}\n{indented}"
+
+
+@settings(max_examples=150)
+@given(found=st.lists(contents.map(block) | literals, min_size=1, max_size=3), loops=st.booleans())
+@example(found=["|\n    {{ t|indent(4) }}\n    {{ none }}"], loops=True)
+def test_random_templates_give_the_same_parts(found: list[str], loops: bool) -> None:
+    begin, end = ("{% for row in l %}\n", "{%- endfor %}\n") if loops else ("", "")
+    parts = "".join(f"- name: part\n  content: {content}\n" for content in found)
+    source = f"{{% macro m(x) %}}<{{{{ x }}}}>{{% endmacro %}}\n{begin}{parts}\n{end}"
+    values = {"t": "hello", "n": 7, "yes": True, "none": None, "l": ["p", "q"], "d": {"k": "v"}}
+    try:
+        prompt = theirs(source, values)
+    except Exception:  # of any kind, YAML's among them
+        with pytest.raises(PromptError):
+            ours(source, values)
+        return
+    try:
+        parts_here = ours(source, values)
+    except PromptError as error:
+        if "given twice" in str(error):  # as the README lists
+            return
+        raise
+    assert_same(parts_here, prompt)
