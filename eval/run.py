@@ -215,7 +215,8 @@ def key_figure(report: dict[str, Any]) -> str:
         name, figures = list(report["ranking"]["models"].items())[-1]
         parts.append(f"recall@1 {number_text(figures['mean_logprob']['recall_at_1']['value'])}")
     if report["engagement"]:
-        parts.append(f"AUC {number_text(report['engagement']['auc']['value'])}")
+        auc = report["engagement"]["auc"]["value"]
+        parts.append("AUC undefined (one class)" if auc is None else f"AUC {number_text(auc)}")
     if report["preference"]:
         rate = report["preference"]["win_rate"]
         parts.append(
