@@ -81,11 +81,11 @@ def test_transformers_draws_no_token_that_our_server_forbids(
     write_bundle(tmp_path, model, tokenizer, Names(user="Bob", character="Ada"), "float32")
     peer, _ = transformers_peer(tmp_path)
     torch.manual_seed(0)
-    prompts_BT = torch.tensor([[tokenizer.bos_id, tokenizer.message_id]] * 64)
+    prompts_BT = torch.tensor([[tokenizer.bos_id, tokenizer.message_id]] * 24)
     # a random model draws any of 400 tokens about as often as another
     drawn_BT = peer.generate(prompts_BT, max_new_tokens=60, eos_token_id=tokenizer.end_id)[:, 2:]
     replies = [row[: row.index(tokenizer.end_id)] if tokenizer.end_id in row else row for row in drawn_BT.tolist()]
-    assert sum(map(len, replies)) > 2000
+    assert sum(map(len, replies)) > 600
     assert not {token for row in replies for token in row} & set(tokenizer.forbidden_in_reply)
     assert set(tokenizer.forbidden_in_reply) < set(peer.generation_config.eos_token_id)
 
