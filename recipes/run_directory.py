@@ -26,7 +26,7 @@ from pydantic import BaseModel
 
 from recipes.json_text import finite_figures, json_text
 from recipes.loader import dump_recipe
-from recipes.run_identity import differences, identity, recipe_digest
+from recipes.run_identity import differences, grown, identity, recipe_digest
 from recipes.run_inputs import Digests, InputError, changed_inputs, content_digest, digest_inputs
 from recipes.yaml_text import YamlError, parse_yaml
 
@@ -72,6 +72,7 @@ def prepare_run_directory(
             held.enter_context(_lock(run_dir))
             state = _state(run_dir, recipe, digests)
             if state is not RunState.FINISHED:
+                (run_dir / "done.json").unlink(missing_ok=True)  # of a run that goes on to a larger number of steps
                 starts = _read_json(run_dir / "environment.json") or {"starts": []}
                 starts["starts"].append(describe_environment())
                 write_atomically(run_dir / "environment.json", _to_json(starts))
@@ -146,7 +147,8 @@ def inspect_run_directory(
     run_dir = Path(run_dir)
     if not (run_dir / "recipe.yaml").exists() or (begun := _read_json(run_dir / "run.json")) is None:
         return RunState.NEW, []
-    state = RunState.FINISHED if read_done(run_dir) else RunState.UNFINISHED
+    is_finished = read_done(run_dir) and not grown(begun.get("identity", {}), recipe)
+    state = RunState.FINISHED if is_finished else RunState.UNFINISHED
     if found := differences(begun.get("identity", {}), recipe):
         return state, found
     try:
@@ -262,7 +264,8 @@ def _state(run_dir: Path, recipe: BaseModel, inputs: Digests) -> RunState:
             + "\n".join(f"  {difference}" for difference in found)
             + "\nmove it aside, or choose another run_dir"
         )
-    return RunState.FINISHED if read_done(run_dir) else RunState.UNFINISHED
+    is_finished = read_done(run_dir) and not grown(begun.get("identity", {}), recipe)
+    return RunState.FINISHED if is_finished else RunState.UNFINISHED
 
 
 def _to_json(data: Mapping[str, Any]) -> str:

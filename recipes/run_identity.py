@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import types
 from collections.abc import Iterator
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
@@ -44,10 +45,25 @@ def recipe_digest(recipe: BaseModel) -> str:
 def differences(stored: dict[str, Any], recipe: BaseModel) -> list[str]:
     """Lines `key: there X, here Y` for every leaf in which a stored identity is not that of `recipe`.
 
-    A key that the stored one lacks counts as its default: the schema has grown since.
+    A key that the stored one lacks counts as its default: the schema has grown since. Those of `grown` do not count.
     """
     written = recipe.model_dump(mode="json", exclude_defaults=True)
-    return list(_differences(stored, identity(recipe), written, ""))
+    found = _differences(stored, identity(recipe), written, "")
+    more = grown(stored, recipe)
+    return [line for line in found if line.partition(":")[0] not in more]
+
+
+def grown(stored: dict[str, Any], recipe: BaseModel) -> list[str]:
+    """Keys whose larger value continues even a finished run: of those in the recipe's `keys_that_may_grow`."""
+    ours = identity(recipe)
+    return [key for key in getattr(recipe, "keys_that_may_grow", ()) if _number(ours, key) > _number(stored, key)]
+
+
+def _number(plain: Any, key: str) -> float:
+    """A dotted key's number, or infinity where there is none."""
+    for name in key.split("."):
+        plain = plain.get(name) if isinstance(plain, dict) else None
+    return plain if isinstance(plain, int | float) else math.inf
 
 
 def _known_by(value: Any, plain: Any, annotation: Any, marks: tuple[Any, ...] = ()) -> Any:

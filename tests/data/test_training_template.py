@@ -43,7 +43,7 @@ def chats(tmp_path: Path) -> Path:
 
 def given(recipe_file: Path, tmp_path: Path, *more: str) -> list[str]:
     template = f"prompt_template={{path: {tmp_path}/template.yml.j2, values: {{place: A kitchen}}}}"
-    return [str(recipe_file), template, f"run_dir={tmp_path}/run", *more]
+    return [str(recipe_file), template, f"run_dir={tmp_path}/run", "continue_within_seconds=null", *more]
 
 
 def test_dialogues_are_trained_as_the_template_says_them(recipe_file: Path, tmp_path: Path, chats: Path) -> None:

@@ -364,3 +364,28 @@ def test_two_processes_cannot_share_a_directory_until_one_is_killed(
         holder.wait()
     with pytest.raises(RunDirectoryError, match="another recipe"):  # held no longer: now the recipe is looked at
         state_of(run_dir, recipe_of(run_dir))
+
+
+class Growing(Recipe):
+    may_grow: MayChange[bool] = True
+
+    @property
+    def keys_that_may_grow(self) -> tuple[str, ...]:
+        return ("steps",) if self.may_grow else ()
+
+
+def test_a_finished_run_goes_on_when_a_key_grows_that_may(run_dir: Path) -> None:
+    def growing(steps: int, may_grow: bool = True) -> Growing:
+        return Growing(run_dir=str(run_dir), steps=steps, may_grow=may_grow)
+
+    finish(run_dir, growing(5))
+    assert inspect_run_directory(run_dir, growing(9), dict) == (RunState.UNFINISHED, [])
+    assert inspect_run_directory(run_dir, growing(4), dict)[1] == ["steps: there 5, here 4"]
+    assert inspect_run_directory(run_dir, growing(9, may_grow=False), dict)[1] == ["steps: there 5, here 9"]
+    with pytest.raises(RunDirectoryError, match="steps: there 5, here 4"):
+        state_of(run_dir, growing(4))
+    assert read_done(run_dir) is not None
+    assert state_of(run_dir, growing(9)) is RunState.UNFINISHED
+    assert read_done(run_dir) is None
+    finish(run_dir, growing(9))
+    assert state_of(run_dir, growing(9)) is RunState.FINISHED
