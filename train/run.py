@@ -145,8 +145,8 @@ def _run(recipe: TrainingRecipe, plan: Plan, world: World, console: Console, sto
         summary.compare(console, world)
         world.progress.at("writing the model", may_last=True)
         if best.best:
-            kept = best.directory(best.best.step)
-            _write(world, run_dir / "model", lambda: copy_model(kept, run_dir / "model"))
+            of_best = best.directory(best.best.step)
+            _write(world, run_dir / "model", lambda: copy_model(of_best, run_dir / "model"))
         else:
             _save_weights(engine, job, run_dir / "model")
         world.progress.at("finishing", may_last=True)
