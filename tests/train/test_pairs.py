@@ -25,7 +25,7 @@ from train.pairs import (
     extremes,
 )
 
-CONTEXT = ReplyContext("d", (Message("Ann", "hi"),), "Ben", "yes", 2, (), ())
+CONTEXT = ReplyContext("d", (Message("Ann", "hi"),), "Ben", "yes", 2, (), (), 0)
 
 
 def completion(tokenizer: DialogueTokenizer, text: str, finish_reason: FinishReason = "stop") -> Completion:
