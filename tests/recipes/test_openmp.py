@@ -23,7 +23,7 @@ def openmp_settings(module: str, **variables: str) -> set[str]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PyTorch brings GNU's OpenMP on Linux only")
-@pytest.mark.parametrize("module", ["train.stage", "eval.workspace", "data.batch", "model.hugging_face"])
+@pytest.mark.parametrize("module", ["train.stage", "eval.workspace", "data.batch", "serving_export.engine"])
 def test_threads_sleep_while_they_wait(module: str) -> None:
     assert openmp_settings(module) == {"'0'"}
 
