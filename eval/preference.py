@@ -40,6 +40,8 @@ def win_rate(score_N: FloatArray, other_N: FloatArray, dialogue_N: IntArray, boo
     """Win rate with interval, exact sign and Wilcoxon tests, and the smallest effect this sample would find."""
     wins_N = win_values(score_N, other_N)
     rate = bootstrap.mean(wins_N, dialogue_N)
+    if not rate.has_interval and np.isin(wins_N, (0, 1)).all():  # all won or all lost: no spread to resample
+        rate = bootstrap.proportion(wins_N == 1, dialogue_N)
     smallest = minimum_detectable_effect(wins_N, variance_factor=rate.variance_factor)
     return {
         "win_rate": rate,

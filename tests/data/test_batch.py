@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from data.batch import collate
-from data.shards import PackedDataset
+from data.packing import Document, EncodedCorpus
+from data.shards import PackedDataset, packed_rows, write_shards
 
 WriteRows = Callable[..., Path]
 
@@ -35,6 +36,19 @@ def test_collate_is_the_definition(write_rows: WriteRows) -> None:
                 assert batch.label_T[t] == row.label_L[position]
                 position, t = position + 1, t + 1
     assert t == len(batch.tokens_T)
+
+
+def test_repeated_context_is_no_target_of_any_stage(tmp_path: Path) -> None:
+    tokens = np.array([2, 3, 11, 4, 3, 12, 13, 4])
+    trained = np.array([0, 0, 0, 0, 0, 0, 1, 1], np.uint8)
+    label = np.array([-1] * 7 + [1], np.int8)
+    documents = [Document(tokens, trained, label), Document(tokens, trained, label, 0, 5, n_repeated=4)]
+    rows = packed_rows(EncodedCorpus.of(documents, 400), [[0, 1]], 16)
+    write_shards(tmp_path, rows, row_length=16, vocab_size=400, rows_per_shard=1, tokenizer_sha256="t")
+    batch = collate(PackedDataset(tmp_path), [0])
+    assert batch.targets_T.tolist() == [3, 11, 4, 3, 12, 13, 4, 0, 0, 0, 0, 3, 12, 13, 4, 0]
+    assert batch.trained_T.tolist() == [target != 0 for target in batch.targets_T.tolist()]
+    assert batch.answer_T.tolist() == [False] * 5 + [True] * 2 + [False] * 6 + [True] * 2 + [False]
 
 
 def test_answers_are_exactly_the_trained_tokens(write_rows: WriteRows) -> None:

@@ -10,9 +10,10 @@ from torch import as_tensor, no_grad
 from torch.nn import functional as F
 
 from data.batch import collate
-from data.dialogue import Dialogue, Message, encode_dialogue
+from data.dialogue import Dialogue, Message, continuation_labels, encode_dialogue
 from data.shards import PackedDataset
 from data.tokenizer import DialogueTokenizer
+from eval.engagement import labelled_turns
 from eval.ngram import PairCounts, Unigram, counted_pairs, ngram_losses
 from eval.perplexity import (
     CHARACTER,
@@ -76,6 +77,28 @@ def test_scored_loss_and_roles(
     figures = summarise(targets, BOOTSTRAP)
     text = sum(len(f"{m.speaker}: {m.text}".encode()) for d in dialogues[:6] for m in d.messages)
     assert figures["bits_per_byte"].value == pytest.approx(total / math.log(2) / text, rel=1e-4)
+
+
+def test_a_long_dialogue_is_one_unit_and_its_messages_keep_their_numbers(
+    dialogues: list[Dialogue], tokenizer: DialogueTokenizer, models: dict[str, Transformer], dataset_of: Pack
+) -> None:
+    """It is several documents, which repeat context: each token is scored once, under its message's number."""
+    said = tuple(message for dialogue in dialogues[:9] for message in dialogue.messages)
+    dataset = PackedDataset(dataset_of([dialogues[9], Dialogue("long", said, "Alex")]))
+    assert len(dataset.documents()) > 3 and dataset.documents()["n_repeated"].max() > 10
+    targets = score_dataset(models["sft"], dataset, tokenizer, np.arange(dataset.n_rows), batch_tokens=400)
+    encoded = encode_dialogue(tokenizer, Dialogue("long", said, "Alex"))
+    sizes = np.diff(np.append(encoded.message_starts, len(encoded.tokens)))
+    # the first token after <bos> of a document has no other context, and is scored all the same
+    turns, counts = np.unique(targets.turn_N[targets.dialogue_N == 1], return_counts=True)
+    assert turns.tolist() == list(range(1, len(said) + 1)) and counts.tolist() == sizes.tolist()
+    figures = summarise(targets, BOOTSTRAP)
+    assert figures["loss"].n_clusters == figures["bits_per_byte"].n_clusters == 2
+    batch = collate(dataset, np.arange(dataset.n_rows))
+    labelled = labelled_turns(batch, tokenizer.message_id)
+    labels = continuation_labels(Dialogue("long", said, "Alex"))
+    expected = [number + 1 for number, label in enumerate(labels) if label >= 0]
+    assert sorted(labelled.turn_N[labelled.dialogue_N == 1].tolist()) == expected
 
 
 def test_count_models_see_the_same_targets(dialogues: list[Dialogue], dataset_of: Pack) -> None:

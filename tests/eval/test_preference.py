@@ -51,6 +51,14 @@ def test_summary_flags_a_win_that_is_too_good() -> None:
     assert not fair["over_optimisation_suspected"] and fair["win_rate"].value == 0.5
 
 
+def test_a_point_above_the_threshold_is_no_verdict() -> None:
+    """70% of 20 wins: the interval holds 65%."""
+    replies, zero = [Reply("a", (7, 4), True)] * 20, np.zeros(20)
+    score = np.array([1.0] * 14 + [-1.0] * 6)
+    figures = summarise_preference(score, zero, zero, replies, replies, np.arange(20), BOOTSTRAP)
+    assert figures["win_rate"].value == 0.7 and not figures["over_optimisation_suspected"]
+
+
 def test_drift_is_zero_for_the_same_model_and_positive_between_two(
     dialogues: list[Dialogue], tokenizer: DialogueTokenizer, models: dict[str, Transformer]
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 from data.dialogue import Message
 from eval.context import Reply, ReplyContext
 from eval.dialogue_quality import summarise_quality
+from eval.digits import estimate_digits, telling_digits
 from eval.engagement import LabelledTurns, summarise_scorer
 from eval.perplexity import ScoredTargets, paired_difference, summarise
 from eval.plots import DRAWINGS, THEME, draw_scorer
@@ -23,6 +24,9 @@ from eval.user_sensitivity import summarise_changes
 BOOTSTRAP = Bootstrap(n_resamples=100)
 HOSTILE = "<script>alert(1)</script> & {{ 7 * 7 }} <|end|>"
 WORDS = ["hi", "how", "are", "you", "doing", "today", "i", "am", "fine", "thanks", "music", "and", "walks", "yes", "no"]
+
+
+CHAT_PAGE = Path(__file__).parents[2] / "serving_export" / "chat_page.html"
 
 
 def random_targets(rng: np.random.Generator, level: float) -> ScoredTargets:
@@ -219,3 +223,27 @@ def test_number_texts() -> None:
     assert interval_text(estimate, 1, True) == "[52.1, 60.3]"
     assert signed_text(-0.25) == "−0.25" and signed_text(0.25) == "+0.25"
     assert p_value_text(0.0001) == "p < 0.001" and p_value_text(0.0319) == "p = 0.032"
+
+
+def test_figures_show_what_differs() -> None:
+    assert telling_digits([0.961, 0.9614, None, 0.961], 0, percent=True) == 2
+    assert telling_digits([0.5], 0) == 0 and telling_digits([0.1, 0.1 + 1e-12], 2) == 6
+    tiny = {"value": 0.00031, "low": 0.00028, "high": 0.00035}
+    assert estimate_digits(tiny, 3) == 5
+    assert interval_text(tiny, estimate_digits(tiny, 3)) == "[0.00028, 0.00035]"
+    assert estimate_digits({"value": 0.0, "low": 0.0, "high": 0.03}, 2) == 2
+
+
+def test_samples_end_in_an_ellipsis_and_the_character_is_on_the_left() -> None:
+    report = to_json({"schema_version": 2, **random_report()})
+    report["samples"][1]["replies"][0] |= {"text": "and then", "finished": False, "probability": 0.9612}
+    report["samples"][1]["replies"][1] |= {"probability": 0.9634}
+    html = render_html(report, {})
+    assert "and then…<span" in html and "… 1 earlier message not shown" in html
+    assert "96.1%" in html and "96.3%" in html
+    own = re.search(r'<div class="bubble ([a-z]*)"><span class="who">Alex', html)
+    other = re.search(r'<div class="bubble ([a-z]*)"><span class="who">Sam', html)
+    assert own and other and (own[1], other[1]) == ("own", "other")
+    assert (
+        ".bubble.other { align-self: flex-end" in html and ".turn.mine { align-self: flex-end" in CHAT_PAGE.read_text()
+    )
