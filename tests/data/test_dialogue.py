@@ -44,6 +44,8 @@ messages = st.builds(Message, speakers, texts, times, st.none() | st.dictionarie
 @st.composite
 def dialogues(draw: st.DrawFn) -> Dialogue:
     drawn = draw(st.lists(messages, min_size=1, max_size=4))
+    in_order = iter(sorted(message.time for message in drawn if message.time is not None))
+    drawn = [message if message.time is None else replace(message, time=next(in_order)) for message in drawn]
     character = draw(st.sampled_from(drawn)).speaker
     metadata = draw(st.dictionaries(st.text(max_size=4), json_integers | st.text(max_size=4), max_size=3))
     identity, source = draw(st.text(min_size=1, max_size=5)), draw(st.text(max_size=3))
@@ -232,7 +234,7 @@ def test_files_round_trip_and_errors_name_the_line(tmp_path: Path) -> None:
         ('{"id": "1", "character": "A", "messages": []}', "no messages"),
         ('{"id": "1", "character": "A", "messages": {}}', "expected a list"),
         ('{"id": "1", "character": "A", "messages": [1]}', "message 0"),
-        ('{"id": "1", "character": "A", "messages": [{"speaker": "A", "text": 3}]}', "text is int"),
+        ('{"id": "1", "character": "A", "messages": [{"speaker": "A", "text": 3}]}', "text is a value of type int"),
         ('{"id": "1", "character": "A", "messages": [{"speaker": "A", "text": "", "tme": 3}]}', "unknown key 'tme'"),
         ('{"id": "1", "character": "A", "messages": [{"speaker": "A", "text": "", "time": "3"}]}', "time is '3'"),
         ('{"id": "1", "character": "A", "messages": [{"speaker": "A", "text": "", "metadata": 3}]}', "metadata is int"),

@@ -10,6 +10,7 @@ import pytest
 
 from data.batch import PackedBatch
 from data.mixture import MixtureRows
+from data.packing import DOCUMENT
 from train.engagement import LABELS
 from train.sft import REPLY_TOKENS
 from train.targets import NoTargetsError, Targets, check_targets
@@ -24,14 +25,16 @@ class Rows:
         self.trained, self.label, self.directory = list(trained), list(label), Path(directory)
         self.n_rows, self.row_length, self.fingerprint, self.vocab_size = len(self.trained), L, "f", 99
         self.n_tokens = L * self.n_rows
-        self.manifest = {"tokenizer_sha256": "t", "row_length": L}
+        self.manifest = {"tokenizer_sha256": "t", "row_length": L, "n_dialogues": self.n_rows}
 
     def gather(self, numbers: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         shape = (len(numbers), L)
         trained, label = np.zeros(shape, np.uint8), np.full(shape, -1, np.int8)
         trained[:, -1] = [self.trained[number] for number in numbers]
         label[:, -1] = [self.label[number] for number in numbers]
-        return np.full(shape, 7), trained, label, np.full(len(numbers), L, np.int32)
+        documents = np.zeros(len(numbers), DOCUMENT)
+        documents["length"] = L
+        return np.full(shape, 7), trained, label, documents
 
 
 def check(targets: Targets, train: Rows, heldout: Rows, evaluated: Sequence[int]) -> None:
