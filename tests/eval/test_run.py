@@ -97,10 +97,11 @@ def test_a_model_with_another_tokenizer_is_refused(
     assert "models.sft" in (error := failure(pipeline, monkeypatch, capsys)) and "another tokenizer" in error
 
 
-def test_too_few_contexts_and_too_short_a_model(
+def test_no_context_is_refused(
     pipeline: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "replies.n_contexts: 500" in failure(pipeline, monkeypatch, capsys, "replies.n_contexts=500")
+    told = failure(pipeline, monkeypatch, capsys, "contexts.min_messages=500")
+    assert "0 contexts found, at least 2 are needed" in told
 
 
 def test_a_model_too_short_is_refused(
