@@ -158,7 +158,8 @@ def check_logits(
     if not worst <= limit:
         raise ParityError(f"logits differ from ours by up to {worst:.2e} in {where}; at most {limit:.0e} is allowed")
     if not n_long:
-        raise ParityError(f"no conversation is longer than the window of {model.config.window} tokens, so none tests it")
+        window = model.config.window
+        raise ParityError(f"no conversation is longer than the window of {window} tokens, so none tests it")
     return Parity(len(dialogues), n_long, n_tokens, worst, n_greedy, n_ties, 0)
 
 
