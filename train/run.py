@@ -97,6 +97,7 @@ def _run_ranks(recipe: TrainingRecipe, plan: Plan) -> int:
             except ValueError as error:
                 return watchdog.end(USER_ERROR, partial(tell_error, error))
     finally:
+        stop.end()
         torch.distributed.destroy_process_group()
 
 

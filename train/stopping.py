@@ -32,6 +32,13 @@ class StopRequest:
         finally:
             self._is_polled = False
 
+    def end(self) -> None:
+        """The run is over, and the process about to end: a launcher that stops the ranks of a failed job changes
+        nothing, and Ctrl-C ends it without a traceback."""
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     def _handle(self, number: int, frame: object) -> None:
         again = self._requested and number == signal.SIGINT
         self._requested, self.by_keyboard = True, number == signal.SIGINT

@@ -221,11 +221,11 @@ def test_a_killed_run_on_two_ranks_ends_with_the_same_bits(pretrain_recipe: Path
 
 
 def test_it_learns_what_adamw_learns(pretrain_recipe: Path, tmp_path: Path) -> None:
-    """AdamW with the best of three learning rates reached 1.163 here, from 5.8: words at random allow no less."""
+    """AdamW with the best of three learning rates reaches 1.197 here, from 5.8: words at random allow little less."""
     steps = ("loop.max_steps=200", "loop.evaluate_every=200", "loop.save_every=200", "evaluation_rows=16")
     child = pretraining(pretrain_recipe, *steps)
     output, _ = child.communicate(timeout=280)
     assert child.returncode == 0, output
     figures = json.loads((tmp_path / "run" / "done.json").read_text())["figures"]
     assert figures["heldout_loss"] < min(figures["baselines"].values())
-    assert figures["heldout_loss"] < 1.18
+    assert figures["heldout_loss"] < 1.215
