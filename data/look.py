@@ -85,8 +85,10 @@ def find_source(path: Path) -> Found:
         told = [f"{f.kind}: {f.bad[0].file}:{f.bad[0].line}: {f.bad[0].reason}" for _, f in tried if f.bad]
         files = path.rglob("*") if path.is_dir() else [path]
         suffixes = sorted({file.suffix for file in files if file.is_file()})
+        if not suffixes:
+            raise LookError(f"{path}: found no files; expected conversations, such as JSON lines (see the README)")
         raise LookError(
-            f"{path}: no reader reads half of the records ({', '.join(suffixes) or 'no files'} found); each on its "
+            f"{path}: no reader reads half of the records ({', '.join(suffixes)} found); each on its "
             "first bad record:\n" + "\n".join(f"  {line[:200]}" for line in [*told, *reasons][:8])
             + "\nthe README's table of kinds says what each reads"
         )  # fmt: skip

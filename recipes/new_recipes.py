@@ -17,6 +17,7 @@ _VOCABULARIES = (384, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 _CHARACTERS_A_PIECE = 200  # a piece that is seen less often teaches nothing
 _EPOCHS = 8  # over a small corpus; a large one ends at the steps of the recipe that is copied
 _FEWEST_STEPS = 20
+_FEWEST_CONTEXTS = 2  # a reply is ranked against those of other dialogues
 _HELDOUT_DIALOGUES = 60
 _SILENCES = (600.0, 3600.0, 86400.0)  # seconds, tried in this order
 _RARER_LABEL = 0.03  # at least this share of the labels must be of the rarer class
@@ -273,6 +274,9 @@ def _choose_heldout(choices: Choices, sides: Any, look: Any, tokenizer: Any) -> 
             choices.set("eval", "contexts.min_messages", most, "so short are the dialogues")
         n_contexts = sum(place >= evaluation["contexts"]["min_messages"] for place in before)
         why = f"{n_contexts} of {n} held-out dialogues have a reply so late"
+        if n_contexts < _FEWEST_CONTEXTS:
+            choices.leave_out("eval", f"{why}, at least {_FEWEST_CONTEXTS} are needed; more conversations give more")
+            evaluation = {}
     for part in ("replies", "ranking", "user_sensitivity"):
         if part in evaluation and evaluation[part]["n_contexts"] > n_contexts:
             choices.set("eval", f"{part}.n_contexts", n_contexts, why)

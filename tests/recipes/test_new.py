@@ -156,6 +156,21 @@ def test_pairs_are_trained_as_pairs(work: Path, capfd: pytest.CaptureFixture[str
     assert pipeline(["mine", "--dry-run"]) == 0, capfd.readouterr()
 
 
+def test_without_two_contexts_held_out_there_is_no_evaluation(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_lines(work / "logs/a.jsonl", conversations(5))
+    assert main(["mine", "--data", "logs"]) == 0
+    printed = capfd.readouterr().out
+    assert "no eval stage: 1 of 1 held-out dialogues have a reply so late, at least 2 are needed" in printed
+    assert not (work / "mine/eval.yaml").exists()
+    assert pipeline(["mine", "--dry-run"]) == 0
+
+
+def test_a_folder_without_files_is_told(work: Path) -> None:
+    (work / "logs").mkdir()
+    with pytest.raises(LookError, match="logs: found no files"):
+        find_source(work / "logs")
+
+
 def test_a_larger_template_keeps_its_own_stages(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     write_lines(work / "logs" / "a.jsonl", conversations(300))
     assert main(["mine", "--data", "logs", "--like", "mqa_1b"]) == 0
