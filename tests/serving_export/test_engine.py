@@ -278,3 +278,18 @@ def test_refused_prompts() -> None:
     assert generation.sampling.max_new_tokens == 1
     with pytest.raises(QueueFull, match="1 requests"):
         engine.submit([2], greedy(3), Listener())
+
+
+def test_pages_that_two_requests_share_are_in_use_once() -> None:
+    engine = Engine(tiny(), n_pages=32, page_size=4)
+    prompt = list(range(5, 18))  # three full pages and one token
+    engine.submit(prompt, greedy(1), Listener())
+    finish(engine)
+    assert engine.n_pages_in_use() == 0, "what only the prefix cache holds is not in use"
+    for _ in range(2):
+        engine.submit(prompt, Sampling(max_new_tokens=9, stop_ids=()), Listener())
+    engine.step()
+    assert engine.n_running == 2
+    assert engine.n_pages_in_use() == 3 + 2
+    finish(engine)
+    assert engine.n_pages_in_use() == 0
