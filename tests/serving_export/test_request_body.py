@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import Request
 
 from data.dialogue import Message, encode_prompt
 from data.tokenizer import DialogueTokenizer
@@ -20,7 +21,7 @@ from serving_export.engine import Engine, PromptError
 from serving_export.manifest import Defaults
 from serving_export.protocol import RequestError
 from serving_export.reply import Replier
-from serving_export.request_body import MAX_BODY_BYTES, longest_body, parse_body
+from serving_export.request_body import MAX_BODY_BYTES, longest_body, parse_body, read_body
 from serving_export.server import create_app
 
 HELLO = [{"role": "user", "content": "Hello there"}]
@@ -143,6 +144,20 @@ def test_terminal_has_the_same_bound(
     monkeypatch.setattr(ConversationEncoder, "encode_prompt", never)
     with pytest.raises(PromptError, match="at most 255 leave room"):
         Replier(Engine(model, n_pages=40), tokenizer).encode([Message("Bob", "ducks " * 10_000)], "Ada")
+
+
+def test_reading_ends_at_the_hard_limit_where_no_length_is_announced() -> None:
+    n_read = 0
+
+    async def receive() -> dict[str, Any]:
+        nonlocal n_read
+        n_read += 1
+        assert n_read <= MAX_BODY_BYTES // 2**20 + 1, "read beyond the limit"
+        return {"type": "http.request", "body": b" " * 2**20, "more_body": True}
+
+    with pytest.raises(RequestError, match="longer than") as refused:
+        asyncio.run(read_body(Request({"type": "http", "method": "POST", "headers": []}, receive), 1024))
+    assert refused.value.status == 413
 
 
 def test_limits_grow_with_the_model() -> None:
