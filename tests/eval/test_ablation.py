@@ -18,6 +18,7 @@ from eval.workspace import EvalError
 from model.config import ModelConfig
 from model.transformer import Transformer
 from model.weights import save_model
+from recipes.json_text import finite_figures
 from recipes.loader import RecipeError, load_recipe
 from recipes.run_inputs import digest_inputs
 
@@ -33,7 +34,7 @@ def make_run(root: Path, name: str, model: Transformer, lr: float, heldout_loss:
         run_dir / "model", model.config, model.state_dict(), files={"tokenizer.model": root / "data/tokenizer.model"}
     )
     inputs = digest_inputs({"data": root / "data"})
-    done = {"key_figure": "done", "inputs": inputs, "figures": {"heldout_loss": heldout_loss}}
+    done = {"key_figure": "done", "inputs": inputs, "figures": finite_figures({"heldout_loss": heldout_loss})}
     (run_dir / "done.json").write_text(json.dumps(done))
     (run_dir / "recipe.yaml").write_text(f"optimizer: {{kind: adamw, lr: {lr}}}\nevaluation_rows: {EVALUATION_ROWS}\n")
     losses = np.random.default_rng(0).normal(3.0, 0.01, 40)

@@ -18,7 +18,8 @@ def write_logs(folder: Path, n: int) -> None:
     folder.mkdir()
     lines = []
     for number in range(n):
-        said = [{"speaker": s, "text": f"{s} says {i} of {number}"} for i in range(4) for s in ("Tom", "Mia")]
+        turns = [(i, s) for i in range(4) for s in ("Tom", "Mia")]
+        said = [{"speaker": s, "text": f"{s} says {i} of {number}", "time": 60 * i} for i, s in turns]
         lines.append(json.dumps({"id": f"c{number}", "character": "Mia", "messages": said}))
     (folder / "a.jsonl").write_text("\n".join(lines))
 
@@ -46,7 +47,7 @@ def test_counts_that_can_be_lowered_are_noted(logs: list[str], capfd: pytest.Cap
     assert code == 0, output
     n = int(output.split("eval: replies.n_contexts: 128 asked for, ")[1].split()[0])
     assert 2 <= n <= 20
-    assert f"ranking.n_contexts: 64 asked for, {n} contexts found held out; {n} are used" in output
+    assert f"ranking.n_contexts: 320 asked for, {n} contexts found held out; {n} are used" in output
     assert f"export: n_parity_conversations: 24 asked for, {n} held-out dialogues found" in output
     assert not Path(logs[2]).exists()
     code, output = dry_run(capfd, *logs, "eval.ranking.n_distractors=40")
@@ -58,7 +59,7 @@ def test_counts_that_can_be_lowered_are_noted(logs: list[str], capfd: pytest.Cap
     [
         (["pretrain.model.vocab_size=512"], ["vocab_size 512", "300 pieces; set model.vocab_size to 300"]),
         (["pretrain.model.max_length=256"], ["have 512 tokens, the model's max_length is 256; set model.max_length"]),
-        (["eval.replies.max_new_tokens=4000"], ["models.dpo: max_length", "4096 are asked for"]),
+        (["eval.replies.max_new_tokens=4000"], ["models.dpo: max_length", "4160 are asked for"]),
         (["sft.loop.rows_per_step=6"], ["rows_per_step=6 is not a multiple of rows_per_micro_batch=4 x 1 rank(s)"]),
         (["pretrain.model.kv_sharing={kind: adjacent, group: 2}"], ["cannot be exported"]),
         # all at once
