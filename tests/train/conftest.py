@@ -96,7 +96,7 @@ def steps_on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., li
         program = [str(Path(__file__).with_name("steps_on_ranks.py")), str(out / "cases.json"), str(out)]
         done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *program],
-            cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+            cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False,
             env={**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1",
                  "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
