@@ -109,3 +109,9 @@ def test_each_message_is_encoded_once_and_none_beyond_the_cut(tokenizer: Dialogu
     assert not isinstance(found, LeftOut) and found.messages == tuple(messages[-9:])
     bodies = {text: count for text, count in Counting.seen.items() if "message" in text}
     assert bodies == {f" message {number}": 1 for number in range(490, 500)}
+
+
+def test_a_narrator_that_replies_may_lose_all_but_its_newest_message(tokenizer: DialogueTokenizer) -> None:
+    talk = [Message("Ann", "good bread"), SCENE[1], NOTE]
+    found = fit_prompt(tokenizer, talk, NARRATOR, len(encode_prompt(tokenizer, [NOTE], NARRATOR)))
+    assert not isinstance(found, LeftOut) and found.messages == (NOTE,)

@@ -155,3 +155,18 @@ def test_large_groups_are_not_preferred() -> None:
         n_crowds += sum(dialogue.id[0] == "c" for dialogue in heldout)
         n_singles += sum(dialogue.id[0] == "s" for dialogue in heldout)
     assert abs(n_crowds - n_singles) < 0.1 * (n_crowds + n_singles)
+
+
+def test_a_source_of_few_dialogues_has_one_held_out() -> None:
+    result = Sides([talk(str(i), None) for i in range(4)], FractionSplit(kind="fraction", heldout=0.1), seed=0)
+    assert (len(result.train), len(result.heldout)) == (3, 1)
+
+
+def test_a_group_in_two_sources_is_held_out_where_it_fits_both() -> None:
+    """Room is for one dialogue of each source: after the first pair of linked dialogues no other pair fits."""
+    rule = FractionSplit(kind="fraction", heldout=0.1)
+    dialogues = [replace(talk(f"{source}{i}", None, f"p{i}"), source=source) for source in "ab" for i in range(9)]
+    dialogues += [replace(talk("b9", None, "q"), source="b"), replace(talk("b10", None, "r"), source="b")]
+    for seed in range(20):
+        heldout = Counter(dialogue.source for dialogue in Sides(dialogues, rule, seed).heldout)
+        assert heldout["a"] <= 1 and heldout["b"] <= 1

@@ -1,5 +1,7 @@
 """Times of every form become unix seconds, and what is no time is refused with words."""
 
+import time
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
@@ -22,6 +24,16 @@ def test_iso_8601_is_the_moment_that_it_names(moment: datetime) -> None:
     assert unix_seconds(text) == unix_seconds(text.replace("T", " ")) == datetime.fromisoformat(text).timestamp()
 
 
+@pytest.fixture
+def machine_east_of_utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.usefixtures("machine_east_of_utc")
 def test_a_time_without_a_zone_is_utc() -> None:
     assert unix_seconds("2024-05-01") == unix_seconds("2024-05-01T00:00") == 1714521600
     assert unix_seconds("2024-05-01T00:00:00z") == unix_seconds("2024-05-01T02:00:00+02:00") == 1714521600
