@@ -129,10 +129,11 @@ def turns_problem(url: str, common: dict[str, Any], case: dict[str, Any], n_new_
         again = post(f"{url}/tokenize", {"model": common["model"], "prompt": content, "add_special_tokens": False})
         is_whole = choice["finish_reason"] == "stop"
         drawn = choice["token_ids"][:-1] if is_whole else choice["token_ids"]
-        before = prompt + (choice["token_ids"] if again["tokens"] == drawn else [])
+        is_comparable = content.startswith(" ") and again["tokens"] == drawn  # " text", as all replies are trained
+        before = prompt + (choice["token_ids"] if is_comparable else [])
         n_compared += len(before) > len(prompt)
     if n_compared < 2:
-        print(f"note {case['said'][0][:30]!r}: {n_compared} replies could be compared; train the model longer", flush=True)
+        print(f"note {case['said'][0][:30]!r}: too few replies to compare ({n_compared}); train longer", flush=True)
     return None
 
 
