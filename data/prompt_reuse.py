@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from data.dialogue import NARRATOR, Dialogue, Message, message_body, speaker_prefix
+from data.dialogue import Dialogue, Message, message_body, n_opening_messages, speaker_prefix
 from data.dialogue_json import read_dialogues
 from data.message_encoder import MessageEncoder
 from data.prompt_truncation import CONTEXT_COST, planned_parts, surviving_parts
@@ -95,7 +95,7 @@ class Conversation:
         self.opening = np.array(encoder.opening(dialogue.character))
         self.bos = np.array([encoder.tokenizer.bos_id])
         self.limit = limit
-        self.n_pinned = n_pinned_messages(dialogue)
+        self.n_pinned = n_opening_messages(dialogue.messages)
         self.lengths = [len(ids) for ids in self.messages]
         self.priorities = [0] * self.n_pinned + [1] * (len(self.messages) - self.n_pinned)
         replies = (message.speaker == dialogue.character for message in dialogue.messages)
@@ -160,15 +160,10 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     return int(different[0]) if len(different) else n
 
 
-def n_pinned_messages(dialogue: Dialogue) -> int:
-    """How many messages of the narrator it begins with: a scene or a definition."""
-    speakers = [message.speaker for message in dialogue.messages]
-    return next((i for i, speaker in enumerate(speakers) if speaker != NARRATOR), len(speakers))
-
-
 def n_turns(dialogue: Dialogue) -> int:
     """Replies of its character."""
-    return sum(message.speaker == dialogue.character for message in dialogue.messages[n_pinned_messages(dialogue) :])
+    conversation = dialogue.messages[n_opening_messages(dialogue.messages) :]
+    return sum(message.speaker == dialogue.character for message in conversation)
 
 
 def stitched(dialogues: Iterable[Dialogue], turns: int) -> Iterator[Dialogue]:
@@ -176,7 +171,7 @@ def stitched(dialogues: Iterable[Dialogue], turns: int) -> Iterator[Dialogue]:
     messages: list[Message] = []
     done, number = 0, 0
     for dialogue in dialogues:
-        pinned = n_pinned_messages(dialogue)
+        pinned = n_opening_messages(dialogue.messages)
         if not messages:
             messages += dialogue.messages[:pinned]
         for message in dialogue.messages[pinned:]:
