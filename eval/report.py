@@ -129,6 +129,26 @@ def _verdict(good: bool, bad: bool) -> str:
     return "good" if good else "bad" if bad else "open"
 
 
+def times_to_decide(estimate: Mapping[str, Any], bar: float) -> float | None:
+    """How many times as many conversations would exclude `bar` from the interval, if the value stays what it is.
+
+    An interval shrinks with the square root of the number of conversations. None where there is no interval, where the
+    bar lies outside it already, and where the value is the bar.
+    """
+    low, value, high = estimate["low"], estimate["value"], estimate["high"]
+    if low is None or value == bar or not low <= bar <= high:
+        return None
+    towards_bar = high - value if bar > value else value - low
+    return float((towards_bar / (bar - value)) ** 2)
+
+
+def _to_decide(estimate: Mapping[str, Any], bar: float) -> str:
+    times = times_to_decide(estimate, bar)
+    if times is None:
+        return ""
+    return f" · {times:.1f} times as many conversations would decide" if times < 20 else " · too close to tell apart"
+
+
 def _above(estimate: Mapping[str, Any], bar: float) -> str:
     """Good when the whole interval is above the bar, bad when it is below, open when the bar lies inside."""
     if estimate["low"] is None:
@@ -158,9 +178,10 @@ def _ranking_card(report: Mapping[str, Any]) -> dict[str, str] | None:
     if not part:
         return None
     name = list(part["models"])[-1]
-    recall, chance = part["models"][name]["mean_logprob"]["recall_at_1"], part["chance"]["recall_at_1"]
-    note = f"the real reply among {part['n_candidates']} · chance {chance:.2f}"
-    return _card(f"Recall@1, {name}", recall, note, _above(recall, chance))
+    # the rank says more of each context than whether it is the first, and the gain leaves common replies no advantage
+    mrr, chance = part["models"][name]["context_gain"]["mrr"], part["chance"]["mrr"]
+    note = f"of the real reply among {part['n_candidates']}, by gain from context · chance {chance:.2f}"
+    return _card(f"Mean reciprocal rank, {name}", mrr, note + _to_decide(mrr, chance), _above(mrr, chance))
 
 
 def _scorer_card(report: Mapping[str, Any]) -> dict[str, str] | None:
@@ -171,7 +192,7 @@ def _scorer_card(report: Mapping[str, Any]) -> dict[str, str] | None:
     if auc["value"] is None or not baselines:
         return _card("Scorer AUC", auc, auc["note"] or "no baseline", "open")
     best = max(baselines.values(), key=lambda b: b["auc"]["value"])
-    note = f"best baseline that reads nothing {best['auc']['value']:.2f}"
+    note = f"best text-free baseline {best['auc']['value']:.2f}" + _to_decide(best["scorer_minus_baseline"], 0)
     return _card("Scorer AUC", auc, note, _above(best["scorer_minus_baseline"], 0))
 
 
@@ -183,7 +204,7 @@ def _win_card(report: Mapping[str, Any]) -> dict[str, str] | None:
     note = (
         "all of it above 65%: over-optimised?"
         if part["over_optimisation_suspected"]
-        else "by the scorer · 50% is no difference"
+        else "by the scorer · 50% is no difference" + _to_decide(part["win_rate"], 0.5)
     )
     title = f"{part['model']} over {part['against']}, win rate"
     card = _card(title, part["win_rate"], note, verdict, digits=1, percent=True)
@@ -204,7 +225,8 @@ def _stop_card(report: Mapping[str, Any]) -> dict[str, str] | None:
     if found is None:
         return None
     name, figures, _ = found
-    return _card(f"Replies that end, {name}", figures["stop_rate"], "the rest is cut at the token limit",
+    note = "the rest is cut at the token limit · 95% expected" + _to_decide(figures["stop_rate"], 0.95)
+    return _card(f"Replies that end, {name}", figures["stop_rate"], note,
                  _above(figures["stop_rate"], 0.95), digits=1, percent=True)  # fmt: skip
 
 

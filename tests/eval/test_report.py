@@ -17,7 +17,17 @@ from eval.perplexity import ScoredTargets, paired_difference, summarise
 from eval.plots import DRAWINGS, THEME, draw_scorer
 from eval.preference import summarise_preference
 from eval.ranking import SCORES, RankingTask, chance_figures, length_only_scores, rank_figures
-from eval.report import interval_text, number_text, p_value_text, render_html, signed_text, to_json, write_report
+from eval.report import (
+    interval_text,
+    number_text,
+    p_value_text,
+    render_html,
+    signed_text,
+    summary_cards,
+    times_to_decide,
+    to_json,
+    write_report,
+)
 from eval.statistics import Bootstrap, Estimate
 from eval.user_sensitivity import summarise_changes
 
@@ -247,3 +257,27 @@ def test_samples_end_in_an_ellipsis_and_the_character_is_on_the_left() -> None:
     assert (
         ".bubble.other { align-self: flex-end" in html and ".turn.mine { align-self: flex-end" in CHAT_PAGE.read_text()
     )
+
+
+@pytest.mark.parametrize(
+    ("bar", "times"), [(0.2, 4.0), (0.5, 9.0), (0.1, 1.0), (0.05, None), (0.95, None), (0.3, None)]
+)
+def test_how_many_times_as_many_conversations_would_decide(bar: float, times: float | None) -> None:
+    """An interval that is half as wide needs four times as many; on each side of the value its own half counts."""
+    found = times_to_decide({"low": 0.1, "value": 0.3, "high": 0.9}, bar)
+    assert found == (None if times is None else pytest.approx(times))
+
+
+def test_a_figure_without_an_interval_decides_nothing() -> None:
+    assert times_to_decide({"low": None, "value": 0.3, "high": None}, 0.2) is None
+
+
+def test_an_undecided_card_says_what_would_decide() -> None:
+    report: Any = to_json(random_report())
+    name = list(report["models"])[-1]
+    report["ranking"]["models"][name]["context_gain"]["mrr"] |= {"low": 0.3, "value": 0.4, "high": 0.5}
+    for chance, tag, expected in ((0.35, "undecided", "4.0 times"), (0.25, "clears the bar", None)):
+        report["ranking"]["chance"]["mrr"] = chance
+        (card,) = [card for card in summary_cards(report) if card["title"] == f"Mean reciprocal rank, {name}"]
+        assert card["tag"] == tag
+        assert (expected in card["note"]) if expected else ("would decide" not in card["note"])
