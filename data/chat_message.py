@@ -1,11 +1,19 @@
 """Chat messages as objects of JSON: the one reader of them, for every source of records and for the server."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from data.dialogue import NARRATOR, TRAINED_KEY, DialogueError, Message, check_times
-from data.record_keys import MESSAGE_ALIASES, REFUSED_IN_MESSAGE, name_in, refuse, take, take_trained
+from data.record_keys import (
+    MESSAGE_ALIASES,
+    REFUSED_IN_MESSAGE,
+    name_in,
+    refuse,
+    speaks_of_training,
+    take,
+    take_trained,
+)
 from data.unix_time import TimeError, unix_seconds
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
@@ -59,6 +67,10 @@ def read_text(content: object, key: str = "content") -> str:
     return "\n".join(part["text"] for part in content)
 
 
+READ_AS: dict[str, Callable[[Any], Any]] = {"text": read_text, "time": unix_seconds}
+"""Keys of a message: what two values of them are compared by, where a message has two."""
+
+
 def read_messages(
     given: object, names: RoleNames, *, needs_role: bool, keeps_other_keys: bool
 ) -> tuple[ChatMessage, ...]:
@@ -100,7 +112,7 @@ def supervised(read: Sequence[ChatMessage], character: str, trained: bool | None
                 "trained, so leave the flag out of other messages"
             )
         is_trained = trained if one.trained is None else one.trained
-        messages.append(_untrained(one.message) if is_character and is_trained is False else one.message)
+        messages.append(untrained(one.message) if is_character and is_trained is False else one.message)
     return tuple(messages)
 
 
@@ -114,7 +126,7 @@ def _read(record: object, names: RoleNames, needs_role: bool, keeps_other_keys: 
     trained = take_trained(record)
     speaker, role = take_speaker(record, names, needs_role)
     text_key, time_key = (name_in(record, key, MESSAGE_ALIASES) for key in ("text", "time"))
-    text, time = (take(record, key, MESSAGE_ALIASES) for key in ("text", "time"))
+    text, time = (take(record, key, MESSAGE_ALIASES, read) for key, read in READ_AS.items())
     metadata = _metadata(record, keeps_other_keys)
     text_key = "content" if text is None and needs_role else text_key
     return ChatMessage(Message(speaker, read_text(text, text_key), _time(time, time_key), metadata), role, trained)
@@ -123,6 +135,9 @@ def _read(record: object, names: RoleNames, needs_role: bool, keeps_other_keys: 
 def _is_own(record: dict[str, Any]) -> bool:
     """Whether the object has the keys of a Message, and their types as far as the general way would convert them."""
     if not {"speaker", "text"} <= record.keys() <= _MESSAGE_KEYS:
+        return False
+    metadata = record.get("metadata")
+    if isinstance(metadata, dict) and speaks_of_training(metadata):
         return False
     return isinstance(record["text"], str) and not isinstance(record.get("time"), str)
 
@@ -179,8 +194,6 @@ def _metadata(record: dict[str, Any], keeps_other_keys: bool) -> dict[str, Any] 
     return {**(metadata or {}), **record} or metadata
 
 
-def _untrained(message: Message) -> Message:
-    metadata = dict(message.metadata or {})
-    if metadata.get(TRAINED_KEY):
-        raise DialogueError(f"metadata.{TRAINED_KEY} is true, and a flag says that the message is not trained")
-    return replace(message, metadata={**metadata, TRAINED_KEY: False})
+def untrained(message: Message) -> Message:
+    """The message, kept out of the loss of SFT."""
+    return replace(message, metadata={**(message.metadata or {}), TRAINED_KEY: False})

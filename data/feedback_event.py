@@ -40,7 +40,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from data.chat_message import RoleNames, take_speaker
+from data.chat_message import READ_AS, RoleNames, take_speaker
 from data.dialogue import DialogueError, check_speaker
 from data.record_keys import MESSAGE_ALIASES, rename
 from data.sources.record import RecordError
@@ -80,7 +80,7 @@ class FeedbackEvent(Section):
     """One turn as it was logged; the module's table says what each key holds."""
 
     conversation: str = Field(min_length=1)
-    user: str = Field(min_length=1)
+    user: str = Field(pattern=r"\S")  # a blank one would make one person of all who have it
     turn: str = Field(min_length=1)
     after: str | None
     character: str
@@ -123,7 +123,7 @@ def _rename(record: dict[str, Any]) -> None:
         if not isinstance(part, dict):
             continue
         try:
-            rename(part, ("text", "time"), MESSAGE_ALIASES)
+            rename(part, READ_AS, MESSAGE_ALIASES)
             if place.startswith("messages") and not part.keys().isdisjoint({"name", "role", "from"}):
                 part["speaker"], _ = take_speaker(part, names)
         except DialogueError as error:
@@ -182,6 +182,8 @@ def _explain(error: ValidationError) -> str:
         known = ", ".join(FeedbackEvent.model_fields) if "." not in key else "the keys of data/feedback_event.py"
         return f"unknown key {key!r}; expected {known}"
     expected = first["msg"].removeprefix("Input should be ").removeprefix("Input should ")
-    if first["type"] in ("too_short", "string_too_short"):
+    if first["type"] == "string_pattern_mismatch":
+        expected = "text that is not blank"
+    elif first["type"] in ("too_short", "string_too_short"):
         expected = f"at least {first['ctx']['min_length']}"
     return f"{key} is {reprlib.repr(first['input'])}: expected {expected[0].lower()}{expected[1:]}"

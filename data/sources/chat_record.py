@@ -6,8 +6,9 @@ from typing import Any
 
 from data.chat_message import ASSISTANT, SYSTEM, ChatMessage, RoleNames, read_messages, read_text
 from data.dialogue import NARRATOR, Message
-from data.record_keys import RECORD_ALIASES, REFUSED_IN_RECORD, refuse, take, take_trained
+from data.record_keys import RECORD_ALIASES, REFUSED_IN_RECORD, name_in, refuse, take, take_trained
 from data.sources.record import RecordError
+from data.visible_text import says_nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,26 +47,29 @@ def take_messages(
     trained = take_trained(record)
     read = read_messages(given, names, needs_role=needs_role, keeps_other_keys=keeps_other_keys)
     untold = [replace(one, trained=False) if one.trained is None else one for one in read[:n_prompt]]
-    return ChatRecord((*_system(take(record, "system", RECORD_ALIASES), read), *untold, *read[n_prompt:]), trained)
+    key = name_in(record, "system", RECORD_ALIASES)
+    system = _system(take(record, "system", RECORD_ALIASES, read_text), key, read)
+    return ChatRecord((*system, *untold, *read[n_prompt:]), trained)
 
 
 def participant_ids(given: Any, character: str | None) -> tuple[str, ...]:
-    """The ids of the people: all but that of the character, where the record or the recipe says who that is."""
+    """The ids of the people: all but that of the character, where the record or the recipe says who that is. A null or
+    blank one is absent: it would make one person of all who have it."""
     ids = list(given.values()) if isinstance(given, dict) else given
-    if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids):
+    if not isinstance(ids, list) or not all(one is None or isinstance(one, str) for one in ids):
         raise RecordError(f"participants is {given!r}: expected a list of strings, or an object of speakers and ids")
     own = given.get(character) if isinstance(given, dict) else character
-    return tuple(one for one in ids if one != own)
+    return tuple(one for one in ids if one is not None and one != own and not says_nothing(one))
 
 
-def _system(given: Any, read: Sequence[ChatMessage]) -> tuple[ChatMessage, ...]:
-    """The narrator's message of the record's key `system`, unless it is the first message already."""
+def _system(given: Any, key: str, read: Sequence[ChatMessage]) -> tuple[ChatMessage, ...]:
+    """The narrator's message of the record's system, which it calls `key`, unless it is the first message already."""
     if given is None or given in ("", []):
         return ()
-    text = read_text(given)
+    text = read_text(given, key)
     first = read[0].message if read else None
     if first is None or first.speaker != NARRATOR:
         return (ChatMessage(Message(NARRATOR, text), SYSTEM),)
     if first.text.strip() != text.strip():
-        raise RecordError("system differs from the first message, which is the system's too; give one of them")
+        raise RecordError(f"{key} differs from the first message, which is the system's too; give one of them")
     return ()

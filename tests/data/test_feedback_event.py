@@ -66,7 +66,9 @@ def test_texts_are_read_as_they_are(texts: list[str]) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "reason"),
     [
-        (("user",), "", "user is '': expected"),
+        (("user",), "", "user is '': expected text that is not blank"),
+        (("user",), " \n", "user is ' \\n': expected text that is not blank"),
+        (("messages", 0), {"speaker": "Tom", "text": "x", "time": 0, "timestamp": False}, "messages.0: time 0 and"),
         (("after",), 7, "after is 7: expected"),
         (("after",), "t2", "cannot continue itself"),
         (("likes",), 3, "unknown key 'likes'; expected conversation, user"),

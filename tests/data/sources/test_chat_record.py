@@ -78,6 +78,42 @@ def test_flags_that_contradict_each_other_are_refused(tmp_path: Path, kind: str)
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("flag", [*TRAINED_FLAGS, "masked"])
+def test_flags_in_metadata_are_flags(tmp_path: Path, kind: str, flag: str) -> None:
+    """Of a message with the keys of our own, with other names, and of the record: honored, and refused where they
+    contradict what stands beside them."""
+    off, on = (1, 0) if flag == "masked" else (0, 1)
+    path = tmp_path / "a.jsonl"
+
+    def made(own: dict[str, Any], **record: Any) -> Dialogue | Rejected:
+        names = [{"speaker": "Tom", "role": "user"}, {"speaker": "Mia", "role": "assistant"}]
+        said = [{**name, "text": text} for name, text in zip(names * 2, "abcd", strict=False)]
+        said[1] |= own
+        if kind == "chat_jsonl":
+            said = [{key: value for key, value in one.items() if key != "role"} for one in said]
+            record["character"] = "Mia"
+        return read(kind, {"messages": said, **record}, path)
+
+    assert trained(made({"metadata": {flag: off, "stars": 5}})) == [False, False, False, True]
+    assert trained(made({"metadata": {flag: None}})) == [False, True, False, True]
+    assert trained(made({}, metadata={flag: off})) == [False] * 4
+    assert trained(made({"metadata": {flag: on}}, metadata={flag: off})) == [False, True, False, False]
+    assert trained(made({"metadata": {flag: on}}, weight=0)) == [False, True, False, False]
+    for bad in (
+        made({"metadata": {flag: off}, "weight": 1}),
+        made({"metadata": {flag: on}, "weight": 0}),
+        made({}, metadata={flag: off}, weight=1),
+        made({"metadata": {flag: off, ("weight" if flag == "loss" else "loss"): 1}}),
+    ):
+        assert isinstance(bad, Rejected) and "contradict each other on what is trained" in bad.reason
+        assert "metadata." in bad.reason
+    bad = made({"metadata": {flag: 0.5}})
+    assert isinstance(bad, Rejected) and f"message 1: metadata.{flag} is 0.5: expected 0 or 1" in bad.reason
+    bad = made({"metadata": {"loss_mask": [1, 0]}})
+    assert isinstance(bad, Rejected) and "message 1: metadata.loss_mask is not read" in bad.reason
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("key", list(REFUSED_IN_MESSAGE))
 def test_keys_that_change_a_message_are_refused_by_name(tmp_path: Path, kind: str, key: str) -> None:
     path = tmp_path / "a.jsonl"
@@ -143,7 +179,9 @@ def test_the_system_of_a_record_is_the_scene(tmp_path: Path, kind: str, key: str
     twice = [{"role": "system", "content": "Be brief."}, *chat("a", "b")["messages"]]
     assert good(read(kind, {"messages": twice, key: "Be brief. "}, path)).messages == dialogue.messages
     bad = read(kind, {"messages": twice, key: "Be long."}, path)
-    assert isinstance(bad, Rejected) and "system differs from the first message" in bad.reason
+    assert isinstance(bad, Rejected) and f"{key} differs from the first message" in bad.reason
+    bad = read(kind, chat("a", "b", **{key: ["x"]}), path)
+    assert isinstance(bad, Rejected) and bad.reason.startswith(f"{key} holds x: expected parts")
     assert good(read(kind, chat("a", "b", **{key: ""}), path)).messages == dialogue.messages[1:]
 
 
@@ -193,6 +231,39 @@ def test_two_names_of_a_key_with_two_values_are_refused(tmp_path: Path, kind: st
     assert "message 1: text 'c' and content 'b' differ, and mean the same key text" in bad.reason
     assert isinstance(read(kind, chat("a", {"content": "b", "text": "b"}), path), Dialogue)
     assert isinstance(read(kind, chat("a", "b", conversations=[]), path), Rejected)
+    parts = [{"type": "text", "text": "b"}]
+    assert isinstance(read(kind, chat("a", {"content": "b", "text": parts}), path), Dialogue)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("time", "other", "is_same"),
+    [
+        (1714521600, "2024-05-01T00:00:00Z", True),
+        (1714521600.0, 1714521600, True),
+        ("2024-05-01T02:00:00+02:00", "2024-05-01", True),
+        (1714521600, "2024-05-01T00:00:01Z", False),
+        (0, False, False),
+        (1, True, False),
+        (0, "", False),
+    ],
+)
+def test_two_times_of_a_message_are_compared_as_moments(
+    tmp_path: Path, kind: str, time: object, other: object, is_same: bool
+) -> None:
+    for first, second in ((time, other), (other, time)):
+        made = read(kind, chat("a", {"content": "b", "time": first, "created_at": second}), tmp_path / "a.jsonl")
+        if is_same:
+            assert good(made).messages[1].time == 1714521600
+        else:
+            assert isinstance(made, Rejected) and f"time {first!r} and created_at {second!r} differ" in made.reason
+
+
+@pytest.mark.parametrize(("one", "other"), [(1, True), (1, 1.0), ("1", 1)])
+def test_two_ids_of_different_types_differ(tmp_path: Path, one: object, other: object) -> None:
+    record = {**chat("a", "b"), "id": one, "conversation_id": other}
+    made = read("openai_messages", record, tmp_path / "a.jsonl")
+    assert isinstance(made, Rejected) and "differ, and mean the same key id" in made.reason
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -239,3 +310,12 @@ def test_the_character_is_no_participant(tmp_path: Path) -> None:
         assert good(read("chat_jsonl", {**record, "character": "Mia"}, path)).participants == ("u1",)
         assert good(read("chat_jsonl", record, path, character="Mia")).participants == ("u1",)
         assert len(good(read("chat_jsonl", record, path)).participants) == 2, "one of the people"
+
+
+@pytest.mark.parametrize("blank", [None, "", " \n", "\u200b"])
+def test_a_blank_participant_is_none(tmp_path: Path, blank: str | None) -> None:
+    """It would link everybody who has it."""
+    path = tmp_path / "a.jsonl"
+    for given_ids in (["u1", blank], {"User": blank, "Ann": "u1"}):
+        assert good(read("openai_messages", chat("a", "b", participants=given_ids), path)).participants == ("u1",)
+    assert isinstance(read("openai_messages", chat("a", "b", participants=[3]), path), Rejected)
