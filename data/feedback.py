@@ -154,8 +154,9 @@ def _convert_user(user: str, lines: Sequence[Line], recipe: FeedbackRecipe, outp
     counts.n_conversations += len(joined.conversations)
     participant = _participant(user, recipe.scrub)
     turns = (turn for conversation in joined.conversations for turn in conversation.turns)
-    for comparison in select_pairs(turns, recipe.pairs, user, recipe.seed, counts.pairs):
-        pair = to_pair(comparison, participant, recipe.max_context_messages)
+    most = recipe.max_context_messages
+    for comparison in select_pairs(turns, recipe.pairs, user, recipe.seed, counts.pairs, most):
+        pair = to_pair(comparison, participant, most)
         outputs.pairs.write(pair_to_json(pair) + "\n")
     _write_labels(joined.conversations, user, participant, recipe, outputs, counts.labels)
 

@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from data.dialogue import Message
 from data.feedback_conversation import Turn
 from data.feedback_event import FeedbackEvent
 from data.ledger import Ledger
-from data.preferences import PreferencePair, reason_against_pair
+from data.preferences import REPEATED, PreferencePair, reason_against_context, reason_against_pair
 from data.stable_hash import stable_hash
 from recipes.loader import Section
 
@@ -170,15 +171,21 @@ def shown(turn: Turn, number: int) -> Side:
 
 
 def select_pairs(
-    turns: Iterable[Turn], settings: PairSettings, user: str, seed: int, counts: PairCounts
+    turns: Iterable[Turn],
+    settings: PairSettings,
+    user: str,
+    seed: int,
+    counts: PairCounts,
+    max_context_messages: int | None = None,
 ) -> list[Comparison]:
-    """The comparisons of one user's turns that become pairs; all are counted in `counts`."""
+    """The comparisons of one user's turns that become pairs of contexts of so many messages; all are counted in
+    `counts`."""
     selected: list[Comparison] = []
     for turn in turns:
         found = [comparison for rule in settings.rules for comparison in rule.comparisons(turn)]
         for comparison in found:
             counts.setdefault(comparison.rule, RuleCounts()).ledger.read += 1
-        sound = _sound(found, settings.same_model, counts)
+        sound = _sound(found, settings.same_model, max_context_messages, counts)
         good = [c for c in _without_contradictions(sound, counts) if _has_similar_lengths(c, settings, counts)]
         selected += _capped(good, settings.max_per_turn, "over max_per_turn", (seed, user), counts)
     selected = _capped(selected, settings.max_per_user, "over max_per_user", (seed, user), counts)
@@ -188,14 +195,16 @@ def select_pairs(
     return selected
 
 
-def reason_against(comparison: Comparison, same_model: bool) -> str | None:
+def reason_against(comparison: Comparison, same_model: bool, max_context_messages: int | None) -> str | None:
     """Why these two replies cannot be a pair, whatever their lengths; None where they can."""
     chosen, rejected = comparison.chosen, comparison.rejected
     if chosen.context != rejected.context:
         return "an earlier reply was edited between the two: not one context"
     if comparison.excluded:
         return comparison.excluded
-    if reason := reason_against_pair(chosen.text, rejected.text):
+    context = _context(comparison, max_context_messages)
+    reason = reason_against_context(context, comparison.turn.event.character)
+    if reason := reason or reason_against_pair(chosen.text, rejected.text):
         return reason
     if same_model and None not in (chosen.model, rejected.model) and chosen.model != rejected.model:
         return "different models"
@@ -206,10 +215,9 @@ def to_pair(comparison: Comparison, participant: str, max_context_messages: int 
     """The record that train.dpo reads; `participant` stands for the user."""
     event, chosen, rejected = comparison.turn.event, comparison.chosen, comparison.rejected
     assert chosen.context == rejected.context, "a pair of different contexts"
-    number = int(rejected.name)
     return PreferencePair(
         id=f"{participant}/{comparison.id}",
-        messages=comparison.turn.context(event.candidates[number].time, max_context_messages),
+        messages=_context(comparison, max_context_messages),
         character=event.character,
         chosen=chosen.text,
         rejected=rejected.text,
@@ -223,12 +231,20 @@ def to_pair(comparison: Comparison, participant: str, max_context_messages: int 
     )
 
 
-def _sound(found: Sequence[Comparison], same_model: bool, counts: PairCounts) -> list[Comparison]:
+def _context(comparison: Comparison, max_messages: int | None) -> tuple[Message, ...]:
+    """What both sides answered."""
+    shown_at = comparison.turn.event.candidates[int(comparison.rejected.name)].time
+    return comparison.turn.context(shown_at, max_messages)
+
+
+def _sound(
+    found: Sequence[Comparison], same_model: bool, max_context_messages: int | None, counts: PairCounts
+) -> list[Comparison]:
     kept: dict[tuple[str, str], Comparison] = {}
     for comparison in found:
-        reason = reason_against(comparison, same_model)
+        reason = reason_against(comparison, same_model, max_context_messages)
         if reason is None and comparison.texts in kept:
-            reason = "the same pair again"
+            reason = REPEATED
         if reason is None:
             kept[comparison.texts] = comparison
         else:

@@ -1,6 +1,7 @@
 """Preference pairs for DPO: a context and two replies of the character, as JSON lines, and hh-rlhf files as such.
 
-Every reader refuses the same pairs (`reason_against_pair`) and counts them; too many of them are an error.
+Every reader refuses the same pairs (`reason_against_context`, `reason_against_pair`) and counts them; too many of them
+are an error.
 """
 
 import json
@@ -13,11 +14,12 @@ from typing import Any, Literal
 import numpy as np
 
 from data.atomic_file import atomic_file
-from data.dialogue import DialogueError, Message, check_speaker
+from data.dialogue import NARRATOR, DialogueError, Message, check_speaker
 from data.dialogue_json import message_to_record, messages_from_records
 from data.ledger import reasons_told
 from data.quarantine import general_reason
-from data.sources.hh_rlhf import ASSISTANT, parse_transcript, transcript_of
+from data.record_keys import refuse, take_trained
+from data.sources.hh_rlhf import ASSISTANT, REFUSED, parse_transcript, transcript_of
 from data.sources.record import RecordError
 from data.sources.source import parse_object, read_lines
 from data.stable_hash import stable_hash
@@ -26,6 +28,11 @@ from data.visible_text import says_nothing, visible
 SAYS_NOTHING = "a reply that says nothing"
 SAME_REPLY = "both replies say the same"
 OTHER_CONTEXT = "the sides differ before the last reply"
+NO_CONTEXT = "nobody but the character and the narrator says anything before the reply"
+BLANK_NEWEST = "the message before the reply says nothing"
+NOT_TRAINED = "its record says that it is not trained"
+REPEATED = "the same pair again"
+CONTRADICTED = "another pair of the same context prefers the other reply"
 _N_PLACES = 5  # of refused records, shown
 _REQUIRED = ("id", "messages", "character", "chosen", "rejected")
 _OPTIONAL = ("source", "metadata")
@@ -53,17 +60,27 @@ class PreferencePair:
             if not isinstance(text, str):
                 raise DialogueError(f"{side} is {type(text).__name__}: expected a string")
             Message(self.character, text)
-        if reason := reason_against_pair(self.chosen, self.rejected):
+        reason = reason_against_context(self.messages, self.character)
+        if reason := reason or reason_against_pair(self.chosen, self.rejected):
             raise DialogueError(reason)
 
     @property
     def group(self) -> str:
         """Pairs of one user, or where users are not known of one context, are not independent of each other."""
         user = self.metadata.get("user")
-        if user:
+        if user is not None and not says_nothing(str(user)):
             return f"user {user}"
-        texts = (text for message in self.messages for text in (message.speaker, message.text))
-        return f"context {stable_hash(*texts)}"
+        return f"context {self.context_hash}"
+
+    @property
+    def context_hash(self) -> int:
+        """Of who says what before the reply."""
+        return stable_hash(*(text for message in self.messages for text in (message.speaker, message.text)))
+
+    @property
+    def continues(self) -> bool:
+        """Whether the reply follows a message of the character itself."""
+        return self.messages[-1].speaker == self.character
 
 
 @dataclass(slots=True)
@@ -98,6 +115,28 @@ def reason_against_pair(chosen: str, rejected: str) -> str | None:
     if says_nothing(chosen) or says_nothing(rejected):
         return SAYS_NOTHING
     return SAME_REPLY if visible(chosen) == visible(rejected) else None
+
+
+def reason_against_context(messages: Sequence[Message], character: str) -> str | None:
+    """Why a reply to these messages answers nothing: somebody else than the character and the narrator must say
+    something, and so must the newest message, which may be the character's own: it then writes twice in a row."""
+    others = (message.text for message in messages if message.speaker not in (character, NARRATOR))
+    if all(map(says_nothing, others)):
+        return NO_CONTEXT
+    return BLANK_NEWEST if says_nothing(messages[-1].text) else None
+
+
+def distinct_pairs(pairs: Iterable[PreferencePair]) -> tuple[list[PreferencePair], Counter[str]]:
+    """The pairs without repeated ones, of which the first stays, and without those of one context that prefer opposite
+    replies, of which none does; and how many of each are left out. What differs in white space alone is the same."""
+    first: dict[tuple[Any, ...], PreferencePair] = {}
+    left_out: Counter[str] = Counter()
+    for pair in pairs:
+        key = (pair.context_hash, pair.character, visible(pair.chosen), visible(pair.rejected))
+        left_out[REPEATED] += first.setdefault(key, pair) is not pair
+    kept = [pair for (*context, chosen, rejected), pair in first.items() if (*context, rejected, chosen) not in first]
+    left_out[CONTRADICTED] = len(first) - len(kept)
+    return kept, +left_out
 
 
 def pair_to_json(pair: PreferencePair) -> str:
@@ -143,7 +182,10 @@ def read_pair_file(path: Path | str, file_format: Literal["jsonl", "hh_rlhf"], m
     for number, line in read_lines(found.path):
         found.n_records += 1
         try:
-            found.pairs.append(make(parse_object(line), f"{found.path.name}:{number}"))
+            record = parse_object(line)
+            if take_trained(record) is False:
+                raise RecordError(NOT_TRAINED)
+            found.pairs.append(make(record, f"{found.path.name}:{number}"))
         except (RecordError, DialogueError) as error:
             found.refuse(number, str(error))
     n_refused = found.n_records - len(found.pairs)
@@ -159,6 +201,7 @@ def read_pair_file(path: Path | str, file_format: Literal["jsonl", "hh_rlhf"], m
 
 def pair_from_transcripts(record: dict[str, Any], identity: str) -> PreferencePair:
     """The pair of an hh-rlhf record. Raises RecordError or DialogueError saying why it is none."""
+    refuse(record, REFUSED)
     chosen, rejected = (parse_transcript(transcript_of(record, side)) for side in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1] or {chosen[-1].speaker, rejected[-1].speaker} != {ASSISTANT}:
         raise RecordError(SAME_REPLY if chosen == rejected else OTHER_CONTEXT)

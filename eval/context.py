@@ -98,6 +98,7 @@ def _reply_places(dialogue: Dialogue, min_messages: int) -> list[int]:
         if messages[i].speaker == dialogue.character
         and messages[i].is_trained
         and messages[i - 1].speaker not in (dialogue.character, NARRATOR)
+        and not says_nothing(messages[i - 1].text)
         and not says_nothing(messages[i].text)
     ]
 

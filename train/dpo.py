@@ -22,7 +22,7 @@ from torch import Tensor
 from data.dialogue import encode_reply
 from data.ledger import reasons_told
 from data.message_encoder import MessageEncoder
-from data.preferences import PreferencePair, hold_out, read_pair_file
+from data.preferences import PreferencePair, distinct_pairs, hold_out, read_pair_file, reason_against_context
 from data.prompt_fit import fit_prompt
 from data.sources.record import LeftOut
 from data.tokenizer import DialogueTokenizer
@@ -41,6 +41,8 @@ from train.stage import Job, LossModule, Plan, TrainingRecipe, share_of_rank
 from train.summary import summarize
 from train.token_logprobs import token_logprobs
 
+CONTEXT_CUT = "what the reply answers does not fit"
+
 
 class FilePairs(Section):
     """Pairs from a file: our JSONL, or transcripts as in hh-rlhf (`Human:` / `Assistant:`), gzip allowed."""
@@ -50,8 +52,8 @@ class FilePairs(Section):
     format: Literal["jsonl", "hh_rlhf"] = "jsonl"
     max_pairs: PositiveInt | None = None
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """More records than this that are no pair to learn from (malformed, a side that says nothing, both sides alike) are
-    an error; fewer are left out and counted."""
+    """More records than this that are no pair to learn from (malformed, a context in which nobody else says anything, a
+    side that says nothing, both sides alike, weight: 0) are an error; fewer are left out and counted."""
 
 
 Pairs = Annotated[OnPolicyPairs | FilePairs, Field(discriminator="kind")]
@@ -164,6 +166,8 @@ def encode_pairs(
         prompt = fit_prompt(encoder, pair.messages, pair.character, max_tokens, longest)
         if isinstance(prompt, LeftOut):
             left_out[prompt.reason] += 1
+        elif reason_against_context(prompt.messages, pair.character):
+            left_out[CONTEXT_CUT] += 1
         else:
             encoded.append(EncodedPair(prompt.tokens, chosen, rejected, pair.group))
     return encoded, left_out
@@ -227,7 +231,7 @@ def add_reference(
 def collect_pairs(
     recipe: DPORecipe, policy: Transformer, tokenizer: DialogueTokenizer, world: World, console: Console
 ) -> list[PreferencePair]:
-    """The pairs of every source of the recipe, in the recipe's order."""
+    """The pairs of every source of the recipe, in the recipe's order, without repeated and contradicting ones."""
     pairs: list[PreferencePair] = []
     for number, source in enumerate(recipe.pairs):
         if isinstance(source, OnPolicyPairs):
@@ -239,7 +243,16 @@ def collect_pairs(
             if source.max_pairs is not None and source.max_pairs < len(found.pairs):
                 console.print(f"the first {source.max_pairs:,} of them are used (max_pairs)", highlight=False)
             pairs += found.pairs[: source.max_pairs]
-    return pairs
+    distinct, left_out = distinct_pairs(pairs)
+    told = f"{len(distinct):,} distinct pairs"
+    if left_out:
+        told += f"; left out of {len(pairs):,}: {reasons_told(left_out)}"
+    if n_continue := sum(pair.continues for pair in distinct):
+        told += f"; in {n_continue:,} the character writes twice in a row"
+    if not distinct:
+        raise LoopError(f"{told}: nothing to train on; add pairs that do not contradict each other")
+    console.print(told, highlight=False, soft_wrap=True)
+    return distinct
 
 
 def _digest_of(source: OnPolicyPairs, recipe: DPORecipe) -> str:

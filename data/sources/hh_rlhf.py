@@ -12,6 +12,7 @@ from data.sources.json_source import JsonFormat, JsonSource
 from data.sources.record import RecordError
 
 HUMAN, ASSISTANT = "Human", "Assistant"
+REFUSED = {key: why for key, why in REFUSED_IN_RECORD.items() if key not in ("chosen", "rejected")}
 _TURN = re.compile(rf"(?:^|\n\n)({HUMAN}|{ASSISTANT}):")
 
 
@@ -33,7 +34,7 @@ class HhRlhfFormat(JsonFormat):
         read = [ChatMessage(message) for message in parse_transcript(transcript_of(record, "chosen"), names)]
         messages = supervised(read, self.assistant, take_trained(record))
         identity = self._identity(place, record)
-        refuse(record, {key: why for key, why in REFUSED_IN_RECORD.items() if key not in ("chosen", "rejected")})
+        refuse(record, REFUSED)
         metadata = {key: value for key, value in record.items() if key not in ("chosen", "rejected")}
         return Dialogue(identity, messages, self.assistant, (), metadata)
 

@@ -2,8 +2,10 @@
 
 from typing import Any, ClassVar, Literal
 
+from data.chat_message import untrained
 from data.dialogue import Dialogue, Message
 from data.preferences import pair_from_record
+from data.record_keys import take_trained
 from data.sources.json_source import JsonFormat, JsonSource
 
 
@@ -14,8 +16,11 @@ class PreferencePairsFormat(JsonFormat):
     kind: Literal["preference_pairs"]
 
     def dialogue(self, place: str, record: dict[str, Any]) -> Dialogue:
+        trained = take_trained(record)
         pair = pair_from_record(record)
         messages = (*pair.messages, Message(pair.character, pair.chosen))
+        if trained is False:
+            messages = tuple(untrained(m) if m.speaker == pair.character else m for m in messages)
         known = {"rejected": pair.rejected} | ({"pairs": pair.source} if pair.source else {})
         return Dialogue(pair.id, messages, pair.character, (), {**pair.metadata, **known})
 

@@ -22,6 +22,7 @@ from data.feedback_pairs import (
     select_pairs,
     to_pair,
 )
+from data.preferences import BLANK_NEWEST, NO_CONTEXT
 
 MakeLog = Callable[..., Any]
 EDIT, STARS = EditOverOriginal(kind="edit_over_original"), MoreStars(kind="more_stars", min_difference=2)
@@ -110,6 +111,38 @@ def test_filters(settings: dict[str, Any], n_pairs: int, reason: str | None) -> 
     assert of_rule.written.longer == n_pairs
 
 
+SCENE = {"speaker": "narrator", "text": "A bar", "time": 0}
+OWN = {"speaker": "Mia", "text": "hi", "time": 0}
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([], NO_CONTEXT),
+        ([SCENE], NO_CONTEXT),
+        ([SCENE, OWN], NO_CONTEXT),
+        ([{"speaker": "Tom", "text": " \u200b", "time": 0}], NO_CONTEXT),
+        ([{"speaker": "Tom", "text": "hi", "time": 0}, {"speaker": "Tom", "text": "", "time": 0}], BLANK_NEWEST),
+        ([{"speaker": "Tom", "text": "hi", "time": 0}, OWN], None),
+    ],
+)
+def test_a_reply_that_answers_nobody_is_counted(messages: list[dict[str, Any]], reason: str | None) -> None:
+    found, counts = select([event("a", "b", messages=messages)], KEPT)
+    assert counts["kept_over_regenerated"].ledger.filtered == ({reason: 1} if reason else {})
+    assert [to_pair(comparison, "p", None).chosen for comparison in found] == ([] if reason else ["b"])
+
+
+def test_the_context_that_is_written_must_hold_somebody_else() -> None:
+    """The character wrote twice: a context of one message would hold its own alone."""
+    first = event("a", turn="t1", wrote_again=None)
+    events = [first, event(("b", {"time": 20}), ("c", {"time": 30}), turn="t2", after="t1", messages=[])]
+    for most, n_pairs in ((None, 1), (2, 1), (1, 0)):
+        counts: PairCounts = {}
+        found = select_pairs(turns_of(events), PairSettings(rules=(ANY_KEPT,)), "u", 0, counts, most)
+        assert len([to_pair(comparison, "p", most) for comparison in found]) == n_pairs
+        assert counts["kept_over_regenerated"].ledger.filtered == ({} if n_pairs else {NO_CONTEXT: 1})
+
+
 def test_an_edit_passes_the_filter_by_model() -> None:
     found, _ = select([event("a", edit={"text": "A.", "time": 20})], EDIT, same_model=True)
     pair = to_pair(found[0], "p", None)
@@ -145,7 +178,7 @@ def test_both_sides_of_a_pair_answer_one_context(make_feedback_log: MakeLog, see
     for turn in turns_of(log.events):
         by_user.setdefault(turn.event.user, []).append(turn)
     for user, turns in by_user.items():
-        for comparison in select_pairs(turns, every_rule(), user, 0, {}):
+        for comparison in select_pairs(turns, every_rule(), user, 0, {}, most):
             logged = comparison.turn.event
             key = (user, logged.conversation, logged.turn)
             chosen = logged.kept if comparison.chosen.name == "edit" else int(comparison.chosen.name)

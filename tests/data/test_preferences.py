@@ -10,13 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.dialogue import DialogueError, Message
+from data.dialogue import NARRATOR, DialogueError, Message
 from data.preferences import (
+    BLANK_NEWEST,
+    CONTRADICTED,
+    NO_CONTEXT,
+    NOT_TRAINED,
     OTHER_CONTEXT,
+    REPEATED,
     SAME_REPLY,
     SAYS_NOTHING,
     PreferenceError,
     PreferencePair,
+    distinct_pairs,
     hold_out,
     pair_to_json,
     read_pair_file,
@@ -36,7 +42,7 @@ PAIR = PreferencePair(
 def test_round_trip(tmp_path_factory: pytest.TempPathFactory, chosen: str, rejected: str) -> None:
     if reason := reason_against_pair(chosen, rejected):
         with pytest.raises(DialogueError, match=reason):
-            PreferencePair("p", (), "Bob", chosen, rejected)
+            PreferencePair("p", PAIR.messages[:1], "Bob", chosen, rejected)
         return
     pair = PreferencePair("p", PAIR.messages, "Bob", chosen, rejected, "s", {"x": [1]})
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
@@ -99,6 +105,102 @@ def test_hh_rlhf_counts_what_it_leaves_out(tmp_path: Path) -> None:
     assert last.messages == (Message("Human", "q: Human: x\nline"),)
 
 
+BLANK = "\u200b \n"
+
+
+@pytest.mark.parametrize("character", ["Bob", NARRATOR])
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([], NO_CONTEXT),
+        ([("Ann", "")], NO_CONTEXT),
+        ([("Ann", BLANK), ("Eve", "\u3164")], NO_CONTEXT),
+        ([(NARRATOR, "A bar")], NO_CONTEXT),
+        ([(NARRATOR, "A bar"), ("Ann", BLANK)], NO_CONTEXT),
+        ([("Bob", "hi"), ("Ann", BLANK)], NO_CONTEXT),
+        ([("Ann", "hi"), ("Ann", BLANK)], BLANK_NEWEST),
+        ([("Ann", "hi"), ("Bob", BLANK)], BLANK_NEWEST),
+        ([("Ann", "hi")], None),
+        ([("Ann", "hi"), ("Bob", "yo")], None),
+        ([(NARRATOR, "A bar"), ("Ann", "hi"), ("Bob", "yo"), ("Ann", "so")], None),
+    ],
+)
+def test_a_reply_must_answer_somebody(
+    tmp_path: Path, character: str, messages: list[tuple[str, str]], reason: str | None
+) -> None:
+    speakers = {"Bob": character}
+    said = [{"speaker": speakers.get(speaker, speaker), "text": text} for speaker, text in messages]
+    good = json.loads(pair_to_json(PAIR)) | {"character": character}
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(one) for one in (good, good | {"messages": said})))
+    found = read_pair_file(tmp_path / "a.jsonl", "jsonl", 0.5)
+    assert found.refused == ({reason: 1} if reason else {})
+    if reason:
+        assert f"{tmp_path / 'a.jsonl'}:2: {reason}" in found.told
+        with pytest.raises(PreferenceError, match="more than max_bad_fraction"):
+            read_pair_file(tmp_path / "a.jsonl", "jsonl", 0.4)
+    else:
+        assert found.pairs[1].continues == (messages[-1][0] == "Bob")
+
+
+@pytest.mark.parametrize(
+    ("before", "reason"),
+    [("", NO_CONTEXT), ("\n\nHuman: ", NO_CONTEXT), ("\n\nAssistant: a", NO_CONTEXT), ("\n\nHuman: q", None)],
+)
+def test_transcripts_must_answer_somebody(tmp_path: Path, before: str, reason: str | None) -> None:
+    good = {"chosen": transcript("q", "a"), "rejected": transcript("q", "b")}
+    other = {"chosen": f"{before}\n\nAssistant: x", "rejected": f"{before}\n\nAssistant: y"}
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(other)}\n")
+    assert read_pair_file(tmp_path / "a.jsonl", "hh_rlhf", 0.5).refused == ({reason: 1} if reason else {})
+
+
+@pytest.mark.parametrize("file_format", ["jsonl", "hh_rlhf"])
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ({"weight": 1}, None),
+        ({"weight": 0}, NOT_TRAINED),
+        ({"metadata": {"masked": True}}, NOT_TRAINED),
+        ({"weight": 0, "train": True}, "weight and train contradict each other on what is trained; give one of them"),
+        ({"weight": 1, "metadata": {"trained": False}},
+         "weight and metadata.trained contradict each other on what is trained; give one of them"),
+        ({"weight": 0.5}, "weight is N: expected N or N, false or true, for whether it is trained"),
+    ],
+)  # fmt: skip
+def test_a_pair_whose_record_is_not_trained_is_left_out(
+    tmp_path: Path, file_format: Literal["jsonl", "hh_rlhf"], flags: dict[str, object], reason: str | None
+) -> None:
+    transcripts = {"chosen": transcript("q", "a"), "rejected": transcript("q", "b")}
+    good = json.loads(pair_to_json(PAIR)) if file_format == "jsonl" else transcripts
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps({**good, **flags})}\n")
+    assert read_pair_file(tmp_path / "a.jsonl", file_format, 0.5).refused == ({reason: 1} if reason else {})
+
+
+def test_transcripts_refuse_what_dialogues_of_them_refuse(tmp_path: Path) -> None:
+    good = {"chosen": transcript("q", "a"), "rejected": transcript("q", "b"), "lang": "en", "tools": []}
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(good | {'tools': ['x']})}\n")
+    found = read_pair_file(tmp_path / "a.jsonl", "hh_rlhf", 0.5)
+    assert len(found.pairs) == 1 and "2: tools is not read: tools are not rendered" in found.told
+
+
+SAID = st.sampled_from(["a", "b", "b ", "c"])
+
+
+@given(given_pairs=st.lists(st.tuples(st.sampled_from("xy"), SAID, SAID), max_size=9))
+def test_distinct_pairs(given_pairs: list[tuple[str, str, str]]) -> None:
+    """Against a plain reading: the first of equal ones, none where both directions stand in one context."""
+    made = [
+        PreferencePair(str(n), (Message("Ann", context),), "Bob", chosen, rejected)
+        for n, (context, chosen, rejected) in enumerate(given_pairs)
+        if chosen.strip() != rejected.strip()
+    ]
+    meant = [(pair.messages[0].text, pair.chosen.strip(), pair.rejected.strip()) for pair in made]
+    kept, left_out = distinct_pairs(made)
+    firsts = [n for n, one in enumerate(meant) if one not in meant[:n]]
+    assert kept == [made[n] for n in firsts if (meant[n][0], *meant[n][:0:-1]) not in meant]
+    counts = {REPEATED: len(made) - len(firsts), CONTRADICTED: len(firsts) - len(kept)}
+    assert left_out == {reason: count for reason, count in counts.items() if count}
+
+
 REPLIES = st.text("ab \n\u200b\u3164\ufe0fe\u0301é", max_size=4)
 
 
@@ -157,3 +259,4 @@ def test_a_pairs_group_is_its_user_or_its_context() -> None:
 
     assert pair("a", user="u").group == pair("b", user="u").group != pair("a", user="w").group
     assert pair("a").group == pair("a").group != pair("b").group
+    assert pair("a", user=" ").group == pair("a").group, "a blank user is nobody"

@@ -67,7 +67,8 @@ def test_fine_tuning_scoring_and_preferences(runs: Path, data_dir: Path) -> None
     assert head.score.weight.abs().sum().item() > 0
 
     pairs = [
-        PreferencePair(f"p{i}", (Message("Ann", "the cat"),), "Ben", "yes tea", "no", source="test") for i in range(12)
+        PreferencePair(f"p{i}", (Message("Ann", f"the {'cat ' * i}"),), "Ben", "yes tea", "no", source="test")
+        for i in range(12)
     ]
     write_pairs(runs / "pairs.jsonl", pairs)
     body = (

@@ -1,0 +1,58 @@
+"""Which pairs a preference run trains on: those of all its files together, and what is said of the others."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from data.dialogue import Message, encode_prompt, encode_reply
+from data.preferences import CONTRADICTED, REPEATED, PreferencePair, write_pairs
+from data.tokenizer import DialogueTokenizer
+from train.dpo import CONTEXT_CUT, FilePairs, collect_pairs, encode_pairs
+from train.engine import World
+from train.loop import LoopError
+
+
+def pair(context: str, chosen: str, rejected: str, *more: Message) -> PreferencePair:
+    return PreferencePair("p", (Message("Ann", context), *more), "Ben", chosen, rejected, "test")
+
+
+def collect(folder: Path, *files: list[PreferencePair]) -> tuple[list[PreferencePair], str]:
+    """What the files give together, and what is printed."""
+    sources = []
+    for number, pairs in enumerate(files):
+        write_pairs(folder / f"{number}.jsonl", pairs)
+        sources.append(FilePairs(kind="file", path=str(folder / f"{number}.jsonl")))
+    recipe, nothing, printed = SimpleNamespace(pairs=tuple(sources)), SimpleNamespace(), io.StringIO()
+    given: Any = (recipe, nothing, nothing, World(0, 1, torch.device("cpu")), Console(file=printed))
+    return collect_pairs(*given), printed.getvalue()
+
+
+def test_repeated_and_contradicting_pairs_of_all_files_are_left_out_and_told(tmp_path: Path) -> None:
+    first = [pair("a", "yes", "no"), pair("a", "yes ", "no"), pair("b", "yes", "no")]
+    own = pair("d", "yes", "no", Message("Ben", "so"))
+    second = [pair("b", "no", "yes"), pair("c", "no", "yes"), pair("a", "yes", "no"), own]
+    found, printed = collect(tmp_path, first, second)
+    assert found == [first[0], second[1], own]
+    assert f"3 distinct pairs; left out of 7: 2 {CONTRADICTED}, 2 {REPEATED}; in 1 the character writes" in printed
+    assert "distinct pairs\n" in collect(tmp_path, first[:1])[1]
+
+
+def test_no_pair_but_contradicting_ones_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(LoopError, match=r"^0 distinct pairs; left out of 2: 2 another pair.*nothing to train on"):
+        collect(tmp_path, [pair("a", "yes", "no"), pair("a", "no", "yes")])
+
+
+def test_a_context_that_is_cut_down_to_the_characters_own_message_is_left_out(data_dir: Path) -> None:
+    tokenizer = DialogueTokenizer.load(data_dir)
+    one = pair("the cat sat " * 9, "yes", "no", Message("Ben", "tea"))
+    reply = max(len(encode_reply(tokenizer, text)) for text in ("yes", "no"))
+    whole = len(encode_prompt(tokenizer, one.messages, "Ben")) + reply
+    assert len(encode_pairs([one], tokenizer, whole)[0]) == 1
+    assert encode_pairs([one], tokenizer, whole - 1) == ([], {CONTEXT_CUT: 1})
