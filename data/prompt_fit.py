@@ -5,9 +5,9 @@
 3. Of what lies between, the newest messages that fit are kept, without gaps. A narrator's message in the middle of a
    conversation tells an event, and goes with the messages of its age.
 
-Where the pinned messages do not fit, there is no prompt, but a reason. A prompt whose context was cut away whole, or
-whose newest message was cut short, would ask the model to answer something else. (A prompt template marks pinned parts
-itself, and cuts in rare deep steps: data/prompt_truncation.py.)
+Where the pinned messages do not fit, there is no prompt, but a reason, which names the part that is too long. A prompt
+whose context was cut away whole, or whose newest message was cut short, would ask the model to answer something else.
+(A prompt template marks pinned parts itself, and cuts in rare deep steps: data/prompt_truncation.py.)
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ from data.sources.record import LeftOut
 REPLY_TOO_LONG = "the reply alone is too long"
 SCENE_TOO_LONG = "the narrator's opening messages are too long"
 NEWEST_TOO_LONG = "the newest message is too long"
+TOGETHER_TOO_LONG = "the narrator's opening messages and the newest message are too long together"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,8 @@ def fit_prompt(
     """The prompt for `character`'s reply to `messages`, with at most `max_tokens` tokens less the reply's, or why there
     is none.
 
-    Each message is encoded at most once, from the newest back, and none beyond the first that does not fit. Without
+    Each message is encoded once, from the newest back, and none beyond the first that does not fit; where there is no
+    prompt, the newest is encoded again to say why. Without
     messages the prompt is `<bos><|message|>character:`. Raises DialogueError for a bad name.
     """
     encoder = tokenizer if isinstance(tokenizer, MessageEncoder) else MessageEncoder(tokenizer)
@@ -49,6 +51,7 @@ def fit_prompt(
     room = max_tokens - reply_tokens - 1 - len(reply)  # 1 for <bos>
     if room < 0:
         return LeftOut(REPLY_TOO_LONG)
+    room_of_all = room
     n_opening = n_opening_messages(messages)
     opening: list[int] = []
     for message in messages[:n_opening]:
@@ -67,12 +70,21 @@ def fit_prompt(
         newest_first.append(ids)
         first -= 1
     if len(newest_first) < n_pinned:
-        return LeftOut(NEWEST_TOO_LONG)
+        fits_alone = _fits(encoder, messages[len(messages) - n_pinned :], room_of_all)
+        return LeftOut(TOGETHER_TOO_LONG if fits_alone else NEWEST_TOO_LONG)
     tokens = [encoder.tokenizer.bos_id, *opening]
     for ids in reversed(newest_first):
         tokens += ids
     kept = (*messages[:n_opening], *messages[first:])
     return FittedPrompt(kept, [*tokens, *reply], len(messages) - len(kept))
+
+
+def _fits(encoder: MessageEncoder, messages: Sequence[Message], room: int) -> bool:
+    for message in messages:
+        room -= len(encoder.message(message.speaker, message.text))
+        if room < 0:
+            return False
+    return True
 
 
 def _n_newest(conversation: Sequence[Message], character: str) -> int:

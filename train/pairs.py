@@ -18,7 +18,7 @@ from data.dialogue import decode_reply
 from data.dialogue_json import read_dialogues
 from data.ledger import reasons_told
 from data.preferences import PreferencePair, read_pairs, write_pairs
-from data.prompt_fit import NEWEST_TOO_LONG, SCENE_TOO_LONG
+from data.prompt_fit import NEWEST_TOO_LONG, SCENE_TOO_LONG, TOGETHER_TOO_LONG
 from data.sources.record import LeftOut
 from data.tokenizer import DialogueTokenizer
 from data.visible_text import says_nothing, visible
@@ -45,6 +45,7 @@ _REMEDIES = {
     TOO_UNEVEN: "raise max_length_ratio or n_candidates",
     NEWEST_TOO_LONG: "raise max_context_tokens",
     SCENE_TOO_LONG: "raise max_context_tokens",
+    TOGETHER_TOO_LONG: "raise max_context_tokens",
 }
 
 

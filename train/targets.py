@@ -49,7 +49,8 @@ def check_targets(targets: Targets, dataset: PackedRows, heldout: PackedRows, ev
                     f"mixture. {targets.advice}"
                 )
     others = np.setdiff1d(np.arange(heldout.n_rows), evaluation_rows)
-    _check(f"the {len(evaluation_rows)} held-out rows of evaluation_rows", targets, heldout, [evaluation_rows, others])
+    where = f"the held-out rows of evaluation_rows ({len(evaluation_rows)})"
+    _check(where, targets, heldout, [evaluation_rows, others])
 
 
 def _check(where: str, targets: Targets, rows: PackedRows, groups: Sequence[np.ndarray]) -> None:
@@ -65,8 +66,8 @@ def _check(where: str, targets: Targets, rows: PackedRows, groups: Sequence[np.n
         for batch in _batches(rows, group):
             more.update(targets.counts(batch))
     if more and all(more.values()):
-        raise NoTargetsError(f"nothing to measure: {where} hold {told}; the others hold some, so raise evaluation_rows")
-    raise NoTargetsError(f"nothing to train or to measure: {where} holds {told}. {targets.advice}")
+        raise NoTargetsError(f"nothing to measure in {where}: {told}; other rows hold some, so raise evaluation_rows")
+    raise NoTargetsError(f"nothing to train or to measure in {where}: {told}. {targets.advice}")
 
 
 def _batches(rows: PackedRows, numbers: np.ndarray) -> Iterator[PackedBatch]:

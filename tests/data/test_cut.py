@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -114,7 +115,43 @@ def test_context_is_the_opening_and_the_newest_before_the_cut(encoded: EncodedDi
         tails = [tail for tail in tails if is_tail(tail, encoded, position)]
         assert tails
         assert min(map(len, tails)) <= max(rule.context_tokens, 4), "4: a name, which a message's later pieces repeat"
+        assert len(context) <= 3 * rule.row_length // 4
         position += len(piece.tokens) - piece.n_repeated
+
+
+def of_sizes(*sizes: tuple[int, int], n_opening: int = 0) -> EncodedDialogue:
+    """A dialogue of plain numbers: for each message how many tokens stand before its text, and how many the text has,
+    its <|end|> with it."""
+    starts = np.cumsum([1, *(sum(size) for size in sizes)])
+    headers = np.array([header for header, _ in sizes])
+    n = int(starts[-1])
+    zeros, none = np.zeros(n, np.uint8), np.full(n, -1, np.int8)
+    return EncodedDialogue(np.arange(100, 100 + n) % 200, zeros, none, starts[:-1], starts[:-1] + headers, n_opening)
+
+
+NOTHING_INSIDE_V = np.zeros(300, bool)
+
+
+@pytest.mark.parametrize(("header", "n_repeated"), [(6, 6), (7, 7), (8, 0)])
+def test_a_cut_message_repeats_its_name_where_eight_tokens_of_text_fit_beside_it(header: int, n_repeated: int) -> None:
+    """Also without any context: 16 tokens of a row less <bos> and these 8 leave 7."""
+    first, *later = cut(of_sizes((header, 60)), CutRule(16, 0, NOTHING_INSIDE_V))
+    assert first.n_repeated == 0 and {piece.n_repeated - 1 for piece in later} == {n_repeated}
+
+
+@pytest.mark.parametrize(("header", "n_repeated"), [(6, 12), (7, 0)])
+def test_the_end_of_the_message_before_is_repeated_where_its_name_takes_half_at_most(
+    header: int, n_repeated: int
+) -> None:
+    pieces = cut(of_sizes((header, 90), (2, 16)), CutRule(32, 12, NOTHING_INSIDE_V))
+    (last,) = [piece for piece in pieces if piece.first_message == 1]
+    assert last.n_repeated - 1 == n_repeated
+
+
+def test_opening_and_context_together_take_three_quarters_of_a_row_at_most() -> None:
+    pieces = cut(of_sizes((2, 30), (2, 31), (2, 300), n_opening=1), CutRule(64, 32, NOTHING_INSIDE_V))
+    inside = [piece.n_repeated - 1 for piece in pieces if piece.first_message == 2][1:]
+    assert len(inside) > 3 and set(inside) == {48}
 
 
 def shown(tokenizer: DialogueTokenizer, messages: list[Message], rule: CutRule) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.dialogue import NARRATOR, Message, encode_prompt
-from data.prompt_fit import NEWEST_TOO_LONG, REPLY_TOO_LONG, SCENE_TOO_LONG, fit_prompt
+from data.prompt_fit import NEWEST_TOO_LONG, REPLY_TOO_LONG, SCENE_TOO_LONG, TOGETHER_TOO_LONG, fit_prompt
 from data.sources.record import LeftOut
 from data.tokenizer import DialogueTokenizer
 
@@ -71,8 +71,10 @@ def test_the_scene_and_the_newest_message_stay_and_the_middle_goes(tokenizer: Di
 @pytest.mark.parametrize(
     ("messages", "reply_tokens", "reason"),
     [
-        ([*SCENE, *TALK], 0, NEWEST_TOO_LONG),
-        ([*SCENE, TALK[2], NOTE], 0, NEWEST_TOO_LONG),
+        (TALK, 0, NEWEST_TOO_LONG),
+        ([TALK[2], NOTE], 0, NEWEST_TOO_LONG),
+        ([*SCENE, *TALK], 0, TOGETHER_TOO_LONG),
+        ([*SCENE, TALK[2], NOTE], 0, TOGETHER_TOO_LONG),
         (SCENE, 0, SCENE_TOO_LONG),
         ([], 1, REPLY_TOO_LONG),
     ],
@@ -88,6 +90,16 @@ def test_a_prompt_that_would_lose_a_pinned_message_is_none(
     room = len(encode_prompt(tokenizer, pinned, "Ben")) + reply_tokens
     assert not isinstance(fit_prompt(tokenizer, messages, "Ben", room, reply_tokens), LeftOut)
     assert fit_prompt(tokenizer, messages, "Ben", room - 1, reply_tokens) == LeftOut(reason)
+
+
+@pytest.mark.parametrize("newest", [TALK[2:], [TALK[2], NOTE]])
+def test_the_reason_names_the_part_that_is_too_long(tokenizer: DialogueTokenizer, newest: list[Message]) -> None:
+    """From the size at which all fits down, it is both together, and the one or the other where it fits nowhere."""
+    scene, alone, both = (len(encode_prompt(tokenizer, m, "Ben")) for m in (SCENE, newest, [*SCENE, *newest]))
+    for size in range(len(encode_prompt(tokenizer, [], "Ben")), both):
+        found = fit_prompt(tokenizer, [*SCENE, *TALK[:2], *newest], "Ben", size)
+        expected = SCENE_TOO_LONG if size < scene else NEWEST_TOO_LONG if size < alone else TOGETHER_TOO_LONG
+        assert found == LeftOut(expected)
 
 
 def test_each_message_is_encoded_once_and_none_beyond_the_cut(tokenizer: DialogueTokenizer) -> None:

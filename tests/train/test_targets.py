@@ -13,7 +13,7 @@ from data.mixture import MixtureRows
 from data.packing import DOCUMENT
 from train.engagement import LABELS
 from train.sft import REPLY_TOKENS
-from train.targets import NoTargetsError, Targets, check_targets
+from train.targets import NoTargetsError, Targets, _batches, check_targets
 
 L = 8
 
@@ -49,11 +49,11 @@ def test_sound_data_pass() -> None:
 @pytest.mark.parametrize(
     ("targets", "train", "heldout", "message"),
     [
-        (REPLY_TOKENS, [0, 0], [1, 1], "training side holds 0 trained tokens.*trained: false"),
-        (REPLY_TOKENS, [1, 0], [0, 0], "2 held-out rows of evaluation_rows holds 0 trained tokens"),
-        (LABELS, [1, 1], [0, 1], "training side holds 2 partner continues, 0 partner leaves.*continue_within_seconds"),
-        (LABELS, [-1, -1], [0, 1], "training side holds 0 partner continues, 0 partner leaves"),
-        (LABELS, [0, 1], [0, 0], "held-out rows of evaluation_rows holds 0 partner continues, 2 partner leaves"),
+        (REPLY_TOKENS, [0, 0], [1, 1], "in the training side: 0 trained tokens.*trained: false"),
+        (REPLY_TOKENS, [1, 0], [0, 0], r"in the held-out rows of evaluation_rows \(2\): 0 trained tokens"),
+        (LABELS, [1, 1], [0, 1], "training side: 2 partner continues, 0 partner leaves.*continue_within_seconds"),
+        (LABELS, [-1, -1], [0, 1], "training side: 0 partner continues, 0 partner leaves"),
+        (LABELS, [0, 1], [0, 0], r"evaluation_rows \(2\): 0 partner continues, 2 partner leaves"),
     ],
 )
 def test_what_is_missing_is_counted(targets: Targets, train: list[int], heldout: list[int], message: str) -> None:
@@ -63,8 +63,40 @@ def test_what_is_missing_is_counted(targets: Targets, train: list[int], heldout:
 
 
 def test_where_more_rows_would_do_the_message_says_so() -> None:
-    with pytest.raises(NoTargetsError, match=r"1 held-out rows.*hold 1 partner continues, 0 .*raise evaluation_rows"):
+    with pytest.raises(NoTargetsError, match=r"in .*rows \(1\): 1 partner continues, 0 .*raise evaluation_rows"):
         check(LABELS, Rows([0] * 2, [0, 1]), Rows([0] * 3, [1, 1, 0]), [0])
+
+
+@pytest.mark.parametrize("n_rows", [1, 63, 64, 65, 130])
+def test_what_stands_in_any_row_is_found(n_rows: int) -> None:
+    for place in {0, n_rows // 2, n_rows - 1}:
+        one = Rows([int(row == place) for row in range(n_rows)], [-1] * n_rows)
+        check(REPLY_TOKENS, one, one, range(n_rows))
+        check(REPLY_TOKENS, MixtureRows([one, one], [1.0, 1.0]), one, [place])  # type: ignore[arg-type, list-item]
+        others = [row for row in range(n_rows) if row != place]
+        with pytest.raises(NoTargetsError, match="0 trained.*other rows hold some" if others else "no rows"):
+            check(REPLY_TOKENS, one, one, others)
+
+
+def test_no_rows_are_an_error() -> None:
+    good = Rows([1], [0])
+    for train, heldout, evaluated in ((Rows([], []), good, [0]), (good, Rows([], []), [])):
+        with pytest.raises(NoTargetsError, match=r"nothing to train or to measure in .*: no rows\. "):
+            check(REPLY_TOKENS, train, heldout, evaluated)
+
+
+def test_the_rows_that_are_not_evaluated_are_counted_with_those_that_are() -> None:
+    """Of two kinds each stands on one side: together they have both."""
+    check(LABELS, Rows([0] * 2, [0, 1]), Rows([0] * 3, [1, 0, -1]), [0, 1])
+    with pytest.raises(NoTargetsError, match="raise evaluation_rows"):
+        check(LABELS, Rows([0] * 2, [0, 1]), Rows([0] * 3, [1, 0, -1]), [0, 2])
+    with pytest.raises(NoTargetsError, match=r"1 partner continues, 0 partner leaves\. "):
+        check(LABELS, Rows([0] * 2, [0, 1]), Rows([0] * 3, [1, -1, 1]), [0, 1])
+
+
+def test_the_total_is_the_sum_of_all_kinds() -> None:
+    batch = next(iter(_batches(Rows([0] * 3, [0, 1, 1]), np.arange(3))))  # type: ignore[arg-type]
+    assert LABELS.counts(batch) == {"partner continues": 2, "partner leaves": 1} and LABELS.total(batch) == 3
 
 
 def test_each_part_of_a_mixture_has_something_to_train() -> None:
