@@ -161,7 +161,7 @@ def summarise_scorer(
     result: dict[str, Any] = {
         "n_turns": int(label_N.size),
         "n_dialogues": int(np.unique(clusters).size),
-        "base_rate": bootstrap.mean(label_N.astype(np.float64), clusters),
+        "base_rate": bootstrap.share(label_N.astype(np.float64), clusters),
         "auc": bootstrap.auc(logit_N, label_N, clusters),
         "baselines": {},
     }

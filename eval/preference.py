@@ -39,9 +39,7 @@ def win_values(score_N: FloatArray, other_N: FloatArray) -> FloatArray:
 def win_rate(score_N: FloatArray, other_N: FloatArray, dialogue_N: IntArray, bootstrap: Bootstrap) -> dict[str, Any]:
     """Win rate with interval, exact sign and Wilcoxon tests, and the smallest effect this sample would find."""
     wins_N = win_values(score_N, other_N)
-    rate = bootstrap.mean(wins_N, dialogue_N)
-    if not rate.has_interval and np.isin(wins_N, (0, 1)).all():  # all won or all lost: no spread to resample
-        rate = bootstrap.proportion(wins_N == 1, dialogue_N)
+    rate = bootstrap.share(wins_N, dialogue_N)
     smallest = minimum_detectable_effect(wins_N, variance_factor=rate.variance_factor)
     return {
         "win_rate": rate,
@@ -74,8 +72,8 @@ def length_bias(
     longer_wins_N = np.where(difference_N > 0, longer_wins_N, 1 - longer_wins_N)
     return {
         "length_difference": bootstrap.mean(difference_N, dialogue_N),
-        "longer_reply_wins": bootstrap.mean(longer_wins_N[unequal_N], dialogue_N[unequal_N]),
-        "win_rate_length_matched": bootstrap.mean(win_values(score_N, other_N)[matched_N], dialogue_N[matched_N]),
+        "longer_reply_wins": bootstrap.share(longer_wins_N[unequal_N], dialogue_N[unequal_N]),
+        "win_rate_length_matched": bootstrap.share(win_values(score_N, other_N)[matched_N], dialogue_N[matched_N]),
     }
 
 
@@ -137,8 +135,8 @@ def summarise_preference(
         "identical_replies": sum(a.tokens == b.tokens for a, b in zip(replies, other_replies, strict=True)),
         **result,
         **length_bias(score_N, other_N, length_N, other_length_N, dialogue_N, bootstrap),
-        "win_rate_against_human": bootstrap.mean(win_values(score_N, human_N), dialogue_N),
-        "other_win_rate_against_human": bootstrap.mean(win_values(other_N, human_N), dialogue_N),
+        "win_rate_against_human": bootstrap.share(win_values(score_N, human_N), dialogue_N),
+        "other_win_rate_against_human": bootstrap.share(win_values(other_N, human_N), dialogue_N),
         "over_optimisation_suspected": rate.low is not None and rate.low > OVER_OPTIMISATION_WIN_RATE,
         "over_optimisation_threshold": OVER_OPTIMISATION_WIN_RATE,
     }

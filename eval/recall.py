@@ -243,7 +243,7 @@ def summarise_recall(
             models[name] = {
                 "gain": bootstrap.mean(gain_P, dialogue_P),
                 "difference": None if name == against else bootstrap.mean(gain_P - base_P, dialogue_P),
-                "accuracy": bootstrap.mean(first_ranks(logprob_PSC)[chosen_P], dialogue_P),
+                "accuracy": bootstrap.share(first_ranks(logprob_PSC)[chosen_P], dialogue_P),
             }
         here_P = distance_P[chosen_P]
         places = {"mean": float(here_P.mean()), "least": int(here_P.min()), "most": int(here_P.max())}

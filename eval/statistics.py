@@ -142,6 +142,15 @@ class Bootstrap:
         values = np.asarray(values_N, dtype=np.float64)
         return self.ratio(values, np.ones_like(values), clusters)
 
+    def share(
+        self, values_N: Sequence[float] | FloatArray, clusters: Sequence[object] | IntArray | None = None
+    ) -> Estimate:
+        """Mean of values from 0 to 1. Where all are 0 or all are 1, which leaves nothing to resample, the interval is
+        that of `proportion`."""
+        values = np.asarray(values_N, dtype=np.float64)
+        is_constant = values.size > 0 and values[0] in (0, 1) and bool((values == values[0]).all())
+        return self.proportion(values == 1, clusters) if is_constant else self.mean(values, clusters)
+
     def ratio(
         self,
         numerators_N: Sequence[float] | FloatArray,

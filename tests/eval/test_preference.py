@@ -34,7 +34,7 @@ def test_a_win_that_is_all_length_is_exposed() -> None:
     rng = np.random.default_rng(1)
     length, other_length = rng.integers(5, 20, 400).astype(float), rng.integers(4, 14, 400).astype(float)
     figures = length_bias(length, other_length, length, other_length, np.arange(400), BOOTSTRAP)
-    assert figures["longer_reply_wins"].value == 1.0
+    assert figures["longer_reply_wins"].value == 1.0 and 0.98 < figures["longer_reply_wins"].low < 1
     assert figures["length_difference"].low > 2
     same = length_bias(rng.normal(size=400), rng.normal(size=400), length, other_length, np.arange(400), BOOTSTRAP)
     assert not same["longer_reply_wins"].excludes(0.5) and not same["win_rate_length_matched"].excludes(0.5)

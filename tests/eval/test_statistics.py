@@ -117,6 +117,15 @@ def test_proportion_has_an_interval_at_the_edges() -> None:
     assert FAST.proportion([]).value is None
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_share_has_an_interval_at_the_edges_too(value: float) -> None:
+    clusters = np.arange(20) // 2
+    assert FAST.share([value] * 20, clusters) == FAST.proportion([value == 1] * 20, clusters)
+    some = np.array([value] * 19 + [0.5])
+    assert FAST.share(some, clusters) == FAST.mean(some, clusters)
+    assert FAST.share([]).value is None and not FAST.share([0.5] * 20).has_interval
+
+
 def test_paired_tests() -> None:
     tests = paired_tests([1.0] * 9 + [-1.0] + [0.0] * 3)
     assert (tests.wins, tests.losses, tests.ties) == (9, 1, 3)
