@@ -37,13 +37,23 @@ def cut(encoded: EncodedDialogue, rule: CutRule, dialogue: int = 0) -> list[Docu
     return _Cutter(encoded, rule, dialogue).pieces()
 
 
+def repeats_opening(encoded: EncodedDialogue, rule: CutRule) -> bool:
+    """Whether the narrator's opening is short enough to be repeated, or there is none."""
+    return _opening_tokens(encoded) <= rule.row_length // 2
+
+
+def _opening_tokens(encoded: EncodedDialogue) -> int:
+    """The tokens of the narrator's opening, without <bos>."""
+    return int(np.append(encoded.message_starts, len(encoded.tokens))[encoded.n_opening]) - 1
+
+
 class _Cutter:
     """Cuts one dialogue. Positions are of its tokens; `edges` are where messages begin, and the end of the last."""
 
     def __init__(self, encoded: EncodedDialogue, rule: CutRule, dialogue: int) -> None:
         self.encoded, self.rule, self.dialogue = encoded, rule, dialogue
         self.edges = np.append(encoded.message_starts, len(encoded.tokens))
-        self.opening_end = int(self.edges[encoded.n_opening])
+        self.opening_end = 1 + _opening_tokens(encoded)
 
     def pieces(self) -> list[Document]:
         """All documents, in order."""
@@ -77,7 +87,7 @@ class _Cutter:
             return []
         most = min(most, 3 * self.rule.row_length // 4)
         opening = self.opening_end - 1
-        if 0 < opening <= min(most, self.rule.row_length // 2) and self.opening_end <= position:
+        if 0 < opening <= most and repeats_opening(self.encoded, self.rule) and self.opening_end <= position:
             return [(1, self.opening_end), *self._tail(self.opening_end, position, message, most - opening)]
         return self._tail(1, position, message, most)
 

@@ -27,7 +27,7 @@ from data.pipeline.tokenizer_stage import MakeTokenizer
 from data.pipeline.unit import units_of, write_units
 from data.pipeline.work_folder import WorkFolder
 from data.prepare_report import key_figure, print_report
-from data.shards import MANIFEST_FILE, PackedDataset, ShardError
+from data.shards import FORMAT, MANIFEST_FILE, FormatError, PackedDataset, ShardError
 from data.sources.record import LeftOut
 from data.sources.registry import named_sources
 from data.steps import Steps
@@ -121,11 +121,17 @@ def _dry_run(recipe: DataRecipe, console: Console) -> None:
 
 
 def _is_whole(run_dir: Path) -> bool:
-    """Whether the outputs of a finished run are still as they were written."""
+    """Whether the outputs of a finished run are still as they were written. Raises RunDirectoryError where another
+    version wrote them: what they are made of may be gone, so they are not made again unasked."""
     try:
         for side in ("train", "heldout"):
             PackedDataset(run_dir / side)
         DialogueTokenizer.load(run_dir)
+    except FormatError:
+        raise RunDirectoryError(
+            f"{run_dir}: its data is whole, but of another format than this version reads and writes ({FORMAT}); set "
+            "another run_dir, or remove this one to prepare it again"
+        ) from None
     except (ShardError, TokenizerError):
         return False
     return all((run_dir / "dialogues" / f"{side}.jsonl").is_file() for side in ("train", "heldout"))

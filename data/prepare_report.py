@@ -46,6 +46,12 @@ def print_report(run_dir: Path, manifest: Mapping[str, Any], seconds: float, con
         console.print(
             f"{ledger.untrained_replies:,} replies are not trained by SFT, as their records say", soft_wrap=True
         )
+    if n_openings := sum(side["n_openings_not_repeated"] for side in sides.values()):
+        console.print(
+            f"{n_openings:,} dialogues are cut and begin with a narrator's opening longer than half a row: their later "
+            "documents do not repeat it; raise row_length, or shorten it",
+            style="yellow", soft_wrap=True,
+        )  # fmt: skip
     for name, count in ledger.of_characters.items():
         console.print(f"{name}: a character, in {count:,} dialogues; it links none", highlight=False, soft_wrap=True)
     console.print(side_table(sides))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.cut import CutRule, cut
+from data.cut import CutRule, cut, repeats_opening
 from data.dialogue import (
     NO_LABEL,
     Dialogue,
@@ -70,9 +70,11 @@ def render(
     return texts, messages, np.array([len(dialogue.messages) for dialogue in dialogues], np.int64)
 
 
-def encode_rendered(rendered: RenderedDialogues, encoder: BulkEncoder, rule: CutRule) -> EncodedCorpus:
+def encode_rendered(
+    rendered: RenderedDialogues, encoder: BulkEncoder, rule: CutRule
+) -> tuple[EncodedCorpus, list[int]]:
     """The documents of the dialogues in order, as `cut(encode_dialogue(...))` makes them of each; their `dialogue` is
-    its number among these."""
+    its number among these. And the numbers of those that are cut and whose opening is too long to be repeated."""
     messages, tokenizer = rendered.messages, encoder.tokenizer
     n_messages, n_dialogues = len(messages), len(rendered.n_messages)
     n_bytes = np.empty(2 * n_messages, np.int64)
@@ -115,13 +117,15 @@ def _cut_all(
     n_opening: np.ndarray,
     rule: CutRule,
     vocab_size: int,
-) -> EncodedCorpus:
-    """Dialogues one after the other (they begin at `edges`) as documents: those that fit are kept as they are."""
+) -> tuple[EncodedCorpus, list[int]]:
+    """Dialogues one after the other (they begin at `edges`) as documents: those that fit are kept as they are. And
+    those whose opening is not repeated."""
     sizes, dtype = np.diff(edges), token_dtype(vocab_size)
     uncut = np.zeros(len(sizes), DOCUMENT)
     uncut["length"], uncut["dialogue"] = sizes, np.arange(len(sizes))
     parts: list[EncodedCorpus] = []
     kept_from = 0  # dialogue
+    without_opening: list[int] = []
 
     def keep_until(number: int) -> None:
         if number > kept_from or not parts:
@@ -134,8 +138,10 @@ def _cut_all(
         kept_from = number + 1
         one = _one(whole, edges, first_messages, number, int(n_opening[number]))
         parts.append(EncodedCorpus.of(cut(one, rule, number), vocab_size))
+        if not repeats_opening(one, rule):
+            without_opening.append(number)
     keep_until(len(sizes))
-    return parts[0] if len(parts) == 1 else EncodedCorpus.join(parts)
+    return (parts[0] if len(parts) == 1 else EncodedCorpus.join(parts)), without_opening
 
 
 def _one(

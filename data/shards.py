@@ -37,6 +37,10 @@ class ShardError(ValueError):
     """Packed data that is missing, half-written, truncated or altered; the message names the file."""
 
 
+class FormatError(ShardError):
+    """Packed data of another version of the format."""
+
+
 @dataclass(frozen=True, slots=True)
 class PackedRow:
     """One row: `tokens_L`, `trained_L` uint8, `label_L` int8, and its documents (DOCUMENT), whose lengths sum to L."""
@@ -309,7 +313,8 @@ class PackedDataset:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a directory of shards. Raises ShardError when it is missing, i.e. the data is not whole."""
+    """The manifest of a directory of shards. Raises ShardError when it is missing, i.e. the data is not whole, and
+    FormatError when another version wrote it."""
     path = directory / MANIFEST_FILE
     if not directory.is_dir():
         raise ShardError(f"{directory}: no such directory; make it with: python -m data.prepare <recipe>")
@@ -321,7 +326,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise ShardError(f"{path}: not JSON ({error}); run data.prepare again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise ShardError(
+        kind = FormatError if str(found).startswith(FORMAT.rstrip("0123456789")) else ShardError
+        raise kind(
             f"{path}: format is {found!r}, expected {FORMAT!r}: it was written by another version; run data.prepare "
             "again, into another run_dir if trained models still name this one"
         )

@@ -32,11 +32,11 @@ class Link:
     n_all: int
 
     def told(self, name: str) -> str:
-        """The sentence that says so."""
+        """The sentence that says so; `name` says who it is, and where."""
         return (
             f"participant {name} takes part in {self.n_dialogues:,} of {self.n_all:,} dialogues; with those that other "
             f"participants link to them, {self.n_linked:,} must be on one side. If it is a character's id, name it in "
-            "split.characters: it then links nothing"
+            "split.characters as the source has it (scrub may show a hash here): it then links nothing"
         )
 
 

@@ -12,7 +12,8 @@ from data.clean import CleanError, check_bad_fraction, check_times_for_labels
 from data.ledger import Ledger
 from data.pipeline.item_step import ItemStep
 from data.pipeline.minhash import dropped_rows
-from data.pipeline.read import UnitResults
+from data.pipeline.read import UNITS_FILE, UnitResults
+from data.pipeline.unit import read_units
 from data.pipeline.work_folder import WorkFolder
 from data.split import DROPPED, HELDOUT, TRAIN, FractionSplit, SplitError, SplitRecords, TimeSplit, split
 from data.split_warnings import Measure, is_too_large, side_measures, side_warnings, strongest_link
@@ -126,26 +127,34 @@ class SelectDialogues(ItemStep):
         participants = np.concatenate([unit.column("participants") for unit in units])
         all_records = SplitRecords(source=source, participants=participants, **columns)
         link = strongest_link(all_records) if self.rule.by_participant else None
-        told = link.told(_name_of(link.participant, units)) if link and is_too_large(link, self.rule) else ""
+        told = link.told(self._name_of(link.participant, units)) if link and is_too_large(link, self.rule) else ""
         try:
             return split(all_records, self.rule)[is_kept], [told] if told else []
         except SplitError as error:
             is_undated = isinstance(self.rule, TimeSplit) and bool(np.isnan(all_records.start_time).all())
             raise SplitError(f"{error}; {told}" if told and not is_undated else str(error)) from None
 
+    def _name_of(self, participant: int, units: Sequence[UnitResults]) -> str:
+        """The participant with this hash as its dialogues name it, and where one of them is: scrubbing hashes names."""
+        for unit, results in zip(read_units(self.work.path / UNITS_FILE), units, strict=True):
+            if found := _first_kept(participant, results):
+                name, dialogue = found
+                files = unit.files[0] if len(unit.files) == 1 else f"{unit.files[0]} to {unit.files[-1]}"
+                return f"{name!r} (of dialogue {dialogue!r} in {files})"
+        return "(whose dialogues are all left out)"
 
-def _name_of(participant: int, units: Sequence[UnitResults]) -> str:
-    """The participant with this hash, as its dialogues name it."""
-    for unit in units:
-        records, participants = unit.column("records"), unit.column("participants")
-        edges = np.append(0, np.cumsum(records["n_participants"], dtype=np.int64))
-        for place in np.flatnonzero(participants == participant):
-            number = int(np.searchsorted(edges, place, "right")) - 1
-            if records["is_kept"][number]:
-                row = int(np.count_nonzero(records["is_kept"][:number]))
-                dialogue = next(islice(unit.read_dialogues(), row, row + 1))
-                return repr(dialogue.participants[place - edges[number]])
-    return "(whose dialogues are all left out)"
+
+def _first_kept(participant: int, unit: UnitResults) -> tuple[str, str] | None:
+    """The participant with this hash as the unit's first dialogue of it has it, and that dialogue's id."""
+    records, participants = unit.column("records"), unit.column("participants")
+    edges = np.append(0, np.cumsum(records["n_participants"], dtype=np.int64))
+    for place in np.flatnonzero(participants == participant):
+        number = int(np.searchsorted(edges, place, "right")) - 1
+        if records["is_kept"][number]:
+            row = int(np.count_nonzero(records["is_kept"][:number]))
+            dialogue = next(islice(unit.read_dialogues(), row, row + 1))
+            return dialogue.participants[place - edges[number]], dialogue.id
+    return None
 
 
 def _measures(units: Sequence[UnitResults], rows: Sequence[np.ndarray]) -> tuple[Measure, ...]:

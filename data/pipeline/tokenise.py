@@ -39,6 +39,7 @@ class Figures:
     n_answer_tokens: int = 0
     n_partner_leaves: int = 0
     n_partner_continues: int = 0
+    n_openings_not_repeated: int = 0  # dialogues that are cut, with an opening longer than half a row
 
     def add(self, other: "Figures") -> None:
         """Add those of another."""
@@ -79,7 +80,7 @@ class TokeniseUnits(ItemStep):
             for rows, rendered in unit.rendered(_TEXT_BYTES_AT_ONCE):
                 is_kept = np.isin(side_of_row[rows], list(SIDES.values()))
                 rendered = rendered.of(is_kept)
-                corpus = encode_rendered(rendered, self._encoder, rule)
+                corpus, without_opening = encode_rendered(rendered, self._encoder, rule)
                 origin = corpus.documents["dialogue"].copy()
                 corpus.documents["dialogue"] = number_in_side[rows][is_kept][origin]
                 side, characters = side_of_row[rows][is_kept], n_characters[rows][is_kept]
@@ -90,6 +91,7 @@ class TokeniseUnits(ItemStep):
                     counts.n_dialogues = int(np.count_nonzero(side == value))
                     counts.n_messages = int(rendered.n_messages[side == value].sum())
                     counts.n_characters = int(characters[side == value].sum())
+                    counts.n_openings_not_repeated = int(np.count_nonzero(side[without_opening] == value))
                     figures[name].add(counts)
         write_json(folder / _FIGURES, {name: asdict(counts) for name, counts in figures.items()})
 

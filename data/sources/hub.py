@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from data.dialogue import Dialogue
+from data.dialogue import Dialogue, DialogueError
 from data.sources.chat_jsonl import ChatJsonlFormat
 from data.sources.corpus_file import find_corpus_files
 from data.sources.hh_rlhf import HhRlhfFormat
@@ -51,7 +51,8 @@ class DatasetsSource(JsonSource):
     path: Location | None = None  # type: ignore[assignment]  # a file, or a directory of .parquet, .jsonl and .jsonl.gz
     hub: HubDataset | None = None
     format: Format
-    # Key of the format: name of the column. Only these are read; null reads all columns under their own names.
+    # Key of the format: name of the column. Only these are read; null reads all columns under their own names. A row
+    # of JSON lines may lack a column, as it may have null there; one of Parquet may not.
     columns: dict[str, str] | None = None
 
     @model_validator(mode="after")
@@ -95,15 +96,24 @@ class DatasetsSource(JsonSource):
         return self.format.dialogue(place, record)
 
     def _of_object(self, place: str, record: dict[str, Any]) -> Dialogue | LeftOut:
-        if self.columns is not None:
-            if missing := [column for column in self.columns.values() if column not in record]:
-                raise RecordError(f"no column {missing[0]!r}; found {', '.join(map(repr, record))[:300]}")
-            record = {key: record[column] for key, column in self.columns.items()}
-        return super()._of_object(place, record)
+        if self.columns is None:
+            return super()._of_object(place, record)
+        lacking = self._lacking(record)
+        try:
+            return super()._of_object(place, {key: record.get(column) for key, column in self.columns.items()})
+        except (RecordError, DialogueError) as error:
+            raise RecordError(f"{error}; {lacking}" if lacking else str(error)) from None
+
+    def _lacking(self, record: dict[str, Any]) -> str:
+        """Which of the columns a record does not have; empty where it has all."""
+        lacking = [column for column in (self.columns or {}).values() if column not in record]
+        return f"no column {lacking[0]!r}; found {', '.join(map(repr, record))[:300]}" if lacking else ""
 
     def _of_row(self, place: str, row: dict[str, Any] | RecordError) -> Dialogue | LeftOut:
         if isinstance(row, RecordError):
             raise row
+        if self.hub is None and (lacking := self._lacking(row)):
+            raise RecordError(lacking)
         return self._of_object(place, row)
 
     def _of_hub(self, hub: HubDataset, part: int, n_parts: int) -> Iterator[Dialogue | LeftOut | Rejected]:

@@ -150,6 +150,40 @@ def test_damage_is_repaired_by_running_again(
     assert contents(tmp_path / "run") == before
 
 
+def test_data_of_an_older_format_are_not_taken_for_damaged(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], contents: Contents
+) -> None:
+    assert main([str(recipe_file)]) == 0
+    path = tmp_path / "run" / "train" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": "dramatis-packed-1"}))
+    before = contents(tmp_path / "run")
+    assert main([str(recipe_file)]) == 2
+    printed = capsys.readouterr()
+    assert "of another format than this version reads" in printed.err
+    assert "set another run_dir, or remove" in printed.err
+    assert "damaged" not in printed.out and contents(tmp_path / "run") == before
+    assert (tmp_path / "run" / "done.json").exists()
+    path.write_text("[]")
+    assert main([str(recipe_file)]) == 0
+    assert "damaged" in capsys.readouterr().out
+
+
+def test_openings_that_cut_dialogues_do_not_repeat_are_told(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open(tmp_path / "chats.jsonl", "a", encoding="utf-8") as file:
+        for number, (n_scene, n_said) in enumerate([(90, 20), (90, 20), (2, 20), (20, 1)]):
+            said = [{"speaker": "narrator", "text": f"no {number} {'nap ' * n_scene}"}]
+            said += [{"speaker": WORDS[k % 2], "text": f"{number} {' '.join(WORDS[:6])}"} for k in range(n_said)]
+            file.write(json.dumps({"id": f"s{number}", "messages": said}) + "\n")
+    assert main([str(recipe_file)]) == 0
+    assert "2 dialogues are cut and begin with a narrator's opening longer than half a row" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert sum(manifest[side]["n_openings_not_repeated"] for side in ("train", "heldout")) == 2
+
+
 @pytest.mark.parametrize(
     ("override", "reason"),
     [

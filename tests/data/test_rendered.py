@@ -1,13 +1,14 @@
 """Dialogues in columns give the documents that encode_dialogue and cut give one by one."""
 
 from dataclasses import fields
+from itertools import takewhile
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.cut import CutRule, cut
-from data.dialogue import NARRATOR, Dialogue, Message, encode_dialogue
+from data.dialogue import NARRATOR, Dialogue, Message, encode_dialogue, encode_message
 from data.packing import Document, EncodedCorpus
 from data.rendered import RenderedDialogues, encode_rendered, join_bytes, render
 from data.tokenise import BulkEncoder
@@ -29,6 +30,13 @@ def one_by_one(
 ) -> list[Document]:
     encoded = (encode_dialogue(tokenizer, dialogue, within) for dialogue in given_dialogues)
     return [piece for number, one in enumerate(encoded) for piece in cut(one, rule, number)]
+
+
+def loses_its_opening(tokenizer: DialogueTokenizer, dialogue: Dialogue, row_length: int) -> bool:
+    """Whether a dialogue is cut, and the narrator's messages at its beginning take more than half a row."""
+    opening = list(takewhile(lambda message: message.speaker == NARRATOR, dialogue.messages))
+    size = sum(len(encode_message(tokenizer, message)) for message in opening)
+    return len(encode_dialogue(tokenizer, dialogue).tokens) > row_length and size > row_length // 2
 
 
 @settings(max_examples=200)
@@ -54,7 +62,8 @@ def test_columns_give_the_same_documents(
     encoder, inside_character_V = BulkEncoder(tokenizer), tokenizer.inside_character()
     for rendered, expected in ((columns, given_dialogues), (columns.of(is_kept), kept)):
         rule = CutRule(row_length, context, inside_character_V)
-        corpus = encode_rendered(rendered, encoder, rule)
+        corpus, without_opening = encode_rendered(rendered, encoder, rule)
+        assert without_opening == [n for n, one in enumerate(expected) if loses_its_opening(tokenizer, one, row_length)]
         documents = one_by_one(tokenizer, expected, within, rule)
         joined = EncodedCorpus.of(documents, tokenizer.vocab_size)
         for field in fields(EncodedCorpus):

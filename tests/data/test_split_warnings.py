@@ -100,7 +100,13 @@ def test_a_bot_in_all_dialogues_is_named(tmp_path: Path, recipe_file: Path, caps
     split = "split={{kind: fraction, heldout: {}{}}}"
     assert main([*common, split.format(0.1, "")]) == 0
     printed = capsys.readouterr().out
-    assert "warning: participant 'bot-1' takes part in " in printed and "name it in split.characters" in printed
+    place = f"(of dialogue '0' in {tmp_path}/bot.jsonl)"
+    assert f"warning: participant 'bot-1' {place} takes part in " in printed
+    assert "name it in split.characters as the source has it" in printed
+    hashed = [f"run_dir={tmp_path}/hashed", "scrub={ids: {salt: a-secret-word}}"]
+    assert main([*common, *hashed, split.format(0.1, "")]) == 0
+    scrubbed = capsys.readouterr().out
+    assert "bot-1" not in scrubbed and f"{place} takes part in " in scrubbed, "the reader can find whom it means"
     assert "more than two speakers: 100% held out" in printed
     characters, named = ", characters: [{}]", f"run_dir={tmp_path}/named"
     assert main([*common, named, split.format(0.1, characters.format("bot-9"))]) == 2

@@ -76,6 +76,17 @@ def test_columns_are_read_under_other_names(tmp_path: Path) -> None:
     assert bad.reason == "no column 'chat'; found 'turns', 'who', 'about', 'unread'"
 
 
+def test_a_column_that_a_line_lacks_is_null_there(tmp_path: Path) -> None:
+    said = [{"speaker": "Ann", "text": "hi"}, {"speaker": "Bob", "text": "yo"}]
+    rows = [{"turns": said, "who": ["u1"]}, {"turns": said, "who": None}, {"turns": said}, {"who": ["u2"]}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"messages": "turns", "participants": "who"}
+    *good, bad = source(path=str(tmp_path), format={"kind": "chat_jsonl"}, columns=columns).read()
+    assert [one.participants for one in good if isinstance(one, Dialogue)] == [("u1",), (), ()]
+    assert isinstance(bad, Rejected)
+    assert bad.reason.startswith("no messages;") and bad.reason.endswith("; no column 'turns'; found 'who'")
+
+
 @pytest.mark.parametrize(
     ("format_", "column", "value"),
     [
