@@ -61,10 +61,10 @@ class SharedParticipants:
         shared_CP = incidence_CP[:, np.flatnonzero(linking_P)]
         alone = len(dialogue_C) - np.count_nonzero(np.diff(shared_CP.indptr))
         sizes = np.concatenate([of_person_P[linking_P], np.ones(alone)])
-        n_people = float(sizes.sum() ** 2 / (sizes**2).sum())
+        n_people = float(sizes.sum() ** 2 / (sizes**2).sum())  # more than 1: nobody here is in all dialogues
         own = float((influence_C**2).sum())
-        if own == 0 or n_people <= 1:
-            return Dependence(1.0, max(1.0, n_people))
+        if own == 0:
+            return Dependence(1.0, n_people)
         shared = self._shared_variance(influence_C, shared_CP) * n_people / (n_people - 1)
         return Dependence(max(1.0, shared / own), n_people)
 

@@ -58,7 +58,7 @@ def _check(where: str, targets: Targets, rows: PackedRows, groups: Sequence[np.n
     found: Counter[str] = Counter()
     for batch in _batches(rows, groups[0]):
         found.update(targets.counts(batch))
-        if found and all(found.values()):
+        if all(found.values()):
             return
     told = ", ".join(f"{count:,} {kind}" for kind, count in found.items()) or "no rows"
     more = Counter(found)

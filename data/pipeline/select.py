@@ -139,7 +139,7 @@ class SelectDialogues(ItemStep):
         for unit, results in zip(read_units(self.work.path / UNITS_FILE), units, strict=True):
             if found := _first_kept(participant, results):
                 name, dialogue = found
-                files = unit.files[0] if len(unit.files) == 1 else f"{unit.files[0]} to {unit.files[-1]}"
+                files = " to ".join(dict.fromkeys(Path(file).name for file in (unit.files[0], unit.files[-1])))
                 return f"{name!r} (of dialogue {dialogue!r} in {files})"
         return "(whose dialogues are all left out)"
 

@@ -100,7 +100,7 @@ def test_a_bot_in_all_dialogues_is_named(tmp_path: Path, recipe_file: Path, caps
     split = "split={{kind: fraction, heldout: {}{}}}"
     assert main([*common, split.format(0.1, "")]) == 0
     printed = capsys.readouterr().out
-    place = f"(of dialogue '0' in {tmp_path}/bot.jsonl)"
+    place = "(of dialogue '0' in bot.jsonl)"
     assert f"warning: participant 'bot-1' {place} takes part in " in printed
     assert "name it in split.characters as the source has it" in printed
     hashed = [f"run_dir={tmp_path}/hashed", "scrub={ids: {salt: a-secret-word}}"]

@@ -22,8 +22,8 @@ def plainly(crowds: list[set[int]], influence: list[float]) -> Dependence:
     sizes = [counts[person] for person in linking] + [1] * sum(not crowd & linking for crowd in crowds)
     n_people = sum(sizes) ** 2 / sum(size**2 for size in sizes)
     own = sum(one**2 for one in influence)
-    if own == 0 or n_people <= 1:
-        return Dependence(1.0, max(1.0, n_people))
+    if own == 0:
+        return Dependence(1.0, n_people)
     total = 0.0
     for i, (crowd, here) in enumerate(zip(crowds, influence, strict=True)):
         for j, (others, there) in enumerate(zip(crowds, influence, strict=True)):

@@ -7,13 +7,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest, norm, wilcoxon
 
 from eval.shared_participants import SharedParticipants
 from eval.statistics import (
     Bootstrap,
+    Estimate,
+    FloatArray,
     cluster_index,
     minimum_detectable_effect,
     paired_tests,
+    wilson_interval,
 )
 
 FAST = Bootstrap(n_resamples=300, seed=3)
@@ -67,6 +71,35 @@ def test_no_interval_is_invented() -> None:
     assert single.value == 3.0 and not single.has_interval and "2 units" in single.note
     constant = FAST.mean([1.0] * 30)
     assert constant.value == 1.0 and not constant.has_interval and "equal" in constant.note
+
+
+def test_the_ends_of_an_interval_are_not_excluded() -> None:
+    estimate = Estimate(0.5, 0.0, 1.0, 9, 9, "any")
+    assert [estimate.excludes(value) for value in (-0.01, 0.0, 0.5, 1.0, 1.01)] == [True, False, False, False, True]
+
+
+def test_two_units_have_an_interval() -> None:
+    estimate = FAST.mean([1.0, 2.0])
+    assert estimate.has_interval and estimate.low == 1 and estimate.high == 2
+
+
+def test_a_figure_that_most_resamples_lack_has_no_interval() -> None:
+    """The one positive is in 63% of them."""
+    estimate = FAST.auc(np.arange(20.0), np.arange(20) // 19, np.arange(20))
+    assert estimate.value == 1 and not estimate.has_interval and "too few resamples" in estimate.note
+
+
+def test_the_percentile_interval_where_no_resample_reaches_the_point() -> None:
+    """The share of distinct clusters among n draws: its mean is 1 - 1/e, n times its variance 1/e - 2/e^2."""
+
+    def distinct(weight_RC: FloatArray) -> FloatArray:
+        return np.asarray((weight_RC > 0).mean(axis=1))
+
+    found = Bootstrap(n_resamples=4000, seed=1).interval(distinct, None, 400, 400, (0.0, 1.0))
+    assert found.low is not None and found.high is not None and found.method.startswith("percentile")
+    deviation = math.sqrt((math.exp(-1) - 2 * math.exp(-2)) / 400)
+    assert (found.low + found.high) / 2 == pytest.approx(1 - math.exp(-1), abs=0.004)
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * deviation, rel=0.07)
 
 
 def test_same_seed_same_interval() -> None:
@@ -132,6 +165,34 @@ def test_paired_tests() -> None:
     assert tests.sign_p == pytest.approx(2 * (1 + 10) / 2**10)
     assert tests.wilcoxon_p is not None and tests.wilcoxon_p < 0.05
     assert paired_tests([0.0, 0.0]).sign_p is None
+
+
+@pytest.mark.parametrize(("k", "n", "level"), [(0, 5, 0.95), (3, 8, 0.9), (40, 41, 0.95), (7, 7, 0.5)])
+def test_wilson_interval(k: int, n: int, level: float) -> None:
+    expected = binomtest(k, n).proportion_ci(level, method="wilson")
+    assert wilson_interval(k / n, n, level) == pytest.approx((expected.low, expected.high))
+
+
+def test_equal_trials_of_a_cluster_are_one_trial() -> None:
+    often = FAST.proportion(np.repeat(np.arange(10) % 2 == 0, 20), np.repeat(np.arange(10), 20))
+    once = FAST.proportion(np.arange(10) % 2 == 0)
+    assert (often.value, often.low, often.high) == pytest.approx((once.value, once.low, once.high))
+    assert (often.n, often.n_clusters) == (200, 10)
+
+
+def test_ties_count_in_the_signed_ranks() -> None:
+    differences = [3.0, 2.0, -1.0, 0.0, 0.0, 4.0, 5.0, -2.5, 6.0]
+    found = paired_tests(differences).wilcoxon_p
+    assert found == pytest.approx(wilcoxon(differences, zero_method="pratt").pvalue)
+    assert found != pytest.approx(wilcoxon(differences, zero_method="wilcox").pvalue)
+
+
+def test_minimum_detectable_effect_of_two_values() -> None:
+    """Their deviation is 1 / sqrt(2), the mean's 1 / 2."""
+    quantiles = norm.ppf(0.975) + norm.ppf(0.8)
+    assert minimum_detectable_effect([0.0, 1.0]) == pytest.approx(quantiles / 2)
+    assert minimum_detectable_effect([0.0, 1.0], variance_factor=4.0) == pytest.approx(quantiles)
+    assert minimum_detectable_effect([0.0, 1.0], 0.9, 0.1) == pytest.approx((norm.ppf(0.95) + norm.ppf(0.9)) / 2)
 
 
 def test_minimum_detectable_effect_is_found_that_often() -> None:
@@ -214,3 +275,54 @@ def test_shared_people_widen_every_statistic() -> None:
     assert linked.proportion(label_N == 1, numbers).low >= 0
     tests, plain = linked.paired_tests(score_N + 0.3, numbers), FAST.paired_tests(score_N + 0.3, numbers)
     assert tests.wins == plain.wins and tests.sign_p > plain.sign_p  # type: ignore[operator]
+
+
+def test_the_interval_is_widened_by_what_the_sums_over_pairs_say() -> None:
+    """Of a mean, a dialogue's influence is its distance from it."""
+    values_N, numbers = np.random.default_rng(4).normal(size=30), np.arange(30)
+    for linked in (2, 10, 24):
+        people = SharedParticipants([[0] if number < linked else [number] for number in range(30)])
+        wide, narrow = Bootstrap(300, seed=3, people=people).mean(values_N, numbers), FAST.mean(values_N, numbers)
+        dependence = people.dependence(values_N - values_N.mean(), numbers)
+        assert wide.variance_factor == pytest.approx(dependence.variance_factor)
+        factor = dependence.width_factor(0.95)
+        assert factor > 1 and "widened" in wide.method
+        assert wide.value is not None and wide.low is not None and wide.high is not None
+        assert narrow.low is not None and narrow.high is not None
+        assert wide.low == pytest.approx(max(values_N.min(), wide.value - (wide.value - narrow.low) * factor))
+        assert wide.high == pytest.approx(min(values_N.max(), wide.value + (narrow.high - wide.value) * factor))
+
+
+@pytest.mark.parametrize("top", [False, True])
+def test_a_widened_interval_stays_within_what_the_figure_can_be(top: bool) -> None:
+    people = Bootstrap(300, seed=3, people=SharedParticipants([[number // 10] for number in range(40)]))
+    values_N = (np.arange(40) < 8) == (not top)
+    estimate = people.mean(values_N, np.arange(40))
+    assert (estimate.high if top else estimate.low) == top
+
+
+def test_a_difference_of_areas_may_be_negative() -> None:
+    people = Bootstrap(300, seed=3, people=SharedParticipants([[number // 10] for number in range(40)]))
+    label_N = np.arange(40) % 2
+    noise_N = np.random.default_rng(0).normal(size=40)
+    found = people.auc(noise_N, label_N, np.arange(40), minus_N=label_N + 0.1 * noise_N)
+    assert found.value is not None and found.low is not None and found.high is not None
+    assert -1 <= found.low < found.value < found.high < 0
+
+
+def test_shared_people_temper_shares_and_tests() -> None:
+    numbers = np.arange(60)
+    people = SharedParticipants([[number // 6] for number in range(60)])
+    linked = Bootstrap(300, seed=3, people=people)
+    wins_N = (numbers // 6) % 3 > 0
+    dependence = people.dependence(wins_N - wins_N.mean(), numbers)
+    share = linked.proportion(wins_N, numbers)
+    width = dependence.width_factor(0.95)
+    assert dependence.variance_factor > 3
+    assert (share.low, share.high) == pytest.approx(wilson_interval(wins_N.mean(), 60 / width**2, 0.95))
+    differences_N = np.where(wins_N, 2.0, -1.0)
+    tests, plain = linked.paired_tests(differences_N, numbers), paired_tests(differences_N)
+    for tempered, p in ((tests.sign_p, plain.sign_p), (tests.wilcoxon_p, plain.wilcoxon_p)):
+        assert p is not None
+        score = norm.isf(p / 2) / math.sqrt(dependence.variance_factor)
+        assert tempered == pytest.approx(2 * norm.sf(score))
