@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.cut import CutRule, cut
+from data.cut import CutRule, cut, repeats_opening
 from data.dialogue import NARRATOR, Dialogue, EncodedDialogue, Message, encode_dialogue
 from data.packing import Document
 from data.tokenizer import DialogueTokenizer
@@ -148,10 +148,20 @@ def test_the_end_of_the_message_before_is_repeated_where_its_name_takes_half_at_
     assert last.n_repeated - 1 == n_repeated
 
 
-def test_opening_and_context_together_take_three_quarters_of_a_row_at_most() -> None:
-    pieces = cut(of_sizes((2, 30), (2, 31), (2, 300), n_opening=1), CutRule(64, 32, NOTHING_INSIDE_V))
-    inside = [piece.n_repeated - 1 for piece in pieces if piece.first_message == 2][1:]
-    assert len(inside) > 3 and set(inside) == {48}
+@pytest.mark.parametrize(("opening", "n_repeated"), [(32, 48), (33, 32)])
+def test_opening_and_context_take_three_quarters_of_a_row_at_most(opening: int, n_repeated: int) -> None:
+    """And the opening half of one: a longer opening is not repeated, and the context is 32 tokens."""
+    encoded, rule = of_sizes((2, opening - 2), (2, 31), (2, 300), n_opening=1), CutRule(64, 32, NOTHING_INSIDE_V)
+    inside = [piece.n_repeated - 1 for piece in cut(encoded, rule) if piece.first_message == 2][1:]
+    assert len(inside) > 3 and set(inside) == {n_repeated}
+    assert repeats_opening(encoded, rule) == (opening == 32)
+
+
+@pytest.mark.parametrize(("size", "n_repeated"), [(21, 10), (22, 0)])
+def test_the_opening_is_repeated_where_it_just_fits_beside_a_whole_message(size: int, n_repeated: int) -> None:
+    encoded = of_sizes((2, 8), (2, 30), (2, size - 2), n_opening=1)
+    last = cut(encoded, CutRule(32, 0, NOTHING_INSIDE_V))[-1]
+    assert (last.first_message, last.n_repeated - 1) == (2, n_repeated)
 
 
 def shown(tokenizer: DialogueTokenizer, messages: list[Message], rule: CutRule) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ from eval.statistics import (
     Bootstrap,
     Estimate,
     FloatArray,
+    _WeightedAuc,
     cluster_index,
     minimum_detectable_effect,
     paired_tests,
@@ -128,6 +129,31 @@ def test_auc_equals_the_count_of_pairs_with_ties(rows: list[tuple[int, int]]) ->
         assert estimate.value is None and "one class" in estimate.note
     else:
         assert estimate.value == pytest.approx(brute_force_auc(scores, labels))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 1), st.integers(0, 3)), min_size=1, max_size=12), st.data())
+def test_a_cluster_that_was_drawn_twice_counts_twice(rows: list[tuple[int, int, int]], data: st.DataObject) -> None:
+    drawn = data.draw(st.lists(st.integers(0, 3), min_size=4, max_size=4))
+    again = [row for row in rows for _ in range(drawn[row[2]])]
+    score_N, label_N, index_N = (np.array(column) for column in zip(*rows, strict=True))
+    (found,) = _WeightedAuc(score_N.astype(float), label_N, index_N)(np.array([drawn], dtype=float))
+    if len({label for _, label, _ in again}) < 2:
+        assert math.isnan(found)
+    else:
+        assert found == pytest.approx(brute_force_auc([float(s) for s, _, _ in again], [y for _, y, _ in again]))
+
+
+def test_a_dialogue_without_which_there_is_no_figure_has_no_influence() -> None:
+    people = SharedParticipants([[number // 2] for number in range(8)])
+
+    def mean(weight_RC: FloatArray) -> FloatArray:
+        mean_R = weight_RC @ np.arange(8.0) / weight_RC.sum(axis=1)
+        return np.asarray(np.where(weight_RC[:, 3] == 0, np.nan, mean_R))
+
+    found = Bootstrap(people=people)._dependence(mean, np.arange(8), 8)
+    influence_C = np.where(np.arange(8) == 3, 0, np.arange(8) - (28 - 3) / 7)
+    assert found.variance_factor == pytest.approx(people.dependence(influence_C, np.arange(8)).variance_factor)
 
 
 def test_auc_interval_and_difference() -> None:
