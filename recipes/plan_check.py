@@ -79,10 +79,13 @@ class PlanCheck:
         initial = importlib.import_module("train.initial_model").find_initial_model(run_dir)
         return None if initial is None else initial.config()
 
+    def is_to_come(self, path: str) -> bool:
+        """Whether a stage that is still to run writes it."""
+        return any(Path(os.path.realpath(path)).is_relative_to(run_dir) for run_dir in self._planned)
+
     def _is_there(self, planned: Planned) -> bool:
         """Whether no source is written by a stage that is still to run."""
-        places = [os.path.realpath(path) for path in _locations(planned.written.get("sources"))]
-        return not any(Path(place).is_relative_to(run_dir) for place in places for run_dir in self._planned)
+        return not any(map(self.is_to_come, _locations(planned.written.get("sources"))))
 
 
 def _locations(node: Any) -> list[str]:

@@ -30,6 +30,7 @@ from model.attention_ops import Documents
 from model.transformer import Transformer
 from model.weights import SCALAR_HEAD, WEIGHTS
 from recipes.loader import Section
+from recipes.plan_check import PlanCheck
 from recipes.run_identity import Location, identity
 from train.engine import World
 from train.initial_model import initial_model
@@ -72,6 +73,13 @@ class DPORecipe(TrainingRecipe):
     """Longest prompt + reply. A longer prompt loses its oldest messages, but neither the narrator's opening nor the
     newest message; a pair that still does not fit is left out and counted."""
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+    def check_plan(self, plan: PlanCheck) -> None:
+        """Also whether the files of pairs can be used, before the stages that come first are trained."""
+        super().check_plan(plan)
+        for source in self.pairs:
+            if isinstance(source, FilePairs) and Path(source.path).is_file() and not plan.is_to_come(source.path):
+                read_pair_file(source.path, source.format, source.max_bad_fraction)
 
     def inputs(self) -> dict[str, str]:
         """The finished runs and the files that it reads, by the recipe's keys for them."""

@@ -85,6 +85,20 @@ def test_bad_records_are_told(logs: list[str], tmp_path: Path, capfd: pytest.Cap
     assert output.count("records are bad") == 1, "each problem once"
 
 
+def test_bad_pairs_are_told(logs: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "pairs.jsonl"
+    said = [{"speaker": "Tom", "text": "hi"}]
+    pair = {"id": "p", "messages": said, "character": "Mia", "chosen": "yes", "rejected": "no"}
+    path.write_text(f"{json.dumps(pair)}\n{json.dumps({**pair, 'messages': []})}\n")
+    given = f"dpo.pairs=[{{kind: file, path: {path}, max_bad_fraction: %s}}]"
+    code, output = dry_run(capfd, *logs, given % "0.1")
+    assert code == 2, output
+    assert "50.0% of the records are left out, more than max_bad_fraction 0.1" in output
+    assert f"{path}:2: nobody but the character and the narrator says anything" in output
+    code, output = dry_run(capfd, *logs, given % "0.5")
+    assert code == 0, output
+
+
 def test_too_few_heldout_dialogues_are_told(logs: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     code, output = dry_run(capfd, *logs, "eval.contexts.min_messages=50")
     assert code == 2
