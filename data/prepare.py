@@ -170,9 +170,7 @@ def run(recipe: DataRecipe, console: Console) -> None:
         seconds = time.monotonic() - began
         sides = {side: manifest[side] for side in SIDES}
         figures = {"fingerprint": manifest["train"]["fingerprint"]}
-        finish_run(
-            run_dir, recipe, inputs, key_figure(sides), seconds, figures, (MANIFEST_FILE, MODEL_FILE, DIALOGUES)
-        )
+        finish_run(run_dir, recipe, inputs, key_figure(sides), seconds, figures, (MANIFEST_FILE, MODEL_FILE, DIALOGUES))
         WorkFolder(run_dir).remove()
     print_report(run_dir, manifest, seconds, console)
 

@@ -178,9 +178,7 @@ def _value_finding(template: PromptTemplate, whole: _Rendered, part: int, path: 
     )
 
 
-def _place(
-    template: PromptTemplate, before: _Rendered, after: _Rendered, part: int, names: Sequence[str]
-) -> str:
+def _place(template: PromptTemplate, before: _Rendered, after: _Rendered, part: int, names: Sequence[str]) -> str:
     """file:line of the first value that differs in a part, else of what uses one of `names`."""
     if part < len(before.spans) and part < len(after.spans):
         for (where, line, text), (_, _, other) in zip(before.spans[part], after.spans[part]):

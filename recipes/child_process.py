@@ -74,9 +74,7 @@ class Child:
         return None
 
 
-def run_child(
-    command: Sequence[str], environment: Mapping[str, str], stops: StopRequests
-) -> Ended:
+def run_child(command: Sequence[str], environment: Mapping[str, str], stops: StopRequests) -> Ended:
     """Run `command` to its end. The first stop request is passed on, a second one kills."""
     child = Child(command, environment)
     while (ended := child.look(stops)) is None:

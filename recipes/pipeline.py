@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import importlib
 import json
 import os
 import re
@@ -35,7 +34,7 @@ from recipes.run_directory import (
     move_aside,
     read_done,
 )
-from recipes.stages import LAUNCHER, STAGES, Stage
+from recipes.stages import LAUNCHER, STAGES, Stage, entry_module
 
 PIPELINE_FILE = "pipeline.yaml"
 DEMO_BUNDLE = "runs/demo/export"
@@ -179,7 +178,7 @@ def path_override(key: str, path: str) -> str:
 
 def schema_of(stage: str) -> type[BaseModel]:
     """The schema of a stage's recipes: the section with that `stage` in the stage's module, which is imported."""
-    module = importlib.import_module(STAGES[stage].module)
+    module = entry_module(STAGES[stage].module)
     found = {
         value
         for value in vars(module).values()

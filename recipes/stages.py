@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
+from types import ModuleType
 
 LAUNCHER = "train.launch"
 """The module that starts several ranks of a stage."""
@@ -33,3 +35,9 @@ STAGES: dict[str, Stage] = {
     "ablation": Stage("eval.ablation"),
     "export": Stage("serving_export.export"),
 }
+
+
+def entry_module(name: str) -> ModuleType:
+    """Import what `python -m name` runs: the module of this name, or the `__main__` of a package."""
+    module = importlib.import_module(name)
+    return importlib.import_module(f"{name}.__main__") if hasattr(module, "__path__") else module

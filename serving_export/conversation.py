@@ -81,4 +81,3 @@ class _History:
 
     def digest(self) -> bytes:
         return self._sha256.digest()
-

@@ -106,9 +106,7 @@ class Replier:
         """Queue a prompt of `encode`; whoever gets the events gives each to the reply's `take`."""
         return Reply(self, prompt, sampling, emit, salt, stop)
 
-    def stream(
-        self, prompt: EncodedPrompt, sampling: Sampling, salt: str | None = None
-    ) -> Iterator[tuple[str, Reply]]:
+    def stream(self, prompt: EncodedPrompt, sampling: Sampling, salt: str | None = None) -> Iterator[tuple[str, Reply]]:
         """The reply's text piece by piece, blocking; leaving the loop early frees what the reply holds."""
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         reply = self.start(prompt.tokens, sampling, events.put, salt)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import shlex
 import subprocess
@@ -15,7 +14,7 @@ from ruamel.yaml import YAML
 
 from data.pipeline.recipe import DataRecipe
 from recipes.loader import load_recipe
-from recipes.stages import LAUNCHER
+from recipes.stages import LAUNCHER, entry_module
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "BENCHMARKS.md")]
@@ -104,7 +103,7 @@ def test_a_printed_module_takes_its_arguments(
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [module, *check])
     try:
-        code = importlib.import_module(module).main()
+        code = entry_module(module).main()
     except SystemExit as left:
         code = left.code
     output = capfd.readouterr()

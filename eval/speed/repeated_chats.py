@@ -34,8 +34,7 @@ def changed(dialogue: Dialogue, copy: int, words: Sequence[str], seed: int = 0) 
         return words[int(rng.random() * len(words))] if rng.random() < _SHARE_CHANGED else found[0]
 
     messages = tuple(
-        Message(message.speaker, _WORD.sub(other, message.text), message.time)
-        for message in dialogue.messages
+        Message(message.speaker, _WORD.sub(other, message.text), message.time) for message in dialogue.messages
     )
     participants = tuple(f"{participant}-{copy}" for participant in dialogue.participants)
     return replace(dialogue, id=f"{dialogue.id}-{copy}", messages=messages, participants=participants)

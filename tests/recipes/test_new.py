@@ -145,9 +145,7 @@ def test_stages_that_the_data_cannot_support_are_left_out(work: Path, capfd: pyt
 
 def test_pairs_are_trained_as_pairs(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     replies = {"rejected": "No."}
-    pairs = [
-        {**r, **replies, "messages": r["messages"][:1], "chosen": f"Yes, {r['id']}."} for r in conversations(60)
-    ]
+    pairs = [{**r, **replies, "messages": r["messages"][:1], "chosen": f"Yes, {r['id']}."} for r in conversations(60)]
     file = write_lines(work / "pairs" / "a.jsonl", pairs)
     assert main(["mine", "--data", "pairs"]) == 0
     dpo = recipe(work / "mine", "dpo")

@@ -180,8 +180,12 @@ def test_truncation_leaves_the_oldest_messages_out_and_says_how_many(running: An
         ({"extra_body": {"tempreature": 1}}, 400, "tempreature", "unknown field"),
         ({"temperature": 3}, 400, "temperature", "less than or equal to 2"),
         ({"extra_body": {"truncation": "middle"}}, 400, "truncation", "'auto' or 'disabled'"),
-        ({"messages": [{"role": "user", "content": "ducks " * 300}], "extra_body": {"truncation": "auto"}}, 400,
-         "messages", "the newest message is too long"),
+        (
+            {"messages": [{"role": "user", "content": "ducks " * 300}], "extra_body": {"truncation": "auto"}},
+            400,
+            "messages",
+            "the newest message is too long",
+        ),
     ],
 )
 def test_errors_name_the_field(running: Any, fields: dict[str, Any], status: int, param: str, says: str) -> None:

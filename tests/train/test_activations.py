@@ -69,9 +69,7 @@ def bytes_kept(block: nn.Module, layer: int, dtype: torch.dtype) -> int:
 
 @pytest.mark.parametrize("layer", [OWN, SHARED])
 @pytest.mark.parametrize("recompute", ["none", "elementwise", "block"])
-def test_a_fused_block_keeps_what_is_counted(
-    monkeypatch: pytest.MonkeyPatch, recompute: Recompute, layer: int
-) -> None:
+def test_a_fused_block_keeps_what_is_counted(monkeypatch: pytest.MonkeyPatch, recompute: Recompute, layer: int) -> None:
     normalizer_HT = torch.zeros(CONFIG.n_heads, TOKENS)
     outputs: list[Tensor] = []
 

@@ -111,7 +111,6 @@ def test_ctrl_c_cancels_the_jobs(
     assert "run the same command again to continue" in capsys.readouterr().err
 
 
-
 def test_ray_tasks_do_what_local_processes_do(recipe_file: Path, tmp_path: Path, contents: Contents) -> None:
     """In a process of its own, which takes the cluster with it."""
     pytest.importorskip("ray")

@@ -28,9 +28,7 @@ def test_values_and_gradients(n_rows: int, vocab_size: int, softcap: float | Non
     torch.testing.assert_close(found_logprob_C, logprob_C.detach(), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(found_normalizer_C, normalizer_C.detach(), rtol=1e-5, atol=1e-5)
     buffer_CV = logits_CV.detach().clone()
-    found_CV = logit_gradient_(
-        buffer_CV, targets_C, found_normalizer_C, grad_logprob_C, grad_normalizer_C, softcap
-    )
+    found_CV = logit_gradient_(buffer_CV, targets_C, found_normalizer_C, grad_logprob_C, grad_normalizer_C, softcap)
     assert found_CV is buffer_CV
     torch.testing.assert_close(found_CV, expected_CV, rtol=1e-3, atol=1e-5)
 
