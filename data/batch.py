@@ -7,8 +7,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from data.format.tokenizer import DialogueTokenizer
 from data.sampler import Rows
-from data.tokenizer import DialogueTokenizer
 
 _PAD_ID = DialogueTokenizer.pad_id
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from data.dialogue import NARRATOR, TRAINED_KEY, DialogueError, Message, check_times
+from data.format.dialogue import NARRATOR, TRAINED_KEY, DialogueError, Message, check_times
 from data.record_keys import (
     MESSAGE_ALIASES,
     REFUSED_IN_MESSAGE,

@@ -12,14 +12,14 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from data.dialogue import NARRATOR, Dialogue, Message
+from data.format.dialogue import NARRATOR, Dialogue, Message
+from data.format.visible_text import says_nothing
 from data.language import Languages, other_language
 from data.ledger import Ledger
 from data.quarantine import Quarantine
 from data.repetition import Repetition, repeated
 from data.scrub import Scrub, scrub
 from data.sources.record import LeftOut, Rejected
-from data.visible_text import says_nothing
 from recipes.loader import Section
 
 _N_EXAMPLES = 5  # bad records shown in an error

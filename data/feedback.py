@@ -24,8 +24,6 @@ from rich.console import Console
 
 from data.atomic_file import atomic_file, write_json
 from data.clean import CleanError, check_bad_fraction
-from data.dialogue import Dialogue
-from data.dialogue_json import message_to_record
 from data.feedback_conversation import NO_CONTEXT, Conversation, LoggedTurn, join_turns
 from data.feedback_event import read_event
 from data.feedback_labels import (
@@ -42,6 +40,8 @@ from data.feedback_pairs import PairSettings, RuleCounts, select_pairs, to_pair
 from data.feedback_parts import Line, UserParts, user_of
 from data.feedback_report import Counts, key_figure, print_report, to_report
 from data.feedback_scrub import scrub_turns
+from data.format.dialogue import Dialogue
+from data.format.dialogue_json import message_to_record
 from data.ledger import Ledger
 from data.preferences import pair_to_json
 from data.quarantine import Quarantine

@@ -4,8 +4,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from data.dialogue import Message, n_opening_messages
 from data.feedback_event import FeedbackEvent
+from data.format.dialogue import Message, n_opening_messages
 from data.sources.record import Rejected, beginning
 
 NO_CONTEXT = "what it continues is not in the log, or is quarantined"

@@ -41,7 +41,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, ValidationError
 
 from data.chat_message import READ_AS, RoleNames, take_speaker
-from data.dialogue import DialogueError, check_speaker
+from data.format.dialogue import DialogueError, check_speaker
 from data.record_keys import MESSAGE_ALIASES, rename
 from data.sources.record import RecordError
 from data.sources.source import parse_object

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from data.dialogue import Message
 from data.feedback_conversation import Turn
 from data.feedback_event import FeedbackEvent
+from data.format.dialogue import Message
 from data.ledger import Ledger
 from data.preferences import REPEATED, PreferencePair, reason_against_context, reason_against_pair
 from data.stable_hash import stable_hash

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from data.dialogue import NARRATOR, Message
+from data.format.dialogue import NARRATOR, Message
 from recipes.loader import Section
 
 _CHARACTERS_READ = 500  # what follows changes hardly any answer, and the time grows with it

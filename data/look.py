@@ -10,14 +10,14 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from data.dialogue import LABEL_KEY, Dialogue, continuation_labels, encode_dialogue, message_body, speaker_prefix
+from data.format.dialogue import LABEL_KEY, Dialogue, continuation_labels, encode_dialogue, message_body, speaker_prefix
+from data.format.speaker_names import SpeakerNames, count_names
+from data.format.tokenizer import DialogueTokenizer, TokenizerError, train_tokenizer
 from data.pipeline.recipe import DataRecipe
 from data.planned import READ_AT_MOST_BYTES, select_dialogues
 from data.sources.record import LeftOut, Rejected, SourceError
 from data.sources.registry import SOURCES, AnySource
 from data.sources.source import DialogueSource
-from data.speaker_names import SpeakerNames, count_names
-from data.tokenizer import DialogueTokenizer, TokenizerError, train_tokenizer
 
 _TRIED = 200  # records that a reader is tried on
 _SAMPLE = 20_000  # records that are read of sources too large to be read for a look

@@ -3,7 +3,7 @@ find them are in data/pipeline/minhash.py."""
 
 from pydantic import Field
 
-from data.dialogue import NARRATOR, Dialogue
+from data.format.dialogue import NARRATOR, Dialogue
 from recipes.loader import Section
 
 

@@ -10,8 +10,9 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 
 from data.clean import CleanError
-from data.dialogue import Dialogue
-from data.dialogue_json import read_dialogues
+from data.format.dialogue import Dialogue
+from data.format.dialogue_json import read_dialogues
+from data.format.tokenizer import DialogueTokenizer
 from data.ledger import Ledger
 from data.pipeline.executor import LocalSettings
 from data.pipeline.read import UnitResults
@@ -21,7 +22,6 @@ from data.pipeline.tokenizer_stage import TrainedTokenizer
 from data.prepare import prepare_until
 from data.shards import MANIFEST_FILE
 from data.steps import Steps
-from data.tokenizer import DialogueTokenizer
 
 READ_AT_MOST_BYTES = 256 << 20
 """Larger sources are not read for a plan: they hold enough, and preparation tells of their bad records soon enough."""

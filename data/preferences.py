@@ -14,8 +14,9 @@ from typing import Any, Literal
 import numpy as np
 
 from data.atomic_file import atomic_file
-from data.dialogue import NARRATOR, DialogueError, Message, check_speaker
-from data.dialogue_json import message_to_record, messages_from_records
+from data.format.dialogue import NARRATOR, DialogueError, Message, check_speaker
+from data.format.dialogue_json import message_to_record, messages_from_records
+from data.format.visible_text import says_nothing, visible
 from data.ledger import reasons_told
 from data.quarantine import general_reason
 from data.record_keys import refuse, take_trained
@@ -23,7 +24,6 @@ from data.sources.hh_rlhf import ASSISTANT, REFUSED, parse_transcript, transcrip
 from data.sources.record import RecordError
 from data.sources.source import parse_object, read_lines
 from data.stable_hash import stable_hash
-from data.visible_text import says_nothing, visible
 
 SAYS_NOTHING = "a reply that says nothing"
 SAME_REPLY = "both replies say the same"

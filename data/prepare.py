@@ -12,7 +12,8 @@ from typing import Any
 
 from rich.console import Console
 
-from data.dialogue import Dialogue
+from data.format.dialogue import Dialogue
+from data.format.tokenizer import MODEL_FILE, DialogueTokenizer, TokenizerError
 from data.pipeline.executor import Stage, run_stage
 from data.pipeline.failure import RECIPE_ERRORS, StageError
 from data.pipeline.item_step import ItemStep
@@ -31,7 +32,6 @@ from data.shards import FORMAT, MANIFEST_FILE, FormatError, PackedDataset, Shard
 from data.sources.record import LeftOut
 from data.sources.registry import named_sources
 from data.steps import Steps
-from data.tokenizer import MODEL_FILE, DialogueTokenizer, TokenizerError
 from recipes.interrupt import tell_interrupt
 from recipes.loader import parse_command_line, print_recipe
 from recipes.run_directory import RunDirectoryError, RunState, finish_run, prepare_run_directory, read_done

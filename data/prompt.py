@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from data.message_encoder import MessageEncoder
+from data.format.message_encoder import MessageEncoder
 from data.prompt_parts import Section, TemplatePart, role_messages
 from data.prompt_template import (
     DEFAULT_TEMPLATE,

@@ -13,8 +13,8 @@ whose context was cut away whole, or whose newest message was cut short, would a
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data.dialogue import NARRATOR, Encoder, Message, n_opening_messages
-from data.message_encoder import MessageEncoder
+from data.format.dialogue import NARRATOR, Encoder, Message, n_opening_messages
+from data.format.message_encoder import MessageEncoder
 from data.sources.record import LeftOut
 
 REPLY_TOO_LONG = "the reply alone is too long"

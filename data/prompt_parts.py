@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from data.dialogue import NARRATOR
+from data.format.dialogue import NARRATOR
 from data.prompt_values import MARK, PromptError, Texts
 from data.prompt_yaml import load_records
 from data.recent import Recent

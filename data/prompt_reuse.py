@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from data.dialogue import Dialogue, Message, message_body, n_opening_messages, speaker_prefix
-from data.dialogue_json import read_dialogues
-from data.message_encoder import MessageEncoder
+from data.format.dialogue import Dialogue, Message, message_body, n_opening_messages, speaker_prefix
+from data.format.dialogue_json import read_dialogues
+from data.format.message_encoder import MessageEncoder
+from data.format.tokenizer import DialogueTokenizer, TokenizerError, train_tokenizer
 from data.prompt_truncation import CONTEXT_COST, planned_parts, surviving_parts
 from data.sources.registry import SOURCES
-from data.tokenizer import DialogueTokenizer, TokenizerError, train_tokenizer
 
 Rule = Callable[[Sequence[int], Sequence[int], int], list[int]]  # lengths, priorities, token limit: what remains
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from data.dialogue import Dialogue, DialogueError, Encoder, Message
-from data.message_encoder import MessageEncoder
+from data.format.dialogue import Dialogue, DialogueError, Encoder, Message
+from data.format.message_encoder import MessageEncoder
 from data.prompt_jinja import RESERVED, TemplateEnvironment, template_sources
 from data.prompt_parts import PartReader, TemplatePart
 from data.prompt_truncation import CONTEXT_COST, planned_parts, surviving_parts

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from data.dialogue import TRAINED_KEY, DialogueError
+from data.format.dialogue import TRAINED_KEY, DialogueError
 
 RECORD_ALIASES: dict[str, tuple[str, ...]] = {
     "id": ("conversation_id",),

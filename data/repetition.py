@@ -10,7 +10,7 @@ from typing import Self
 
 from pydantic import Field, field_validator, model_validator
 
-from data.dialogue import Message
+from data.format.dialogue import Message
 from recipes.loader import Section
 
 

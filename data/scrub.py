@@ -21,7 +21,7 @@ from urllib.parse import unquote
 
 from pydantic import Field, field_validator, model_validator
 
-from data.dialogue import Dialogue, Message
+from data.format.dialogue import Dialogue, Message
 from data.stable_hash import pseudonym
 from recipes.loader import Section
 

@@ -22,8 +22,8 @@ import numpy as np
 import pyarrow as pa
 
 from data.atomic_file import TEMPORARY_SUFFIX, atomic_file, sync_path, write_json
-from data.dialogue import NO_LABEL
 from data.dialogue_table import DIALOGUES_FILE, dialogue_table, read_dialogue_table, write_dialogue_table
+from data.format.dialogue import NO_LABEL
 from data.packing import DOCUMENT, NO_DIALOGUE, EncodedCorpus, token_dtype
 
 MANIFEST_FILE = "manifest.json"

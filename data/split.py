@@ -10,7 +10,7 @@ from pydantic import Field
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from data.dialogue import Dialogue
+from data.format.dialogue import Dialogue
 from recipes.loader import Section
 
 TRAIN, HELDOUT, UNDATED, SPANNING, SHARED = range(5)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from data.dialogue import NO_LABEL
+from data.format.dialogue import NO_LABEL
 from data.packing import DOCUMENT
 from data.stable_hash import stable_hash
 from recipes.loader import Section

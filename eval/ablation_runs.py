@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from data.tokenizer import DialogueTokenizer
+from data.format.tokenizer import DialogueTokenizer
 from eval.decode_speed import SpeedSection
 from eval.ranking import RankingSection
 from eval.recall import RecallSection

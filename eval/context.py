@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from data.dialogue import NARRATOR, Dialogue, Message, decode_reply, encode_reply
-from data.message_encoder import MessageEncoder
+from data.format.dialogue import NARRATOR, Dialogue, Message, decode_reply, encode_reply
+from data.format.message_encoder import MessageEncoder
+from data.format.tokenizer import DialogueTokenizer
+from data.format.visible_text import says_nothing
 from data.prompt_fit import fit_prompt
 from data.sources.record import LeftOut
-from data.tokenizer import DialogueTokenizer
-from data.visible_text import says_nothing
 from model.generate import Sampling, generate
 from model.transformer import Transformer
 

@@ -13,9 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
 
-from data.dialogue import NARRATOR, Dialogue, Message, encode_message, encode_prompt, message_body, speaker_prefix
-from data.tokenizer import DialogueTokenizer
-from data.visible_text import says_nothing
+from data.format.dialogue import (
+    NARRATOR,
+    Dialogue,
+    Message,
+    encode_message,
+    encode_prompt,
+    message_body,
+    speaker_prefix,
+)
+from data.format.tokenizer import DialogueTokenizer
+from data.format.visible_text import says_nothing
 from eval.recall_fact import FACT_KINDS, FactKind, Wording
 from eval.scoring import OnProgress, next_token_logprobs, reply_logprobs, silent
 from eval.statistics import Bootstrap

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import PositiveInt
 
-from data.dialogue import encode_prompt
-from data.tokenizer import DialogueTokenizer
+from data.format.dialogue import encode_prompt
+from data.format.tokenizer import DialogueTokenizer
 from eval.context import ReplyContext, dialogues_of
 from eval.scoring import OnProgress, next_token_logprobs, share_of, silent
 from eval.statistics import Bootstrap

@@ -11,11 +11,11 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from rich.console import Console
 from rich.table import Table
 
-from data.dialogue import Dialogue
-from data.dialogue_json import read_dialogues
+from data.format.dialogue import Dialogue
+from data.format.dialogue_json import read_dialogues
+from data.format.tokenizer import MODEL_FILE, DialogueTokenizer
 from data.ledger import reasons_told
 from data.shards import PackedDataset
-from data.tokenizer import MODEL_FILE, DialogueTokenizer
 from eval.context import Reply, ReplyContext, human_texts, select_contexts
 from eval.engagement import EngagementSection
 from eval.perplexity import PerplexitySection

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from data.tokenizer import DialogueTokenizer
+from data.format.tokenizer import DialogueTokenizer
 from model.hugging_face import load_exported_model
 from model.transformer import Transformer
 from serving_export.engine import Engine

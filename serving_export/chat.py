@@ -13,7 +13,7 @@ import time
 from rich.console import Console
 from rich.markup import escape as escape_markup
 
-from data.dialogue import NARRATOR, DialogueError, Message, check_speaker
+from data.format.dialogue import NARRATOR, DialogueError, Message, check_speaker
 from model.generate import Sampling, SamplingError
 from serving_export.bundle import Bundle, open_bundle
 from serving_export.engine import PromptError

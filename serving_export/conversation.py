@@ -6,10 +6,10 @@ import hashlib
 import struct
 from collections.abc import Sequence
 
-from data.dialogue import Message, check_speaker, decode_reply
-from data.message_encoder import ENTRY_TOKENS, MessageEncoder
+from data.format.dialogue import Message, check_speaker, decode_reply
+from data.format.message_encoder import ENTRY_TOKENS, MessageEncoder
+from data.format.tokenizer import DialogueTokenizer
 from data.recent import Recent
-from data.tokenizer import DialogueTokenizer
 
 
 class ConversationEncoder:

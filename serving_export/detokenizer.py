@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from data.dialogue import WORD_JOINER
-from data.tokenizer import DialogueTokenizer
+from data.format.dialogue import WORD_JOINER
+from data.format.tokenizer import DialogueTokenizer
 
 _REPLACEMENT = "\ufffd"
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.dialogue import (
+from data.format.dialogue import (
     CONTROL_SURFACES,
     NARRATOR,
     Dialogue,
@@ -20,8 +20,8 @@ from data.dialogue import (
     encode_prompt,
     escape,
 )
+from data.format.tokenizer import DialogueTokenizer
 from data.prompt import PromptTemplate
-from data.tokenizer import DialogueTokenizer
 from model.attention_ops import Documents
 from model.generate import Sampling, generate
 from model.transformer import Transformer

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from data.dialogue import Message
+from data.format.dialogue import Message
+from data.format.tokenizer import DialogueTokenizer
 from data.prompt_fit import fit_prompt
 from data.sources.record import LeftOut
-from data.tokenizer import DialogueTokenizer
 from model.generate import Sampling
 from serving_export.conversation import ConversationEncoder
 from serving_export.detokenizer import PieceTable, ReplyStream

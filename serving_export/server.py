@@ -26,7 +26,7 @@ from rich.console import Console
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from data.dialogue import DialogueError, check_speaker
+from data.format.dialogue import DialogueError, check_speaker
 from serving_export.answer import Answer, EventStream, failure
 from serving_export.bundle import Bundle, open_bundle
 from serving_export.chat_template import dialogue_of

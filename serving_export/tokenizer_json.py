@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from data.dialogue import CONTROL_SURFACES
-from data.tokenizer import DialogueTokenizer, Piece
+from data.format.dialogue import CONTROL_SURFACES
+from data.format.tokenizer import DialogueTokenizer, Piece
 
 
 def tokenizer_json(tokenizer: DialogueTokenizer) -> str:

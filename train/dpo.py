@@ -19,13 +19,13 @@ from rich.progress import track
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from data.dialogue import encode_reply
+from data.format.dialogue import encode_reply
+from data.format.message_encoder import MessageEncoder
+from data.format.tokenizer import DialogueTokenizer
 from data.ledger import reasons_told
-from data.message_encoder import MessageEncoder
 from data.preferences import PreferencePair, distinct_pairs, hold_out, read_pair_file, reason_against_context
 from data.prompt_fit import fit_prompt
 from data.sources.record import LeftOut
-from data.tokenizer import DialogueTokenizer
 from model.attention_ops import Documents
 from model.transformer import Transformer
 from model.weights import SCALAR_HEAD, WEIGHTS

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.tokenizer import MODEL_FILE
+from data.format.tokenizer import MODEL_FILE
 from model.attention_ops import Backend
 from model.config import ModelConfig
 from model.hugging_face import load_exported_config, load_exported_model

@@ -14,14 +14,14 @@ from rich.console import Console
 from rich.progress import track
 
 from data.atomic_file import write_json
-from data.dialogue import decode_reply
-from data.dialogue_json import read_dialogues
+from data.format.dialogue import decode_reply
+from data.format.dialogue_json import read_dialogues
+from data.format.tokenizer import DialogueTokenizer
+from data.format.visible_text import says_nothing, visible
 from data.ledger import reasons_told
 from data.preferences import PreferencePair, read_pairs, write_pairs
 from data.prompt_fit import NEWEST_TOO_LONG, SCENE_TOO_LONG, TOGETHER_TOO_LONG
 from data.sources.record import LeftOut
-from data.tokenizer import DialogueTokenizer
-from data.visible_text import says_nothing, visible
 from eval.context import ReplyContext, select_contexts
 from model.attention_ops import Documents
 from model.generate import Completion, Sampling, generate

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from data.atomic_file import write_json
 from data.clean import CleanError
+from data.format.tokenizer import TokenizerError
 from data.shards import ShardError
 from data.sources.source import SourceError
 from data.split import SplitError
-from data.tokenizer import TokenizerError
 
 RECIPE_ERRORS = (SourceError, CleanError, SplitError, TokenizerError, ShardError)
 """What a change of the recipe or of its inputs repairs."""

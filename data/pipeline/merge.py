@@ -10,6 +10,7 @@ from typing import IO, Any
 import numpy as np
 
 from data.atomic_file import atomic_file, write_json
+from data.format.tokenizer import MODEL_FILE, DialogueTokenizer
 from data.ledger import Ledger
 from data.pipeline.item_step import ItemStep
 from data.pipeline.pack import packed_groups
@@ -20,7 +21,6 @@ from data.pipeline.tokenizer_stage import made_tokenizer
 from data.pipeline.unit import read_units
 from data.pipeline.work_folder import WorkFolder
 from data.shards import MANIFEST_FILE, join_groups
-from data.tokenizer import MODEL_FILE, DialogueTokenizer
 
 MERGE = "merge"
 FORMAT = "dramatis-data-2"

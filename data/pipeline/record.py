@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from data.clean import content_key
-from data.dialogue import NARRATOR, Dialogue
+from data.format.dialogue import NARRATOR, Dialogue
 from data.split import time_span
 from data.stable_hash import stable_hash
 

@@ -12,14 +12,14 @@ import numpy.typing as npt
 
 from data.atomic_file import write_json
 from data.cut import CutRule
+from data.format.rendered import encode_rendered
+from data.format.tokenise import BulkEncoder
 from data.packing import DOCUMENT, EncodedCorpus, token_dtype
 from data.pipeline.item_step import ItemStep
 from data.pipeline.read import UnitResults
 from data.pipeline.select import SIDES, Selection
 from data.pipeline.tokenizer_stage import made_tokenizer
 from data.pipeline.work_folder import WorkFolder
-from data.rendered import encode_rendered
-from data.tokenise import BulkEncoder
 
 TOKENISE = "tokenise"
 _FIGURES = "figures.json"

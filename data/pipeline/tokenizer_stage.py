@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
+from data.format.tokenizer import MODEL_FILE, DialogueTokenizer, train_tokenizer
 from data.pipeline.item_step import ItemStep
 from data.pipeline.read import UnitResults
 from data.pipeline.select import Selection
 from data.pipeline.work_folder import WorkFolder
-from data.tokenizer import MODEL_FILE, DialogueTokenizer, train_tokenizer
 from recipes.loader import Section
 from recipes.run_identity import Location
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data.atomic_file import write_json
-from data.dialogue import Dialogue
+from data.format.dialogue import Dialogue
 from data.sources.source import DialogueSource, LeftOut, Rejected
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
-from data.dialogue import NARRATOR, Dialogue, Message
+from data.format.dialogue import NARRATOR, Dialogue, Message
 from data.sources.character import any_speaker
 from data.sources.corpus_file import CorpusFile
 from data.sources.corpus_source import RecordSource, json_of

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from data.dialogue import NARRATOR, Message
+from data.format.dialogue import NARRATOR, Message
 from data.sources.record import RecordError
 from data.stable_hash import stable_hash
 

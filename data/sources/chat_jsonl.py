@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from data.chat_message import RoleNames, supervised
-from data.dialogue import NARRATOR, Dialogue
+from data.format.dialogue import NARRATOR, Dialogue
 from data.record_keys import RECORD_ALIASES
 from data.sources.character import any_speaker
 from data.sources.chat_record import ChatRecord, participant_ids, take_messages

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from data.chat_message import ASSISTANT, SYSTEM, ChatMessage, RoleNames, read_messages, read_text
-from data.dialogue import NARRATOR, Message
+from data.format.dialogue import NARRATOR, Message
+from data.format.visible_text import says_nothing
 from data.record_keys import RECORD_ALIASES, REFUSED_IN_RECORD, name_in, refuse, take, take_trained
 from data.sources.record import RecordError
-from data.visible_text import says_nothing
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from data.dialogue import Dialogue
+from data.format.dialogue import Dialogue
 from data.sources.corpus_file import CorpusFile, find_corpus_files, read_corpus_files
 from data.sources.record import LeftOut, RecordError, Rejected, read_record, rejected
 from data.sources.source import DialogueSource

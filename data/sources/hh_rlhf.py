@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import model_validator
 
 from data.chat_message import ChatMessage, supervised
-from data.dialogue import Dialogue, Message
+from data.format.dialogue import Dialogue, Message
 from data.record_keys import REFUSED_IN_RECORD, refuse, take_trained
 from data.sources.json_source import JsonFormat, JsonSource
 from data.sources.record import RecordError

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from data.dialogue import Dialogue, DialogueError
+from data.format.dialogue import Dialogue, DialogueError
 from data.sources.chat_jsonl import ChatJsonlFormat
 from data.sources.corpus_file import find_corpus_files
 from data.sources.hh_rlhf import HhRlhfFormat

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from data.dialogue import Dialogue, DialogueError, Message, check_times
+from data.format.dialogue import Dialogue, DialogueError, Message, check_times
 from data.sources.character import most_talkative
 from data.sources.corpus_file import CorpusFile, read_corpus_files
 from data.sources.corpus_source import CorpusSource

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from data.dialogue import Dialogue
+from data.format.dialogue import Dialogue
 from data.record_keys import RECORD_ALIASES, take
 from data.sources.corpus_file import CorpusFile, OpenFile, damage_told, is_plain, open_corpus_files
 from data.sources.corpus_source import WHOLE_FILE, CorpusSource, json_of

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from data.dialogue import NARRATOR, Message
+from data.format.dialogue import NARRATOR, Message
 
 _HEADING = re.compile(r"(#+)\s+(.*)")
 _ACT = re.compile(r"ACT\b", re.IGNORECASE)

@@ -3,7 +3,7 @@
 from typing import Any, ClassVar, Literal
 
 from data.chat_message import untrained
-from data.dialogue import Dialogue, Message
+from data.format.dialogue import Dialogue, Message
 from data.preferences import pair_from_record
 from data.record_keys import take_trained
 from data.sources.json_source import JsonFormat, JsonSource

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from data.dialogue import Dialogue, DialogueError
+from data.format.dialogue import Dialogue, DialogueError
 
 MAX_CHARACTERS = 8 * 2**20  # of a message: a longer one is no message
 MAX_DEPTH = 64  # of metadata: JSON's own readers and writers give up at about a thousand

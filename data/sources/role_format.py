@@ -5,7 +5,7 @@ from typing import Any, Self
 from pydantic import model_validator
 
 from data.chat_message import RoleNames, supervised
-from data.dialogue import Dialogue
+from data.format.dialogue import Dialogue
 from data.sources.chat_record import participant_ids, take_messages
 from data.sources.json_source import JsonFormat
 from data.sources.record import RecordError

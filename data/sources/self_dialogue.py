@@ -7,7 +7,7 @@ from itertools import count
 from pathlib import PurePath
 from typing import ClassVar, Literal
 
-from data.dialogue import NARRATOR, Dialogue, Message
+from data.format.dialogue import NARRATOR, Dialogue, Message
 from data.sources.character import any_speaker
 from data.sources.corpus_file import CorpusFile, read_corpus_files
 from data.sources.corpus_source import RecordSource

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 from xml.etree import ElementTree
 
-from data.dialogue import NARRATOR, Dialogue, Message
+from data.format.dialogue import NARRATOR, Dialogue, Message
 from data.sources.character import most_talkative
 from data.sources.corpus_file import CorpusFile
 from data.sources.corpus_source import RecordSource

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from data.dialogue import Dialogue
+from data.format.dialogue import Dialogue
 from data.sources.line_reader import MAX_LINE_BYTES, LineReader, LongLine, open_unpacked
 from data.sources.record import LeftOut, RecordError, Rejected, SourceError
 from data.sources.strict_json import parse_json

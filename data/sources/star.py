@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
-from data.dialogue import NARRATOR, Dialogue, Message, check_times
+from data.format.dialogue import NARRATOR, Dialogue, Message, check_times
 from data.sources.corpus_file import CorpusFile
 from data.sources.corpus_source import RecordSource, json_of
 from data.sources.record import LeftOut

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
-from data.dialogue import NARRATOR, Dialogue, Message
+from data.format.dialogue import NARRATOR, Dialogue, Message
 from data.sources.character import any_speaker
 from data.sources.corpus_file import CorpusFile
 from data.sources.corpus_source import RecordSource

@@ -17,9 +17,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from data.dialogue import message_body
+from data.format.dialogue import message_body
+from data.format.tokenizer import DialogueTokenizer, train_tokenizer
 from data.prompt import MessageEncoder, PromptTemplate
-from data.tokenizer import DialogueTokenizer, train_tokenizer
 
 TEMPLATE = """\
 - name: definition

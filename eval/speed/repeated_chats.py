@@ -16,8 +16,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from data.dialogue import Dialogue, DialogueError, Message
-from data.dialogue_json import read_dialogues
+from data.format.dialogue import Dialogue, DialogueError, Message
+from data.format.dialogue_json import read_dialogues
 from recipes.loader import tell_error
 
 _WORD = re.compile(r"\w+")

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.dialogue import message_body, speaker_prefix
+from data.format.dialogue import message_body, speaker_prefix
+from data.format.tokenizer import DialogueTokenizer, train_tokenizer
 from data.packing import Document, EncodedCorpus
 from data.shards import PackedRow, packed_rows, write_shards
-from data.tokenizer import DialogueTokenizer, train_tokenizer
 
 SENTENCES = (
     "Hello, how are you doing today?",

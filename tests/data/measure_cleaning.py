@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # a program of the tests, run by its path
 
 from data.clean import content_key  # noqa: E402
-from data.dialogue import NARRATOR, Dialogue  # noqa: E402
+from data.format.dialogue import NARRATOR, Dialogue  # noqa: E402
 from data.inspect_text import visible  # noqa: E402
 from data.language import Languages, other_language  # noqa: E402
 from data.near_duplicates import NearDuplicates, compared_text  # noqa: E402

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from data.cut import CutRule, cut
-from data.dialogue import encode_dialogue
-from data.dialogue_json import read_dialogues
-from data.tokenizer import DialogueTokenizer
+from data.format.dialogue import encode_dialogue
+from data.format.dialogue_json import read_dialogues
+from data.format.tokenizer import DialogueTokenizer
 
 
 def main() -> None:

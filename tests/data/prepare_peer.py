@@ -70,7 +70,7 @@ def ours(work: Work) -> list[str]:
 
 def usual(work: Work) -> list[str]:
     """The command that does it the usual way: this file again."""
-    from data.tokenizer import DialogueTokenizer
+    from data.format.tokenizer import DialogueTokenizer
     from serving_export.tokenizer_json import tokenizer_json
 
     tokenizer = work.folder / "tokenizer.json"

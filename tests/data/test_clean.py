@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from data.clean import CleanError, Filters, check_bad_fraction, passing, scrubbed, without_bad, without_duplicates
-from data.dialogue import NARRATOR, Dialogue, Message, continuation_labels
+from data.format.dialogue import NARRATOR, Dialogue, Message, continuation_labels
 from data.language import Languages
 from data.ledger import Ledger
 from data.quarantine import Quarantine

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.cut import CutRule, cut, repeats_opening
-from data.dialogue import NARRATOR, Dialogue, EncodedDialogue, Message, encode_dialogue
+from data.format.dialogue import NARRATOR, Dialogue, EncodedDialogue, Message, encode_dialogue
+from data.format.tokenizer import DialogueTokenizer
 from data.packing import Document
-from data.tokenizer import DialogueTokenizer
 
 END, CONTINUES = 4, 7
 INSIDE_V = np.zeros(200, bool)

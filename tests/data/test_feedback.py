@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 import data.feedback
-from data.dialogue import Dialogue, continuation_labels
 from data.feedback import OUTPUTS, main
+from data.format.dialogue import Dialogue, continuation_labels
+from data.format.tokenizer import DialogueTokenizer
 from data.preferences import read_pairs
 from data.prepare import main as prepare
 from data.shards import PackedDataset
 from data.sources.chat_jsonl import ChatJsonlSource
-from data.tokenizer import DialogueTokenizer
 
 MakeLog = Callable[..., Any]
 RECIPE = """\

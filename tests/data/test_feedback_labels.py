@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.dialogue import LABEL_KEY, TRAINED_KEY, continuation_labels
 from data.feedback_conversation import Conversation, LoggedTurn, join_turns
 from data.feedback_event import read_event
 from data.feedback_labels import (
@@ -19,6 +18,7 @@ from data.feedback_labels import (
     stands_alone,
     verdicts,
 )
+from data.format.dialogue import LABEL_KEY, TRAINED_KEY, continuation_labels
 
 MakeLog = Callable[..., Any]
 WITHIN = 100.0

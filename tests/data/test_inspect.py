@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from data.cut import CutRule, cut
-from data.dialogue import Dialogue, Message, encode_dialogue
+from data.format.dialogue import Dialogue, Message, encode_dialogue
+from data.format.tokenizer import DialogueTokenizer
 from data.inspect import HISTOGRAM_FILE, main, pick_rows, row_as_text
 from data.packing import EncodedCorpus
 from data.prepare import main as prepare
 from data.shards import ShardError, packed_rows
-from data.tokenizer import DialogueTokenizer
 
 
 def test_rows_show_replies_labels_and_padding(tokenizer: DialogueTokenizer) -> None:

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from data.dialogue import NARRATOR, Message
+from data.format.dialogue import NARRATOR, Message
 from data.language import Languages, other_language
 
 ENGLISH = "I just took a nap, but it was one of those naps that makes everything worse."

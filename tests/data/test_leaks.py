@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.dialogue import Dialogue, Message
+from data.format.dialogue import Dialogue, Message
 from data.near_duplicates import NearDuplicates, compared_text
 from data.pipeline.minhash import dropped_rows, minhash_stages
 from data.pipeline.record import participants_of, records_of

@@ -2,7 +2,7 @@
 
 import pytest
 
-from data.dialogue import NARRATOR, Dialogue, Message
+from data.format.dialogue import NARRATOR, Dialogue, Message
 from data.near_duplicates import NearDuplicates, compared_text
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.dialogue import NARRATOR, DialogueError, Message
+from data.format.dialogue import NARRATOR, DialogueError, Message
 from data.preferences import (
     BLANK_NEWEST,
     CONTRADICTED,

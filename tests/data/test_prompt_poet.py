@@ -12,9 +12,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from data.format.tokenizer import DialogueTokenizer
 from data.prompt import PromptError, PromptTemplate, TemplatePart, role_messages
 from data.prompt_truncation import surviving_parts
-from data.tokenizer import DialogueTokenizer
 
 search_path = list(sys.path)
 prompt_poet = pytest.importorskip("prompt_poet")

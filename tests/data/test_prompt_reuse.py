@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from data.dialogue import NARRATOR, Dialogue, Message, encode_prompt, encode_reply
-from data.dialogue_json import write_dialogues
-from data.message_encoder import MessageEncoder
+from data.format.dialogue import NARRATOR, Dialogue, Message, encode_prompt, encode_reply
+from data.format.dialogue_json import write_dialogues
+from data.format.message_encoder import MessageEncoder
+from data.format.tokenizer import DialogueTokenizer
 from data.prompt import PromptTemplate, conversation_values, main
 from data.prompt_reuse import Conversation, Rule, naive, planned, replay, stepped, stitched
-from data.tokenizer import DialogueTokenizer
 
 
 def conversation(n: int, number: int = 0) -> Dialogue:

@@ -6,10 +6,18 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data.dialogue import CONTROL_SURFACES, DialogueError, Message, check_speaker, decode_reply, encode_prompt, unescape
+from data.format.dialogue import (
+    CONTROL_SURFACES,
+    DialogueError,
+    Message,
+    check_speaker,
+    decode_reply,
+    encode_prompt,
+    unescape,
+)
+from data.format.tokenizer import DialogueTokenizer
 from data.prompt import PromptError, PromptTemplate, TemplatePart
 from data.prompt_values import Texts
-from data.tokenizer import DialogueTokenizer
 
 TEMPLATES = Path(__file__).parents[2] / "recipes" / "templates"
 

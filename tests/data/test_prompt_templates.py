@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from data.dialogue import NARRATOR, Message, encode_prompt
-from data.message_encoder import MessageEncoder
+from data.format.dialogue import NARRATOR, Message, encode_prompt
+from data.format.message_encoder import MessageEncoder
+from data.format.tokenizer import DialogueTokenizer
 from data.prompt import PromptTemplate, role_messages
-from data.tokenizer import DialogueTokenizer
 
 TEMPLATES = Path(__file__).parents[2] / "recipes" / "templates"
 CHARACTERS = [

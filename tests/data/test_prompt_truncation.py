@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.dialogue import Message, encode_reply
+from data.format.dialogue import Message, encode_reply
+from data.format.tokenizer import DialogueTokenizer
 from data.prompt import MessageEncoder, PromptError, PromptTemplate, conversation_values
 from data.prompt_truncation import planned_parts, surviving_parts
-from data.tokenizer import DialogueTokenizer
 
 sizes = st.lists(st.integers(1, 30), max_size=30)
 

@@ -11,7 +11,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from data.dialogue import CONTROL_SURFACES, Dialogue, Message
+from data.format.dialogue import CONTROL_SURFACES, Dialogue, Message
 from data.scrub import PLACEHOLDERS, HashedIds, Phones, Scrub, scrub, scrub_id, scrub_text
 from data.stable_hash import pseudonym
 

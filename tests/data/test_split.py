@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.dialogue import Dialogue, Message
+from data.format.dialogue import Dialogue, Message
 from data.split import (
     DROPPED,
     HELDOUT,

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from data.dialogue import NARRATOR, Dialogue, Message, encode_dialogue
-from data.dialogue_json import read_dialogues
+from data.format.dialogue import NARRATOR, Dialogue, Message, encode_dialogue
+from data.format.dialogue_json import read_dialogues
+from data.format.tokenizer import DialogueTokenizer
 from data.prepare import main
 from data.prompt import PromptTemplate, conversation_values
-from data.tokenizer import DialogueTokenizer
 
 TEMPLATE = """\
 {% include "persona.yml.j2" %}

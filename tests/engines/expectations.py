@@ -14,9 +14,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.dialogue import NARRATOR, Dialogue, encode_prompt
-from data.dialogue_json import read_dialogues
-from data.tokenizer import DialogueTokenizer
+from data.format.dialogue import NARRATOR, Dialogue, encode_prompt
+from data.format.dialogue_json import read_dialogues
+from data.format.tokenizer import DialogueTokenizer
 from model.attention_ops import Documents
 from model.generate import generate
 from model.hugging_face import load_exported_model

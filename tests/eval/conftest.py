@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from data.cut import CutRule, cut
-from data.dialogue import Dialogue, Message, encode_dialogue
-from data.dialogue_json import write_dialogues
 from data.dialogue_table import dialogue_table
+from data.format.dialogue import Dialogue, Message, encode_dialogue
+from data.format.dialogue_json import write_dialogues
+from data.format.tokenizer import DialogueTokenizer, train_tokenizer
 from data.packing import EncodedCorpus, best_fit
 from data.shards import packed_rows, write_shards
-from data.tokenizer import DialogueTokenizer, train_tokenizer
 from model.config import ModelConfig, TailSharing
 from model.scalar_head import ScalarHead
 from model.transformer import Transformer

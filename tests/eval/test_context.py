@@ -2,8 +2,8 @@
 
 import pytest
 
-from data.dialogue import NARRATOR, Dialogue, Message, encode_prompt, encode_reply
-from data.tokenizer import DialogueTokenizer
+from data.format.dialogue import NARRATOR, Dialogue, Message, encode_prompt, encode_reply
+from data.format.tokenizer import DialogueTokenizer
 from eval.context import human_replies, sample_replies, select_contexts
 from model.generate import Sampling
 from model.transformer import Transformer

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data.dialogue import Message
+from data.format.dialogue import Message
 from eval.context import Reply, ReplyContext
 from eval.dialogue_quality import copied_share, diversity, repeated_share, summarise_quality, words
 from eval.statistics import Bootstrap

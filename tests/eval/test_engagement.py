@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from data.batch import collate
-from data.dialogue import Dialogue, continuation_labels, encode_message
+from data.format.dialogue import Dialogue, continuation_labels, encode_message
+from data.format.tokenizer import DialogueTokenizer
 from data.shards import PackedDataset
-from data.tokenizer import DialogueTokenizer
 from eval.engagement import (
     LabelledTurns,
     binned_rate,

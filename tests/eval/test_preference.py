@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from data.dialogue import Dialogue
-from data.tokenizer import DialogueTokenizer
+from data.format.dialogue import Dialogue
+from data.format.tokenizer import DialogueTokenizer
 from eval.context import Reply, human_replies, select_contexts
 from eval.preference import drift, length_bias, score_replies, summarise_preference, win_rate, win_values
 from eval.statistics import Bootstrap

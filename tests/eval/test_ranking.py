@@ -5,8 +5,8 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from data.dialogue import Dialogue
-from data.tokenizer import DialogueTokenizer
+from data.format.dialogue import Dialogue
+from data.format.tokenizer import DialogueTokenizer
 from eval.context import ReplyContext, select_contexts
 from eval.ranking import (
     SCORES,

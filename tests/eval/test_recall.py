@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from data.dialogue import Dialogue, Message
-from data.tokenizer import DialogueTokenizer, train_tokenizer
+from data.format.dialogue import Dialogue, Message
+from data.format.tokenizer import DialogueTokenizer, train_tokenizer
 from eval.recall import (
     RecallProbe,
     RecallSection,

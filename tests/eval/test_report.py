@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.dialogue import Message
+from data.format.dialogue import Message
 from eval.context import Reply, ReplyContext
 from eval.dialogue_quality import summarise_quality
 from eval.digits import estimate_digits, telling_digits

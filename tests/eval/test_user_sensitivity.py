@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.dialogue import Dialogue, encode_prompt
-from data.tokenizer import DialogueTokenizer
+from data.format.dialogue import Dialogue, encode_prompt
+from data.format.tokenizer import DialogueTokenizer
 from eval.context import select_contexts
 from eval.statistics import Bootstrap
 from eval.user_sensitivity import evaluate_user_sensitivity, kl_divergence, replaced_prompts

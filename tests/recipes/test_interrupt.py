@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
     ("module", "imported"),
     [
         *itertools.product(["recipes.pipeline", "recipes.sweep"], ["rich.table", "recipes.stages"]),
-        ("data.prepare", "data.dialogue"),
+        ("data.prepare", "data.format.dialogue"),
         ("data.feedback", "data.feedback_pairs"),
         ("eval.run", "torch"),
         ("serving_export.export", "torch"),

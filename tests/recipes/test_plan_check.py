@@ -11,7 +11,7 @@ from recipes.pipeline import main, plan
 from recipes.plan_check import PlanCheck
 
 ROOT = Path(__file__).parents[2]
-SIZES = ["data.tokenizer.vocab_size=300", "pretrain.model.vocab_size=300", "data.executor.workers=1"]
+SIZES = ["data.format.tokenizer.vocab_size=300", "pretrain.model.vocab_size=300", "data.executor.workers=1"]
 
 
 def write_logs(folder: Path, n: int) -> None:

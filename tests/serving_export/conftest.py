@@ -15,7 +15,7 @@ import pytest
 import torch
 import uvicorn
 
-from data.tokenizer import DialogueTokenizer, train_tokenizer
+from data.format.tokenizer import DialogueTokenizer, train_tokenizer
 from model.config import ModelConfig, TailSharing
 from model.transformer import Transformer
 from serving_export.bundle import PAGE_SIZE, Bundle, SamplingDefaults

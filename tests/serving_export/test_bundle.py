@@ -14,7 +14,7 @@ import httpx
 import pytest
 import torch
 
-from data.tokenizer import DialogueTokenizer
+from data.format.tokenizer import DialogueTokenizer
 from model.transformer import Transformer
 from serving_export.bundle import open_bundle
 from serving_export.export import BUNDLE_FILES, Names, write_bundle

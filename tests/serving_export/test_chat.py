@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from data.tokenizer import DialogueTokenizer
+from data.format.tokenizer import DialogueTokenizer
 from model.generate import SamplingError
 from model.transformer import Transformer
 from serving_export.bundle import Bundle, SamplingDefaults

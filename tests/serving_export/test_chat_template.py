@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.dialogue import CONTROL_SURFACES, Dialogue, DialogueError, Message, encode_dialogue, encode_prompt
-from data.tokenizer import DialogueTokenizer
+from data.format.dialogue import CONTROL_SURFACES, Dialogue, DialogueError, Message, encode_dialogue, encode_prompt
+from data.format.tokenizer import DialogueTokenizer
 from serving_export.chat_template import chat_template, dialogue_of, engine_content
 from serving_export.tokenizer_json import tokenizer_config, tokenizer_json
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.dialogue import DialogueError, Message, encode_prompt
-from data.tokenizer import DialogueTokenizer, train_tokenizer
+from data.format.dialogue import DialogueError, Message, encode_prompt
+from data.format.tokenizer import DialogueTokenizer, train_tokenizer
 from serving_export.conversation import ConversationEncoder
 
 

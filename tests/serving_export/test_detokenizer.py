@@ -7,8 +7,8 @@ import functools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.dialogue import CONTROL_SURFACES, WORD_JOINER, decode_reply, encode_reply
-from data.tokenizer import DialogueTokenizer, train_tokenizer
+from data.format.dialogue import CONTROL_SURFACES, WORD_JOINER, decode_reply, encode_reply
+from data.format.tokenizer import DialogueTokenizer, train_tokenizer
 from serving_export.detokenizer import PieceTable, ReplyStream
 
 

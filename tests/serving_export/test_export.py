@@ -9,9 +9,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from data.dialogue import Dialogue, Message
-from data.dialogue_json import write_dialogues
-from data.tokenizer import DialogueTokenizer
+from data.format.dialogue import Dialogue, Message
+from data.format.dialogue_json import write_dialogues
+from data.format.tokenizer import DialogueTokenizer
 from model.hugging_face import load_exported_model
 from model.transformer import Transformer
 from model.weights import save_model

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from data.dialogue import CONTROL_SURFACES, Dialogue, Message, encode_dialogue, encode_prompt
-from data.tokenizer import DialogueTokenizer
+from data.format.dialogue import CONTROL_SURFACES, Dialogue, Message, encode_dialogue, encode_prompt
+from data.format.tokenizer import DialogueTokenizer
 from model.attention_ops import Documents
 from model.transformer import Transformer
 from serving_export.parity import (

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from data.dialogue import Message, encode_prompt
+from data.format.dialogue import Message, encode_prompt
+from data.format.tokenizer import DialogueTokenizer
 from data.prompt_fit import FittedPrompt, fit_prompt
-from data.tokenizer import DialogueTokenizer
 from model.generate import generate
 from model.transformer import Transformer
 from serving_export.engine import Engine, Event, PromptError, QueueFull

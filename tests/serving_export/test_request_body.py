@@ -12,8 +12,8 @@ import httpx
 import pytest
 from starlette.requests import Request
 
-from data.dialogue import Message, encode_prompt
-from data.tokenizer import DialogueTokenizer
+from data.format.dialogue import Message, encode_prompt
+from data.format.tokenizer import DialogueTokenizer
 from model.transformer import Transformer
 from serving_export.bundle import Bundle, SamplingDefaults
 from serving_export.conversation import ConversationEncoder

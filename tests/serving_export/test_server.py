@@ -11,7 +11,7 @@ from typing import Any
 import openai
 import pytest
 
-from data.dialogue import Message, encode_prompt
+from data.format.dialogue import Message, encode_prompt
 from data.prompt_fit import FittedPrompt, fit_prompt
 from model.generate import sample
 from serving_export.bundle import PAGE_SIZE

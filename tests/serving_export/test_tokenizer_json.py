@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from data.dialogue import CONTROL_SURFACES, escape
-from data.tokenizer import DialogueTokenizer, train_tokenizer
+from data.format.dialogue import CONTROL_SURFACES, escape
+from data.format.tokenizer import DialogueTokenizer, train_tokenizer
 from serving_export.tokenizer_json import merges, tokenizer_config, tokenizer_json
 
 HOSTILE = [

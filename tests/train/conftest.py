@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from data.cut import CutRule, cut
-from data.dialogue import Dialogue, Message, encode_dialogue
-from data.dialogue_json import write_dialogues
 from data.dialogue_table import dialogue_table
+from data.format.dialogue import Dialogue, Message, encode_dialogue
+from data.format.dialogue_json import write_dialogues
+from data.format.tokenizer import train_tokenizer
 from data.packing import EncodedCorpus, best_fit
 from data.shards import packed_rows, write_shards
-from data.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 ROW_LENGTH, VOCAB_SIZE = 64, 320

@@ -11,9 +11,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from data.dialogue import Message, encode_prompt, encode_reply
+from data.format.dialogue import Message, encode_prompt, encode_reply
+from data.format.tokenizer import DialogueTokenizer
 from data.preferences import CONTRADICTED, REPEATED, PreferencePair, write_pairs
-from data.tokenizer import DialogueTokenizer
 from train.dpo import CONTEXT_CUT, FilePairs, collect_pairs, encode_pairs
 from train.engine import World
 from train.loop import LoopError

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from data.tokenizer import DialogueTokenizer, train_tokenizer
+from data.format.tokenizer import DialogueTokenizer, train_tokenizer
 from model.transformer import Transformer
 from model.weights import save_model
 from recipes.loader import RecipeError, load_recipe

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from data.dialogue import Message, encode_reply
+from data.format.dialogue import Message, encode_reply
+from data.format.tokenizer import DialogueTokenizer
 from data.preferences import PreferencePair
 from data.sources.record import LeftOut
-from data.tokenizer import DialogueTokenizer
 from eval.context import ReplyContext
 from model.generate import Completion, FinishReason
 from train.pairs import (

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from data.dialogue import Message, decode_reply, encode_prompt, encode_reply
 from data.feedback import main as convert_feedback
+from data.format.dialogue import Message, decode_reply, encode_prompt, encode_reply
+from data.format.tokenizer import DialogueTokenizer
 from data.preferences import PreferencePair, read_pairs, write_pairs
 from data.prepare import main as prepare_data
 from data.prompt_fit import NEWEST_TOO_LONG, REPLY_TOO_LONG
-from data.tokenizer import DialogueTokenizer
 from model.attention_ops import Documents
 from model.weights import load_model, load_scorer
 from train.dpo import EncodedPair, PairRows, encode_pairs, reply_logprobs

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data.dialogue import NARRATOR, Dialogue
-from data.dialogue_json import to_json
+from data.format.dialogue import NARRATOR, Dialogue
+from data.format.dialogue_json import to_json
 from data.sources.casino import CasinoSource
 from data.sources.record import Rejected
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from data.dialogue import Dialogue, Message
+from data.format.dialogue import Dialogue, Message
 from data.sources.chat_jsonl import ChatJsonlSource
 from data.sources.record import Rejected, SourceError
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from data.dialogue import Dialogue, supervision
+from data.format.dialogue import Dialogue, supervision
 from data.record_keys import MESSAGE_ALIASES, RECORD_ALIASES, REFUSED_IN_MESSAGE, REFUSED_IN_RECORD, TRAINED_FLAGS
 from data.sources.record import Rejected
 from data.sources.registry import SOURCES

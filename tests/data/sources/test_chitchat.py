@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from data.dialogue import NARRATOR, Dialogue, Message
-from data.dialogue_json import to_json
+from data.format.dialogue import NARRATOR, Dialogue, Message
+from data.format.dialogue_json import to_json
 from data.sources.chitchat import ChitchatSource
 from data.sources.first_names import FIRST_NAMES, first_names
 from data.sources.record import Rejected, SourceError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data.dialogue import NARRATOR, Dialogue
+from data.format.dialogue import NARRATOR, Dialogue
 from data.preferences import OTHER_CONTEXT, SAME_REPLY, SAYS_NOTHING, read_pair_file
 from data.sources.record import LeftOut, Rejected
 from data.sources.registry import SOURCES

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from data.dialogue import Dialogue
+from data.format.dialogue import Dialogue
 from data.sources.feedback_events import FeedbackEventsSource
 from data.sources.record import LeftOut, Rejected, SourceError
 

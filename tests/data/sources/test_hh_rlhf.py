@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from data.dialogue import Dialogue, Message
+from data.format.dialogue import Dialogue, Message
 from data.sources.hh_rlhf import HhRlhfSource
 from data.sources.record import Rejected
 

@@ -15,7 +15,7 @@ import pytest
 from pydantic import ValidationError
 
 import data.sources.hub
-from data.dialogue import NARRATOR, Dialogue, Message
+from data.format.dialogue import NARRATOR, Dialogue, Message
 from data.sources.hub import DatasetsSource
 from data.sources.record import Rejected, SourceError
 

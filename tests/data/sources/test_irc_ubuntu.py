@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from data.dialogue import Dialogue, check_times
+from data.format.dialogue import Dialogue, check_times
 from data.sources.irc_ubuntu import IrcUbuntuSource
 from data.sources.record import LeftOut, Rejected, SourceError
 

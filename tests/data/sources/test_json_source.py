@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.dialogue import Dialogue
+from data.format.dialogue import Dialogue
 from data.sources.record import LeftOut, Rejected
 from data.sources.registry import SOURCES
 from data.sources.source import DialogueSource

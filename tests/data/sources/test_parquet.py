@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.dialogue import Dialogue, continuation_labels, supervision
+from data.format.dialogue import Dialogue, continuation_labels, supervision
 from data.sources.hub import DatasetsSource
 from data.sources.record import LeftOut, Rejected
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from data.dialogue import NARRATOR, Dialogue, Message
+from data.format.dialogue import NARRATOR, Dialogue, Message
 from data.sources.qmsum import QmsumSource
 from data.sources.record import Rejected
 

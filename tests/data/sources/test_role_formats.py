@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from data.dialogue import NARRATOR, Dialogue, Message
+from data.format.dialogue import NARRATOR, Dialogue, Message
 from data.sources.openai_messages import OpenaiMessagesSource
 from data.sources.record import Rejected
 from data.sources.sharegpt import SharegptSource

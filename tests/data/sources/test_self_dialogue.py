@@ -3,8 +3,8 @@
 import csv
 from pathlib import Path
 
-from data.dialogue import NARRATOR, Dialogue
-from data.dialogue_json import to_json
+from data.format.dialogue import NARRATOR, Dialogue
+from data.format.dialogue_json import to_json
 from data.sources.record import LeftOut, Rejected
 from data.sources.self_dialogue import SelfDialogueSource
 

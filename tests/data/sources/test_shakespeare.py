@@ -3,7 +3,7 @@
 import zipfile
 from pathlib import Path
 
-from data.dialogue import NARRATOR, Dialogue, Message
+from data.format.dialogue import NARRATOR, Dialogue, Message
 from data.sources.record import LeftOut, Rejected
 from data.sources.shakespeare import ShakespeareSource
 

@@ -3,7 +3,7 @@
 import csv
 from pathlib import Path
 
-from data.dialogue import NARRATOR, Dialogue
+from data.format.dialogue import NARRATOR, Dialogue
 from data.sources.record import Rejected
 from data.sources.synthetic_persona_chat import SyntheticPersonaChatSource
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data.dialogue import Dialogue
+from data.format.dialogue import Dialogue
 from data.sources.first_names import FIRST_NAMES
 from data.sources.record import Rejected
 from data.sources.topical_chat import TopicalChatSource

@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 
 from data.chat_message import RoleNames, read_messages, supervised
-from data.dialogue import Dialogue, DialogueError, Message
+from data.format.dialogue import Dialogue, DialogueError, Message
 
 
 def to_json(dialogue: Dialogue) -> bytes:

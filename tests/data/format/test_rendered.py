@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.cut import CutRule, cut
-from data.dialogue import NARRATOR, Dialogue, Message, encode_dialogue, encode_message
+from data.format.dialogue import NARRATOR, Dialogue, Message, encode_dialogue, encode_message
+from data.format.rendered import RenderedDialogues, encode_rendered, join_bytes, render
+from data.format.tokenise import BulkEncoder
+from data.format.tokenizer import DialogueTokenizer
 from data.packing import Document, EncodedCorpus
-from data.rendered import RenderedDialogues, encode_rendered, join_bytes, render
-from data.tokenise import BulkEncoder
-from data.tokenizer import DialogueTokenizer
 
 
 @st.composite

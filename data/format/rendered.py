@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.cut import CutRule, cut, repeats_opening
-from data.dialogue import (
+from data.format.dialogue import (
     NO_LABEL,
     Dialogue,
     EncodedDialogue,
@@ -15,8 +15,8 @@ from data.dialogue import (
     speaker_prefix,
     supervision,
 )
+from data.format.tokenise import BulkEncoder
 from data.packing import DOCUMENT, EncodedCorpus, token_dtype
-from data.tokenise import BulkEncoder
 
 MESSAGE = np.dtype(
     [("prefix_bytes", "<u4"), ("body_bytes", "<u4"), ("trained", "u1"), ("label", "i1"), ("opening", "u1")]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.visible_text import says_nothing, visible
+from data.format.visible_text import says_nothing, visible
 
 NOTHING = [
     "", " ", "\t\r\n", "\u00a0\u2003\u3000", "\u200b", "\u200c\u200d", "\u2060", "\ufeff", "\u00ad", "\u034f", "\u061c",

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data.dialogue import CONTROL_SURFACES
-from data.tokenizer import MODEL_FILE, DialogueTokenizer, TokenizerError, train_tokenizer
+from data.format.dialogue import CONTROL_SURFACES
+from data.format.tokenizer import MODEL_FILE, DialogueTokenizer, TokenizerError, train_tokenizer
 
 pieces_of_text = st.one_of(
     st.text(max_size=8),

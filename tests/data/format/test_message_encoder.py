@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.dialogue import DialogueError, Message, encode_message, encode_prompt
-from data.message_encoder import MessageEncoder
-from data.tokenizer import DialogueTokenizer
+from data.format.dialogue import DialogueError, Message, encode_message, encode_prompt
+from data.format.message_encoder import MessageEncoder
+from data.format.tokenizer import DialogueTokenizer
 
 TEXTS = st.sampled_from(["", "hello", "<|end|>", "é\u2060", "a: b"])
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data.tokenise as tokenise_module
-from data.tokenise import BulkEncoder
-from data.tokenizer import DialogueTokenizer
+import data.format.tokenise as tokenise_module
+from data.format.tokenise import BulkEncoder
+from data.format.tokenizer import DialogueTokenizer
 
 TEXTS = st.lists(
     st.one_of(

@@ -1,6 +1,6 @@
 """Messages to token ids, each encoded once: a conversation that comes back turn after turn costs look-ups."""
 
-from data.dialogue import Encoder, Message, check_speaker, encode_message, speaker_prefix
+from data.format.dialogue import Encoder, Message, check_speaker, encode_message, speaker_prefix
 from data.recent import Recent
 
 ENTRY_TOKENS = 16  # what an entry of a memory counts beside its tokens: it costs memory even without any

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from data.dialogue import NARRATOR, Dialogue
-from data.dialogue_json import read_dialogues
+from data.format.dialogue import NARRATOR, Dialogue
+from data.format.dialogue_json import read_dialogues
 
 _DIALOGUES_AT_MOST = 50_000  # enough to know the commonest names
 

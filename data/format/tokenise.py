@@ -7,7 +7,7 @@ from itertools import chain
 import numpy as np
 import pyarrow as pa
 
-from data.tokenizer import DialogueTokenizer
+from data.format.tokenizer import DialogueTokenizer
 
 _SPACE = ord(" ")
 _MAX_REMEMBERED = 1 << 18  # words, and

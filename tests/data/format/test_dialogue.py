@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data.dialogue import (
+from data.format.dialogue import (
     CONTROL_SURFACES,
     LABEL_KEY,
     Dialogue,
@@ -25,8 +25,8 @@ from data.dialogue import (
     unescape,
     without_end_label,
 )
-from data.dialogue_json import from_json, read_dialogues, to_json, write_dialogues
-from data.tokenizer import DialogueTokenizer
+from data.format.dialogue_json import from_json, read_dialogues, to_json, write_dialogues
+from data.format.tokenizer import DialogueTokenizer
 
 J = "\u2060"
 texts = st.lists(
