@@ -22,9 +22,9 @@ from data.format.tokenizer import DialogueTokenizer, TokenizerError
 from data.inspect_lengths import length_table, write_histogram
 from data.inspect_quarantine import print_quarantine
 from data.inspect_text import visible
-from data.packing import NO_DIALOGUE
+from data.packed.packing import NO_DIALOGUE
+from data.packed.shards import MANIFEST_FILE, PackedDataset, PackedRow, ShardError
 from data.prepare_report import side_table
-from data.shards import MANIFEST_FILE, PackedDataset, PackedRow, ShardError
 from recipes.stage_errors import run_told
 
 SIDES = ("train", "heldout")

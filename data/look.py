@@ -13,8 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 from data.format.dialogue import LABEL_KEY, Dialogue, continuation_labels, encode_dialogue, message_body, speaker_prefix
 from data.format.speaker_names import SpeakerNames, count_names
 from data.format.tokenizer import DialogueTokenizer, TokenizerError, train_tokenizer
+from data.packed.planned import READ_AT_MOST_BYTES, select_dialogues
 from data.pipeline.recipe import DataRecipe
-from data.planned import READ_AT_MOST_BYTES, select_dialogues
 from data.sources.record import LeftOut, Rejected, SourceError
 from data.sources.registry import SOURCES, AnySource
 from data.sources.source import DialogueSource

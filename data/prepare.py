@@ -14,6 +14,7 @@ from rich.console import Console
 
 from data.format.dialogue import Dialogue
 from data.format.tokenizer import MODEL_FILE, DialogueTokenizer, TokenizerError
+from data.packed.shards import FORMAT, MANIFEST_FILE, FormatError, PackedDataset, ShardError
 from data.pipeline.executor import Stage, run_stage
 from data.pipeline.failure import RECIPE_ERRORS, StageError
 from data.pipeline.item_step import ItemStep
@@ -28,7 +29,6 @@ from data.pipeline.tokenizer_stage import MakeTokenizer
 from data.pipeline.unit import units_of, write_units
 from data.pipeline.work_folder import WorkFolder
 from data.prepare_report import key_figure, print_report
-from data.shards import FORMAT, MANIFEST_FILE, FormatError, PackedDataset, ShardError
 from data.sources.record import LeftOut
 from data.sources.registry import named_sources
 from data.steps import Steps

@@ -18,7 +18,7 @@ from rich.console import Console
 from data.format.dialogue import Dialogue
 from data.format.dialogue_json import read_dialogues
 from data.format.tokenizer import DialogueTokenizer
-from data.shards import PackedDataset
+from data.packed.shards import PackedDataset
 from eval.ablation_plots import draw_ablation
 from eval.ablation_runs import AblationRecipe, Arm, describe_arm, read_arms, unseen_rows
 from eval.ablation_table import key_figure, render_table

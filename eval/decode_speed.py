@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, PositiveInt
 
-from data.shards import PackedDataset
+from data.packed.shards import PackedDataset
 from eval.scoring import OnProgress, silent
 from model.generate import Sampling, generate
 from model.transformer import Transformer

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from pydantic import PositiveInt
 
-from data.batch import PackedBatch, collate
-from data.shards import PackedDataset
+from data.packed.batch import PackedBatch, collate
+from data.packed.shards import PackedDataset
 from eval.scoring import OnProgress, sigmoid, silent, spread_rows
 from eval.statistics import Bootstrap
 from model.attention_ops import Documents

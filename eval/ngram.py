@@ -11,8 +11,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from data.batch import collate
-from data.shards import PackedDataset
+from data.packed.batch import collate
+from data.packed.shards import PackedDataset
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]

@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from pydantic import PositiveInt
 
-from data.batch import PackedBatch, collate
 from data.format.tokenizer import DialogueTokenizer
-from data.shards import PackedDataset
+from data.packed.batch import PackedBatch, collate
+from data.packed.shards import PackedDataset
 from eval.scoring import OnProgress, silent, target_logprobs
 from eval.statistics import Bootstrap, Estimate
 from model.attention_ops import Documents

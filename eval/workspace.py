@@ -15,7 +15,7 @@ from data.format.dialogue import Dialogue
 from data.format.dialogue_json import read_dialogues
 from data.format.tokenizer import MODEL_FILE, DialogueTokenizer
 from data.ledger import reasons_told
-from data.shards import PackedDataset
+from data.packed.shards import PackedDataset
 from eval.context import Reply, ReplyContext, human_texts, select_contexts
 from eval.engagement import EngagementSection
 from eval.perplexity import PerplexitySection

@@ -58,11 +58,11 @@ class PlanCheck:
         return self._at.nproc_per_node
 
     def data(self, run_dir: str) -> Any:
-        """data.planned.DataFacts of a data directory, or None where nothing can be told of it yet."""
+        """data.packed.planned.DataFacts of a data directory, or None where nothing can be told of it yet."""
         place = os.path.realpath(run_dir)
         if place not in self._data:
             self._data[place] = None  # an error is told once
-            planned, module = self._planned.get(place), importlib.import_module("data.planned")
+            planned, module = self._planned.get(place), importlib.import_module("data.packed.planned")
             if planned is None:
                 self._data[place] = module.facts_of_run(run_dir)
             elif planned.written["stage"] == "data":

@@ -110,7 +110,7 @@ def test_a_breach_is_found(package: str, source: str, message: str) -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "from model.config import ModelConfig\nfrom data.batch import collate",
+        "from model.config import ModelConfig\nfrom data.packed.batch import collate",
         "def f() -> None:\n    import deepspeed",
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import deepspeed",
     ],

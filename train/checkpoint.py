@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from data.atomic_file import atomic_file, sync_path, write_json
-from data.sampler import DataPosition
+from data.packed.sampler import DataPosition
 from train.background import POLL_SECONDS, Background, on_main
 from train.best import Best, best_of, json_of
 from train.engine import World

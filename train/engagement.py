@@ -11,8 +11,8 @@ from pydantic import PositiveInt
 from rich.console import Console
 from scipy.stats import mannwhitneyu
 
-from data.batch import PackedBatch
-from data.mixture import MixtureData
+from data.packed.batch import PackedBatch
+from data.packed.mixture import MixtureData
 from model.scalar_head import ScalarHead
 from recipes.run_identity import Location
 from train.engine import Engine, World

@@ -15,8 +15,8 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 
-from data.mixture import training_order
-from data.sampler import DataPosition, Rows, position_after, rows_of_rank
+from data.packed.mixture import training_order
+from data.packed.sampler import DataPosition, Rows, position_after, rows_of_rank
 from recipes.loader import Section
 from recipes.run_identity import MayChange
 from train.best import BestWeights, KeepBest

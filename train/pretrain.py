@@ -11,10 +11,10 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from rich.console import Console
 from rich.table import Table
 
-from data.batch import PackedBatch
-from data.mixture import MixtureData
-from data.shards import PackedDataset
-from data.synthetic import SyntheticData
+from data.packed.batch import PackedBatch
+from data.packed.mixture import MixtureData
+from data.packed.shards import PackedDataset
+from data.packed.synthetic import SyntheticData
 from eval.ngram import ngram_losses
 from eval.scoring import spread_rows
 from model.config import ModelConfig

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from rich.console import Console
 
-from data.sampler import Rows
+from data.packed.sampler import Rows
 from model.attention_ops import choose_backend
 from model.execution import shape_blocks, what_slows
 from model.weights import copy_model, save_model

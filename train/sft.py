@@ -8,8 +8,8 @@ from typing import Any, Literal
 from pydantic import PositiveInt
 from rich.console import Console
 
-from data.batch import PackedBatch, to_device
-from data.mixture import MixtureData
+from data.packed.batch import PackedBatch, to_device
+from data.packed.mixture import MixtureData
 from recipes.run_identity import Location
 from train.engine import Engine, World
 from train.initial_model import initial_model

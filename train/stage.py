@@ -12,10 +12,10 @@ from pydantic import NonNegativeInt, PositiveInt, ValidationInfo, field_validato
 from rich.console import Console
 from torch import nn
 
-from data.batch import PackedBatch, PackedRows, collate
-from data.mixture import MixtureData, MixtureRows, open_mixture
-from data.shards import PackedDataset
-from data.synthetic import SyntheticData, SyntheticRows
+from data.packed.batch import PackedBatch, PackedRows, collate
+from data.packed.mixture import MixtureData, MixtureRows, open_mixture
+from data.packed.shards import PackedDataset
+from data.packed.synthetic import SyntheticData, SyntheticRows
 from eval.scoring import spread_rows
 from model.attention_ops import Backend, Documents
 from model.config import ModelConfig

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data.mixture import MixtureData, MixtureOrder, open_mixture
-from data.shards import PackedDataset
-from data.synthetic import SyntheticData
+from data.packed.mixture import MixtureData, MixtureOrder, open_mixture
+from data.packed.shards import PackedDataset
+from data.packed.synthetic import SyntheticData
 from model.config import ModelConfig
 from model.portability import describe
 from train.initial_model import find_initial_model

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.batch import PackedBatch, PackedRows, collate
-from data.mixture import MixtureRows
+from data.packed.batch import PackedBatch, PackedRows, collate
+from data.packed.mixture import MixtureRows
 
 _ROWS_AT_ONCE = 64
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.cut import CutRule, cut, repeats_opening
 from data.format.dialogue import (
     NO_LABEL,
     Dialogue,
@@ -16,7 +15,8 @@ from data.format.dialogue import (
     supervision,
 )
 from data.format.tokenise import BulkEncoder
-from data.packing import DOCUMENT, EncodedCorpus, token_dtype
+from data.packed.cut import CutRule, cut, repeats_opening
+from data.packed.packing import DOCUMENT, EncodedCorpus, token_dtype
 
 MESSAGE = np.dtype(
     [("prefix_bytes", "<u4"), ("body_bytes", "<u4"), ("trained", "u1"), ("label", "i1"), ("opening", "u1")]

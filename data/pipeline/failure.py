@@ -7,7 +7,7 @@ from pathlib import Path
 from data.atomic_file import write_json
 from data.clean import CleanError
 from data.format.tokenizer import TokenizerError
-from data.shards import ShardError
+from data.packed.shards import ShardError
 from data.sources.source import SourceError
 from data.split import SplitError
 

@@ -12,6 +12,7 @@ import numpy as np
 from data.atomic_file import atomic_file, write_json
 from data.format.tokenizer import MODEL_FILE, DialogueTokenizer
 from data.ledger import Ledger
+from data.packed.shards import MANIFEST_FILE, join_groups
 from data.pipeline.item_step import ItemStep
 from data.pipeline.pack import packed_groups
 from data.pipeline.read import UNITS_FILE, UnitResults
@@ -20,7 +21,6 @@ from data.pipeline.tokenise import Figures, figures_of
 from data.pipeline.tokenizer_stage import made_tokenizer
 from data.pipeline.unit import read_units
 from data.pipeline.work_folder import WorkFolder
-from data.shards import MANIFEST_FILE, join_groups
 
 MERGE = "merge"
 FORMAT = "dramatis-data-2"

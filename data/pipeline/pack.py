@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from data.atomic_file import write_json
-from data.packing import EncodedCorpus, best_fit
+from data.packed.packing import EncodedCorpus, best_fit
+from data.packed.shards import packed_rows, write_group
 from data.pipeline.item_step import ItemStep
 from data.pipeline.select import SIDES
 from data.pipeline.tokenise import encoded_unit, figures_of
 from data.pipeline.tokenizer_stage import made_tokenizer
 from data.pipeline.work_folder import WorkFolder
-from data.shards import packed_rows, write_group
 
 PACK = "pack"
 _GROUP_FILE = "group.json"

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from data.atomic_file import write_json
-from data.cut import CutRule
 from data.format.rendered import encode_rendered
 from data.format.tokenise import BulkEncoder
-from data.packing import DOCUMENT, EncodedCorpus, token_dtype
+from data.packed.cut import CutRule
+from data.packed.packing import DOCUMENT, EncodedCorpus, token_dtype
 from data.pipeline.item_step import ItemStep
 from data.pipeline.read import UnitResults
 from data.pipeline.select import SIDES, Selection

@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn import functional as F
 
-from data.batch import collate
-from data.synthetic import SyntheticData, SyntheticRows
+from data.packed.batch import collate
+from data.packed.synthetic import SyntheticData, SyntheticRows
 from model.attention_ops import Documents
 from model.config import ModelConfig
 from model.transformer import Transformer

@@ -15,10 +15,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from data.batch import collate
-from data.mixture import training_order
-from data.sampler import rows_of_rank
-from data.shards import PackedDataset, ShardError
+from data.packed.batch import collate
+from data.packed.mixture import training_order
+from data.packed.sampler import rows_of_rank
+from data.packed.shards import PackedDataset, ShardError
 from recipes.loader import tell_error
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data.cut import CutRule, cut
 from data.format.dialogue import encode_dialogue
 from data.format.dialogue_json import read_dialogues
 from data.format.tokenizer import DialogueTokenizer
+from data.packed.cut import CutRule, cut
 
 
 def main() -> None:

@@ -13,9 +13,9 @@ import data.feedback
 from data.feedback import OUTPUTS, main
 from data.format.dialogue import Dialogue, continuation_labels
 from data.format.tokenizer import DialogueTokenizer
+from data.packed.shards import PackedDataset
 from data.preferences import read_pairs
 from data.prepare import main as prepare
-from data.shards import PackedDataset
 from data.sources.chat_jsonl import ChatJsonlSource
 
 MakeLog = Callable[..., Any]

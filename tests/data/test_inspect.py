@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.cut import CutRule, cut
 from data.format.dialogue import Dialogue, Message, encode_dialogue
 from data.format.tokenizer import DialogueTokenizer
 from data.inspect import HISTOGRAM_FILE, main, pick_rows, row_as_text
-from data.packing import EncodedCorpus
+from data.packed.cut import CutRule, cut
+from data.packed.packing import EncodedCorpus
+from data.packed.shards import ShardError, packed_rows
 from data.prepare import main as prepare
-from data.shards import ShardError, packed_rows
 
 
 def test_rows_show_replies_labels_and_padding(tokenizer: DialogueTokenizer) -> None:

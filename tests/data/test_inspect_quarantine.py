@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from data.inspect_quarantine import general_reason, group_reasons, print_quarantine
-from data.shards import ShardError
+from data.packed.shards import ShardError
 
 
 def quarantine(tmp_path: Path, *reasons: tuple[str, str]) -> Path:

@@ -14,9 +14,9 @@ import pytest
 from data.format.dialogue import encode_dialogue
 from data.format.dialogue_json import read_dialogues
 from data.format.tokenizer import DialogueTokenizer
+from data.packed.shards import PackedDataset
 from data.pipeline.recipe import DataRecipe
 from data.prepare import main
-from data.shards import PackedDataset
 from recipes.loader import dump_recipe, load_recipe
 
 WORDS = tuple("hello you how are doing today fine thanks what nap good yes no why me".split())  # noqa: SIM905

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from data.cut import CutRule, cut
-from data.dialogue_table import dialogue_table
 from data.format.dialogue import Dialogue, Message, encode_dialogue
 from data.format.dialogue_json import write_dialogues
 from data.format.tokenizer import DialogueTokenizer, train_tokenizer
-from data.packing import EncodedCorpus, best_fit
-from data.shards import packed_rows, write_shards
+from data.packed.cut import CutRule, cut
+from data.packed.dialogue_table import dialogue_table
+from data.packed.packing import EncodedCorpus, best_fit
+from data.packed.shards import packed_rows, write_shards
 from model.config import ModelConfig, TailSharing
 from model.scalar_head import ScalarHead
 from model.transformer import Transformer

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data.format.tokenizer import DialogueTokenizer
-from data.shards import PackedDataset
+from data.packed.shards import PackedDataset
 from eval.ablation import CONTEXT_BINS, main
 from eval.ablation_plots import DRAWINGS
 from eval.ablation_runs import AblationRecipe, read_arms, unseen_rows

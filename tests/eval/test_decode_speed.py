@@ -3,7 +3,7 @@
 import pytest
 
 from data.format.tokenizer import DialogueTokenizer
-from data.shards import PackedDataset
+from data.packed.shards import PackedDataset
 from eval import decode_speed
 from eval.decode_speed import SpeedSection, measure_speed, speed_prompts, time_generation
 from model.transformer import Transformer

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.batch import collate
 from data.format.dialogue import Dialogue, continuation_labels, encode_message
 from data.format.tokenizer import DialogueTokenizer
-from data.shards import PackedDataset
+from data.packed.batch import collate
+from data.packed.shards import PackedDataset
 from eval.engagement import (
     LabelledTurns,
     binned_rate,

@@ -9,10 +9,10 @@ import pytest
 from torch import as_tensor, no_grad
 from torch.nn import functional as F
 
-from data.batch import collate
 from data.format.dialogue import Dialogue, Message, continuation_labels, encode_dialogue
 from data.format.tokenizer import DialogueTokenizer
-from data.shards import PackedDataset
+from data.packed.batch import collate
+from data.packed.shards import PackedDataset
 from eval.engagement import labelled_turns
 from eval.ngram import PairCounts, Unigram, counted_pairs, ngram_losses
 from eval.perplexity import (

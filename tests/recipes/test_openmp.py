@@ -23,12 +23,12 @@ def openmp_settings(module: str, **variables: str) -> set[str]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PyTorch brings GNU's OpenMP on Linux only")
-@pytest.mark.parametrize("module", ["train.stage", "eval.workspace", "data.batch", "serving_export.engine"])
+@pytest.mark.parametrize("module", ["train.stage", "eval.workspace", "data.packed.batch", "serving_export.engine"])
 def test_threads_sleep_while_they_wait(module: str) -> None:
     assert openmp_settings(module) == {"'0'"}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PyTorch brings GNU's OpenMP on Linux only")
 def test_what_the_environment_says_stays() -> None:
-    assert openmp_settings("data.batch", GOMP_SPINCOUNT="77") == {"'77'"}
-    assert openmp_settings("data.batch", OMP_WAIT_POLICY="ACTIVE") == {"'30000000000'"}
+    assert openmp_settings("data.packed.batch", GOMP_SPINCOUNT="77") == {"'77'"}
+    assert openmp_settings("data.packed.batch", OMP_WAIT_POLICY="ACTIVE") == {"'30000000000'"}

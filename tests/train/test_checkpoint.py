@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from data.sampler import DataPosition
+from data.packed.sampler import DataPosition
 from train.checkpoint import CheckpointError, Checkpoints, CheckpointState, Write, damage
 from train.engine import World
 from train.hashed_file import HashedFile, file_hash

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from data.sampler import RowOrder
-from data.shards import PackedDataset
+from data.packed.sampler import RowOrder
+from data.packed.shards import PackedDataset
 from train.checkpoint import damage
 from train.metrics import Metrics, WandbConfig
 

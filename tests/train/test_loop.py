@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.sampler import RowOrder
+from data.packed.sampler import RowOrder
 from train.engine import World
 from train.loop import LoopConfig, Stage, StepReader
 

@@ -11,7 +11,7 @@ import pytest
 from pydantic import TypeAdapter
 from rich.console import Console
 
-from data.synthetic import SyntheticData
+from data.packed.synthetic import SyntheticData
 from model.config import ModelConfig
 from model.portability import obstacles
 from recipes.loader import load_recipe

@@ -17,8 +17,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from data.sampler import DataPosition
-from data.shards import PackedDataset
+from data.packed.sampler import DataPosition
+from data.packed.shards import PackedDataset
 from train.checkpoint import CheckpointError, Checkpoints, CheckpointState, damage
 from train.engine import Engine, World
 from train.run import resume

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.batch import PackedBatch
-from data.mixture import MixtureRows
-from data.packing import DOCUMENT
+from data.packed.batch import PackedBatch
+from data.packed.mixture import MixtureRows
+from data.packed.packing import DOCUMENT
 from train.engagement import LABELS
 from train.sft import REPLY_TOKENS
 from train.targets import NoTargetsError, Targets, _batches, check_targets

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.packing import DOCUMENT, EncodedCorpus
+from data.packed.packing import DOCUMENT, EncodedCorpus
 from data.pipeline.pack import Group, _documents_from, groups_of
 
 
@@ -46,9 +46,9 @@ def test_every_document_is_in_one_group_and_whole(units: list[list[int]], pack_t
 
 def test_groups_are_read_back_as_one_dataset(tmp_path: Path) -> None:
     """Shards of different sizes in the middle of a dataset, which groups leave."""
-    from data.dialogue_table import dialogue_table
-    from data.packing import Document, best_fit
-    from data.shards import PackedDataset, join_groups, packed_rows, write_group
+    from data.packed.dialogue_table import dialogue_table
+    from data.packed.packing import Document, best_fit
+    from data.packed.shards import PackedDataset, join_groups, packed_rows, write_group
 
     rng = np.random.default_rng(0)
     settings_ = {"row_length": 16, "vocab_size": 400, "rows_per_shard": 3}

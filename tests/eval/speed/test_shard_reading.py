@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data.format.dialogue import Dialogue
-from data.shards import PackedDataset
+from data.packed.shards import PackedDataset
 from eval.speed.shard_reading import main, seconds_of_epoch
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.format.dialogue import NO_LABEL, EncodedDialogue
-from data.packing import Document
+from data.packed.packing import Document
 
 _LEAST_NEW = 8  # tokens that a document trains at least: a character of four byte tokens always fits
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.batch import collate
-from data.packing import Document, EncodedCorpus
-from data.shards import PackedDataset, packed_rows, write_shards
+from data.packed.batch import collate
+from data.packed.packing import Document, EncodedCorpus
+from data.packed.shards import PackedDataset, packed_rows, write_shards
 
 WriteRows = Callable[..., Path]
 

@@ -22,9 +22,9 @@ import numpy as np
 import pyarrow as pa
 
 from data.atomic_file import TEMPORARY_SUFFIX, atomic_file, sync_path, write_json
-from data.dialogue_table import DIALOGUES_FILE, dialogue_table, read_dialogue_table, write_dialogue_table
 from data.format.dialogue import NO_LABEL
-from data.packing import DOCUMENT, NO_DIALOGUE, EncodedCorpus, token_dtype
+from data.packed.dialogue_table import DIALOGUES_FILE, dialogue_table, read_dialogue_table, write_dialogue_table
+from data.packed.packing import DOCUMENT, NO_DIALOGUE, EncodedCorpus, token_dtype
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "dramatis-packed-2"
@@ -286,7 +286,7 @@ class PackedDataset:
 
     @cached_property
     def dialogues(self) -> pa.Table:
-        """What data/dialogue_table.py says of the dialogues that documents name."""
+        """What data/packed/dialogue_table.py says of the dialogues that documents name."""
         return read_dialogue_table(self.directory / DIALOGUES_FILE)
 
     def row(self, i: int) -> PackedRow:

@@ -8,16 +8,16 @@ import numpy as np
 import torch
 
 from data.format.tokenizer import DialogueTokenizer
-from data.sampler import Rows
+from data.packed.sampler import Rows
 
 _PAD_ID = DialogueTokenizer.pad_id
 
 
 class PackedRows(Rows, Protocol):
-    """Numbered rows of packed documents: shards on disk (data.shards), or made up (data.synthetic)."""
+    """Numbered rows of packed documents: shards on disk (data.packed.shards), or made up (data.packed.synthetic)."""
 
     def gather(self, row_indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """tokens_RL int64, trained_RL uint8, label_RL int8, and all documents (data.packing.DOCUMENT), one after the
+        """tokens_RL int64, trained_RL uint8, label_RL int8, and all documents (data.packed.packing.DOCUMENT), one after the
         other, each row's padding as its last."""
         ...
 

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from data.format.dialogue import NO_LABEL
-from data.packing import DOCUMENT
+from data.packed.packing import DOCUMENT
 from data.stable_hash import stable_hash
 from recipes.loader import Section
 

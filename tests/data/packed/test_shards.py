@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.dialogue_table import DIALOGUES_FILE, dialogue_table
-from data.packing import Document, EncodedCorpus
-from data.shards import MANIFEST_FILE, PackedDataset, PackedRow, ShardError, packed_rows, write_shards
+from data.packed.dialogue_table import DIALOGUES_FILE, dialogue_table
+from data.packed.packing import Document, EncodedCorpus
+from data.packed.shards import MANIFEST_FILE, PackedDataset, PackedRow, ShardError, packed_rows, write_shards
 
 WriteRows = Callable[..., Path]
 MakeRows = Callable[..., list[PackedRow]]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.sampler import DataPosition, DataPositionError, RowOrder, permutation, position_after, rows_of_rank
+from data.packed.sampler import DataPosition, DataPositionError, RowOrder, permutation, position_after, rows_of_rank
 
 
 @given(n_rows=st.integers(1, 50), seed=st.integers(-(2**31), 2**63 - 1), epoch=st.integers(0, 5))

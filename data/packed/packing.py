@@ -1,4 +1,4 @@
-"""Packing of documents, dialogues or pieces of them (data/cut.py), into rows of one length, by best fit."""
+"""Packing of documents, dialogues or pieces of them (data/packed/cut.py), into rows of one length, by best fit."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.cut import CutRule, cut, repeats_opening
 from data.format.dialogue import NARRATOR, Dialogue, EncodedDialogue, Message, encode_dialogue
 from data.format.tokenizer import DialogueTokenizer
-from data.packing import Document
+from data.packed.cut import CutRule, cut, repeats_opening
+from data.packed.packing import Document
 
 END, CONTINUES = 4, 7
 INSIDE_V = np.zeros(200, bool)

@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.packing import Document, EncodedCorpus, best_fit
-from data.shards import packed_rows
+from data.packed.packing import Document, EncodedCorpus, best_fit
+from data.packed.shards import packed_rows
 
 
 @settings(max_examples=200)
