@@ -23,7 +23,11 @@ from pydantic import Field
 from rich.console import Console
 
 from data.atomic_file import atomic_file, write_json
-from data.clean import CleanError, check_bad_fraction
+from data.clean.ledger import Ledger
+from data.clean.quarantine import Quarantine
+from data.clean.records import CleanError, check_bad_fraction
+from data.clean.scrub import Scrub
+from data.clean.stable_hash import pseudonym
 from data.feedback_conversation import NO_CONTEXT, Conversation, LoggedTurn, join_turns
 from data.feedback_event import read_event
 from data.feedback_labels import (
@@ -42,13 +46,9 @@ from data.feedback_report import Counts, key_figure, print_report, to_report
 from data.feedback_scrub import scrub_turns
 from data.format.dialogue import Dialogue
 from data.format.dialogue_json import message_to_record
-from data.ledger import Ledger
 from data.preferences import pair_to_json
-from data.quarantine import Quarantine
-from data.scrub import Scrub
 from data.sources.record import RecordError, Rejected, SourceError, beginning
 from data.sources.source import find_files, parse_object, read_lines
-from data.stable_hash import pseudonym
 from data.steps import Steps
 from recipes.loader import Section, parse_command_line, print_recipe
 from recipes.run_directory import RunDirectoryError, RunState, finish_run, prepare_run_directory, read_done

@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from data.clean.ledger import Ledger
+from data.clean.stable_hash import stable_hash
 from data.feedback_conversation import Turn
 from data.feedback_event import FeedbackEvent
 from data.format.dialogue import Message
-from data.ledger import Ledger
 from data.preferences import REPEATED, PreferencePair, reason_against_context, reason_against_pair
-from data.stable_hash import stable_hash
 from recipes.loader import Section
 
 

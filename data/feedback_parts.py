@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from data.stable_hash import stable_hash
+from data.clean.stable_hash import stable_hash
 
 
 @dataclass(frozen=True, slots=True)

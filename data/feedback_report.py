@@ -7,9 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from data.clean.ledger import Ledger
 from data.feedback_labels import LabelCounts
 from data.feedback_pairs import LengthOnly, PairCounts
-from data.ledger import Ledger
 
 _LABELS = {1: "positive", 0: "negative"}
 

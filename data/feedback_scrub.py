@@ -1,13 +1,13 @@
-"""Feedback events without personal data: what data/scrub.py does to dialogues, before turns become pairs and labels."""
+"""Feedback events without personal data: what data/clean/scrub.py does to dialogues, before turns become pairs and labels."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import groupby
 
+from data.clean.scrub import Scrub, renamed_speakers, scrub_id, scrub_text
 from data.feedback_conversation import LoggedTurn
 from data.feedback_event import FeedbackEvent
-from data.scrub import Scrub, renamed_speakers, scrub_id, scrub_text
 
 
 def scrub_turns(logged: Iterable[LoggedTurn], settings: Scrub, counts: Counter[str]) -> list[LoggedTurn]:

@@ -14,16 +14,16 @@ from typing import Any, Literal
 import numpy as np
 
 from data.atomic_file import atomic_file
+from data.clean.ledger import reasons_told
+from data.clean.quarantine import general_reason
+from data.clean.stable_hash import stable_hash
 from data.format.dialogue import NARRATOR, DialogueError, Message, check_speaker
 from data.format.dialogue_json import message_to_record, messages_from_records
 from data.format.visible_text import says_nothing, visible
-from data.ledger import reasons_told
-from data.quarantine import general_reason
 from data.record_keys import refuse, take_trained
 from data.sources.hh_rlhf import ASSISTANT, REFUSED, parse_transcript, transcript_of
 from data.sources.record import RecordError
 from data.sources.source import parse_object, read_lines
-from data.stable_hash import stable_hash
 
 SAYS_NOTHING = "a reply that says nothing"
 SAME_REPLY = "both replies say the same"

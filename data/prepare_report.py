@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from data.ledger import Ledger
+from data.clean.ledger import Ledger
 
 Figures = Mapping[str, Mapping[str, Any]]
 

@@ -11,10 +11,10 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from rich.console import Console
 from rich.table import Table
 
+from data.clean.ledger import reasons_told
 from data.format.dialogue import Dialogue
 from data.format.dialogue_json import read_dialogues
 from data.format.tokenizer import MODEL_FILE, DialogueTokenizer
-from data.ledger import reasons_told
 from data.packed.shards import PackedDataset
 from eval.context import Reply, ReplyContext, human_texts, select_contexts
 from eval.engagement import EngagementSection

@@ -19,10 +19,10 @@ from rich.progress import track
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
+from data.clean.ledger import reasons_told
 from data.format.dialogue import encode_reply
 from data.format.message_encoder import MessageEncoder
 from data.format.tokenizer import DialogueTokenizer
-from data.ledger import reasons_told
 from data.preferences import PreferencePair, distinct_pairs, hold_out, read_pair_file, reason_against_context
 from data.prompt_fit import fit_prompt
 from data.sources.record import LeftOut

@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.progress import track
 
 from data.atomic_file import write_json
+from data.clean.ledger import reasons_told
 from data.format.dialogue import decode_reply
 from data.format.dialogue_json import read_dialogues
 from data.format.tokenizer import DialogueTokenizer
 from data.format.visible_text import says_nothing, visible
-from data.ledger import reasons_told
 from data.preferences import PreferencePair, read_pairs, write_pairs
 from data.prompt_fit import NEWEST_TOO_LONG, SCENE_TOO_LONG, TOGETHER_TOO_LONG
 from data.sources.record import LeftOut

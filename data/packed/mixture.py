@@ -16,10 +16,10 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
+from data.clean.stable_hash import stable_hash
 from data.packed.packing import NO_DIALOGUE
 from data.packed.sampler import DataPositionError, RowOrder, Rows
 from data.packed.shards import PackedDataset, ShardError
-from data.stable_hash import stable_hash
 from recipes.loader import Section
 from recipes.run_identity import Location
 

@@ -9,11 +9,11 @@ from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
-from data.clean import CleanError
+from data.clean.ledger import Ledger
+from data.clean.records import CleanError
 from data.format.dialogue import Dialogue
 from data.format.dialogue_json import read_dialogues
 from data.format.tokenizer import DialogueTokenizer
-from data.ledger import Ledger
 from data.packed.shards import MANIFEST_FILE
 from data.pipeline.executor import LocalSettings
 from data.pipeline.read import UnitResults

@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from data.clean.stable_hash import stable_hash
 from data.format.dialogue import NO_LABEL
 from data.packed.packing import DOCUMENT
-from data.stable_hash import stable_hash
 from recipes.loader import Section
 
 _FIRST_TEXT_ID = 8

@@ -5,11 +5,11 @@ import shutil
 from pathlib import Path
 
 from data.atomic_file import write_json
-from data.clean import CleanError
+from data.clean.records import CleanError
+from data.clean.split import SplitError
 from data.format.tokenizer import TokenizerError
 from data.packed.shards import ShardError
 from data.sources.source import SourceError
-from data.split import SplitError
 
 RECIPE_ERRORS = (SourceError, CleanError, SplitError, TokenizerError, ShardError)
 """What a change of the recipe or of its inputs repairs."""

@@ -10,8 +10,8 @@ from typing import IO, Any
 import numpy as np
 
 from data.atomic_file import atomic_file, write_json
+from data.clean.ledger import Ledger
 from data.format.tokenizer import MODEL_FILE, DialogueTokenizer
-from data.ledger import Ledger
 from data.packed.shards import MANIFEST_FILE, join_groups
 from data.pipeline.item_step import ItemStep
 from data.pipeline.pack import packed_groups

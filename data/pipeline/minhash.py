@@ -19,7 +19,7 @@ from datatrove.utils.text import TextNormConfig, simplify_text
 from datatrove.utils.word_tokenizers import WordTokenizer
 
 from data.atomic_file import sync_path
-from data.near_duplicates import NearDuplicates, compared_text
+from data.clean.near_duplicates import NearDuplicates, compared_text
 from data.pipeline.executor import Stage
 from data.pipeline.item_step import ItemStep
 from data.pipeline.read import UnitResults

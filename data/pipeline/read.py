@@ -11,19 +11,19 @@ import numpy as np
 import pyarrow as pa
 
 from data.atomic_file import write_json
-from data.clean import Filters, passing, scrubbed, without_bad
+from data.clean.ledger import Ledger
+from data.clean.quarantine import Quarantine
+from data.clean.records import Filters, passing, scrubbed, without_bad
+from data.clean.scrub import Scrub
 from data.format.dialogue import Dialogue, without_end_label
 from data.format.dialogue_json import from_json, to_json
 from data.format.rendered import MESSAGE, RenderedDialogues, render
-from data.ledger import Ledger
 from data.packed.dialogue_table import table_of_columns
 from data.pipeline.item_step import ItemStep
 from data.pipeline.record import RECORD, ROW, participants_of, records_of, rows_of
 from data.pipeline.unit import read_units
 from data.pipeline.work_folder import WorkFolder
 from data.prompt_values import PromptError
-from data.quarantine import Quarantine
-from data.scrub import Scrub
 from data.sources.record import rejected
 from data.sources.source import DialogueSource
 from data.training_template import TrainingTemplate

@@ -5,14 +5,14 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from data.clean import Filters
+from data.clean.near_duplicates import NearDuplicates
+from data.clean.records import Filters
+from data.clean.scrub import Scrub
+from data.clean.split import SplitRule
 from data.format.tokenizer import MODEL_FILE
-from data.near_duplicates import NearDuplicates
 from data.pipeline.executor import Executor, LocalSettings
 from data.pipeline.tokenizer_stage import TokenizerFile, TokenizerRule
-from data.scrub import Scrub
 from data.sources.registry import AnySource
-from data.split import SplitRule
 from data.training_template import TrainingTemplate
 from recipes.loader import Section
 from recipes.plan_check import PlanCheck

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data.clean import content_key
+from data.clean.records import content_key
+from data.clean.split import time_span
+from data.clean.stable_hash import stable_hash
 from data.format.dialogue import NARRATOR, Dialogue
-from data.split import time_span
-from data.stable_hash import stable_hash
 
 RECORD = np.dtype(
     [("start_time", "<f8"), ("end_time", "<f8"), ("heldout_hash", "<u8"), ("n_participants", "<u4"), ("is_kept", "?")]

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from data.atomic_file import atomic_file, write_json
-from data.clean import CleanError, check_bad_fraction, check_times_for_labels
-from data.ledger import Ledger
+from data.clean.ledger import Ledger
+from data.clean.records import CleanError, check_bad_fraction, check_times_for_labels
+from data.clean.split import DROPPED, HELDOUT, TRAIN, FractionSplit, SplitError, SplitRecords, TimeSplit, split
+from data.clean.split_warnings import Measure, is_too_large, side_measures, side_warnings, strongest_link
 from data.pipeline.item_step import ItemStep
 from data.pipeline.minhash import dropped_rows
 from data.pipeline.read import UNITS_FILE, UnitResults
 from data.pipeline.unit import read_units
 from data.pipeline.work_folder import WorkFolder
-from data.split import DROPPED, HELDOUT, TRAIN, FractionSplit, SplitError, SplitRecords, TimeSplit, split
-from data.split_warnings import Measure, is_too_large, side_measures, side_warnings, strongest_link
 
 SELECT = "select"
 SIDES = {"train": TRAIN, "heldout": HELDOUT}

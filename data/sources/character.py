@@ -3,9 +3,9 @@
 from collections import Counter
 from collections.abc import Sequence
 
+from data.clean.stable_hash import stable_hash
 from data.format.dialogue import NARRATOR, Message
 from data.sources.record import RecordError
-from data.stable_hash import stable_hash
 
 
 def any_speaker(identity: str, speakers: Sequence[str]) -> str:

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from data.clean.stable_hash import pseudonym
 from data.format.dialogue import NARRATOR, Dialogue, Message, check_times
 from data.sources.character import any_speaker
 from data.sources.corpus_file import CorpusFile
 from data.sources.corpus_source import RecordSource, json_of
 from data.sources.first_names import first_names
 from data.sources.record import RecordError, SourceError
-from data.stable_hash import pseudonym
 from data.unix_time import TimeError, unix_seconds
 from recipes.run_identity import Location
 

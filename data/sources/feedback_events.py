@@ -5,13 +5,13 @@ from itertools import repeat
 from pathlib import Path
 from typing import Literal
 
+from data.clean.stable_hash import pseudonym
 from data.feedback_conversation import NO_CONTEXT, LoggedTurn, join_turns
 from data.feedback_event import read_event
 from data.feedback_labels import conversation_dialogue
 from data.format.dialogue import Dialogue
 from data.sources.record import LeftOut, RecordError, Rejected, beginning
 from data.sources.source import DialogueSource, find_files, read_lines
-from data.stable_hash import pseudonym
 from recipes.run_identity import Location
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from data.stable_hash import stable_hash
+from data.clean.stable_hash import stable_hash
 
 _NAMES = (
     "Aaron Abigail Adam Alice Amanda Amy Andrea Andrew Angela Anna Anthony Ashley Barbara Benjamin Betty Brandon Brian "

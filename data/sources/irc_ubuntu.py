@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from data.clean.stable_hash import pseudonym
 from data.format.dialogue import Dialogue, DialogueError, Message, check_times
 from data.sources.character import most_talkative
 from data.sources.corpus_file import CorpusFile, read_corpus_files
 from data.sources.corpus_source import CorpusSource
 from data.sources.record import LeftOut, RecordError, Rejected, SourceError, read_record, rejected
-from data.stable_hash import pseudonym
 
 _LOG, _LINKS = ".ascii.txt", ".annotation.txt"
 _SAID = re.compile(r"\[([01]\d|2[0-3]):([0-5]\d)\] (?:<([^>]+)> ?(.*)| \* (\S+) ?(.*))", re.DOTALL)

@@ -4,11 +4,11 @@ import re
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
+from data.clean.stable_hash import pseudonym
 from data.format.dialogue import NARRATOR, Dialogue, Message
 from data.sources.character import most_talkative
 from data.sources.corpus_file import CorpusFile
 from data.sources.corpus_source import RecordSource, json_of
-from data.stable_hash import pseudonym
 
 _MARK = re.compile(r" *\{[a-z]+\} *")  # {vocalsound}, {disfmarker}, ...: the transcriber's, nobody says them
 _SERIES = re.compile(r"([A-Z]{2}\d{4})[a-z]|([A-Za-z]+?)_?\d+")  # ES2002a, Bro011, covid_9

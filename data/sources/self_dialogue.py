@@ -7,6 +7,7 @@ from itertools import count
 from pathlib import PurePath
 from typing import ClassVar, Literal
 
+from data.clean.stable_hash import pseudonym
 from data.format.dialogue import NARRATOR, Dialogue, Message
 from data.sources.character import any_speaker
 from data.sources.corpus_file import CorpusFile, read_corpus_files
@@ -14,7 +15,6 @@ from data.sources.corpus_source import RecordSource
 from data.sources.csv_rows import check_row, csv_rows
 from data.sources.first_names import first_names
 from data.sources.record import LeftOut, RecordError
-from data.stable_hash import pseudonym
 
 _COLUMNS = ("WorkerId", "WorkTimeInSeconds", "Answer.sentence1")
 _BLOCKED = "blocked_workers.txt"  # the corpus's own list of those whose work is not to be used

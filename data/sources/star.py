@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
+from data.clean.stable_hash import pseudonym
 from data.format.dialogue import NARRATOR, Dialogue, Message, check_times
 from data.sources.corpus_file import CorpusFile
 from data.sources.corpus_source import RecordSource, json_of
 from data.sources.record import LeftOut
-from data.stable_hash import pseudonym
 
 USER, WIZARD = "User", "Wizard"
 _SPEAKING = ("utter", "pick_suggestion")

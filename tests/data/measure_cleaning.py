@@ -28,15 +28,15 @@ from rich.text import Text
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # a program of the tests, run by its path
 
-from data.clean import content_key  # noqa: E402
+from data.clean.language import Languages, other_language  # noqa: E402
+from data.clean.near_duplicates import NearDuplicates, compared_text  # noqa: E402
+from data.clean.records import content_key  # noqa: E402
+from data.clean.repetition import Repetition, repeated  # noqa: E402
+from data.clean.scrub import HASHED_ID, PLACEHOLDERS, HashedIds, Scrub, scrub  # noqa: E402
 from data.format.dialogue import NARRATOR, Dialogue  # noqa: E402
 from data.inspect_text import visible  # noqa: E402
-from data.language import Languages, other_language  # noqa: E402
-from data.near_duplicates import NearDuplicates, compared_text  # noqa: E402
 from data.pipeline.minhash import dropped_rows, minhash_stages  # noqa: E402
 from data.pipeline.work_folder import WorkFolder  # noqa: E402
-from data.repetition import Repetition, repeated  # noqa: E402
-from data.scrub import HASHED_ID, PLACEHOLDERS, HashedIds, Scrub, scrub  # noqa: E402
 from data.sources.registry import SOURCES  # noqa: E402
 
 SCRUB = Scrub(ids=HashedIds(salt="a salt to measure with"))

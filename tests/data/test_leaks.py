@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.clean.near_duplicates import NearDuplicates, compared_text
+from data.clean.split import HELDOUT, TRAIN, FractionSplit, SplitError, SplitRecords, TimeSplit, split
 from data.format.dialogue import Dialogue, Message
-from data.near_duplicates import NearDuplicates, compared_text
 from data.pipeline.minhash import dropped_rows, minhash_stages
 from data.pipeline.record import participants_of, records_of
 from data.pipeline.work_folder import WorkFolder
-from data.split import HELDOUT, TRAIN, FractionSplit, SplitError, SplitRecords, TimeSplit, split
 
 N_GRAMS = 3
 ALIKE = 0.96  # found but for a chance of 1e-8

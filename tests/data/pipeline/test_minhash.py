@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.near_duplicates import NearDuplicates
+from data.clean.near_duplicates import NearDuplicates
 from data.pipeline.executor import LocalSettings, Stage
 from data.pipeline.minhash import (
     _MEMBER,

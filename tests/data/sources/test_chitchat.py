@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from data.clean.stable_hash import pseudonym
 from data.format.dialogue import NARRATOR, Dialogue, Message
 from data.format.dialogue_json import to_json
 from data.sources.chitchat import ChitchatSource
 from data.sources.first_names import FIRST_NAMES, first_names
 from data.sources.record import Rejected, SourceError
-from data.stable_hash import pseudonym
 
 U1, U2 = pseudonym("chitchat", "u1"), pseudonym("chitchat", "u2")
 

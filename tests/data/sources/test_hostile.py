@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.clean import Filters, passing
+from data.clean.ledger import Ledger
+from data.clean.records import Filters, passing
 from data.format.dialogue import Dialogue
 from data.format.dialogue_json import from_json, to_json
-from data.ledger import Ledger
 from data.sources.line_reader import MAX_LINE_BYTES
 from data.sources.record import LeftOut, Rejected
 from data.sources.registry import SOURCES

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data.clean.scrub import HashedIds, Scrub, scrub
 from data.format.dialogue import NARRATOR, Dialogue, Message
 from data.format.dialogue_json import to_json
-from data.scrub import HashedIds, Scrub, scrub
 from data.sources.record import LeftOut, Rejected
 from data.sources.star import StarSource
 

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.format.dialogue import Dialogue, Message
-from data.split import (
+from data.clean.split import (
     DROPPED,
     HELDOUT,
     TRAIN,
@@ -21,7 +20,8 @@ from data.split import (
     split,
     time_span,
 )
-from data.stable_hash import stable_hash
+from data.clean.stable_hash import stable_hash
+from data.format.dialogue import Dialogue, Message
 
 SEPTEMBER = 1535760000.0  # 2018-09-01T00:00:00Z
 BY_TIME = TimeSplit(kind="time", heldout_from=date(2018, 9, 1))

@@ -11,13 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from data.clean import CleanError, Filters, check_bad_fraction, passing, scrubbed, without_bad, without_duplicates
+from data.clean.language import Languages
+from data.clean.ledger import Ledger
+from data.clean.quarantine import Quarantine
+from data.clean.records import (
+    CleanError,
+    Filters,
+    check_bad_fraction,
+    passing,
+    scrubbed,
+    without_bad,
+    without_duplicates,
+)
+from data.clean.repetition import Repetition
+from data.clean.scrub import HashedIds, Scrub
 from data.format.dialogue import NARRATOR, Dialogue, Message, continuation_labels
-from data.language import Languages
-from data.ledger import Ledger
-from data.quarantine import Quarantine
-from data.repetition import Repetition
-from data.scrub import HashedIds, Scrub
 from data.sources.record import LeftOut, Rejected
 
 
@@ -169,5 +177,5 @@ def test_too_many_bad_records_stop_with_examples(tmp_path: Path) -> None:
 
 
 def test_commands_that_clean_nothing_start_without_datatrove() -> None:
-    loaded = "import sys, data.clean; print('datatrove' in sys.modules)"
+    loaded = "import sys, data.clean.records; print('datatrove' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, check=True).stdout == b"False\n"

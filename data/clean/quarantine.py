@@ -5,8 +5,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import IO
 
-from data.ledger import Ledger
-from data.scrub import Scrub, scrub_id, scrub_text
+from data.clean.ledger import Ledger
+from data.clean.scrub import Scrub, scrub_id, scrub_text
 from data.sources.record import Rejected, beginning
 from recipes.json_text import json_text
 

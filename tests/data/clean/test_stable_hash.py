@@ -1,6 +1,6 @@
 """Hashes that must never change: splits, names and characters depend on them."""
 
-from data.stable_hash import pseudonym, stable_fraction, stable_hash
+from data.clean.stable_hash import pseudonym, stable_fraction, stable_hash
 
 
 def test_values_are_fixed() -> None:

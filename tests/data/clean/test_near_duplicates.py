@@ -2,8 +2,8 @@
 
 import pytest
 
+from data.clean.near_duplicates import NearDuplicates, compared_text
 from data.format.dialogue import NARRATOR, Dialogue, Message
-from data.near_duplicates import NearDuplicates, compared_text
 
 
 def test_the_chance_of_the_defaults() -> None:

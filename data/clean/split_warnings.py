@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.split import HELDOUT, TRAIN, FractionSplit, SplitRecords, TimeSplit, groups_of
+from data.clean.split import HELDOUT, TRAIN, FractionSplit, SplitRecords, TimeSplit, groups_of
 
 _Z = 4.0  # standard errors of a difference that chance does not explain
 _SHARE, _FACTOR = 0.15, 1.5  # a gross difference of two shares, and of two lengths

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from data.clean.repetition import Repetition, repeated
 from data.format.dialogue import Message
 from data.pipeline.minhash import UnicodeWords
-from data.repetition import Repetition, repeated
 from recipes.loader import Section, dump_recipe, load_recipe
 
 

@@ -3,8 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
+from data.clean.language import Languages, other_language
 from data.format.dialogue import NARRATOR, Message
-from data.language import Languages, other_language
 
 ENGLISH = "I just took a nap, but it was one of those naps that makes everything worse."
 # The first article of the Universal Declaration of Human Rights.

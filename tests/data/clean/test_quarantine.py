@@ -7,10 +7,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from data.clean.quarantine import NOT_SHOWN, general_reason, scrub_rejected
+from data.clean.scrub import HashedIds, Scrub
 from data.format.dialogue import Dialogue, DialogueError, Message
 from data.format.dialogue_json import messages_from_records
-from data.quarantine import NOT_SHOWN, general_reason, scrub_rejected
-from data.scrub import HashedIds, Scrub
 from data.sources.record import Rejected, read_record, rejected
 
 RULE = Scrub()

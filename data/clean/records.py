@@ -12,13 +12,13 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
+from data.clean.language import Languages, other_language
+from data.clean.ledger import Ledger
+from data.clean.quarantine import Quarantine
+from data.clean.repetition import Repetition, repeated
+from data.clean.scrub import Scrub, scrub
 from data.format.dialogue import NARRATOR, Dialogue, Message
 from data.format.visible_text import says_nothing
-from data.language import Languages, other_language
-from data.ledger import Ledger
-from data.quarantine import Quarantine
-from data.repetition import Repetition, repeated
-from data.scrub import Scrub, scrub
 from data.sources.record import LeftOut, Rejected
 from recipes.loader import Section
 

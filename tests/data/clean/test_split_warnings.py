@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.clean.split import HELDOUT, TRAIN, FractionSplit, SplitRecords
+from data.clean.split_warnings import is_too_large, side_measures, side_warnings, strongest_link
+from data.clean.stable_hash import stable_hash
 from data.prepare import main
-from data.split import HELDOUT, TRAIN, FractionSplit, SplitRecords
-from data.split_warnings import is_too_large, side_measures, side_warnings, strongest_link
-from data.stable_hash import stable_hash
 
 
 def records_of(people: list[list[int]]) -> SplitRecords:

@@ -21,8 +21,8 @@ from urllib.parse import unquote
 
 from pydantic import Field, field_validator, model_validator
 
+from data.clean.stable_hash import pseudonym
 from data.format.dialogue import Dialogue, Message
-from data.stable_hash import pseudonym
 from recipes.loader import Section
 
 PLACEHOLDERS = {
