@@ -46,7 +46,7 @@ from data.feedback_report import Counts, key_figure, print_report, to_report
 from data.feedback_scrub import scrub_turns
 from data.format.dialogue import Dialogue
 from data.format.dialogue_json import message_to_record
-from data.preferences import pair_to_json
+from data.sources.preferences import pair_to_json
 from data.sources.record import RecordError, Rejected, SourceError, beginning
 from data.sources.source import find_files, parse_object, read_lines
 from data.steps import Steps

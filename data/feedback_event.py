@@ -27,7 +27,7 @@ became of them. A line refers to the turn that it continues, so no log repeats a
 | `closed`       | until when the product watched, i.e. when the line was written                                     |
 
 Times are unix seconds or ISO 8601. Messages, candidates and edits may have their keys under other names, as those of
-every record (data/record_keys.py). Once the user has written on, the candidates of a turn are settled: who goes back to
+every record (data/sources/record_keys.py). Once the user has written on, the candidates of a turn are settled: who goes back to
 swipe an earlier reply, or to write something else, makes a new turn with the same `after`, and so does a user who
 changes a message of their own, since the candidates before and after answer different things.
 """
@@ -40,12 +40,12 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from data.chat_message import READ_AS, RoleNames, take_speaker
 from data.format.dialogue import DialogueError, check_speaker
-from data.record_keys import MESSAGE_ALIASES, rename
+from data.sources.chat_message import READ_AS, RoleNames, take_speaker
 from data.sources.record import RecordError
+from data.sources.record_keys import MESSAGE_ALIASES, rename
 from data.sources.source import parse_object
-from data.unix_time import unix_seconds
+from data.sources.unix_time import unix_seconds
 from recipes.loader import Section
 
 Time = Annotated[float, BeforeValidator(unix_seconds)]

@@ -17,7 +17,7 @@ from data.feedback_event import FeedbackEvent
 from data.feedback_pairs import smallest_hashes
 from data.format.dialogue import LABEL_KEY, NO_LABEL, TRAINED_KEY, Dialogue, Message
 from data.format.visible_text import says_nothing, visible
-from data.preferences import SAYS_NOTHING
+from data.sources.preferences import SAYS_NOTHING
 from recipes.loader import Section
 
 Unwanted = Literal["negative", "unlabelled"]

@@ -15,7 +15,7 @@ from data.clean.stable_hash import stable_hash
 from data.feedback_conversation import Turn
 from data.feedback_event import FeedbackEvent
 from data.format.dialogue import Message
-from data.preferences import REPEATED, PreferencePair, reason_against_context, reason_against_pair
+from data.sources.preferences import REPEATED, PreferencePair, reason_against_context, reason_against_pair
 from recipes.loader import Section
 
 

@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data.chat_message import OPENAI_ROLES, RoleNames, openai_message
 from data.format.dialogue import CONTROL_SURFACES, WORD_JOINER, DialogueError, Message, check_speaker
+from data.sources.chat_message import OPENAI_ROLES, RoleNames, openai_message
 
 _TEMPLATE = """\
 {#- A dialogue is <bos> and, for each message, <|message|>speaker: text<|end|>. The speaker is the message's name, or

@@ -23,8 +23,8 @@ from data.clean.ledger import reasons_told
 from data.format.dialogue import encode_reply
 from data.format.message_encoder import MessageEncoder
 from data.format.tokenizer import DialogueTokenizer
-from data.preferences import PreferencePair, distinct_pairs, hold_out, read_pair_file, reason_against_context
 from data.prompt_fit import fit_prompt
+from data.sources.preferences import PreferencePair, distinct_pairs, hold_out, read_pair_file, reason_against_context
 from data.sources.record import LeftOut
 from model.attention_ops import Documents
 from model.transformer import Transformer

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data.unix_time import TimeError, unix_seconds
+from data.sources.unix_time import TimeError, unix_seconds
 
 NARRATOR = "narrator"
 CONTROL_SURFACES = ("<pad>", "<unk>", "<bos>", "<|message|>", "<|end|>")  # in the order of their ids, 0 to 4

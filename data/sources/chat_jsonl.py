@@ -3,19 +3,19 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-from data.chat_message import RoleNames, supervised
 from data.format.dialogue import NARRATOR, Dialogue
-from data.record_keys import RECORD_ALIASES
 from data.sources.character import any_speaker
+from data.sources.chat_message import RoleNames, supervised
 from data.sources.chat_record import ChatRecord, participant_ids, take_messages
 from data.sources.json_source import JsonFormat, JsonSource
 from data.sources.record import RecordError
+from data.sources.record_keys import RECORD_ALIASES
 
 _KEYS = (*RECORD_ALIASES, "character", "participants", "metadata")
 
 
 class ChatJsonlFormat(JsonFormat):
-    """One dialogue a record; its keys have other names too (data/record_keys.py). `participants` are ids of the people
+    """One dialogue a record; its keys have other names too (data/sources/record_keys.py). `participants` are ids of the people
     who wrote, for splits by participant: a list, or an object of speakers and their ids, and the character's own id is
     not one of them. `time` is in unix seconds or ISO 8601; a scene or a character definition is a message by the
     speaker narrator."""

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from data.chat_message import ASSISTANT, SYSTEM, ChatMessage, RoleNames, read_messages, read_text
 from data.format.dialogue import NARRATOR, Message
 from data.format.visible_text import says_nothing
-from data.record_keys import RECORD_ALIASES, REFUSED_IN_RECORD, name_in, refuse, take, take_trained
+from data.sources.chat_message import ASSISTANT, SYSTEM, ChatMessage, RoleNames, read_messages, read_text
 from data.sources.record import RecordError
+from data.sources.record_keys import RECORD_ALIASES, REFUSED_IN_RECORD, name_in, refuse, take, take_trained
 
 
 @dataclass(frozen=True, slots=True)

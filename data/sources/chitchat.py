@@ -12,7 +12,7 @@ from data.sources.corpus_file import CorpusFile
 from data.sources.corpus_source import RecordSource, json_of
 from data.sources.first_names import first_names
 from data.sources.record import RecordError, SourceError
-from data.unix_time import TimeError, unix_seconds
+from data.sources.unix_time import TimeError, unix_seconds
 from recipes.run_identity import Location
 
 _SLIDER_DEFAULT = 5  # a rating of 5 says nothing: the slider stood there

@@ -5,11 +5,11 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from data.chat_message import ChatMessage, supervised
 from data.format.dialogue import Dialogue, Message
-from data.record_keys import REFUSED_IN_RECORD, refuse, take_trained
+from data.sources.chat_message import ChatMessage, supervised
 from data.sources.json_source import JsonFormat, JsonSource
 from data.sources.record import RecordError
+from data.sources.record_keys import REFUSED_IN_RECORD, refuse, take_trained
 
 HUMAN, ASSISTANT = "Human", "Assistant"
 REFUSED = {key: why for key, why in REFUSED_IN_RECORD.items() if key not in ("chosen", "rejected")}

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from data.format.dialogue import Dialogue
-from data.record_keys import RECORD_ALIASES, take
 from data.sources.corpus_file import CorpusFile, OpenFile, damage_told, is_plain, open_corpus_files
 from data.sources.corpus_source import WHOLE_FILE, CorpusSource, json_of
 from data.sources.line_reader import LineReader, share
 from data.sources.record import LeftOut, RecordError, Rejected, read_record, rejected
+from data.sources.record_keys import RECORD_ALIASES, take
 from data.sources.source import parse_object
 from data.sources.strict_json import without_nulls
 from recipes.loader import Section

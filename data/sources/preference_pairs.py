@@ -2,15 +2,15 @@
 
 from typing import Any, ClassVar, Literal
 
-from data.chat_message import untrained
 from data.format.dialogue import Dialogue, Message
-from data.preferences import pair_from_record
-from data.record_keys import take_trained
+from data.sources.chat_message import untrained
 from data.sources.json_source import JsonFormat, JsonSource
+from data.sources.preferences import pair_from_record
+from data.sources.record_keys import take_trained
 
 
 class PreferencePairsFormat(JsonFormat):
-    """A pair a record, as data/preferences.py writes it. The character is the pair's; what is known of the pair is in
+    """A pair a record, as data/sources/preferences.py writes it. The character is the pair's; what is known of the pair is in
     the metadata, its source as `pairs`, the rejected reply as `rejected`."""
 
     kind: Literal["preference_pairs"]

@@ -4,8 +4,8 @@ from typing import Any, Self
 
 from pydantic import model_validator
 
-from data.chat_message import RoleNames, supervised
 from data.format.dialogue import Dialogue
+from data.sources.chat_message import RoleNames, supervised
 from data.sources.chat_record import participant_ids, take_messages
 from data.sources.json_source import JsonFormat
 from data.sources.record import RecordError
@@ -13,7 +13,7 @@ from data.sources.record import RecordError
 
 class RoleFormat(JsonFormat):
     """What the system says is the narrator's; a message's `name`, where given, is its speaker. The character is the
-    last assistant. Keys of data/record_keys.py say what is trained, and are read or refused there; what is not text
+    last assistant. Keys of data/sources/record_keys.py say what is trained, and are read or refused there; what is not text
     (tool calls and results, images) makes a bad record. `participants` are those of chat_jsonl; other keys become
     metadata, of the record or the message."""
 

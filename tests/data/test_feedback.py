@@ -14,9 +14,9 @@ from data.feedback import OUTPUTS, main
 from data.format.dialogue import Dialogue, continuation_labels
 from data.format.tokenizer import DialogueTokenizer
 from data.packed.shards import PackedDataset
-from data.preferences import read_pairs
 from data.prepare import main as prepare
 from data.sources.chat_jsonl import ChatJsonlSource
+from data.sources.preferences import read_pairs
 
 MakeLog = Callable[..., Any]
 RECIPE = """\

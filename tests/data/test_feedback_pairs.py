@@ -22,7 +22,7 @@ from data.feedback_pairs import (
     select_pairs,
     to_pair,
 )
-from data.preferences import BLANK_NEWEST, NO_CONTEXT
+from data.sources.preferences import BLANK_NEWEST, NO_CONTEXT
 
 MakeLog = Callable[..., Any]
 EDIT, STARS = EditOverOriginal(kind="edit_over_original"), MoreStars(kind="more_stars", min_difference=2)

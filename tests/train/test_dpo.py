@@ -13,7 +13,7 @@ from rich.console import Console
 
 from data.format.dialogue import Message, encode_prompt, encode_reply
 from data.format.tokenizer import DialogueTokenizer
-from data.preferences import CONTRADICTED, REPEATED, PreferencePair, write_pairs
+from data.sources.preferences import CONTRADICTED, REPEATED, PreferencePair, write_pairs
 from train.dpo import CONTEXT_CUT, FilePairs, collect_pairs, encode_pairs
 from train.engine import World
 from train.loop import LoopError

@@ -10,7 +10,7 @@ import pytest
 
 from data.format.dialogue import Message, encode_reply
 from data.format.tokenizer import DialogueTokenizer
-from data.preferences import PreferencePair
+from data.sources.preferences import PreferencePair
 from data.sources.record import LeftOut
 from eval.context import ReplyContext
 from model.generate import Completion, FinishReason

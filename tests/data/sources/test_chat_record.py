@@ -10,8 +10,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from data.format.dialogue import Dialogue, supervision
-from data.record_keys import MESSAGE_ALIASES, RECORD_ALIASES, REFUSED_IN_MESSAGE, REFUSED_IN_RECORD, TRAINED_FLAGS
 from data.sources.record import Rejected
+from data.sources.record_keys import (
+    MESSAGE_ALIASES,
+    RECORD_ALIASES,
+    REFUSED_IN_MESSAGE,
+    REFUSED_IN_RECORD,
+    TRAINED_FLAGS,
+)
 from data.sources.registry import SOURCES
 
 KINDS = ("openai_messages", "sharegpt", "chat_jsonl")

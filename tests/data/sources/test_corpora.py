@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data.format.dialogue import NARRATOR, Dialogue
-from data.preferences import OTHER_CONTEXT, SAME_REPLY, SAYS_NOTHING, read_pair_file
+from data.sources.preferences import OTHER_CONTEXT, SAME_REPLY, SAYS_NOTHING, read_pair_file
 from data.sources.record import LeftOut, Rejected
 from data.sources.registry import SOURCES
 

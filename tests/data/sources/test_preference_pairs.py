@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from data.format.dialogue import Dialogue, Message, supervision
-from data.preferences import NO_CONTEXT, PreferencePair, write_pairs
 from data.sources.preference_pairs import PreferencePairsSource
+from data.sources.preferences import NO_CONTEXT, PreferencePair, write_pairs
 from data.sources.record import Rejected
 
 

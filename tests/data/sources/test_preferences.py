@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.format.dialogue import NARRATOR, DialogueError, Message
-from data.preferences import (
+from data.sources.preferences import (
     BLANK_NEWEST,
     CONTRADICTED,
     NO_CONTEXT,

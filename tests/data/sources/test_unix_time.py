@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.unix_time import EARLIEST, LATEST, TimeError, unix_seconds
+from data.sources.unix_time import EARLIEST, LATEST, TimeError, unix_seconds
 
 MOMENTS = st.datetimes(datetime(1000, 1, 1), datetime(2199, 1, 1), timezones=st.timezones())
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from data.format.dialogue import NARRATOR, TRAINED_KEY, DialogueError, Message, check_times
-from data.record_keys import (
+from data.sources.record_keys import (
     MESSAGE_ALIASES,
     REFUSED_IN_MESSAGE,
     name_in,
@@ -14,7 +14,7 @@ from data.record_keys import (
     take,
     take_trained,
 )
-from data.unix_time import TimeError, unix_seconds
+from data.sources.unix_time import TimeError, unix_seconds
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 OPENAI_ROLES = {"system": SYSTEM, "developer": SYSTEM, "user": USER, "assistant": ASSISTANT}

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from data.record_keys import MESSAGE_ALIASES, RECORD_ALIASES, TRAINED_FLAGS
+from data.sources.record_keys import MESSAGE_ALIASES, RECORD_ALIASES, TRAINED_FLAGS
 
 
 def test_the_readme_shows_the_names_of_all_keys() -> None:

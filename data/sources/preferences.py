@@ -20,9 +20,9 @@ from data.clean.stable_hash import stable_hash
 from data.format.dialogue import NARRATOR, DialogueError, Message, check_speaker
 from data.format.dialogue_json import message_to_record, messages_from_records
 from data.format.visible_text import says_nothing, visible
-from data.record_keys import refuse, take_trained
 from data.sources.hh_rlhf import ASSISTANT, REFUSED, parse_transcript, transcript_of
 from data.sources.record import RecordError
+from data.sources.record_keys import refuse, take_trained
 from data.sources.source import parse_object, read_lines
 
 SAYS_NOTHING = "a reply that says nothing"
