@@ -46,10 +46,10 @@ from data.feedback_report import Counts, key_figure, print_report, to_report
 from data.feedback_scrub import scrub_turns
 from data.format.dialogue import Dialogue
 from data.format.dialogue_json import message_to_record
+from data.pipeline.progress import Steps
 from data.sources.preferences import pair_to_json
 from data.sources.record import RecordError, Rejected, SourceError, beginning
 from data.sources.source import find_files, parse_object, read_lines
-from data.steps import Steps
 from recipes.loader import Section, parse_command_line, print_recipe
 from recipes.run_directory import RunDirectoryError, RunState, finish_run, prepare_run_directory, read_done
 from recipes.run_identity import Location

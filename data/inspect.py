@@ -24,7 +24,7 @@ from data.inspect_quarantine import print_quarantine
 from data.inspect_text import visible
 from data.packed.packing import NO_DIALOGUE
 from data.packed.shards import MANIFEST_FILE, PackedDataset, PackedRow, ShardError
-from data.prepare_report import side_table
+from data.pipeline.report import side_table
 from recipes.stage_errors import run_told
 
 SIDES = ("train", "heldout")

@@ -21,17 +21,17 @@ from data.pipeline.item_step import ItemStep
 from data.pipeline.merge import DIALOGUES, MergeResults, read_manifest_of
 from data.pipeline.minhash import minhash_stages, texts_read
 from data.pipeline.pack import PackGroups
+from data.pipeline.progress import Steps
 from data.pipeline.read import UNITS_FILE, ReadSettings, ReadUnits
 from data.pipeline.recipe import DataRecipe
+from data.pipeline.report import key_figure, print_report
 from data.pipeline.select import QUARANTINE_FILE, SIDES, SelectDialogues
 from data.pipeline.tokenise import TokeniseUnits
 from data.pipeline.tokenizer_stage import MakeTokenizer
 from data.pipeline.unit import units_of, write_units
 from data.pipeline.work_folder import WorkFolder
-from data.prepare_report import key_figure, print_report
 from data.sources.record import LeftOut
 from data.sources.registry import named_sources
-from data.steps import Steps
 from recipes.interrupt import tell_interrupt
 from recipes.loader import parse_command_line, print_recipe
 from recipes.run_directory import RunDirectoryError, RunState, finish_run, prepare_run_directory, read_done

@@ -16,12 +16,12 @@ from data.format.dialogue_json import read_dialogues
 from data.format.tokenizer import DialogueTokenizer
 from data.packed.shards import MANIFEST_FILE
 from data.pipeline.executor import LocalSettings
+from data.pipeline.progress import Steps
 from data.pipeline.read import UnitResults
 from data.pipeline.recipe import DataRecipe
 from data.pipeline.select import SELECT, SIDES, Selection
 from data.pipeline.tokenizer_stage import TrainedTokenizer
 from data.prepare import prepare_until
-from data.steps import Steps
 
 READ_AT_MOST_BYTES = 256 << 20
 """Larger sources are not read for a plan: they hold enough, and preparation tells of their bad records soon enough."""
