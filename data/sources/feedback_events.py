@@ -1,4 +1,4 @@
-"""A product's feedback events (data/feedback_event.py) as a source: the conversations as they ended, without labels."""
+"""A product's feedback events (data/feedback/event.py) as a source: the conversations as they ended, without labels."""
 
 from collections.abc import Iterator
 from itertools import repeat
@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 from data.clean.stable_hash import pseudonym
-from data.feedback_conversation import NO_CONTEXT, LoggedTurn, join_turns
-from data.feedback_event import read_event
-from data.feedback_labels import conversation_dialogue
+from data.feedback.conversation import NO_CONTEXT, LoggedTurn, join_turns
+from data.feedback.event import read_event
+from data.feedback.labels import conversation_dialogue
 from data.format.dialogue import Dialogue
 from data.sources.record import LeftOut, RecordError, Rejected, beginning
 from data.sources.source import DialogueSource, find_files, read_lines

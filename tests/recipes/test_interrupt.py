@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
     [
         *itertools.product(["recipes.pipeline", "recipes.sweep"], ["rich.table", "recipes.stages"]),
         ("data.prepare", "data.format.dialogue"),
-        ("data.feedback", "data.feedback_pairs"),
+        ("data.feedback", "data.feedback.pairs"),
         ("eval.run", "torch"),
         ("serving_export.export", "torch"),
         ("serving_export.server", "torch"),

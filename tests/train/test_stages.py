@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from data.feedback import main as convert_feedback
+from data.feedback.__main__ import main as convert_feedback
 from data.format.dialogue import Message, decode_reply, encode_prompt, encode_reply
 from data.format.tokenizer import DialogueTokenizer
 from data.prepare import main as prepare_data

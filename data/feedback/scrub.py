@@ -6,8 +6,8 @@ from dataclasses import replace
 from itertools import groupby
 
 from data.clean.scrub import Scrub, renamed_speakers, scrub_id, scrub_text
-from data.feedback_conversation import LoggedTurn
-from data.feedback_event import FeedbackEvent
+from data.feedback.conversation import LoggedTurn
+from data.feedback.event import FeedbackEvent
 
 
 def scrub_turns(logged: Iterable[LoggedTurn], settings: Scrub, counts: Counter[str]) -> list[LoggedTurn]:

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.feedback_conversation import Conversation, LoggedTurn, join_turns
-from data.feedback_event import read_event
-from data.feedback_labels import (
+from data.feedback.conversation import Conversation, LoggedTurn, join_turns
+from data.feedback.event import read_event
+from data.feedback.labels import (
     LabelSettings,
     capped,
     conversation_dialogue,

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data.feedback_event
-from data.feedback_event import Candidate, FeedbackEvent, LoggedMessage, read_event
+import data.feedback.event
+from data.feedback.event import Candidate, FeedbackEvent, LoggedMessage, read_event
 from data.sources.record import RecordError
 
 
 def documented() -> dict[str, Any]:
     """The event in the module's documentation."""
-    text = data.feedback_event.__doc__ or ""
+    text = data.feedback.event.__doc__ or ""
     return json.loads(text[text.index("    {") : text.index("\n\n|")])
 
 
@@ -45,7 +45,7 @@ def test_times_and_keys_of_other_logs_are_read() -> None:
 
 
 def test_every_key_is_documented() -> None:
-    table = data.feedback_event.__doc__ or ""
+    table = data.feedback.event.__doc__ or ""
     assert [key for key in FeedbackEvent.model_fields if f"| `{key}`" not in table] == []
     for key in ("stars", "model", "time", "text"):
         assert f"`{key}`" in table

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from data.feedback_event import FeedbackEvent
+from data.feedback.event import FeedbackEvent
 from data.format.dialogue import Message, n_opening_messages
 from data.sources.record import Rejected, beginning
 

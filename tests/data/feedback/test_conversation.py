@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.feedback_conversation import Joined, LoggedTurn, Turn, join_turns
-from data.feedback_event import read_event
+from data.feedback.conversation import Joined, LoggedTurn, Turn, join_turns
+from data.feedback.event import read_event
 from data.format.dialogue import NARRATOR
 
 MakeLog = Callable[..., Any]

@@ -2,10 +2,10 @@
 
 python -m data.feedback recipes/feedback/feedback.yaml
 
-`data/feedback_event.py` says what a line of the log holds. Into run_dir go `pairs.jsonl`, which train.dpo reads;
+`data/feedback/event.py` says what a line of the log holds. Into run_dir go `pairs.jsonl`, which train.dpo reads;
 `dialogues.jsonl`, the conversations as they ended, and `replies.jsonl`, replies that were not kept, both with a label
 for the scorer in their messages' metadata, which data.prepare reads as chat_jsonl; `report.json`; `quarantine.jsonl`.
-What the rules are: data/feedback_pairs.py and data/feedback_labels.py.
+What the rules are: data/feedback/pairs.py and data/feedback/labels.py.
 """
 
 import json
@@ -28,9 +28,9 @@ from data.clean.quarantine import Quarantine
 from data.clean.records import CleanError, check_bad_fraction
 from data.clean.scrub import Scrub
 from data.clean.stable_hash import pseudonym
-from data.feedback_conversation import NO_CONTEXT, Conversation, LoggedTurn, join_turns
-from data.feedback_event import read_event
-from data.feedback_labels import (
+from data.feedback.conversation import NO_CONTEXT, Conversation, LoggedTurn, join_turns
+from data.feedback.event import read_event
+from data.feedback.labels import (
     LabelCounts,
     LabelSettings,
     Verdict,
@@ -40,10 +40,10 @@ from data.feedback_labels import (
     stands_alone,
     verdicts,
 )
-from data.feedback_pairs import PairSettings, RuleCounts, select_pairs, to_pair
-from data.feedback_parts import Line, UserParts, user_of
-from data.feedback_report import Counts, key_figure, print_report, to_report
-from data.feedback_scrub import scrub_turns
+from data.feedback.pairs import PairSettings, RuleCounts, select_pairs, to_pair
+from data.feedback.parts import Line, UserParts, user_of
+from data.feedback.report import Counts, key_figure, print_report, to_report
+from data.feedback.scrub import scrub_turns
 from data.format.dialogue import Dialogue
 from data.format.dialogue_json import message_to_record
 from data.pipeline.progress import Steps

@@ -12,8 +12,8 @@ from pydantic import Field, field_validator
 
 from data.clean.ledger import Ledger
 from data.clean.stable_hash import stable_hash
-from data.feedback_conversation import Turn
-from data.feedback_event import FeedbackEvent
+from data.feedback.conversation import Turn
+from data.feedback.event import FeedbackEvent
 from data.format.dialogue import Message
 from data.sources.preferences import REPEATED, PreferencePair, reason_against_context, reason_against_pair
 from recipes.loader import Section

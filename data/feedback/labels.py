@@ -12,9 +12,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from data.clean.ledger import Ledger
-from data.feedback_conversation import Conversation, Turn
-from data.feedback_event import FeedbackEvent
-from data.feedback_pairs import smallest_hashes
+from data.feedback.conversation import Conversation, Turn
+from data.feedback.event import FeedbackEvent
+from data.feedback.pairs import smallest_hashes
 from data.format.dialogue import LABEL_KEY, NO_LABEL, TRAINED_KEY, Dialogue, Message
 from data.format.visible_text import says_nothing, visible
 from data.sources.preferences import SAYS_NOTHING

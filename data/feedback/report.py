@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from data.clean.ledger import Ledger
-from data.feedback_labels import LabelCounts
-from data.feedback_pairs import LengthOnly, PairCounts
+from data.feedback.labels import LabelCounts
+from data.feedback.pairs import LengthOnly, PairCounts
 
 _LABELS = {1: "positive", 0: "negative"}
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-import data.feedback
-from data.feedback import OUTPUTS, main
+import data.feedback.__main__
+from data.feedback.__main__ import OUTPUTS, main
 from data.format.dialogue import Dialogue, continuation_labels
 from data.format.tokenizer import DialogueTokenizer
 from data.packed.shards import PackedDataset

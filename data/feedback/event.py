@@ -179,7 +179,7 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "value_error":  # of a time
         return f"{key} is {first['ctx']['error']}"
     if first["type"] == "extra_forbidden":
-        known = ", ".join(FeedbackEvent.model_fields) if "." not in key else "the keys of data/feedback_event.py"
+        known = ", ".join(FeedbackEvent.model_fields) if "." not in key else "the keys of data/feedback/event.py"
         return f"unknown key {key!r}; expected {known}"
     expected = first["msg"].removeprefix("Input should be ").removeprefix("Input should ")
     if first["type"] == "string_pattern_mismatch":

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.feedback_conversation import LoggedTurn, Turn, join_turns
-from data.feedback_event import read_event
-from data.feedback_pairs import (
+from data.feedback.conversation import LoggedTurn, Turn, join_turns
+from data.feedback.event import read_event
+from data.feedback.pairs import (
     Comparison,
     EditOverOriginal,
     KeptOverRegenerated,
