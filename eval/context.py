@@ -11,7 +11,7 @@ from data.format.dialogue import NARRATOR, Dialogue, Message, decode_reply, enco
 from data.format.message_encoder import MessageEncoder
 from data.format.tokenizer import DialogueTokenizer
 from data.format.visible_text import says_nothing
-from data.prompt_fit import fit_prompt
+from data.prompt.fit import fit_prompt
 from data.sources.record import LeftOut
 from model.generate import Sampling, generate
 from model.transformer import Transformer

@@ -21,7 +21,7 @@ from data.format.dialogue import (
     escape,
 )
 from data.format.tokenizer import DialogueTokenizer
-from data.prompt import PromptTemplate
+from data.prompt.__main__ import PromptTemplate
 from model.attention_ops import Documents
 from model.generate import Sampling, generate
 from model.transformer import Transformer

@@ -9,7 +9,7 @@ from typing import Literal
 
 from data.format.dialogue import Message
 from data.format.tokenizer import DialogueTokenizer
-from data.prompt_fit import fit_prompt
+from data.prompt.fit import fit_prompt
 from data.sources.record import LeftOut
 from model.generate import Sampling
 from serving_export.conversation import ConversationEncoder
@@ -67,7 +67,7 @@ class Replier:
         """The prompt of a conversation.
 
         With `truncate` the oldest messages go until a reply of `longest_reply` tokens fits, half the context at most
-        and a quarter for None; the narrator's opening and the newest message stay (data/prompt_fit.py).
+        and a quarter for None; the narrator's opening and the newest message stay (data/prompt/fit.py).
         Raises PromptError for a conversation that is too long: where its size tells, before anything is encoded.
         """
         if truncate:

@@ -23,7 +23,7 @@ from data.clean.ledger import reasons_told
 from data.format.dialogue import encode_reply
 from data.format.message_encoder import MessageEncoder
 from data.format.tokenizer import DialogueTokenizer
-from data.prompt_fit import fit_prompt
+from data.prompt.fit import fit_prompt
 from data.sources.preferences import PreferencePair, distinct_pairs, hold_out, read_pair_file, reason_against_context
 from data.sources.record import LeftOut
 from model.attention_ops import Documents
@@ -164,7 +164,7 @@ class PairRows:
 def encode_pairs(
     pairs: Sequence[PreferencePair], tokenizer: DialogueTokenizer, max_tokens: int
 ) -> tuple[list[EncodedPair], Counter[str]]:
-    """Token ids of the pairs that fit `max_tokens` by the rule of data/prompt_fit.py, and how many do not."""
+    """Token ids of the pairs that fit `max_tokens` by the rule of data/prompt/fit.py, and how many do not."""
     encoded: list[EncodedPair] = []
     left_out: Counter[str] = Counter()
     encoder = MessageEncoder(tokenizer)

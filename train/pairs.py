@@ -19,7 +19,7 @@ from data.format.dialogue import decode_reply
 from data.format.dialogue_json import read_dialogues
 from data.format.tokenizer import DialogueTokenizer
 from data.format.visible_text import says_nothing, visible
-from data.prompt_fit import NEWEST_TOO_LONG, SCENE_TOO_LONG, TOGETHER_TOO_LONG
+from data.prompt.fit import NEWEST_TOO_LONG, SCENE_TOO_LONG, TOGETHER_TOO_LONG
 from data.sources.preferences import PreferencePair, read_pairs, write_pairs
 from data.sources.record import LeftOut
 from eval.context import ReplyContext, select_contexts

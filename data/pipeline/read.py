@@ -23,10 +23,10 @@ from data.pipeline.item_step import ItemStep
 from data.pipeline.record import RECORD, ROW, participants_of, records_of, rows_of
 from data.pipeline.unit import read_units
 from data.pipeline.work_folder import WorkFolder
-from data.prompt_values import PromptError
+from data.prompt.training import TrainingTemplate
+from data.prompt.values import PromptError
 from data.sources.record import rejected
 from data.sources.source import DialogueSource
-from data.training_template import TrainingTemplate
 
 READ = "read"
 UNITS_FILE = "units.json"

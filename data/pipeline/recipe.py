@@ -12,8 +12,8 @@ from data.clean.split import SplitRule
 from data.format.tokenizer import MODEL_FILE
 from data.pipeline.executor import Executor, LocalSettings
 from data.pipeline.tokenizer_stage import TokenizerFile, TokenizerRule
+from data.prompt.training import TrainingTemplate
 from data.sources.registry import AnySource
-from data.training_template import TrainingTemplate
 from recipes.loader import Section
 from recipes.plan_check import PlanCheck
 from recipes.run_identity import Location, MayChange

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from data.format.dialogue import message_body
 from data.format.tokenizer import DialogueTokenizer, train_tokenizer
-from data.prompt import MessageEncoder, PromptTemplate
+from data.prompt.__main__ import MessageEncoder, PromptTemplate
 
 TEMPLATE = """\
 - name: definition

@@ -13,8 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data.format.tokenizer import DialogueTokenizer
-from data.prompt import PromptError, PromptTemplate, TemplatePart, role_messages
-from data.prompt_truncation import surviving_parts
+from data.prompt.__main__ import PromptError, PromptTemplate, TemplatePart, role_messages
+from data.prompt.truncation import surviving_parts
 
 search_path = list(sys.path)
 prompt_poet = pytest.importorskip("prompt_poet")

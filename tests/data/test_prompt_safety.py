@@ -16,8 +16,8 @@ from data.format.dialogue import (
     unescape,
 )
 from data.format.tokenizer import DialogueTokenizer
-from data.prompt import PromptError, PromptTemplate, TemplatePart
-from data.prompt_values import Texts
+from data.prompt.__main__ import PromptError, PromptTemplate, TemplatePart
+from data.prompt.values import Texts
 
 TEMPLATES = Path(__file__).parents[2] / "recipes" / "templates"
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from data.format.dialogue import NARRATOR, Dialogue, Message, continuation_labels, encode_dialogue, encode_prompt
 from data.format.message_encoder import MessageEncoder
 from data.format.tokenizer import DialogueTokenizer
-from data.prompt import PromptError, PromptTemplate, conversation_values
+from data.prompt.__main__ import PromptError, PromptTemplate, conversation_values
 from eval.context import select_contexts
 from serving_export.conversation import ConversationEncoder
 

@@ -7,7 +7,7 @@ import pytest
 from data.format.dialogue import NARRATOR, Message, encode_prompt
 from data.format.message_encoder import MessageEncoder
 from data.format.tokenizer import DialogueTokenizer
-from data.prompt import PromptTemplate, role_messages
+from data.prompt.__main__ import PromptTemplate, role_messages
 
 TEMPLATES = Path(__file__).parents[2] / "recipes" / "templates"
 CHARACTERS = [

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from data.format.dialogue import Message, encode_prompt
-from data.prompt_fit import FittedPrompt, fit_prompt
+from data.prompt.fit import FittedPrompt, fit_prompt
 from model.generate import sample
 from serving_export.bundle import PAGE_SIZE
 

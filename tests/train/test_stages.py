@@ -17,7 +17,7 @@ from data.feedback.__main__ import main as convert_feedback
 from data.format.dialogue import Message, decode_reply, encode_prompt, encode_reply
 from data.format.tokenizer import DialogueTokenizer
 from data.prepare import main as prepare_data
-from data.prompt_fit import NEWEST_TOO_LONG, REPLY_TOO_LONG
+from data.prompt.fit import NEWEST_TOO_LONG, REPLY_TOO_LONG
 from data.sources.preferences import PreferencePair, read_pairs, write_pairs
 from model.attention_ops import Documents
 from model.weights import load_model, load_scorer

@@ -9,8 +9,8 @@ from data.format.dialogue import NARRATOR, Dialogue, Message, encode_prompt, enc
 from data.format.dialogue_json import write_dialogues
 from data.format.message_encoder import MessageEncoder
 from data.format.tokenizer import DialogueTokenizer
-from data.prompt import PromptTemplate, conversation_values, main
-from data.prompt_reuse import Conversation, Rule, naive, planned, replay, stepped, stitched
+from data.prompt.__main__ import PromptTemplate, conversation_values, main
+from data.prompt.reuse import Conversation, Rule, naive, planned, replay, stepped, stitched
 
 
 def conversation(n: int, number: int = 0) -> Dialogue:
@@ -89,7 +89,7 @@ CORPUS = Path("corpora/qmsum")
 @pytest.mark.skipif(not CORPUS.exists(), reason="the corpus is not here")
 def test_real_meetings_of_sixty_turns_and_more() -> None:
     """At a limit of 53 turns' tokens or more: 95% reused, a quarter of the context given up at most."""
-    from data.prompt_reuse import evenly, n_turns, read_conversations, tokenizer_for
+    from data.prompt.reuse import evenly, n_turns, read_conversations, tokenizer_for
 
     dialogues = [d for d in read_conversations(f"qmsum:{CORPUS}") if n_turns(d) >= 60]
     some = evenly(dialogues, 3)

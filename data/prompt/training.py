@@ -7,7 +7,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from data.format.dialogue import Dialogue
-from data.prompt_template import PromptTemplate
+from data.prompt.template import PromptTemplate
 from recipes.loader import Section
 from recipes.run_identity import Location
 

@@ -14,8 +14,8 @@ from typing import Any
 from rich.console import Console
 
 from data.format.message_encoder import MessageEncoder
-from data.prompt_parts import Section, TemplatePart, role_messages
-from data.prompt_template import (
+from data.prompt.parts import Section, TemplatePart, role_messages
+from data.prompt.template import (
     DEFAULT_TEMPLATE,
     ROLES,
     PromptPart,
@@ -23,7 +23,7 @@ from data.prompt_template import (
     RenderedPrompt,
     conversation_values,
 )
-from data.prompt_values import PromptError
+from data.prompt.values import PromptError
 from recipes.loader import tell_error
 from recipes.stage_errors import USER_ERROR, tell_os_error
 
@@ -70,8 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from data.prompt_check import check
-    from data.prompt_example import called_functions, example_values
+    from data.prompt.check import check
+    from data.prompt.example import called_functions, example_values
 
     console = Console(highlight=False, soft_wrap=True)
     stand_ins = dict.fromkeys(called_functions(PromptTemplate.load(arguments.template)), _first_argument)
@@ -118,7 +118,7 @@ def _read_values(path: Path) -> dict[str, Any]:
 
 
 def _reuse(arguments: argparse.Namespace) -> int:
-    from data.prompt_reuse import report
+    from data.prompt.reuse import report
 
     report(
         arguments.conversations, arguments.limits, arguments.tokenizer, arguments.plot, arguments.n,

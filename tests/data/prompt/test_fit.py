@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from data.format.dialogue import NARRATOR, Message, encode_prompt
 from data.format.tokenizer import DialogueTokenizer
-from data.prompt_fit import NEWEST_TOO_LONG, REPLY_TOO_LONG, SCENE_TOO_LONG, TOGETHER_TOO_LONG, fit_prompt
+from data.prompt.fit import NEWEST_TOO_LONG, REPLY_TOO_LONG, SCENE_TOO_LONG, TOGETHER_TOO_LONG, fit_prompt
 from data.sources.record import LeftOut
 
 TEXTS = st.text("ab c", max_size=12)

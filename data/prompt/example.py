@@ -5,7 +5,7 @@ from typing import Any
 
 from jinja2 import meta, nodes
 
-from data.prompt_template import PromptTemplate
+from data.prompt.template import PromptTemplate
 
 _NAMES = frozenset({"speaker", "author", "name"})
 

@@ -9,7 +9,7 @@ from jinja2 import nodes
 from jinja2.runtime import BlockReference, Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from data.prompt_values import IndentedText, TemplateText, Texts, Undefined, current_texts, plain
+from data.prompt.values import IndentedText, TemplateText, Texts, Undefined, current_texts, plain
 
 ESCAPE = "escape_special_characters"
 RESERVED = ("token_limit", ESCAPE)  # Prompt Poet gives these to every template

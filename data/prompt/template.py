@@ -13,10 +13,10 @@ import jinja2
 
 from data.format.dialogue import Dialogue, DialogueError, Encoder, Message
 from data.format.message_encoder import MessageEncoder
-from data.prompt_jinja import RESERVED, TemplateEnvironment, template_sources
-from data.prompt_parts import PartReader, TemplatePart
-from data.prompt_truncation import CONTEXT_COST, planned_parts, surviving_parts
-from data.prompt_values import PromptError, Texts, current_texts, plain
+from data.prompt.jinja import RESERVED, TemplateEnvironment, template_sources
+from data.prompt.parts import PartReader, TemplatePart
+from data.prompt.truncation import CONTEXT_COST, planned_parts, surviving_parts
+from data.prompt.values import PromptError, Texts, current_texts, plain
 from recipes.stage_errors import describe_os_error
 
 ROLES = ("system", "user", "assistant")

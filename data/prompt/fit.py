@@ -7,7 +7,7 @@
 
 Where the pinned messages do not fit, there is no prompt, but a reason, which names the part that is too long. A prompt
 whose context was cut away whole, or whose newest message was cut short, would ask the model to answer something else.
-(A prompt template marks pinned parts itself, and cuts in rare deep steps: data/prompt_truncation.py.)
+(A prompt template marks pinned parts itself, and cuts in rare deep steps: data/prompt/truncation.py.)
 """
 
 from collections.abc import Sequence

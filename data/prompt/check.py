@@ -13,9 +13,9 @@ from typing import Any
 
 from jinja2 import nodes
 
-from data.prompt_parts import TemplatePart
-from data.prompt_template import PromptTemplate
-from data.prompt_values import PromptError
+from data.prompt.parts import TemplatePart
+from data.prompt.template import PromptTemplate
+from data.prompt.values import PromptError
 
 _CLOCK_WORDS = {
     *("now", "today", "tonight", "date", "day", "hour", "minute", "second", "time", "timestamp", "datetime", "clock"),

@@ -18,7 +18,7 @@ from data.format.dialogue import Dialogue, Message, message_body, n_opening_mess
 from data.format.dialogue_json import read_dialogues
 from data.format.message_encoder import MessageEncoder
 from data.format.tokenizer import DialogueTokenizer, TokenizerError, train_tokenizer
-from data.prompt_truncation import CONTEXT_COST, planned_parts, surviving_parts
+from data.prompt.truncation import CONTEXT_COST, planned_parts, surviving_parts
 from data.sources.registry import SOURCES
 
 Rule = Callable[[Sequence[int], Sequence[int], int], list[int]]  # lengths, priorities, token limit: what remains

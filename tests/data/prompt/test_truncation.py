@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from data.format.dialogue import Message, encode_reply
 from data.format.tokenizer import DialogueTokenizer
-from data.prompt import MessageEncoder, PromptError, PromptTemplate, conversation_values
-from data.prompt_truncation import planned_parts, surviving_parts
+from data.prompt.__main__ import MessageEncoder, PromptError, PromptTemplate, conversation_values
+from data.prompt.truncation import planned_parts, surviving_parts
 
 sizes = st.lists(st.integers(1, 30), max_size=30)
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from data.prompt import DEFAULT_TEMPLATE, PromptError, PromptTemplate, main
-from data.prompt_check import check
-from data.prompt_example import called_functions, example_values
+from data.prompt.__main__ import DEFAULT_TEMPLATE, PromptError, PromptTemplate, main
+from data.prompt.check import check
+from data.prompt.example import called_functions, example_values
 
-TEMPLATES = Path(__file__).parents[2] / "recipes" / "templates"
+TEMPLATES = Path(__file__).parents[3] / "recipes" / "templates"
 REPLY = "- name: reply\n  content: '{{ character }}:'\n"
 LOOP = """\
 {% for m in messages %}

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from data.format.dialogue import NARRATOR
-from data.prompt_values import MARK, PromptError, Texts
-from data.prompt_yaml import load_records
+from data.prompt.values import MARK, PromptError, Texts
+from data.prompt.yaml_parts import load_records
 from data.recent import Recent
 
 SPACE_MARKER = "<|space|>"  # Prompt Poet's: keeps white space at the edge of a content, which is stripped
