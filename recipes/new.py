@@ -31,7 +31,7 @@ LIKE = ("demo", "mqa_1b")
 
 def tell_found(found: Any, data: Path, console: Console) -> None:
     """What was read, who speaks, and the first bad records with their reasons."""
-    look = importlib.import_module("data.look")
+    look = importlib.import_module("data.inspect.folder")
     dialogues = found.dialogues
     lengths = [len(dialogue.messages) for dialogue in dialogues]
     names = found.names
@@ -57,7 +57,7 @@ def run(folder: Path, data: Path, like: str, console: Console) -> Choices:
     """Look, choose and write; raises RecipeError or the errors of the readers, with nothing written."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RecipeError(f"{folder} is there already and not empty; choose another folder, or remove it")
-    look = importlib.import_module("data.look")
+    look = importlib.import_module("data.inspect.folder")
     found = look.find_source(data)
     tell_found(found, data, console)
     choices = choose(found, RECIPES / like, os.path.normpath(folder))

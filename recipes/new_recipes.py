@@ -103,8 +103,8 @@ def _move(node: Any, old: str, new: str) -> None:
 
 
 def choose(found: Any, like: Path, runs: str) -> Choices:
-    """The recipes of `like` for what data.look has found. Raises the errors that preparing the data would end in."""
-    look = importlib.import_module("data.look")
+    """The recipes of `like` for what data.inspect.folder has found. Raises the errors that preparing the data would end in."""
+    look = importlib.import_module("data.inspect.folder")
     choices = read_recipes(like, runs)
     _choose_data(choices, found)
     sides = _choose_split(choices, found)
@@ -152,7 +152,10 @@ def _choose_data(choices: Choices, found: Any) -> None:
 
 def _choose_split(choices: Choices, found: Any) -> Any:
     """The sides of the first rule that holds out about as much as it should."""
-    look, schema = importlib.import_module("data.look"), importlib.import_module("data.pipeline.recipe").DataRecipe
+    look, schema = (
+        importlib.import_module("data.inspect.folder"),
+        importlib.import_module("data.pipeline.recipe").DataRecipe,
+    )
     data = choices.recipes["data"]
     n = len(found.dialogues)
     heldout = round(min(0.2, max(0.002 if found.is_sample else 0.02, _HELDOUT_DIALOGUES / n)), 3)
@@ -179,7 +182,7 @@ def _choose_split(choices: Choices, found: Any) -> Any:
 
 def _choose_labels(choices: Choices, found: Any, sides: Any) -> None:
     """The silence after which a partner is gone; without labels of both classes no scorer, and what needs one."""
-    look = importlib.import_module("data.look")
+    look = importlib.import_module("data.inspect.folder")
     own = look.labels_of_metadata(found.dialogues)
     tried = [None] if own else list(_SILENCES) if found.has_times else []
     for silence in tried:
@@ -197,7 +200,7 @@ def _choose_labels(choices: Choices, found: Any, sides: Any) -> None:
 
 
 def _without_scorer(choices: Choices, found: Any) -> None:
-    pairs = importlib.import_module("data.look").PAIRS.get(found.kind)
+    pairs = importlib.import_module("data.inspect.folder").PAIRS.get(found.kind)
     if "dpo" in choices.recipes:
         if pairs is not None and "format" not in found.source:
             files = [{"kind": "file", "path": str(file), "format": pairs} for file in found.files]

@@ -34,7 +34,7 @@ from data.clean.records import content_key  # noqa: E402
 from data.clean.repetition import Repetition, repeated  # noqa: E402
 from data.clean.scrub import HASHED_ID, PLACEHOLDERS, HashedIds, Scrub, scrub  # noqa: E402
 from data.format.dialogue import NARRATOR, Dialogue  # noqa: E402
-from data.inspect_text import visible  # noqa: E402
+from data.inspect.terminal_text import visible  # noqa: E402
 from data.pipeline.minhash import dropped_rows, minhash_stages  # noqa: E402
 from data.pipeline.work_folder import WorkFolder  # noqa: E402
 from data.sources.registry import SOURCES  # noqa: E402

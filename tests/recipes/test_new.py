@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from data.look import LookError, find_source
+from data.inspect.folder import LookError, find_source
 from recipes.new import main
 from recipes.pipeline import main as pipeline
 

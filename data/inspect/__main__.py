@@ -19,9 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from data.format.tokenizer import DialogueTokenizer, TokenizerError
-from data.inspect_lengths import length_table, write_histogram
-from data.inspect_quarantine import print_quarantine
-from data.inspect_text import visible
+from data.inspect.lengths import length_table, write_histogram
+from data.inspect.quarantine import print_quarantine
+from data.inspect.terminal_text import visible
 from data.packed.packing import NO_DIALOGUE
 from data.packed.shards import MANIFEST_FILE, PackedDataset, PackedRow, ShardError
 from data.pipeline.report import side_table

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from data.clean.quarantine import general_reason
-from data.inspect_text import visible
+from data.inspect.terminal_text import visible
 from data.packed.shards import ShardError
 
 _N_GROUPS, _N_EXAMPLES, _EXAMPLE_WIDTH = 20, 2, 160

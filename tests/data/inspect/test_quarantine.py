@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from data.inspect_quarantine import general_reason, group_reasons, print_quarantine
+from data.inspect.quarantine import general_reason, group_reasons, print_quarantine
 from data.packed.shards import ShardError
 
 

@@ -5,7 +5,7 @@ import unicodedata
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.inspect_text import visible
+from data.inspect.terminal_text import visible
 
 
 @given(text=st.text() | st.text(alphabet=st.characters(max_codepoint=0xFF)))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from data.inspect_lengths import length_bins, length_table, write_histogram
+from data.inspect.lengths import length_bins, length_table, write_histogram
 
 
 @given(row_length=st.integers(16, 100_000))

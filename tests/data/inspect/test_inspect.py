@@ -9,7 +9,7 @@ import pytest
 
 from data.format.dialogue import Dialogue, Message, encode_dialogue
 from data.format.tokenizer import DialogueTokenizer
-from data.inspect import HISTOGRAM_FILE, main, pick_rows, row_as_text
+from data.inspect.__main__ import HISTOGRAM_FILE, main, pick_rows, row_as_text
 from data.packed.cut import CutRule, cut
 from data.packed.packing import EncodedCorpus
 from data.packed.shards import ShardError, packed_rows
