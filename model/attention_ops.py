@@ -156,7 +156,7 @@ def _padded(x_THK: Tensor, place_T: Tensor, n_places: int) -> Tensor:
 
 def flash_attention_4(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: Documents, window: int | None) -> Tensor:
     """flash-attn-4 (CuTe DSL) on Hopper and Blackwell."""
-    from model.flash_attention import FlashAttention
+    from model.kernels.flash_attention import FlashAttention
 
     out_THK = FlashAttention.apply(q_THK, k_TGK, v_TGK, documents.padded_boundaries, documents.max_length, window)
     assert isinstance(out_THK, Tensor)
@@ -231,7 +231,7 @@ def attend_with_backward(
     With flash-attn-4 q, k and v need not be kept for that call; they may be made again.
     """
     if attend is flash_attention_4:
-        from model.flash_attention import flash_backward, flash_forward
+        from model.kernels.flash_attention import flash_backward, flash_forward
 
         extent = (documents.padded_boundaries, documents.max_length, window)
         out_THK, normalizer_HT = flash_forward(q_THK, k_TGK, v_TGK, *extent)

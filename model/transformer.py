@@ -74,7 +74,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, KeyValue]:
         """Packed documents through the block; `shared` holds another layer's keys and values where this has none."""
         if self.fused:
-            from model.fused_block import fused_block  # Triton is not everywhere
+            from model.kernels.fused_block import fused_block  # Triton is not everywhere
 
             return fused_block(self, x_TD, rope, shared, documents, attend)
         if self.recompute == "block" and torch.is_grad_enabled():

@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # Everything must import on a laptop, and a command line must answer quickly.
 ONLY_INSIDE_FUNCTIONS = {"deepspeed", "wandb", "transformers", "matplotlib", "datasets", "flash_attn", "triton", "vllm"}
-NEED_TRITON = ("model.kernels", "model.fused_block")
+NEED_TRITON = ("model.kernels", "model.kernels.fused_block")
 """Modules that import Triton; among them they may import each other, all else imports them inside functions."""
 FILES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
 

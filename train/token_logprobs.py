@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.matrix_product import add_product, product, scaled_gradient
+from model.kernels.matrix_product import add_product, product, scaled_gradient
 
 LOGIT_CHUNK_ELEMENTS = 2**27
 """Logits that exist at one time (256 MiB in bfloat16)."""

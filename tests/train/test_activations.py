@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model import fused_block
 from model.attention_ops import Documents
 from model.config import ModelConfig, TailSharing
 from model.execution import Recompute
+from model.kernels import fused_block
 from model.kernels.norm import Scales
 from model.transformer import Block
 from train.activations import kept_bytes
@@ -26,7 +26,7 @@ OWN, SHARED = 0, N_LAYERS - 1
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
-    """Keeps what flash attention keeps (model/flash_attention.py); what it computes does not matter here."""
+    """Keeps what flash attention keeps (model/kernels/flash_attention.py); what it computes does not matter here."""
     return _Attention.apply(q, k, v)
 
 

@@ -19,9 +19,9 @@ from model.attention_ops import AttentionBackward, AttentionOp, Documents, atten
 from model.kernels.add_rows import add_rows
 from model.kernels.gated_product import gated_product
 from model.kernels.geglu import geglu_backward
+from model.kernels.matrix_product import stacked, weight_gradients
 from model.kernels.norm import Scales, add_norm, add_norm_backward
 from model.kernels.rotary import normed_heads, normed_heads_backward
-from model.matrix_product import stacked, weight_gradients
 
 if TYPE_CHECKING:
     from model.attention import KeyValue, Rope
