@@ -1,4 +1,4 @@
-"""Decoding speed of models through our own runtime (model/generate.py): a reference, not a serving engine."""
+"""Decoding speed of models through our own runtime (model/inference/generate.py): a reference, not a serving engine."""
 
 import statistics
 import time
@@ -10,7 +10,7 @@ from pydantic import Field, PositiveInt
 
 from data.packed.shards import PackedDataset
 from eval.scoring import OnProgress, silent
-from model.generate import Sampling, generate
+from model.inference.generate import Sampling, generate
 from model.transformer import Transformer
 from recipes.loader import Section
 

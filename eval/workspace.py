@@ -26,7 +26,7 @@ from eval.shared_participants import SharedParticipants
 from eval.statistics import Bootstrap
 from eval.user_sensitivity import UserSensitivitySection
 from model.config import ModelConfig
-from model.generate import Sampling
+from model.inference.generate import Sampling
 from model.scalar_head import ScalarHead
 from model.transformer import Transformer
 from model.weights import load_config, load_model, load_scorer

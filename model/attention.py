@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from model.attention_ops import AttentionOp, Documents
 from model.config import ModelConfig
-from model.kv_cache import QueryPlan
+from model.inference.kv_cache import QueryPlan
 from model.norm import RMSNorm, rms_normalize
 from model.rope import rotate
 

@@ -16,7 +16,7 @@ from model.attention import Attention, KeyValue, Rope, store
 from model.attention_ops import BACKENDS, AttentionOp, Backend, Documents, choose_backend
 from model.config import LayerKind, ModelConfig
 from model.feed_forward import FeedForward
-from model.kv_cache import CacheStep, PagedKVCache, QueryPlan, plan_queries
+from model.inference.kv_cache import CacheStep, PagedKVCache, QueryPlan, plan_queries
 from model.norm import RMSNorm
 from model.rope import rope_tables
 

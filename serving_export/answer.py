@@ -12,7 +12,7 @@ from typing import Any
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from model.generate import Sampling
+from model.inference.generate import Sampling
 from serving_export.bundle import SamplingDefaults
 from serving_export.engine import Event
 from serving_export.metrics import ServerMetrics

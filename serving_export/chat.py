@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape as escape_markup
 
 from data.format.dialogue import NARRATOR, DialogueError, Message, check_speaker
-from model.generate import Sampling, SamplingError
+from model.inference.generate import Sampling, SamplingError
 from serving_export.bundle import Bundle, open_bundle
 from serving_export.engine import PromptError
 from serving_export.reply import GenerationFailed, Replier, Reply

@@ -15,8 +15,8 @@ from typing import Literal
 
 import torch
 
-from model.generate import NO_TOKEN, Sampling, sample, uniform
-from model.kv_cache import CacheStep, PagedKVCache
+from model.inference.generate import NO_TOKEN, Sampling, sample, uniform
+from model.inference.kv_cache import CacheStep, PagedKVCache
 from model.transformer import Transformer
 from serving_export.prefix_cache import PrefixCache
 

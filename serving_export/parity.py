@@ -23,7 +23,7 @@ from data.format.dialogue import (
 from data.format.tokenizer import DialogueTokenizer
 from data.prompt.__main__ import PromptTemplate
 from model.attention_ops import Documents
-from model.generate import Sampling, generate
+from model.inference.generate import Sampling, generate
 from model.transformer import Transformer
 from serving_export.chat_template import dialogue_of, engine_content
 

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from model.kv_cache import PageAllocator
+from model.inference.kv_cache import PageAllocator
 
 Digest = Callable[[bytes], bytes]
 

@@ -11,7 +11,7 @@ from data.format.dialogue import Message
 from data.format.tokenizer import DialogueTokenizer
 from data.prompt.fit import fit_prompt
 from data.sources.record import LeftOut
-from model.generate import Sampling
+from model.inference.generate import Sampling
 from serving_export.conversation import ConversationEncoder
 from serving_export.detokenizer import PieceTable, ReplyStream
 from serving_export.engine import Engine, Event, PromptError

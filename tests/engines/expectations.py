@@ -18,8 +18,8 @@ from data.format.dialogue import NARRATOR, Dialogue, encode_prompt
 from data.format.dialogue_json import read_dialogues
 from data.format.tokenizer import DialogueTokenizer
 from model.attention_ops import Documents
-from model.generate import generate
 from model.hugging_face import load_exported_model
+from model.inference.generate import generate
 from model.transformer import Transformer
 from serving_export.chat_template import dialogue_of, engine_content
 from serving_export.manifest import read_defaults, verify

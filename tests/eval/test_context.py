@@ -5,7 +5,7 @@ import pytest
 from data.format.dialogue import NARRATOR, Dialogue, Message, encode_prompt, encode_reply
 from data.format.tokenizer import DialogueTokenizer
 from eval.context import human_replies, sample_replies, select_contexts
-from model.generate import Sampling
+from model.inference.generate import Sampling
 from model.transformer import Transformer
 
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.generate import NO_TOKEN, Sampling, SamplingError, sample, sampling_probabilities, uniform
+from model.inference.generate import NO_TOKEN, Sampling, SamplingError, sample, sampling_probabilities, uniform
 
 LARGEST, SMALLEST = sys.float_info.max, 5e-324
 TEMPERATURES = (

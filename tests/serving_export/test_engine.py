@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from model.attention_ops import Documents
 from model.config import ModelConfig, TailSharing
-from model.generate import Sampling, sample, uniform
+from model.inference.generate import Sampling, sample, uniform
 from model.transformer import Transformer
 from serving_export.engine import Engine, Event, Generation, PromptError, QueueFull
 

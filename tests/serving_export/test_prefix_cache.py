@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from model.kv_cache import PageAllocator
+from model.inference.kv_cache import PageAllocator
 from serving_export.prefix_cache import PrefixCache, sha256
 
 PAGE = 2

@@ -10,7 +10,7 @@ import pytest
 from data.format.dialogue import Message, encode_prompt
 from data.format.tokenizer import DialogueTokenizer
 from data.prompt.fit import FittedPrompt, fit_prompt
-from model.generate import generate
+from model.inference.generate import generate
 from model.transformer import Transformer
 from serving_export.engine import Engine, Event, PromptError, QueueFull
 from serving_export.reply import GenerationFailed, Replier

@@ -13,7 +13,7 @@ import pytest
 
 from data.format.dialogue import Message, encode_prompt
 from data.prompt.fit import FittedPrompt, fit_prompt
-from model.generate import sample
+from model.inference.generate import sample
 from serving_export.bundle import PAGE_SIZE
 
 NAME = "runs/demo/export"

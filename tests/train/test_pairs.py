@@ -13,7 +13,7 @@ from data.format.tokenizer import DialogueTokenizer
 from data.sources.preferences import PreferencePair
 from data.sources.record import LeftOut
 from eval.context import ReplyContext
-from model.generate import Completion, FinishReason
+from model.inference.generate import Completion, FinishReason
 from train.pairs import (
     EQUAL_SCORES,
     TOO_CLOSE,

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from model.attention_ops import Documents
 from model.config import AdjacentSharing, KVSharing, ModelConfig, NoSharing, TailSharing
-from model.generate import NonFiniteLogits, Sampling, generate
-from model.kv_cache import CacheStep, OutOfPages, PageAllocator, PagedKVCache
+from model.inference.generate import NonFiniteLogits, Sampling, generate
+from model.inference.kv_cache import CacheStep, OutOfPages, PageAllocator, PagedKVCache
 from model.transformer import Transformer
 
 SHARINGS: list[KVSharing] = [

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from model.kv_cache import CacheStep, PagedKVCache
+from model.inference.kv_cache import CacheStep, PagedKVCache
 from model.transformer import Transformer
 
 FinishReason = Literal["stop", "length"]
