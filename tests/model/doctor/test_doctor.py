@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from model import doctor, doctor_checks
 from model.attention_ops import BACKENDS
-from model.doctor import examine, main, pinned_versions
-from model.doctor_checks import Check, all_checks, distance
+from model.doctor import __main__ as doctor
+from model.doctor import checks as doctor_checks
+from model.doctor.__main__ import examine, main, pinned_versions
+from model.doctor.checks import Check, all_checks, distance
 from model.obstacle import Obstacle
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
 
 

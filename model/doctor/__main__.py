@@ -26,7 +26,7 @@ from model.obstacle import INSTALL_GPU, Obstacle, failure
 if TYPE_CHECKING:
     import torch
 
-    from model.doctor_checks import Check
+    from model.doctor.checks import Check
 
 CONSTRAINTS = Path(__file__).parents[1] / "constraints-gpu.txt"
 KERNEL_PACKAGES = ("torch", "triton", "flash-attn-4", "quack-kernels", "nvidia-cutlass-dsl", "apache-tvm-ffi")
@@ -171,7 +171,7 @@ def diagnose(console: Console) -> int:
     """Check everything and print what was found; the exit code."""
     import torch
 
-    from model.doctor_checks import all_checks
+    from model.doctor.checks import all_checks
 
     console.print(machine(), highlight=False, markup=False, soft_wrap=True)
     console.print(version_table(pinned_versions()))
