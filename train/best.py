@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from recipes.loader import Section
-from train.background import on_main
-from train.engine import World
+from train.deepspeed.background import on_main
+from train.deepspeed.engine import World
 
 FOLDER = "best"
 

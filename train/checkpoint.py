@@ -13,9 +13,9 @@ from rich.console import Console
 
 from data.atomic_file import atomic_file, sync_path, write_json
 from data.packed.sampler import DataPosition
-from train.background import POLL_SECONDS, Background, on_main
 from train.best import Best, best_of, json_of
-from train.engine import World
+from train.deepspeed.background import POLL_SECONDS, Background, on_main
+from train.deepspeed.engine import World
 from train.hashed_file import file_hash
 
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"

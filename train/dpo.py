@@ -32,7 +32,7 @@ from model.weights import SCALAR_HEAD, WEIGHTS
 from recipes.loader import Section
 from recipes.plan_check import PlanCheck
 from recipes.run_identity import Location, identity
-from train.engine import World
+from train.deepspeed.engine import World
 from train.initial_model import initial_model
 from train.loop import LoopError, Loss, Outcome, Stage, no_grad_sum
 from train.losses import dpo_loss, sequence_logprobs

@@ -21,7 +21,7 @@ from recipes.loader import Section
 from recipes.run_identity import MayChange
 from train.best import BestWeights, KeepBest
 from train.checkpoint import Checkpoints, CheckpointState, Write
-from train.engine import Engine, World
+from train.deepspeed.engine import Engine, World
 from train.metrics import Metrics
 from train.schedule import Schedule
 from train.skipping import RecentSteps, SkippedSteps, SkipSpikes

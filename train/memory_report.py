@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model.execution import Recompute
-from train.engine import World
+from train.deepspeed.engine import World
 from train.memory import GIB, Estimate, Load
 
 STAGES = (1, 2, 3)

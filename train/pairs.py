@@ -30,7 +30,7 @@ from model.transformer import Transformer
 from model.weights import load_scorer
 from recipes.loader import Section
 from recipes.run_identity import Location
-from train.engine import World
+from train.deepspeed.engine import World
 
 CONTEXTS_A_FILE = 32
 

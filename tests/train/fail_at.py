@@ -15,7 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 from train import pretrain, run
-from train.engine import Engine
+from train.deepspeed.engine import Engine
 
 
 def turn_for_ever() -> None:
@@ -54,7 +54,7 @@ def main() -> int:
             fail()
         return step(engine, *arguments)
 
-    with patch("train.engine.Engine.step", failing):
+    with patch("train.deepspeed.engine.Engine.step", failing):
         return pretrain.main()
 
 

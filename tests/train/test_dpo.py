@@ -14,8 +14,8 @@ from rich.console import Console
 from data.format.dialogue import Message, encode_prompt, encode_reply
 from data.format.tokenizer import DialogueTokenizer
 from data.sources.preferences import CONTRADICTED, REPEATED, PreferencePair, write_pairs
+from train.deepspeed.engine import World
 from train.dpo import CONTEXT_CUT, FilePairs, collect_pairs, encode_pairs
-from train.engine import World
 from train.loop import LoopError
 
 

@@ -15,7 +15,7 @@ from data.packed.synthetic import SyntheticData
 from model.config import ModelConfig
 from model.portability import obstacles
 from recipes.loader import load_recipe
-from train.engine import BUCKET_ELEMENTS, PERSISTENT_ELEMENTS, EngineConfig
+from train.deepspeed.engine import BUCKET_ELEMENTS, PERSISTENT_ELEMENTS, EngineConfig
 from train.memory import GIB, Load, ParameterCounts
 from train.memory_report import Summary, warning
 from train.pretrain import PretrainRecipe

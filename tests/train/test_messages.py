@@ -17,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.engine import LaunchError, World, check_launch
+from train.deepspeed.engine import LaunchError, World, check_launch
 from train.launch import exit_code
 from train.rank_messages import rank_0_speaks
 from train.stage import share_of_rank

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PRETRAIN = ["-m", "train.pretrain"]
 STOP_AFTER = str(Path(__file__).with_name("stop_after.py"))
 

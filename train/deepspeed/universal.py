@@ -12,8 +12,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from train.background import on_main
-from train.engine import OPTIMIZER_DIRECTORY, CheckpointStateError, World
+from train.deepspeed.background import on_main
+from train.deepspeed.engine import OPTIMIZER_DIRECTORY, CheckpointStateError, World
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from recipes.loader import RecipeError, load_recipe
-from train.engine import EngineConfig, deepspeed_config
+from train.deepspeed.engine import EngineConfig, deepspeed_config
 from train.optim import AdamW, Muon
 from train.pretrain import PretrainRecipe
 

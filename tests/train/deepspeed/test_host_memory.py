@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train import host_memory
-from train.host_memory import HostMemory
+from train.deepspeed import host_memory
+from train.deepspeed.host_memory import HostMemory
 
 SHAPES = st.lists(st.integers(1, 5), max_size=3)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.uint8])

@@ -22,9 +22,9 @@ from model.execution import Execution, Recompute
 from model.transformer import Block
 from recipes.loader import Section
 from recipes.run_identity import MayChange
-from train.host_memory import HostMemory
+from train.deepspeed.host_memory import HostMemory
+from train.deepspeed.snapshot import Snapshot
 from train.optim import AdamW, Muon, build_optimizer
-from train.snapshot import Snapshot
 from train.watchdog import Progress
 
 OPTIMIZER_DIRECTORY = "optimizer"

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from train.deepspeed.host_memory import HostMemory
+from train.deepspeed.snapshot import Snapshot
 from train.hashed_file import file_hash
-from train.host_memory import HostMemory
-from train.snapshot import Snapshot
 
 
 def test_what_is_written_is_what_was_there(tmp_path: Path) -> None:
