@@ -19,8 +19,8 @@ from data.packed.mixture import training_order
 from data.packed.sampler import DataPosition, Rows, position_after, rows_of_rank
 from recipes.loader import Section
 from recipes.run_identity import MayChange
-from train.best import BestWeights, KeepBest
-from train.checkpoint import Checkpoints, CheckpointState, Write
+from train.checkpoint.best import BestWeights, KeepBest
+from train.checkpoint.checkpoint import Checkpoints, CheckpointState, Write
 from train.deepspeed.engine import Engine, World
 from train.metrics import Metrics
 from train.schedule import Schedule

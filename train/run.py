@@ -24,13 +24,13 @@ from recipes.interrupt import tell_interrupt
 from recipes.loader import CommandLine, dump_recipe, parse_command_line, tell_error
 from recipes.run_directory import RunState, finish_run, prepare_run_directory
 from recipes.stage_errors import USER_ERROR, run_told, tell_os_error
-from train.best import BestWeights
-from train.checkpoint import CheckpointError, Checkpoints, CheckpointState, Write
+from train.checkpoint.best import BestWeights
+from train.checkpoint.checkpoint import CheckpointError, Checkpoints, CheckpointState, Write
+from train.checkpoint.hashed_file import file_hash
 from train.deepspeed.background import on_main
 from train.deepspeed.engine import Engine, World, check_launch, join_world
 from train.deepspeed.snapshot import Snapshot
 from train.deepspeed.universal import universal_form
-from train.hashed_file import file_hash
 from train.loop import train
 from train.metrics import Metrics, plot_metrics
 from train.rank_messages import rank_0_speaks

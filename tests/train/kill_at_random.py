@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # a program of the tests, run by its path
 
 from recipes.run_directory import read_done  # noqa: E402
-from train.checkpoint import damage  # noqa: E402
+from train.checkpoint.checkpoint import damage  # noqa: E402
 from train.metrics import METRICS, read_metrics  # noqa: E402
 
 RECIPE = """\

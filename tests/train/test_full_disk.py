@@ -17,7 +17,7 @@ from rich.console import Console
 
 from data.packed.sampler import RowOrder
 from data.packed.shards import PackedDataset
-from train.checkpoint import damage
+from train.checkpoint.checkpoint import damage
 from train.metrics import Metrics, WandbConfig
 
 ROOT = Path(__file__).parents[2]

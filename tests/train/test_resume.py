@@ -19,7 +19,7 @@ from rich.console import Console
 
 from data.packed.sampler import DataPosition
 from data.packed.shards import PackedDataset
-from train.checkpoint import CheckpointError, Checkpoints, CheckpointState, damage
+from train.checkpoint.checkpoint import CheckpointError, Checkpoints, CheckpointState, damage
 from train.deepspeed.engine import Engine, World
 from train.run import resume
 

@@ -11,8 +11,8 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
+from train.checkpoint.hashed_file import HashedFile
 from train.deepspeed.host_memory import HostMemory
-from train.hashed_file import HashedFile
 
 
 class Snapshot:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from train.checkpoint.hashed_file import file_hash
 from train.deepspeed.host_memory import HostMemory
 from train.deepspeed.snapshot import Snapshot
-from train.hashed_file import file_hash
 
 
 def test_what_is_written_is_what_was_there(tmp_path: Path) -> None:

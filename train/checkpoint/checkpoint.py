@@ -13,10 +13,10 @@ from rich.console import Console
 
 from data.atomic_file import atomic_file, sync_path, write_json
 from data.packed.sampler import DataPosition
-from train.best import Best, best_of, json_of
+from train.checkpoint.best import Best, best_of, json_of
+from train.checkpoint.hashed_file import file_hash
 from train.deepspeed.background import POLL_SECONDS, Background, on_main
 from train.deepspeed.engine import World
-from train.hashed_file import file_hash
 
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
 _NONE, _ALL_DAMAGED = -1.0, -2.0

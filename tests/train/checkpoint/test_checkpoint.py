@@ -12,9 +12,9 @@ import torch
 from rich.console import Console
 
 from data.packed.sampler import DataPosition
-from train.checkpoint import CheckpointError, Checkpoints, CheckpointState, Write, damage
+from train.checkpoint.checkpoint import CheckpointError, Checkpoints, CheckpointState, Write, damage
+from train.checkpoint.hashed_file import HashedFile, file_hash
 from train.deepspeed.engine import World
-from train.hashed_file import HashedFile, file_hash
 
 ALONE = World(0, 1, torch.device("cpu"))
 

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from model.transformer import Transformer
 from model.weights import load_model
 from recipes.loader import RecipeError, load_recipe
-from train.best import Best, BestWeights, BestWeightsError, FigureError, KeepBest, best_of, json_of
+from train.checkpoint.best import Best, BestWeights, BestWeightsError, FigureError, KeepBest, best_of, json_of
 from train.deepspeed.engine import World
 from train.pretrain import PretrainRecipe
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ALONE = World(0, 1, torch.device("cpu"))
 LOWER = KeepBest(figure="heldout_loss", better="lower")
 

@@ -10,8 +10,8 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train import hashed_file
-from train.hashed_file import AbandonedError, HashedFile, file_hash
+from train.checkpoint import hashed_file
+from train.checkpoint.hashed_file import AbandonedError, HashedFile, file_hash
 
 
 @given(parts=st.lists(st.binary(max_size=40), max_size=6), piece=st.integers(1, 9), sync_every=st.integers(1, 30))
