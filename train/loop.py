@@ -22,9 +22,9 @@ from recipes.run_identity import MayChange
 from train.checkpoint.best import BestWeights, KeepBest
 from train.checkpoint.checkpoint import Checkpoints, CheckpointState, Write
 from train.deepspeed.engine import Engine, World
+from train.health.skipping import RecentSteps, SkippedSteps, SkipSpikes
 from train.metrics import Metrics
 from train.schedule import Schedule
-from train.skipping import RecentSteps, SkippedSteps, SkipSpikes
 from train.throughput import Throughput
 
 

@@ -31,14 +31,14 @@ from train.deepspeed.background import on_main
 from train.deepspeed.engine import Engine, World, check_launch, join_world
 from train.deepspeed.snapshot import Snapshot
 from train.deepspeed.universal import universal_form
+from train.health.rank_messages import rank_0_speaks
+from train.health.skipping import TrainingError
+from train.health.stopping import StopRequest, die_with_parent
+from train.health.watchdog import Watchdog
 from train.loop import train
 from train.metrics import Metrics, plot_metrics
-from train.rank_messages import rank_0_speaks
-from train.skipping import TrainingError
 from train.stage import Job, Plan, TrainingRecipe
-from train.stopping import StopRequest, die_with_parent
 from train.throughput import Throughput
-from train.watchdog import Watchdog
 
 R = TypeVar("R", bound=TrainingRecipe)
 TRAINING_FAILED = 1

@@ -12,7 +12,7 @@ def main() -> int:
     """Entry point. The request comes as if by SIGTERM, once the loop has taken the steps."""
     steps = int(sys.argv.pop(1))
     answers = iter([False] * steps)
-    with patch("train.stopping.StopRequest.requested", lambda self: next(answers, True)):
+    with patch("train.health.stopping.StopRequest.requested", lambda self: next(answers, True)):
         return pretrain.main()
 
 

@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from train.deepspeed.engine import LaunchError, World, check_launch
+from train.health.rank_messages import rank_0_speaks
 from train.launch import exit_code
-from train.rank_messages import rank_0_speaks
 from train.stage import share_of_rank
 
 ROOT = Path(__file__).parents[2]
@@ -126,7 +126,7 @@ def test_another_rank_speaks_when_rank_0_has_nothing_to_say(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr("train.rank_messages.SECONDS_FOR_RANK_0", 0.0)
+    monkeypatch.setattr("train.health.rank_messages.SECONDS_FOR_RANK_0", 0.0)
 
     def ends_in_error() -> None:
         with rank_0_speaks():

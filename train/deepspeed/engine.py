@@ -24,8 +24,8 @@ from recipes.loader import Section
 from recipes.run_identity import MayChange
 from train.deepspeed.host_memory import HostMemory
 from train.deepspeed.snapshot import Snapshot
+from train.health.watchdog import Progress
 from train.optim import AdamW, Muon, build_optimizer
-from train.watchdog import Progress
 
 OPTIMIZER_DIRECTORY = "optimizer"
 BUCKET_ELEMENTS = {"cuda": 500_000_000, "cpu": 5_000_000}
@@ -42,7 +42,7 @@ class EngineConfig(Section):
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     zero_stage: Literal[1, 2, 3] = 1
     timeout_minutes: MayChange[PositiveFloat] = 10.0
-    """A rank that does not go on for so long while others wait ends the job (train/watchdog.py)."""
+    """A rank that does not go on for so long while others wait ends the job (train/health/watchdog.py)."""
     blocks: MayChange[Execution] = "auto"
     """auto: fused blocks where their kernels run, which is on a GPU."""
     recompute: MayChange[Recompute] = "none"

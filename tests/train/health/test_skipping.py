@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from train.deepspeed.engine import World
-from train.skipping import NO_TARGET, RecentSteps, SkippedSteps, SkipSpikes, TrainingError
+from train.health.skipping import NO_TARGET, RecentSteps, SkippedSteps, SkipSpikes, TrainingError
 
 ALONE = World(0, 1, torch.device("cpu"))
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.watchdog import EXIT_CODE, Heard, Progress, Report, _is_busy, verdict
+from train.health.watchdog import EXIT_CODE, Heard, Progress, Report, _is_busy, verdict
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TIMEOUT, SILENCE = 600.0, 20.0
 
 
