@@ -27,7 +27,7 @@ from recipes.run_identity import Location, MayChange
 from train.deepspeed.engine import Engine, EngineConfig, World
 from train.initial_model import init_input
 from train.loop import LoopConfig, LoopError, Loss, Outcome, Stage, no_grad_sum
-from train.memory_report import Summary
+from train.memory.report import Summary
 from train.metrics import WandbConfig
 from train.optim import Muon, Optimizer
 from train.schedule import Schedule

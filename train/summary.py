@@ -10,8 +10,8 @@ from data.packed.synthetic import SyntheticData
 from model.config import ModelConfig
 from model.portability import describe
 from train.initial_model import find_initial_model
-from train.memory import Load, LossKind
-from train.memory_report import Summary
+from train.memory.estimate import Load, LossKind
+from train.memory.report import Summary
 from train.stage import TrainingRecipe, data_directories, described
 
 

@@ -29,7 +29,7 @@ from train.optim import AdamW, Muon, build_optimizer
 
 OPTIMIZER_DIRECTORY = "optimizer"
 BUCKET_ELEMENTS = {"cuda": 500_000_000, "cpu": 5_000_000}
-"""Gradients that ZeRO reduces at a time. train/memory.py counts these and the following."""
+"""Gradients that ZeRO reduces at a time. train/memory/estimate.py counts these and the following."""
 PERSISTENT_ELEMENTS = {"cuda": 100_000, "cpu": 0}
 """ZeRO-3 shards larger tensors; on a CPU all, so that small tests take the paths of large runs."""
 PREFETCH_ELEMENTS, MAX_LIVE_PARAMETERS, MAX_REUSE_DISTANCE = 50_000_000, 1_000_000_000, 1_000_000_000

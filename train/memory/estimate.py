@@ -1,7 +1,7 @@
 """What a rank's training step holds in device memory, counted from the architecture before anything runs.
 
 States are what DeepSpeed 0.19.8 allocates under the configuration of train/deepspeed/engine.py; activations are what a block
-keeps for its backward pass, tensor by tensor (train/activations.py). Nothing here is fitted to a measurement.
+keeps for its backward pass, tensor by tensor (train/memory/activations.py). Nothing here is fitted to a measurement.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 from model.config import ModelConfig
 from model.execution import Recompute
 from model.transformer import Transformer
-from train.activations import backward_bytes, kept_bytes
 from train.deepspeed.engine import (
     BUCKET_ELEMENTS,
     MAX_LIVE_PARAMETERS,
@@ -26,6 +25,7 @@ from train.deepspeed.engine import (
     SUB_GROUP_ELEMENTS,
     EngineConfig,
 )
+from train.memory.activations import backward_bytes, kept_bytes
 from train.optim import parameter_roles
 from train.token_logprobs import LOGIT_CHUNK_ELEMENTS
 

@@ -16,12 +16,12 @@ from model.config import ModelConfig
 from model.portability import obstacles
 from recipes.loader import load_recipe
 from train.deepspeed.engine import BUCKET_ELEMENTS, PERSISTENT_ELEMENTS, EngineConfig
-from train.memory import GIB, Load, ParameterCounts
-from train.memory_report import Summary, warning
+from train.memory.estimate import GIB, Load, ParameterCounts
+from train.memory.report import Summary, warning
 from train.pretrain import PretrainRecipe
 from train.summary import summarize
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BENCH = ROOT / "recipes" / "bench"
 MEASURED = [  # BENCHMARKS.md, "Pre-training on one GPU": torch.cuda.max_memory_allocated in GiB
     ("mqa_1b_global", [], 44.4),

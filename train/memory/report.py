@@ -14,7 +14,7 @@ from rich.table import Table
 
 from model.execution import Recompute
 from train.deepspeed.engine import World
-from train.memory import GIB, Estimate, Load
+from train.memory.estimate import GIB, Estimate, Load
 
 STAGES = (1, 2, 3)
 WORLD_SIZES = (1, 2, 8, 64)

@@ -15,7 +15,7 @@ from model.execution import Recompute
 from model.kernels import fused_block
 from model.kernels.norm import Scales
 from model.transformer import Block
-from train.activations import kept_bytes
+from train.memory.activations import kept_bytes
 
 TOKENS, N_LAYERS = 1024, 6
 CONFIG = ModelConfig(
