@@ -36,7 +36,7 @@ from train.deepspeed.engine import World
 from train.initial_model import initial_model
 from train.loop import LoopError, Loss, Outcome, Stage, no_grad_sum
 from train.losses import dpo_loss, sequence_logprobs
-from train.pairs import OnPolicyPairs, sample_pairs
+from train.preference.on_policy import OnPolicyPairs, sample_pairs
 from train.run import run_stage
 from train.stage import Job, LossModule, Plan, TrainingRecipe, share_of_rank
 from train.summary import summarize

@@ -14,7 +14,7 @@ from data.sources.preferences import PreferencePair
 from data.sources.record import LeftOut
 from eval.context import ReplyContext
 from model.inference.generate import Completion, FinishReason
-from train.pairs import (
+from train.preference.on_policy import (
     EQUAL_SCORES,
     TOO_CLOSE,
     TOO_UNEVEN,
