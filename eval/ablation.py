@@ -24,10 +24,18 @@ from eval.ablation_runs import AblationRecipe, Arm, describe_arm, read_arms, uns
 from eval.ablation_table import key_figure, render_table
 from eval.context import ReplyContext
 from eval.decode_speed import device_name, measure_speed, speed_prompts
-from eval.parts import Part, run_parts
-from eval.perplexity import CONTROL, TURN_BINS, ScoredTargets, in_turns, paired_difference, score_dataset, turn_label
-from eval.ranking import evaluate_ranking
-from eval.recall import build_probes, candidate_logprobs, summarise_recall
+from eval.parts.perplexity import (
+    CONTROL,
+    TURN_BINS,
+    ScoredTargets,
+    in_turns,
+    paired_difference,
+    score_dataset,
+    turn_label,
+)
+from eval.parts.ranking import evaluate_ranking
+from eval.parts.recall import build_probes, candidate_logprobs, summarise_recall
+from eval.parts.section import Part, run_parts
 from eval.report import to_json
 from eval.scoring import OnProgress, share_of
 from eval.statistics import Bootstrap

@@ -11,18 +11,18 @@ import torch
 from rich.console import Console
 
 from eval.context import dialogues_of, human_replies, sample_replies
-from eval.dialogue_quality import summarise_quality
-from eval.engagement import score_turns, summarise_scorer, training_turns
-from eval.ngram import ngram_losses
-from eval.parts import Part, run_parts
-from eval.perplexity import CHARACTER, paired_difference, score_dataset, summarise
+from eval.parts.dialogue_quality import summarise_quality
+from eval.parts.engagement import score_turns, summarise_scorer, training_turns
+from eval.parts.ngram import ngram_losses
+from eval.parts.perplexity import CHARACTER, paired_difference, score_dataset, summarise
+from eval.parts.preference import drift, score_replies, summarise_preference
+from eval.parts.ranking import evaluate_ranking
+from eval.parts.section import Part, run_parts
+from eval.parts.training_curve import training_curves
+from eval.parts.user_sensitivity import evaluate_user_sensitivity
 from eval.plots import HUMAN
-from eval.preference import drift, score_replies, summarise_preference
-from eval.ranking import evaluate_ranking
 from eval.report import interval_text, number_text, to_json, write_report
 from eval.scoring import OnProgress, share_of, sigmoid, spread_rows
-from eval.training_curve import training_curves
-from eval.user_sensitivity import evaluate_user_sensitivity
 from eval.workspace import EvalRecipe, Workspace, open_workspace, print_inputs
 from recipes.loader import dump_recipe, parse_command_line
 from recipes.run_directory import RunState, finish_run, prepare_run_directory, read_done

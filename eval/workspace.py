@@ -17,14 +17,14 @@ from data.format.dialogue_json import read_dialogues
 from data.format.tokenizer import MODEL_FILE, DialogueTokenizer
 from data.packed.shards import PackedDataset
 from eval.context import Reply, ReplyContext, human_texts, select_contexts
-from eval.engagement import EngagementSection
-from eval.perplexity import PerplexitySection
+from eval.parts.engagement import EngagementSection
+from eval.parts.perplexity import PerplexitySection
+from eval.parts.preference import PreferenceSection
+from eval.parts.ranking import RankingSection
+from eval.parts.user_sensitivity import UserSensitivitySection
 from eval.plots import HUMAN
-from eval.preference import PreferenceSection
-from eval.ranking import RankingSection
 from eval.shared_participants import SharedParticipants
 from eval.statistics import Bootstrap
-from eval.user_sensitivity import UserSensitivitySection
 from model.config import ModelConfig
 from model.inference.generate import Sampling
 from model.scalar_head import ScalarHead

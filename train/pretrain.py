@@ -15,7 +15,7 @@ from data.packed.batch import PackedBatch
 from data.packed.mixture import MixtureData
 from data.packed.shards import PackedDataset
 from data.packed.synthetic import SyntheticData
-from eval.ngram import ngram_losses
+from eval.parts.ngram import ngram_losses
 from eval.scoring import spread_rows
 from model.config import ModelConfig
 from model.transformer import Transformer

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from eval.training_curve import METRICS, MetricsError, read_records
+from eval.parts.training_curve import METRICS, MetricsError, read_records
 from recipes.json_text import as_number
 from recipes.loader import tell_error
 

@@ -12,8 +12,8 @@ from data.packed.shards import PackedDataset
 from eval.ablation import CONTEXT_BINS, main
 from eval.ablation_plots import DRAWINGS
 from eval.ablation_runs import AblationRecipe, read_arms, unseen_rows
+from eval.parts.training_curve import MetricsError
 from eval.scoring import spread_rows
-from eval.training_curve import MetricsError
 from eval.workspace import EvalError
 from model.config import ModelConfig
 from model.transformer import Transformer

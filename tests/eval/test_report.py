@@ -10,13 +10,14 @@ import pytest
 
 from data.format.dialogue import Message
 from eval.context import Reply, ReplyContext
-from eval.dialogue_quality import summarise_quality
 from eval.digits import estimate_digits, telling_digits
-from eval.engagement import LabelledTurns, summarise_scorer
-from eval.perplexity import ScoredTargets, paired_difference, summarise
+from eval.parts.dialogue_quality import summarise_quality
+from eval.parts.engagement import LabelledTurns, summarise_scorer
+from eval.parts.perplexity import ScoredTargets, paired_difference, summarise
+from eval.parts.preference import summarise_preference
+from eval.parts.ranking import SCORES, RankingTask, chance_figures, length_only_scores, rank_figures
+from eval.parts.user_sensitivity import summarise_changes
 from eval.plots import DRAWINGS, THEME, draw_scorer
-from eval.preference import summarise_preference
-from eval.ranking import SCORES, RankingTask, chance_figures, length_only_scores, rank_figures
 from eval.report import (
     interval_text,
     number_text,
@@ -29,7 +30,6 @@ from eval.report import (
     write_report,
 )
 from eval.statistics import Bootstrap, Estimate
-from eval.user_sensitivity import summarise_changes
 
 BOOTSTRAP = Bootstrap(n_resamples=100)
 HOSTILE = "<script>alert(1)</script> & {{ 7 * 7 }} <|end|>"

@@ -50,7 +50,7 @@ def test_counts_that_can_be_lowered_are_noted(logs: list[str], capfd: pytest.Cap
     assert f"ranking.n_contexts: 320 asked for, {n} contexts found held out; {n} are used" in output
     assert f"export: n_parity_conversations: 24 asked for, {n} held-out dialogues found" in output
     assert not Path(logs[2]).exists()
-    code, output = dry_run(capfd, *logs, "eval.ranking.n_distractors=40")
+    code, output = dry_run(capfd, *logs, "eval.parts.ranking.n_distractors=40")
     assert f"ranking.n_distractors: 40 asked for, {n - 1} other replies found held out" in output
 
 

@@ -1,4 +1,4 @@
-"""Tests of eval/ngram.py: against plain Python over dictionaries, and as distributions that sum to one."""
+"""Tests of eval/parts/ngram.py: against plain Python over dictionaries, and as distributions that sum to one."""
 
 import itertools
 from collections import Counter, defaultdict
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.ngram import NGRAM_MODELS, AddOneBigram, KneserNeyBigram, PairCounts, Unigram
+from eval.parts.ngram import NGRAM_MODELS, AddOneBigram, KneserNeyBigram, PairCounts, Unigram
 
 VOCAB = 9
 tokens = st.integers(0, VOCAB - 1)

@@ -1,4 +1,4 @@
-"""Tests of eval/preference.py."""
+"""Tests of eval/parts/preference.py."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from data.format.dialogue import Dialogue
 from data.format.tokenizer import DialogueTokenizer
 from eval.context import Reply, human_replies, select_contexts
-from eval.preference import drift, length_bias, score_replies, summarise_preference, win_rate, win_values
+from eval.parts.preference import drift, length_bias, score_replies, summarise_preference, win_rate, win_values
 from eval.statistics import Bootstrap
 from model.scalar_head import ScalarHead
 from model.transformer import Transformer

@@ -1,4 +1,4 @@
-"""Tests of eval/engagement.py."""
+"""Tests of eval/parts/engagement.py."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ from data.format.dialogue import Dialogue, continuation_labels, encode_message
 from data.format.tokenizer import DialogueTokenizer
 from data.packed.batch import collate
 from data.packed.shards import PackedDataset
-from eval.engagement import (
+from eval.parts.engagement import (
     LabelledTurns,
     binned_rate,
     calibration,

@@ -1,4 +1,4 @@
-"""Tests of eval/ranking.py."""
+"""Tests of eval/parts/ranking.py."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ import pytest
 from data.format.dialogue import Dialogue
 from data.format.tokenizer import DialogueTokenizer
 from eval.context import ReplyContext, select_contexts
-from eval.ranking import (
+from eval.parts.ranking import (
     SCORES,
     RankingTask,
     build_tasks,

@@ -1,7 +1,7 @@
 """The facts of the recall probe: kinds of fact, how they are stated and asked, and closed lists of their values.
 
 The words are common ones, so that a small vocabulary holds most of them as one token; which of them are used is decided
-by the tokenizer (eval/recall.py).
+by the tokenizer (eval/parts/recall.py).
 """
 
 from dataclasses import dataclass

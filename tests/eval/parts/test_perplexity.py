@@ -1,4 +1,4 @@
-"""Tests of eval/perplexity.py."""
+"""Tests of eval/parts/perplexity.py."""
 
 import math
 from collections.abc import Callable
@@ -13,9 +13,9 @@ from data.format.dialogue import Dialogue, Message, continuation_labels, encode_
 from data.format.tokenizer import DialogueTokenizer
 from data.packed.batch import collate
 from data.packed.shards import PackedDataset
-from eval.engagement import labelled_turns
-from eval.ngram import PairCounts, Unigram, counted_pairs, ngram_losses
-from eval.perplexity import (
+from eval.parts.engagement import labelled_turns
+from eval.parts.ngram import PairCounts, Unigram, counted_pairs, ngram_losses
+from eval.parts.perplexity import (
     CHARACTER,
     CONTROL,
     PARTNER,

@@ -24,7 +24,7 @@ from data.format.dialogue import (
 )
 from data.format.tokenizer import DialogueTokenizer
 from data.format.visible_text import says_nothing
-from eval.recall_fact import FACT_KINDS, FactKind, Wording
+from eval.parts.recall_fact import FACT_KINDS, FactKind, Wording
 from eval.scoring import OnProgress, next_token_logprobs, reply_logprobs, silent
 from eval.statistics import Bootstrap
 from model.transformer import Transformer

@@ -1,4 +1,4 @@
-"""Tests of eval/recall.py: distances are what they say, and a model whose memory is known scores what it must."""
+"""Tests of eval/parts/recall.py: distances are what they say, and a model whose memory is known scores what it must."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from data.format.dialogue import Dialogue, Message
 from data.format.tokenizer import DialogueTokenizer, train_tokenizer
-from eval.recall import (
+from eval.parts.recall import (
     RecallProbe,
     RecallSection,
     build_probes,
@@ -19,7 +19,7 @@ from eval.recall import (
     summarise_recall,
     usable_values,
 )
-from eval.recall_fact import FACT_KINDS
+from eval.parts.recall_fact import FACT_KINDS
 from eval.scoring import reply_logprobs
 from eval.statistics import Bootstrap
 from model.attention_ops import Documents

@@ -1,11 +1,11 @@
-"""Tests of eval/dialogue_quality.py."""
+"""Tests of eval/parts/dialogue_quality.py."""
 
 import numpy as np
 import pytest
 
 from data.format.dialogue import Message
 from eval.context import Reply, ReplyContext
-from eval.dialogue_quality import copied_share, diversity, repeated_share, summarise_quality, words
+from eval.parts.dialogue_quality import copied_share, diversity, repeated_share, summarise_quality, words
 from eval.statistics import Bootstrap
 
 

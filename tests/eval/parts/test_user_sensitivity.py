@@ -1,4 +1,4 @@
-"""Tests of eval/user_sensitivity.py."""
+"""Tests of eval/parts/user_sensitivity.py."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,8 @@ import torch
 from data.format.dialogue import Dialogue, encode_prompt
 from data.format.tokenizer import DialogueTokenizer
 from eval.context import select_contexts
+from eval.parts.user_sensitivity import evaluate_user_sensitivity, kl_divergence, replaced_prompts
 from eval.statistics import Bootstrap
-from eval.user_sensitivity import evaluate_user_sensitivity, kl_divergence, replaced_prompts
 from model.attention_ops import Documents
 from model.transformer import Transformer
 

@@ -1,4 +1,4 @@
-"""Tests of eval/training_curve.py."""
+"""Tests of eval/parts/training_curve.py."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.training_curve import (
+from eval.parts.training_curve import (
     MAX_POINTS,
     MetricsError,
     Spikes,
