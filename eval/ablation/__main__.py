@@ -19,9 +19,9 @@ from data.format.dialogue import Dialogue
 from data.format.dialogue_json import read_dialogues
 from data.format.tokenizer import DialogueTokenizer
 from data.packed.shards import PackedDataset
-from eval.ablation_plots import draw_ablation
-from eval.ablation_runs import AblationRecipe, Arm, describe_arm, read_arms, unseen_rows
-from eval.ablation_table import key_figure, render_table
+from eval.ablation.plots import draw_ablation
+from eval.ablation.runs import AblationRecipe, Arm, describe_arm, read_arms, unseen_rows
+from eval.ablation.table import key_figure, render_table
 from eval.context import ReplyContext
 from eval.decode_speed import device_name, measure_speed, speed_prompts
 from eval.parts.perplexity import (

@@ -1,4 +1,4 @@
-"""Tests of eval/ablation.py and its readers: the whole evaluation on arms in miniature, and what it refuses."""
+"""Tests of eval/ablation/__main__.py and its readers: the whole evaluation on arms in miniature, and what it refuses."""
 
 import json
 from itertools import pairwise
@@ -9,9 +9,9 @@ import pytest
 
 from data.format.tokenizer import DialogueTokenizer
 from data.packed.shards import PackedDataset
-from eval.ablation import CONTEXT_BINS, main
-from eval.ablation_plots import DRAWINGS
-from eval.ablation_runs import AblationRecipe, read_arms, unseen_rows
+from eval.ablation.__main__ import CONTEXT_BINS, main
+from eval.ablation.plots import DRAWINGS
+from eval.ablation.runs import AblationRecipe, read_arms, unseen_rows
 from eval.parts.training_curve import MetricsError
 from eval.scoring import spread_rows
 from eval.workspace import EvalError
@@ -22,7 +22,7 @@ from recipes.json_text import finite_figures
 from recipes.loader import RecipeError, load_recipe
 from recipes.run_inputs import digest_inputs
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "ablation" / "eval.yaml"
+RECIPE = Path(__file__).parents[3] / "recipes" / "ablation" / "eval.yaml"
 ARMS = {"full": ("G", 2), "shared": ("G", 1), "windows": ("SSG", 1)}
 EVALUATION_ROWS = 2
 
