@@ -23,7 +23,6 @@ from eval.ablation.plots import draw_ablation
 from eval.ablation.runs import AblationRecipe, Arm, describe_arm, read_arms, unseen_rows
 from eval.ablation.table import key_figure, render_table
 from eval.context import ReplyContext
-from eval.decode_speed import device_name, measure_speed, speed_prompts
 from eval.parts.perplexity import (
     CONTROL,
     TURN_BINS,
@@ -38,6 +37,7 @@ from eval.parts.recall import build_probes, candidate_logprobs, summarise_recall
 from eval.parts.section import Part, run_parts
 from eval.report import to_json
 from eval.scoring import OnProgress, share_of
+from eval.speed.decode import device_name, measure_speed, speed_prompts
 from eval.statistics import Bootstrap
 from eval.workspace import EvalError, check_finished, heldout_contexts, print_inputs
 from model.transformer import Transformer

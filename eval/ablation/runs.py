@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from data.format.tokenizer import DialogueTokenizer
-from eval.decode_speed import SpeedSection
 from eval.parts.ranking import RankingSection
 from eval.parts.recall import RecallSection
 from eval.parts.training_curve import METRICS, Spikes, SpikeSection, spikes_of_run
 from eval.scoring import spread_rows
+from eval.speed.decode import SpeedSection
 from eval.workspace import BootstrapSection, ContextSection, EvalError, check_finished, check_tokenizer
 from model.config import ModelConfig
 from model.weights import load_config

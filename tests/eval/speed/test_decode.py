@@ -1,11 +1,11 @@
-"""Tests of eval/decode_speed.py: what is timed, and how often, in which order."""
+"""Tests of eval/speed/decode.py: what is timed, and how often, in which order."""
 
 import pytest
 
 from data.format.tokenizer import DialogueTokenizer
 from data.packed.shards import PackedDataset
-from eval import decode_speed
-from eval.decode_speed import SpeedSection, measure_speed, speed_prompts, time_generation
+from eval.speed import decode as decode_speed
+from eval.speed.decode import SpeedSection, measure_speed, speed_prompts, time_generation
 from model.transformer import Transformer
 
 SECTION = SpeedSection(prompt_tokens=20, new_tokens=5, batches=(1, 3), repeats=3, precision="float32")
