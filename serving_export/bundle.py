@@ -14,7 +14,7 @@ from data.format.tokenizer import DialogueTokenizer
 from model.hugging_face import load_exported_model
 from model.transformer import Transformer
 from serving_export.engine import Engine
-from serving_export.manifest import BundleError, Defaults, read_defaults, verify
+from serving_export.export.manifest import BundleError, Defaults, read_defaults, verify
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 PAGE_SIZE = 16

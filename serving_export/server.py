@@ -29,8 +29,8 @@ from starlette.requests import ClientDisconnect
 from data.format.dialogue import DialogueError, check_speaker
 from serving_export.answer import Answer, EventStream, failure
 from serving_export.bundle import Bundle, open_bundle
-from serving_export.chat_template import dialogue_of
 from serving_export.engine import Engine, PromptError, QueueFull
+from serving_export.export.chat_template import dialogue_of
 from serving_export.metrics import ServerMetrics
 from serving_export.protocol import ChatRequest, Completion, RequestError, shown
 from serving_export.reply import EncodedPrompt, GenerationFailed, Replier

@@ -71,7 +71,7 @@ def ours(work: Work) -> list[str]:
 def usual(work: Work) -> list[str]:
     """The command that does it the usual way: this file again."""
     from data.format.tokenizer import DialogueTokenizer
-    from serving_export.tokenizer_json import tokenizer_json
+    from serving_export.export.tokenizer_json import tokenizer_json
 
     tokenizer = work.folder / "tokenizer.json"
     tokenizer.write_text(tokenizer_json(DialogueTokenizer.load(work.tokenizer)), encoding="utf-8")

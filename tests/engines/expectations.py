@@ -21,9 +21,9 @@ from model.attention_ops import Documents
 from model.hugging_face import load_exported_model
 from model.inference.generate import generate
 from model.transformer import Transformer
-from serving_export.chat_template import dialogue_of, engine_content
-from serving_export.manifest import read_defaults, verify
-from serving_export.parity import HOSTILE_TEXTS, chat_message, choose_conversations, greedy_sampling, reply_place
+from serving_export.export.chat_template import dialogue_of, engine_content
+from serving_export.export.manifest import read_defaults, verify
+from serving_export.export.parity import HOSTILE_TEXTS, chat_message, choose_conversations, greedy_sampling, reply_place
 
 N_CONVERSATIONS, N_NEW_TOKENS, LONGEST_TEXT = 20, 32, 50
 N_TALKS, N_TURNS = 4, 5

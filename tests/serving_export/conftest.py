@@ -20,7 +20,7 @@ from model.config import ModelConfig, TailSharing
 from model.transformer import Transformer
 from serving_export.bundle import PAGE_SIZE, Bundle, SamplingDefaults
 from serving_export.engine import Engine
-from serving_export.manifest import Defaults
+from serving_export.export.manifest import Defaults
 from serving_export.server import create_app
 
 # tiny models run many times faster on one thread than on a crowd of them

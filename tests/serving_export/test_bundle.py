@@ -17,8 +17,8 @@ import torch
 from data.format.tokenizer import DialogueTokenizer
 from model.transformer import Transformer
 from serving_export.bundle import open_bundle
-from serving_export.export import BUNDLE_FILES, Names, write_bundle
-from serving_export.manifest import BundleError, write_manifest
+from serving_export.export.__main__ import BUNDLE_FILES, Names, write_bundle
+from serving_export.export.manifest import BundleError, write_manifest
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from model.transformer import Transformer
 from serving_export.bundle import Bundle, SamplingDefaults
 from serving_export.chat import Chat
 from serving_export.engine import Engine
-from serving_export.manifest import Defaults
+from serving_export.export.manifest import Defaults
 from serving_export.reply import Replier
 
 OPTIONS: dict[str, Any] = {

@@ -18,7 +18,7 @@ from model.transformer import Transformer
 from serving_export.bundle import Bundle, SamplingDefaults
 from serving_export.conversation import ConversationEncoder
 from serving_export.engine import Engine, PromptError
-from serving_export.manifest import Defaults
+from serving_export.export.manifest import Defaults
 from serving_export.protocol import RequestError
 from serving_export.reply import Replier
 from serving_export.request_body import MAX_BODY_BYTES, longest_body, parse_body, read_body

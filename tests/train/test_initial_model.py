@@ -13,7 +13,7 @@ from data.format.tokenizer import DialogueTokenizer, train_tokenizer
 from model.transformer import Transformer
 from model.weights import save_model
 from recipes.loader import RecipeError, load_recipe
-from serving_export.export import Names, write_bundle
+from serving_export.export.__main__ import Names, write_bundle
 from train.deepspeed.engine import World
 from train.initial_model import InitialModelError, init_input
 from train.pretrain import PretrainRecipe, plan, prepare

@@ -17,10 +17,10 @@ from model.transformer import Transformer
 from model.weights import save_model
 from recipes.loader import load_recipe
 from recipes.run_directory import write_atomically
-from serving_export import export as export_module
-from serving_export.export import BUNDLE_FILES, ExportRecipe, Names, main, run, write_bundle
-from serving_export.manifest import BundleError, Defaults, read_defaults, verify
-from serving_export.parity import transformers_peer
+from serving_export.export import __main__ as export_module
+from serving_export.export.__main__ import BUNDLE_FILES, ExportRecipe, Names, main, run, write_bundle
+from serving_export.export.manifest import BundleError, Defaults, read_defaults, verify
+from serving_export.export.parity import transformers_peer
 
 RECIPE = """\
 stage: export

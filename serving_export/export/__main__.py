@@ -36,9 +36,9 @@ from recipes.plan_check import PlanCheck
 from recipes.run_directory import RunState, finish_run, prepare_run_directory, read_done
 from recipes.run_identity import Location
 from recipes.stage_errors import run_told
-from serving_export.chat_template import chat_template
-from serving_export.manifest import MANIFEST, SERVING, Defaults, verify, write_defaults, write_manifest
-from serving_export.parity import (
+from serving_export.export.chat_template import chat_template
+from serving_export.export.manifest import MANIFEST, SERVING, Defaults, verify, write_defaults, write_manifest
+from serving_export.export.parity import (
     Parity,
     ParityError,
     check_logits,
@@ -47,7 +47,7 @@ from serving_export.parity import (
     longer_than,
     transformers_peer,
 )
-from serving_export.tokenizer_json import tokenizer_config, tokenizer_json
+from serving_export.export.tokenizer_json import tokenizer_config, tokenizer_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BUNDLE_FILES = (

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from data.format.dialogue import CONTROL_SURFACES, escape
 from data.format.tokenizer import DialogueTokenizer, train_tokenizer
-from serving_export.tokenizer_json import merges, tokenizer_config, tokenizer_json
+from serving_export.export.tokenizer_json import merges, tokenizer_config, tokenizer_json
 
 HOSTILE = [
     "▁ ▁▁",

@@ -12,7 +12,7 @@ from data.format.dialogue import CONTROL_SURFACES, Dialogue, Message, encode_dia
 from data.format.tokenizer import DialogueTokenizer
 from model.attention_ops import Documents
 from model.transformer import Transformer
-from serving_export.parity import (
+from serving_export.export.parity import (
     HOSTILE_TEXTS,
     ParityError,
     check_logits,

@@ -25,7 +25,7 @@ from data.prompt.__main__ import PromptTemplate
 from model.attention_ops import Documents
 from model.inference.generate import Sampling, generate
 from model.transformer import Transformer
-from serving_export.chat_template import dialogue_of, engine_content
+from serving_export.export.chat_template import dialogue_of, engine_content
 
 HOSTILE_TEXTS = (
     *CONTROL_SURFACES,
