@@ -13,8 +13,8 @@ import torch
 from data.format.tokenizer import DialogueTokenizer
 from model.hugging_face import load_exported_model
 from model.transformer import Transformer
-from serving_export.engine import Engine
 from serving_export.export.manifest import BundleError, Defaults, read_defaults, verify
+from serving_export.server.engine import Engine
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 PAGE_SIZE = 16

@@ -16,8 +16,8 @@ from rich.markup import escape as escape_markup
 from data.format.dialogue import NARRATOR, DialogueError, Message, check_speaker
 from model.inference.generate import Sampling, SamplingError
 from serving_export.bundle import Bundle, open_bundle
-from serving_export.engine import PromptError
-from serving_export.reply import GenerationFailed, Replier, Reply
+from serving_export.server.engine import PromptError
+from serving_export.server.reply import GenerationFailed, Replier, Reply
 
 HELP = "/reset starts anew, /retry draws the last reply again, /stats shows the cache, /quit (or Ctrl-D) leaves"
 

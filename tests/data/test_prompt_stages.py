@@ -12,7 +12,7 @@ from data.format.message_encoder import MessageEncoder
 from data.format.tokenizer import DialogueTokenizer
 from data.prompt.__main__ import PromptError, PromptTemplate, conversation_values
 from eval.context import select_contexts
-from serving_export.conversation import ConversationEncoder
+from serving_export.server.conversation import ConversationEncoder
 
 TEMPLATES = Path(__file__).parents[2] / "recipes" / "templates"
 GROUP = {

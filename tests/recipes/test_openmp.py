@@ -23,7 +23,9 @@ def openmp_settings(module: str, **variables: str) -> set[str]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PyTorch brings GNU's OpenMP on Linux only")
-@pytest.mark.parametrize("module", ["train.stage", "eval.workspace", "data.packed.batch", "serving_export.engine"])
+@pytest.mark.parametrize(
+    "module", ["train.stage", "eval.workspace", "data.packed.batch", "serving_export.server.engine"]
+)
 def test_threads_sleep_while_they_wait(module: str) -> None:
     assert openmp_settings(module) == {"'0'"}
 

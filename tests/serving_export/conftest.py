@@ -19,9 +19,9 @@ from data.format.tokenizer import DialogueTokenizer, train_tokenizer
 from model.config import ModelConfig, TailSharing
 from model.transformer import Transformer
 from serving_export.bundle import PAGE_SIZE, Bundle, SamplingDefaults
-from serving_export.engine import Engine
 from serving_export.export.manifest import Defaults
-from serving_export.server import create_app
+from serving_export.server.__main__ import create_app
+from serving_export.server.engine import Engine
 
 # tiny models run many times faster on one thread than on a crowd of them
 torch.set_num_threads(1)

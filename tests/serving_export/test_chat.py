@@ -15,9 +15,9 @@ from model.inference.generate import SamplingError
 from model.transformer import Transformer
 from serving_export.bundle import Bundle, SamplingDefaults
 from serving_export.chat import Chat
-from serving_export.engine import Engine
 from serving_export.export.manifest import Defaults
-from serving_export.reply import Replier
+from serving_export.server.engine import Engine
+from serving_export.server.reply import Replier
 
 OPTIONS: dict[str, Any] = {
     "character": None, "user": None, "scene": "A pond.", "temperature": None, "top_p": None, "max_tokens": 5, "seed": 1,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from serving_export.conversation import ConversationEncoder
+from serving_export.server.conversation import ConversationEncoder
 
 MESSAGES = [{"role": "user", "content": "Hello there, how are you? It rains a lot in November!"}]
 
@@ -96,7 +96,9 @@ def test_while_it_is_written(running: Any, monkeypatch: pytest.MonkeyPatch, stre
     first = running.tokenizer.end_id + 1
     with monkeypatch.context() as patch:
         # the reply never ends by itself before the client has gone
-        patch.setattr("serving_export.engine.sample", lambda logits, *_: (logits[:, first:].argmax(-1) + first, None))
+        patch.setattr(
+            "serving_export.server.engine.sample", lambda logits, *_: (logits[:, first:].argmax(-1) + first, None)
+        )
         connection = running.send({"messages": MESSAGES, "stream": stream, "n": 2, "max_tokens": 200})
         wait_until(lambda: any(g.n_generated > 3 for g in list(running.engine._running)))
         connection.close()

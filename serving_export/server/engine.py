@@ -18,7 +18,7 @@ import torch
 from model.inference.generate import NO_TOKEN, Sampling, sample, uniform
 from model.inference.kv_cache import CacheStep, PagedKVCache
 from model.transformer import Transformer
-from serving_export.prefix_cache import PrefixCache
+from serving_export.server.prefix_cache import PrefixCache
 
 EngineFinish = Literal["stop", "length", "cancelled", "error"]
 

@@ -8,7 +8,7 @@ import re
 
 from starlette.requests import Request
 
-from serving_export.protocol import ChatRequest, RequestError, parse_request
+from serving_export.server.protocol import ChatRequest, RequestError, parse_request
 
 MAX_BODY_BYTES = 16 * 2**20
 # JSON of real text has 3 to 12 bytes a token; a longer body cannot be a conversation that the model holds.

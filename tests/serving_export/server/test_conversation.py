@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data.format.dialogue import DialogueError, Message, encode_prompt
 from data.format.tokenizer import DialogueTokenizer, train_tokenizer
-from serving_export.conversation import ConversationEncoder
+from serving_export.server.conversation import ConversationEncoder
 
 
 @functools.cache

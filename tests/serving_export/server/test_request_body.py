@@ -16,13 +16,13 @@ from data.format.dialogue import Message, encode_prompt
 from data.format.tokenizer import DialogueTokenizer
 from model.transformer import Transformer
 from serving_export.bundle import Bundle, SamplingDefaults
-from serving_export.conversation import ConversationEncoder
-from serving_export.engine import Engine, PromptError
 from serving_export.export.manifest import Defaults
-from serving_export.protocol import RequestError
-from serving_export.reply import Replier
-from serving_export.request_body import MAX_BODY_BYTES, longest_body, parse_body, read_body
-from serving_export.server import create_app
+from serving_export.server.__main__ import create_app
+from serving_export.server.conversation import ConversationEncoder
+from serving_export.server.engine import Engine, PromptError
+from serving_export.server.protocol import RequestError
+from serving_export.server.reply import Replier
+from serving_export.server.request_body import MAX_BODY_BYTES, longest_body, parse_body, read_body
 
 HELLO = [{"role": "user", "content": "Hello there"}]
 PATH = "/v1/chat/completions"
@@ -35,9 +35,9 @@ def never(*_: Any) -> None:
 @pytest.mark.parametrize(
     "slow",
     [
-        "serving_export.request_body:parse_request",
-        "serving_export.conversation:ConversationEncoder.encode_prompt",
-        "serving_export.reply:Reply.remember",
+        "serving_export.server.request_body:parse_request",
+        "serving_export.server.conversation:ConversationEncoder.encode_prompt",
+        "serving_export.server.reply:Reply.remember",
     ],
 )
 def test_loop_turns_while_a_request_is_worked_on(
@@ -98,7 +98,7 @@ MANY = [{"role": "user", "content": "a"}]
 def test_oversized_body_is_refused_unparsed(
     running: Any, monkeypatch: pytest.MonkeyPatch, messages: list[dict[str, str]], says: str
 ) -> None:
-    monkeypatch.setattr("serving_export.server.parse_body", never)
+    monkeypatch.setattr("serving_export.server.__main__.parse_body", never)
     response = running.http.post(PATH, json={"messages": messages})
     error = response.json()["error"]
     assert (response.status_code, error["param"], error["code"]) == (400, "messages", "context_length_exceeded")

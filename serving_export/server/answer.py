@@ -14,10 +14,10 @@ from starlette.types import Receive, Scope, Send
 
 from model.inference.generate import Sampling
 from serving_export.bundle import SamplingDefaults
-from serving_export.engine import Event
-from serving_export.metrics import ServerMetrics
-from serving_export.protocol import ChatRequest, Completion, RequestError, usage
-from serving_export.reply import EncodedPrompt, GenerationFailed, Replier, Reply
+from serving_export.server.engine import Event
+from serving_export.server.metrics import ServerMetrics
+from serving_export.server.protocol import ChatRequest, Completion, RequestError, usage
+from serving_export.server.reply import EncodedPrompt, GenerationFailed, Replier, Reply
 
 
 class Answer:

@@ -12,8 +12,8 @@ from data.format.tokenizer import DialogueTokenizer
 from data.prompt.fit import FittedPrompt, fit_prompt
 from model.inference.generate import generate
 from model.transformer import Transformer
-from serving_export.engine import Engine, Event, PromptError, QueueFull
-from serving_export.reply import GenerationFailed, Replier
+from serving_export.server.engine import Engine, Event, PromptError, QueueFull
+from serving_export.server.reply import GenerationFailed, Replier
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from model.inference.kv_cache import PageAllocator
-from serving_export.prefix_cache import PrefixCache, sha256
+from serving_export.server.prefix_cache import PrefixCache, sha256
 
 PAGE = 2
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=11)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from serving_export.protocol import RequestError, parse_request
+from serving_export.server.protocol import RequestError, parse_request
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 

@@ -211,7 +211,7 @@ def test_bad_bodies(running: Any, raw: bytes) -> None:
 def test_unforeseen_failure_is_answered_and_counted(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     before = running.metric('http_requests_total{status="500"}')
     with monkeypatch.context() as patch:
-        patch.setattr("serving_export.server.dialogue_of", lambda *_: 1 / 0)
+        patch.setattr("serving_export.server.__main__.dialogue_of", lambda *_: 1 / 0)
         response = running.http.post("/v1/chat/completions", json={"messages": HELLO})
     assert response.status_code == 500
     assert response.json()["error"]["type"] == "server_error"
@@ -230,7 +230,7 @@ def test_failed_reply_is_answered_with_its_reason(running: Any, monkeypatch: pyt
     body = {"messages": HELLO, "temperature": 0, "max_tokens": 30}
     expected = running.http.post("/v1/chat/completions", json=body).json()["choices"]
     with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool:
-        patch.setattr("serving_export.engine.sample", no_numbers)
+        patch.setattr("serving_export.server.engine.sample", no_numbers)
         beside = pool.submit(running.http.post, "/v1/chat/completions", json=body)
         failed = running.http.post("/v1/chat/completions", json={**body, "top_k": 3, "stream": stream})
         assert beside.result().json()["choices"] == expected

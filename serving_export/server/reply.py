@@ -12,9 +12,9 @@ from data.format.tokenizer import DialogueTokenizer
 from data.prompt.fit import fit_prompt
 from data.sources.record import LeftOut
 from model.inference.generate import Sampling
-from serving_export.conversation import ConversationEncoder
-from serving_export.detokenizer import PieceTable, ReplyStream
-from serving_export.engine import Engine, Event, PromptError
+from serving_export.server.conversation import ConversationEncoder
+from serving_export.server.detokenizer import PieceTable, ReplyStream
+from serving_export.server.engine import Engine, Event, PromptError
 
 FinishReason = Literal["stop", "length"]
 

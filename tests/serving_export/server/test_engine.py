@@ -17,7 +17,7 @@ from model.attention_ops import Documents
 from model.config import ModelConfig, TailSharing
 from model.inference.generate import Sampling, sample, uniform
 from model.transformer import Transformer
-from serving_export.engine import Engine, Event, Generation, PromptError, QueueFull
+from serving_export.server.engine import Engine, Event, Generation, PromptError, QueueFull
 
 VOCAB = 41
 STOP = 4
@@ -198,7 +198,7 @@ def test_failed_row_ends_its_own_request(monkeypatch: pytest.MonkeyPatch, fails:
                 logits_BV[row, 3] = torch.nan
         return sample(logits_BV, samplings, uniforms)
 
-    monkeypatch.setattr("serving_export.engine.sample", failing)
+    monkeypatch.setattr("serving_export.server.engine.sample", failing)
     engine = poisoned(Engine(tiny(), n_pages=60, page_size=4))
     prompts = [(2, 5, 6, 7, 8 + i) for i in range(4)]
     listeners = [Listener() for _ in prompts]

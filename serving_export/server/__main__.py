@@ -27,14 +27,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from data.format.dialogue import DialogueError, check_speaker
-from serving_export.answer import Answer, EventStream, failure
 from serving_export.bundle import Bundle, open_bundle
-from serving_export.engine import Engine, PromptError, QueueFull
 from serving_export.export.chat_template import dialogue_of
-from serving_export.metrics import ServerMetrics
-from serving_export.protocol import ChatRequest, Completion, RequestError, shown
-from serving_export.reply import EncodedPrompt, GenerationFailed, Replier
-from serving_export.request_body import parse_body, read_body
+from serving_export.server.answer import Answer, EventStream, failure
+from serving_export.server.engine import Engine, PromptError, QueueFull
+from serving_export.server.metrics import ServerMetrics
+from serving_export.server.protocol import ChatRequest, Completion, RequestError, shown
+from serving_export.server.reply import EncodedPrompt, GenerationFailed, Replier
+from serving_export.server.request_body import parse_body, read_body
 
 CHAT_PAGE = Path(__file__).with_name("chat_page.html")
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
