@@ -103,7 +103,8 @@ def _move(node: Any, old: str, new: str) -> None:
 
 
 def choose(found: Any, like: Path, runs: str) -> Choices:
-    """The recipes of `like` for what data.inspect.folder has found. Raises the errors that preparing the data would end in."""
+    """The recipes of `like` for what data.inspect.folder has found. Raises the errors that preparing the data would
+    end in."""
     look = importlib.import_module("data.inspect.folder")
     choices = read_recipes(like, runs)
     _choose_data(choices, found)

@@ -19,7 +19,10 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # Everything must import on a laptop, and a command line must answer quickly.
 ONLY_INSIDE_FUNCTIONS = {"deepspeed", "wandb", "transformers", "matplotlib", "datasets", "flash_attn", "triton", "vllm"}
-NEED_TRITON = ("model.kernels", "model.kernels.fused_block")
+NEED_TRITON = tuple(
+    f"model.kernels.{name}"
+    for name in ("add_rows", "cross_entropy", "fused_block", "gated_product", "geglu", "launch", "norm", "rotary")
+)
 """Modules that import Triton; among them they may import each other, all else imports them inside functions."""
 FILES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
 

@@ -27,9 +27,9 @@ became of them. A line refers to the turn that it continues, so no log repeats a
 | `closed`       | until when the product watched, i.e. when the line was written                                     |
 
 Times are unix seconds or ISO 8601. Messages, candidates and edits may have their keys under other names, as those of
-every record (data/sources/record_keys.py). Once the user has written on, the candidates of a turn are settled: who goes back to
-swipe an earlier reply, or to write something else, makes a new turn with the same `after`, and so does a user who
-changes a message of their own, since the candidates before and after answer different things.
+every record (data/sources/record_keys.py). Once the user has written on, the candidates of a turn are settled: who
+goes back to swipe an earlier reply, or to write something else, makes a new turn with the same `after`, and so does a
+user who changes a message of their own, since the candidates before and after answer different things.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""Feedback events without personal data: what data/clean/scrub.py does to dialogues, before turns become pairs and labels."""
+"""Feedback events without personal data: what data/clean/scrub.py does to dialogues, before turns become pairs and
+labels."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping

@@ -60,7 +60,8 @@ def message_to_record(message: Message) -> dict[str, Any]:
 
 def messages_from_records(records: object, character: str) -> tuple[Message, ...]:
     """Messages from a JSON list of {"speaker", "text", "time"?, "metadata"?}, with the other names of these keys and
-    the flags of training (data/sources/record_keys.py); `character` is the assistant. Raises DialogueError with the number."""
+    the flags of training (data/sources/record_keys.py); `character` is the assistant. Raises DialogueError with the
+    number."""
     read = read_messages(records, RoleNames("User", character), needs_role=False, keeps_other_keys=False)
     return supervised(read, character, None)
 

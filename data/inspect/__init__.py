@@ -1,1 +1,1 @@
-""""""
+"""Show prepared data, quarantined records and folders of conversations: python -m data.inspect."""

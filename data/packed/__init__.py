@@ -1,1 +1,1 @@
-""""""
+"""Packed token shards: cutting, packing, the order of rows, mixtures, batches."""

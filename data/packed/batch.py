@@ -17,8 +17,8 @@ class PackedRows(Rows, Protocol):
     """Numbered rows of packed documents: shards on disk (data.packed.shards), or made up (data.packed.synthetic)."""
 
     def gather(self, row_indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """tokens_RL int64, trained_RL uint8, label_RL int8, and all documents (data.packed.packing.DOCUMENT), one after the
-        other, each row's padding as its last."""
+        """tokens_RL int64, trained_RL uint8, label_RL int8, and all documents (data.packed.packing.DOCUMENT), one
+        after the other, each row's padding as its last."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Prompt templates: Prompt Poet files to the tokens of the dialogue format. The public names, and two commands:
+"""Prompt templates: Prompt Poet files to the tokens of the dialogue format. Two commands:
 
 python -m data.prompt check recipes/templates/group_chat.yml.j2   # what in it breaks a prefix cache?
 python -m data.prompt reuse chitchat: qmsum:corpora/qmsum         # what truncation leaves of a prefix cache
@@ -13,33 +13,12 @@ from typing import Any
 
 from rich.console import Console
 
-from data.format.message_encoder import MessageEncoder
-from data.prompt.parts import Section, TemplatePart, role_messages
 from data.prompt.template import (
-    DEFAULT_TEMPLATE,
-    ROLES,
-    PromptPart,
     PromptTemplate,
-    RenderedPrompt,
-    conversation_values,
 )
 from data.prompt.values import PromptError
 from recipes.loader import tell_error
 from recipes.stage_errors import USER_ERROR, tell_os_error
-
-__all__ = [
-    "DEFAULT_TEMPLATE",
-    "ROLES",
-    "MessageEncoder",
-    "PromptError",
-    "PromptPart",
-    "PromptTemplate",
-    "RenderedPrompt",
-    "Section",
-    "TemplatePart",
-    "conversation_values",
-    "role_messages",
-]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,10 +15,10 @@ _KEYS = (*RECORD_ALIASES, "character", "participants", "metadata")
 
 
 class ChatJsonlFormat(JsonFormat):
-    """One dialogue a record; its keys have other names too (data/sources/record_keys.py). `participants` are ids of the people
-    who wrote, for splits by participant: a list, or an object of speakers and their ids, and the character's own id is
-    not one of them. `time` is in unix seconds or ISO 8601; a scene or a character definition is a message by the
-    speaker narrator."""
+    """One dialogue a record; its keys have other names too (data/sources/record_keys.py). `participants` are ids of
+    the people who wrote, for splits by participant: a list, or an object of speakers and their ids, and the
+    character's own id is not one of them. `time` is in unix seconds or ISO 8601; a scene or a character definition is
+    a message by the speaker narrator."""
 
     kind: Literal["chat_jsonl"]
     # The character of records that name none: this speaker; null takes the assistant where messages have roles, and

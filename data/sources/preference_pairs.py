@@ -10,8 +10,8 @@ from data.sources.record_keys import take_trained
 
 
 class PreferencePairsFormat(JsonFormat):
-    """A pair a record, as data/sources/preferences.py writes it. The character is the pair's; what is known of the pair is in
-    the metadata, its source as `pairs`, the rejected reply as `rejected`."""
+    """A pair a record, as data/sources/preferences.py writes it. The character is the pair's; what is known of the
+    pair is in the metadata, its source as `pairs`, the rejected reply as `rejected`."""
 
     kind: Literal["preference_pairs"]
 

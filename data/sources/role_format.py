@@ -13,8 +13,8 @@ from data.sources.record import RecordError
 
 class RoleFormat(JsonFormat):
     """What the system says is the narrator's; a message's `name`, where given, is its speaker. The character is the
-    last assistant. Keys of data/sources/record_keys.py say what is trained, and are read or refused there; what is not text
-    (tool calls and results, images) makes a bad record. `participants` are those of chat_jsonl; other keys become
+    last assistant. Keys of data/sources/record_keys.py say what is trained, and are read or refused there; what is not
+    text (tool calls and results, images) makes a bad record. `participants` are those of chat_jsonl; other keys become
     metadata, of the record or the message."""
 
     user: str = "User"  # the names of the speakers that have none

@@ -1,1 +1,1 @@
-""""""
+"""Compare training runs arm by arm and seed by seed: python -m eval.ablation."""

@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from data.format.dialogue import message_body
+from data.format.message_encoder import MessageEncoder
 from data.format.tokenizer import DialogueTokenizer, train_tokenizer
-from data.prompt.__main__ import MessageEncoder, PromptTemplate
+from data.prompt.template import PromptTemplate
 
 TEMPLATE = """\
 - name: definition

@@ -1,1 +1,1 @@
-""""""
+"""Check which attention back ends and kernels run on this machine: python -m model.doctor."""

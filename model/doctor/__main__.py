@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from model.doctor.checks import Check
 
-CONSTRAINTS = Path(__file__).parents[1] / "constraints-gpu.txt"
+CONSTRAINTS = Path(__file__).parents[2] / "constraints-gpu.txt"
 KERNEL_PACKAGES = ("torch", "triton", "flash-attn-4", "quack-kernels", "nvidia-cutlass-dsl", "apache-tvm-ffi")
 _MOST_WORDS = 2000
 _COLORS = {"works": "green", "wrong": "bold red", "broken": "bold red", "missing": "yellow", "unfit": "dim"}

@@ -25,7 +25,7 @@ from data.format.dialogue import Dialogue, check_speaker, encode_dialogue
 from data.format.dialogue_json import read_dialogues
 from data.format.speaker_names import SpeakerNames, names_trained_on
 from data.format.tokenizer import MODEL_FILE, DialogueTokenizer
-from data.prompt.__main__ import DEFAULT_TEMPLATE, PromptTemplate
+from data.prompt.template import DEFAULT_TEMPLATE, PromptTemplate
 from model.config import ModelConfig
 from model.hugging_face import hf_config, load_exported_model, state_to_hf
 from model.portability import describe

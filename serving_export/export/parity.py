@@ -21,7 +21,7 @@ from data.format.dialogue import (
     escape,
 )
 from data.format.tokenizer import DialogueTokenizer
-from data.prompt.__main__ import PromptTemplate
+from data.prompt.template import PromptTemplate
 from model.attention_ops import Documents
 from model.inference.generate import Sampling, generate
 from model.transformer import Transformer

@@ -36,7 +36,7 @@ HOSTILE = "<script>alert(1)</script> & {{ 7 * 7 }} <|end|>"
 WORDS = ["hi", "how", "are", "you", "doing", "today", "i", "am", "fine", "thanks", "music", "and", "walks", "yes", "no"]
 
 
-CHAT_PAGE = Path(__file__).parents[2] / "serving_export" / "chat_page.html"
+CHAT_PAGE = Path(__file__).parents[2] / "serving_export" / "server" / "chat_page.html"
 
 
 def random_targets(rng: np.random.Generator, level: float) -> ScoredTargets:

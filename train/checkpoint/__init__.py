@@ -1,1 +1,1 @@
-""""""
+"""Checkpoints: written whole or not at all, hashed, resumed from."""

@@ -1,1 +1,1 @@
-""""""
+"""DeepSpeed: its configuration, snapshots of its state, and its universal checkpoints."""

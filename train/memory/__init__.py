@@ -1,1 +1,1 @@
-""""""
+"""The memory estimate of a training step, before anything runs."""

@@ -1,8 +1,8 @@
 """What a block keeps for its backward pass, tensor by tensor, in bytes a token.
 
-Fused, it is what model/kernels/fused_block.py holds on to. As written ("plain"), autograd keeps the inputs of every operation;
-where rms_norm is no single kernel (on a CPU) it keeps more than is counted here. What is counted is compared with real
-blocks in tests/train/test_activations.py.
+Fused, it is what model/kernels/fused_block.py holds on to. As written ("plain"), autograd keeps the inputs of every
+operation; where rms_norm is no single kernel (on a CPU) it keeps more than is counted here. What is counted is
+compared with real blocks in tests/train/test_activations.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What a rank's training step holds in device memory, counted from the architecture before anything runs.
 
-States are what DeepSpeed 0.19.8 allocates under the configuration of train/deepspeed/engine.py; activations are what a block
-keeps for its backward pass, tensor by tensor (train/memory/activations.py). Nothing here is fitted to a measurement.
+States are what DeepSpeed 0.19.8 allocates under the configuration of train/deepspeed/engine.py; activations are what a
+block keeps for its backward pass, tensor by tensor (train/memory/activations.py). Nothing here is fitted to a
+measurement.
 """
 
 from __future__ import annotations
@@ -244,7 +245,8 @@ class Load:
         return max(norms, 4 * min(share, SUB_GROUP_ELEMENTS)) if stage == 3 or self.itemsize == 4 else norms
 
     def host_bytes(self, world_size: int, is_main: bool, pinned: bool = True) -> int:
-        """Bytes of host memory a rank's copy of a checkpoint takes (train/deepspeed/snapshot.py), kept for the next one.
+        """Bytes of host memory a rank's copy of a checkpoint takes (train/deepspeed/snapshot.py), kept for the next
+        one.
 
         PyTorch's pinned allocator rounds every block up to a power of two. Rank 0 also holds the whole weights.
         """

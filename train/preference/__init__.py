@@ -1,1 +1,1 @@
-""""""
+"""Preference pairs for training."""

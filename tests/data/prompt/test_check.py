@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from data.prompt.__main__ import DEFAULT_TEMPLATE, PromptError, PromptTemplate, main
+from data.prompt.__main__ import main
 from data.prompt.check import check
 from data.prompt.example import called_functions, example_values
+from data.prompt.template import DEFAULT_TEMPLATE, PromptTemplate
+from data.prompt.values import PromptError
 
 TEMPLATES = Path(__file__).parents[3] / "recipes" / "templates"
 REPLY = "- name: reply\n  content: '{{ character }}:'\n"

@@ -9,7 +9,7 @@ from data.format.dialogue import NARRATOR, Dialogue, Message, encode_dialogue
 from data.format.dialogue_json import read_dialogues
 from data.format.tokenizer import DialogueTokenizer
 from data.prepare import main
-from data.prompt.__main__ import PromptTemplate, conversation_values
+from data.prompt.template import PromptTemplate, conversation_values
 
 TEMPLATE = """\
 {% include "persona.yml.j2" %}

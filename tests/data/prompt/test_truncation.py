@@ -7,9 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.format.dialogue import Message, encode_reply
+from data.format.message_encoder import MessageEncoder
 from data.format.tokenizer import DialogueTokenizer
-from data.prompt.__main__ import MessageEncoder, PromptError, PromptTemplate, conversation_values
+from data.prompt.template import PromptTemplate, conversation_values
 from data.prompt.truncation import planned_parts, surviving_parts
+from data.prompt.values import PromptError
 
 sizes = st.lists(st.integers(1, 30), max_size=30)
 

@@ -1,4 +1,5 @@
-"""Tests of eval/ablation/__main__.py and its readers: the whole evaluation on arms in miniature, and what it refuses."""
+"""Tests of eval/ablation/__main__.py and its readers: the whole evaluation on arms in miniature, and what it
+refuses."""
 
 import json
 from itertools import pairwise

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from data.format.dialogue import NARRATOR, Dialogue, Message, continuation_labels, encode_dialogue, encode_prompt
 from data.format.message_encoder import MessageEncoder
 from data.format.tokenizer import DialogueTokenizer
-from data.prompt.__main__ import PromptError, PromptTemplate, conversation_values
+from data.prompt.template import PromptTemplate, conversation_values
+from data.prompt.values import PromptError
 from eval.context import select_contexts
 from serving_export.server.conversation import ConversationEncoder
 
-TEMPLATES = Path(__file__).parents[2] / "recipes" / "templates"
+TEMPLATES = Path(__file__).parents[3] / "recipes" / "templates"
 GROUP = {
     "scene": "A kitchen.",
     "characters": [{"name": name, "definition": "is here", "greeting": ""} for name in ["Ann", "B", "C", "D", "E"]],

@@ -13,8 +13,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data.format.tokenizer import DialogueTokenizer
-from data.prompt.__main__ import PromptError, PromptTemplate, TemplatePart, role_messages
+from data.prompt.parts import TemplatePart, role_messages
+from data.prompt.template import PromptTemplate
 from data.prompt.truncation import surviving_parts
+from data.prompt.values import PromptError
 
 search_path = list(sys.path)
 prompt_poet = pytest.importorskip("prompt_poet")
@@ -336,7 +338,7 @@ def test_both_refuse_reserved_values(key: str) -> None:
         ours(ONE, {"text": "x", key: 1})
 
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
 _ROW = re.compile(r"\|[^|`]*(?:`[^`]*`[^|`]*)*\| `(- name.*?)` \| `(.*?)` \| (`.*?`|error) \| (`.*?`|error) \|")
 LISTED = [[cell.replace("\\|", "|").strip("`") for cell in row.groups()] for row in _ROW.finditer(README)]
 

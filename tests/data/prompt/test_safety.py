@@ -16,10 +16,11 @@ from data.format.dialogue import (
     unescape,
 )
 from data.format.tokenizer import DialogueTokenizer
-from data.prompt.__main__ import PromptError, PromptTemplate, TemplatePart
-from data.prompt.values import Texts
+from data.prompt.parts import TemplatePart
+from data.prompt.template import PromptTemplate
+from data.prompt.values import PromptError, Texts
 
-TEMPLATES = Path(__file__).parents[2] / "recipes" / "templates"
+TEMPLATES = Path(__file__).parents[3] / "recipes" / "templates"
 
 EVERYWHERE = """
 {% macro said(m) %}

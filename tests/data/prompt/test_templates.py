@@ -7,9 +7,10 @@ import pytest
 from data.format.dialogue import NARRATOR, Message, encode_prompt
 from data.format.message_encoder import MessageEncoder
 from data.format.tokenizer import DialogueTokenizer
-from data.prompt.__main__ import PromptTemplate, role_messages
+from data.prompt.parts import role_messages
+from data.prompt.template import PromptTemplate
 
-TEMPLATES = Path(__file__).parents[2] / "recipes" / "templates"
+TEMPLATES = Path(__file__).parents[3] / "recipes" / "templates"
 CHARACTERS = [
     {"name": "Captain Ada", "definition": "commands the airship; dry, brave: never swears", "greeting": "All aboard!"},
     {"name": "Bo", "definition": "the cook\n- hums while he works", "greeting": ""},
