@@ -26,7 +26,7 @@ from data.pipeline.read import UNITS_FILE, ReadSettings, ReadUnits
 from data.pipeline.recipe import DataRecipe
 from data.pipeline.report import key_figure, print_report
 from data.pipeline.select import QUARANTINE_FILE, SIDES, SelectDialogues
-from data.pipeline.tokenise import TokeniseUnits
+from data.pipeline.tokenize import TokenizeUnits
 from data.pipeline.tokenizer_stage import MakeTokenizer
 from data.pipeline.unit import units_of, write_units
 from data.pipeline.work_folder import WorkFolder
@@ -90,15 +90,15 @@ def stages(recipe: DataRecipe, work: WorkFolder, n_units: int) -> list[Stage]:
     row_length, rows_per_shard = recipe.row_length, recipe.rows_per_shard
     shared_out = (
         ReadUnits(work, sources, settings),
-        TokeniseUnits(work, n_units, row_length, recipe.context_tokens),
+        TokenizeUnits(work, n_units, row_length, recipe.context_tokens),
         PackGroups(work, n_units, row_length, rows_per_shard, recipe.pack_tokens),
     )
-    read, tokenise, pack = (Stage(step.stage, [step], n) for step in shared_out)
+    read, tokenize, pack = (Stage(step.stage, [step], n) for step in shared_out)
     select_, tokenizer, merge = (
         Stage(step.stage, [step], 1)
         for step in (select, MakeTokenizer(work, recipe.tokenizer), MergeResults(work, row_length, rows_per_shard))
     )
-    return [read, *minhash, select_, tokenizer, tokenise, pack, merge]
+    return [read, *minhash, select_, tokenizer, tokenize, pack, merge]
 
 
 def _dry_run(recipe: DataRecipe, console: Console) -> None:

@@ -223,7 +223,7 @@ _DIGIT_OR_AT = re.compile(r"[\d@]")  # nothing that is scrubbed is without one
 
 _CREDENTIALS = re.compile(r"(?<=://)(?!\[credentials\]@)[^\s/?#<>\"]{1,256}@(?=[\w\[])")
 
-# Letters of the scripts that separate words by spaces: elsewhere an address would take its neighbours with it.
+# Letters of the scripts that separate words by spaces: elsewhere an address would take its neighbors with it.
 _LETTER = "A-Za-z\u00c0-\u024f\u0300-\u052f"
 _EMAIL = re.compile(
     rf"(?<![{_LETTER}0-9_])[{_LETTER}0-9_][{_LETTER}0-9_.!#$%&'*+/=?^`{{|}}~-]{{0,63}}@"

@@ -20,7 +20,7 @@ from data.format.visible_text import says_nothing, visible
 from data.sources.preferences import SAYS_NOTHING
 from recipes.loader import Section
 
-Unwanted = Literal["negative", "unlabelled"]
+Unwanted = Literal["negative", "unlabeled"]
 _POSITIVE, _NEGATIVE = 1, 0
 _EVER = float("inf")
 
@@ -117,7 +117,7 @@ def kept_label(path: Sequence[Turn], number: int, settings: LabelSettings) -> tu
 
 def other_label(event: FeedbackEvent, number: int, settings: LabelSettings) -> tuple[int | None, str]:
     """Of a reply that was shown and not kept."""
-    if settings.not_kept_are == "unlabelled":
+    if settings.not_kept_are == "unlabeled":
         return None, "not kept"
     if visible(event.candidates[number].text) == visible(event.candidates[event.kept].text):
         return None, "the same text as the kept reply"
@@ -152,14 +152,14 @@ def verdicts(conversation: Conversation, settings: LabelSettings) -> Iterator[Ve
 
 def capped(given: Sequence[Verdict], most: int | None, user: str, seed: int) -> list[Verdict]:
     """The verdicts of a user with at most `most` labels, chosen by a hash; the other replies lose theirs."""
-    labelled = [number for number, verdict in enumerate(given) if verdict.label is not None]
-    if most is None or len(labelled) <= most:
+    labeled = [number for number, verdict in enumerate(given) if verdict.label is not None]
+    if most is None or len(labeled) <= most:
         return list(given)
     identities = []
-    for number in labelled:
+    for number in labeled:
         event = given[number].turn.event
         identities.append(f"label/{seed}/{user}/{event.conversation}/{event.turn}/{given[number].number}")
-    chosen = {labelled[place] for place in smallest_hashes(identities, most)}
+    chosen = {labeled[place] for place in smallest_hashes(identities, most)}
     return [
         verdict
         if verdict.label is None or number in chosen
@@ -186,8 +186,8 @@ def conversation_dialogue(
             messages += (*turn.messages, reply)
         else:
             label = None if event.edit else labels.get((event.turn, event.kept))
-            messages += (_labelled(message, character, None) for message in turn.messages)
-            messages.append(_labelled(reply, character, label))
+            messages += (_labeled(message, character, None) for message in turn.messages)
+            messages.append(_labeled(reply, character, label))
     return Dialogue(f"{participant}/{conversation.id}", tuple(messages), character, (participant,))
 
 
@@ -198,20 +198,20 @@ def reply_dialogue(verdict: Verdict, participant: str, max_context_messages: int
     candidate = event.candidates[number]
     context = verdict.turn.context(candidate.time, max_context_messages)
     reply = Message(event.character, candidate.text, candidate.time, _known_of(event, number))
-    messages = [_labelled(message, event.character, None, trained=False) for message in context]
-    messages.append(_labelled(reply, event.character, verdict.label, trained=False))
+    messages = [_labeled(message, event.character, None, trained=False) for message in context]
+    messages.append(_labeled(reply, event.character, verdict.label, trained=False))
     identity = f"{participant}/{event.conversation}/{event.turn}/{number}"
     return Dialogue(identity, tuple(messages), event.character, (participant,))
 
 
 def stands_alone(verdict: Verdict) -> bool:
-    """Whether a labelled reply needs a dialogue of its own, because the conversation did not go on with its text."""
+    """Whether a labeled reply needs a dialogue of its own, because the conversation did not go on with its text."""
     return verdict.label is not None and (
         verdict.number != verdict.turn.event.kept or verdict.turn.event.edit is not None
     )
 
 
-def _labelled(message: Message, character: str, label: int | None, trained: bool = True) -> Message:
+def _labeled(message: Message, character: str, label: int | None, trained: bool = True) -> Message:
     """The message with its label, where the character wrote it."""
     if message.speaker != character:
         return message

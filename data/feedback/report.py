@@ -56,7 +56,7 @@ def to_report(counts: Counts) -> dict[str, Any]:
         },
         "labels": {
             "replies_shown": labels.ledger.read,
-            "unlabelled": dict(sorted(labels.ledger.filtered.items())),
+            "unlabeled": dict(sorted(labels.ledger.filtered.items())),
             **{name: labels.n_by_label[label] for label, name in _LABELS.items()},
             **{f"mean_characters_{name}": labels.mean_characters(label) for label, name in _LABELS.items()},
         },
@@ -87,7 +87,7 @@ def print_report(counts: Counts, console: Console) -> None:
         console.print(_count_table(f"comparisons: {rule}", rows))
         console.print(_length_line(of_rule.before_length_filters, of_rule.written), highlight=False, soft_wrap=True)
     labels = counts.labels
-    rows = [("shown", labels.ledger.read), *_excluded(labels.ledger, "unlabelled")]
+    rows = [("shown", labels.ledger.read), *_excluded(labels.ledger, "unlabeled")]
     console.print(_count_table("replies", [*rows, *((name, labels.n_by_label[k]) for k, name in _LABELS.items())]))
     lengths = (f"{name} {_number(labels.mean_characters(label))}" for label, name in _LABELS.items())
     console.print(f"mean characters of a reply: {', '.join(lengths)}", highlight=False)

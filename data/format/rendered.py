@@ -14,7 +14,7 @@ from data.format.dialogue import (
     speaker_prefix,
     supervision,
 )
-from data.format.tokenise import BulkEncoder
+from data.format.tokenize import BulkEncoder
 from data.packed.cut import CutRule, cut, repeats_opening
 from data.packed.packing import DOCUMENT, EncodedCorpus, token_dtype
 

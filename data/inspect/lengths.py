@@ -11,9 +11,9 @@ from data.atomic_file import atomic_file
 _QUANTILES = {"shortest": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "longest": 1.0}
 _N_BINS = 40
 _EMPTY = 0.7  # where a bin without documents is drawn, for a logarithmic axis has no 0
-# Ink, a softer one, the grid; and of Okabe and Ito's colours, told apart with any colour vision, one for each side.
+# Ink, a softer one, the grid; and of Okabe and Ito's colors, told apart with any color vision, one for each side.
 _INK, _SOFT, _GRID = "#1b2430", "#5d6879", "#e2e6ec"
-_COLOURS = ("#0072b2", "#d55e00")
+_COLORS = ("#0072b2", "#d55e00")
 
 
 def length_table(lengths: Mapping[str, np.ndarray], row_length: int) -> Table:
@@ -46,12 +46,12 @@ def write_histogram(path: Path, lengths: Mapping[str, np.ndarray], row_length: i
     FigureCanvasAgg(figure)
     ax = figure.add_subplot()
     edges = length_bins(row_length)
-    for (side, values), colour in zip(lengths.items(), _COLOURS, strict=True):
+    for (side, values), color in zip(lengths.items(), _COLORS, strict=True):
         if len(values):
             counts = np.histogram(values, edges)[0]
             label = f"{side}: {len(values):,} documents, median {int(np.median(values)):,}"
-            ax.stairs(counts, edges, baseline=_EMPTY, color=colour, linewidth=1.8, label=label)
-            ax.stairs(counts, edges, baseline=_EMPTY, color=colour, alpha=0.12, fill=True)
+            ax.stairs(counts, edges, baseline=_EMPTY, color=color, linewidth=1.8, label=label)
+            ax.stairs(counts, edges, baseline=_EMPTY, color=color, alpha=0.12, fill=True)
     ax.axvline(row_length, color=_SOFT, linewidth=1, linestyle=(0, (4, 3)))
     ax.annotate(
         "a row", (row_length, 1), xycoords=("data", "axes fraction"), xytext=(-4, -3), textcoords="offset points",

@@ -1,4 +1,4 @@
-"""Text of strangers on a terminal: what would move the cursor, recolour or reorder is shown instead of obeyed."""
+"""Text of strangers on a terminal: what would move the cursor, recolor or reorder is shown instead of obeyed."""
 
 _CONTROLS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {127: "\u2421"}
 _CONTROLS |= {code: f"\\x{code:02x}" for code in range(0x80, 0xA0)}

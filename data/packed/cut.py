@@ -1,6 +1,6 @@
 """Cutting of dialogues longer than a row into documents. Each token of a dialogue is trained in one document; a later
 document begins with the narrator's opening and the newest messages before the cut, so that no reply stands without the
-message that it answers. These are repeated: read, but never trained and never labelled."""
+message that it answers. These are repeated: read, but never trained and never labeled."""
 
 from dataclasses import dataclass
 

@@ -17,7 +17,7 @@ from data.pipeline.item_step import ItemStep
 from data.pipeline.pack import packed_groups
 from data.pipeline.read import UNITS_FILE, UnitResults
 from data.pipeline.select import SIDES, Selection
-from data.pipeline.tokenise import Figures, figures_of
+from data.pipeline.tokenize import Figures, figures_of
 from data.pipeline.tokenizer_stage import made_tokenizer
 from data.pipeline.unit import read_units
 from data.pipeline.work_folder import WorkFolder
@@ -126,7 +126,7 @@ def _statistics(figures: Figures, n_positions: int) -> dict[str, Any]:
 
 
 def _copy_lines(unit: UnitResults, is_kept: np.ndarray, file: IO[bytes]) -> None:
-    """Append the lines of some rows; neighbours are copied together."""
+    """Append the lines of some rows; neighbors are copied together."""
     edges = np.append(0, np.cumsum(unit.column("rows")["line_bytes"]))
     with open(unit.dialogues, "rb") as lines:
         for first, end in _runs(is_kept):

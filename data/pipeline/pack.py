@@ -15,7 +15,7 @@ from data.packed.packing import EncodedCorpus, best_fit
 from data.packed.shards import packed_rows, write_group
 from data.pipeline.item_step import ItemStep
 from data.pipeline.select import SIDES
-from data.pipeline.tokenise import encoded_unit, figures_of
+from data.pipeline.tokenize import encoded_unit, figures_of
 from data.pipeline.tokenizer_stage import made_tokenizer
 from data.pipeline.work_folder import WorkFolder
 

@@ -48,7 +48,7 @@ class DataRecipe(Section):
     executor: MayChange[Executor] = LocalSettings(kind="local")
     # Into how many tasks each stage is shared out; null: as many as workers.
     tasks: MayChange[int | None] = Field(default=None, ge=1)
-    # What is read and tokenised at a time, and not done again after an interruption: so much of the files.
+    # What is read and tokenized at a time, and not done again after an interruption: so much of the files.
     unit_bytes: int = Field(default=64 << 20, ge=1)
     # Tokens that are packed at a time; they bound the memory of a task.
     pack_tokens: int = Field(default=16_000_000, ge=1)

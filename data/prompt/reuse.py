@@ -25,7 +25,7 @@ Rule = Callable[[Sequence[int], Sequence[int], int], list[int]]  # lengths, prio
 
 CURVE_COSTS = (0.03, 0.06, 0.125, 0.1875, 0.25, 0.3125, 0.375)
 CURVE_STEPS = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)  # of the limit
-_COLOURS = ("#0072b2", "#d55e00", "#00896b", "#8d5aa8", "#b08900")
+_COLORS = ("#0072b2", "#d55e00", "#00896b", "#8d5aa8", "#b08900")
 _SAMPLE_CHARACTERS = 4_000_000
 
 
@@ -274,7 +274,7 @@ def _figures(row: Row) -> list[str]:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """The trade-off as PNG: reuse over context kept, a panel a set of conversations, a colour a limit."""
+    """The trade-off as PNG: reuse over context kept, a panel a set of conversations, a color a limit."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -285,12 +285,12 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         ax = figure.add_subplot(1, len(sets), number + 1)
         ax.axhline(95, color="#9aa4b2", linewidth=0.8, linestyle=":")
         ax.axvline(75, color="#9aa4b2", linewidth=0.8, linestyle=":")
-        for limit, colour in zip(limits, _COLOURS):
+        for limit, color in zip(limits, _COLORS):
             own = [r for r in rows if r.conversations == name and r.limit == limit]
             for kind, style in (("planned", "o-"), ("stepped", "s--"), ("naive", "x")):
                 points = [(100 * r.replay.kept, 100 * r.replay.reuse) for r in own if r.rule.startswith(kind)]
                 label = f"{kind}, limit {limit:,}" if kind != "naive" else None
-                ax.plot(*zip(*points), style, color=colour, markersize=4, linewidth=1.3, label=label)
+                ax.plot(*zip(*points), style, color=color, markersize=4, linewidth=1.3, label=label)
         ax.set_title(name, loc="left", fontsize=10.5)
         ax.set_xlabel("context kept, % of naive truncation (x: naive itself)")
         ax.set_ylabel("prompt tokens that begin the prompt before, %")

@@ -176,7 +176,7 @@ class PromptTemplate:
         truncation_step: int | None = None,
         context_cost: float | None = None,
     ) -> RenderedPrompt:
-        """The prompt for `values`, of at most `token_limit` tokens. A MessageEncoder kept from turn to turn tokenises
+        """The prompt for `values`, of at most `token_limit` tokens. A MessageEncoder kept from turn to turn tokenizes
         each message once.
 
         Where parts must go, cuts are rare and deep, so that a cache of the prefix stays valid between them: planned to

@@ -38,7 +38,7 @@ def surviving_parts(lengths: Sequence[int], priorities: Sequence[int], token_lim
     """Numbers of the parts that remain. Parts of priority 0 always do; the caller checks whether the rest fits.
 
     Prompt Poet's algorithm: the tokens to remove are the surplus rounded up to a multiple of `step`; blocks of
-    neighbours with one priority go, highest priority first, each whole if it fits what is still to remove, else from
+    neighbors with one priority go, highest priority first, each whole if it fits what is still to remove, else from
     its front. It has no state, and the cut moves only when the surplus crosses a multiple of `step`.
     """
     surplus = sum(lengths) - token_limit

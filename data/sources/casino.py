@@ -1,4 +1,4 @@
-"""CaSiNo (CC-BY-4.0): two campsite neighbours negotiate for food, water and firewood, each with aims of their own."""
+"""CaSiNo (CC-BY-4.0): two campsite neighbors negotiate for food, water and firewood, each with aims of their own."""
 
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal

@@ -2,7 +2,7 @@
 
     python tests/data/prepare_peer.py chats.jsonl --tokenizer runs/demo/data --workers 2
 
-The usual way: `datasets` reads the JSON lines, a map in processes renders and tokenises with the exported fast
+The usual way: `datasets` reads the JSON lines, a map in processes renders and tokenizes with the exported fast
 tokenizer, another map joins the ids and cuts them into rows (documents where a row ends, too), and the rows are saved.
 It scans for no bad record, no duplicate and no held-out participant, and keeps neither boundaries nor loss masks.
 `eval.speed.repeated_chats` makes chats.jsonl of any size.
@@ -81,14 +81,14 @@ def usual(work: Work) -> list[str]:
 
 
 def do_usual(work: Work) -> None:
-    """Read, render, tokenise, join, cut and save with `datasets`; the cache is its own."""
+    """Read, render, tokenize, join, cut and save with `datasets`; the cache is its own."""
     import datasets
 
     rows = datasets.load_dataset(
         "json", data_files=str(work.chats), split="train", cache_dir=str(work.folder / "datasets_cache")
     )
     rows = rows.map(
-        tokenised,
+        tokenized,
         batched=True,
         num_proc=work.workers,
         remove_columns=rows.column_names,
@@ -99,7 +99,7 @@ def do_usual(work: Work) -> None:
     print(sum(len(row) for row in rows.with_format("arrow").iter(4096)) * work.row_length)
 
 
-def tokenised(batch: dict[str, list[Any]], tokenizer_json: str) -> dict[str, list[list[int]]]:
+def tokenized(batch: dict[str, list[Any]], tokenizer_json: str) -> dict[str, list[list[int]]]:
     """A map function: dialogues rendered, and the ids of each."""
     global _tokenizer
     if _tokenizer is None:

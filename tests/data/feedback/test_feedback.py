@@ -88,7 +88,7 @@ def test_what_it_writes_is_what_the_stages_read(recipe: Path, tmp_path: Path, lo
     labels = report["labels"]
     assert (found.count(1), found.count(0)) == (labels["positive"], labels["negative"])
     assert min(labels["positive"], labels["negative"]) > 0
-    assert labels["replies_shown"] == len(log.shown_after) == len(found) + sum(labels["unlabelled"].values())
+    assert labels["replies_shown"] == len(log.shown_after) == len(found) + sum(labels["unlabeled"].values())
     said = {message["text"] for event in log.events for message in event["messages"]}
     assert {m.text for d in (*whole, *replies) for m in d.messages} <= shown | edits | said
     assert (run_dir / "quarantine.jsonl").read_bytes() == b""
@@ -217,7 +217,7 @@ def test_an_interrupted_run_is_repeated(
         ("events={tmp}/event", "did you mean"),
         ("pairs.rules.0.kind=edit_over_orignal", "did you mean edit_over_original?"),
         ("pairs.max_lenght_ratio=2.0", "did you mean max_length_ratio?"),
-        ("labels.not_kept_are=positive", "expected 'negative' or 'unlabelled'"),
+        ("labels.not_kept_are=positive", "expected 'negative' or 'unlabeled'"),
         ("parts=0", "parts"),
         ("pairs.rules=[]", "pairs.rules"),
         ("pairs.rules=[{{kind: edit_over_original}}, {{kind: edit_over_original}}]", "edit_over_original twice"),

@@ -65,7 +65,7 @@ UNWATCHED, ENDS, LAST = "not watched long enough", "the log ends too early", "am
     [
         (talk(PLAIN, PLAIN, PLAIN), {}, [1, 1, 0]),
         (talk(PLAIN, PLAIN, PLAIN), {"last_replies": 2}, [1, 0, 0]),
-        (talk(PLAIN, PLAIN, PLAIN), {"last_replies": 2, "last_replies_are": "unlabelled"}, [1, LAST, LAST]),
+        (talk(PLAIN, PLAIN, PLAIN), {"last_replies": 2, "last_replies_are": "unlabeled"}, [1, LAST, LAST]),
         (talk(PLAIN, PLAIN, PLAIN), {"last_replies": 5}, [0, 0, 0]),
         # the product stopped watching before the user can be called gone
         (talk(PLAIN, PLAIN, PLAIN, closed=120.9), {}, [1, 1, UNWATCHED]),
@@ -80,7 +80,7 @@ UNWATCHED, ENDS, LAST = "not watched long enough", "the log ends too early", "am
         (talk(PLAIN, {"wrote_again": 111}), {}, [1, 1]),
         # asked for another, and wrote on
         (talk(swiped(1, 5), PLAIN), {}, [0, 1, 0]),
-        (talk(swiped(1, 5), PLAIN), {"not_kept_are": "unlabelled"}, ["not kept", 1, 0]),
+        (talk(swiped(1, 5), PLAIN), {"not_kept_are": "unlabeled"}, ["not kept", 1, 0]),
         (talk(swiped(1, 5), PLAIN), {"min_seen_seconds": 4.5}, ["swiped away unread", 1, 0]),
         (talk(swiped(1, 3, 8, kept=1), PLAIN), {}, [0, "kept after looking at others", 0, 0]),
         (
@@ -91,7 +91,7 @@ UNWATCHED, ENDS, LAST = "not watched long enough", "the log ends too early", "am
         # the clock starts at the last reply on display
         (talk(PLAIN, swiped(11, 15, wrote_again=115)), {}, [1, 0, 1]),
         (talk({"edit": {"text": "x", "time": 2}}, PLAIN), {}, [0, 0]),
-        (talk({"edit": {"text": "x", "time": 2}}, PLAIN), {"edited_are": "unlabelled"}, ["edited", 0]),
+        (talk({"edit": {"text": "x", "time": 2}}, PLAIN), {"edited_are": "unlabeled"}, ["edited", 0]),
         (talk({"edit": {"text": "x", "time": 30}}, PLAIN), {}, [0, "an earlier reply was edited later"]),
         (talk({"character": "Rex"}, PLAIN, PLAIN), {}, ["by another character than the dialogue's", 1, 0]),
         (talk(PLAIN, PLAIN, {"after": "t0"}), {}, [1, "taken back", 0]),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from data.format.dialogue import NARRATOR, Dialogue, Message, encode_dialogue, encode_message
 from data.format.rendered import RenderedDialogues, encode_rendered, join_bytes, render
-from data.format.tokenise import BulkEncoder
+from data.format.tokenize import BulkEncoder
 from data.format.tokenizer import DialogueTokenizer
 from data.packed.cut import CutRule, cut
 from data.packed.packing import Document, EncodedCorpus

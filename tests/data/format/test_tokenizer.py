@@ -57,7 +57,7 @@ def test_no_text_yields_a_control_id(either: DialogueTokenizer, text: str) -> No
     assert all(i > 4 for i in either.encode(text))
 
 
-def test_every_character_survives_alone_and_beside_its_neighbours(either: DialogueTokenizer) -> None:
+def test_every_character_survives_alone_and_beside_its_neighbors(either: DialogueTokenizer) -> None:
     characters = [chr(i) for i in range(17 * PLANE) if i not in SURROGATES]
     for start in range(0, len(characters), PLANE):
         some = characters[start : start + PLANE]

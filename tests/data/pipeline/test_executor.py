@@ -70,7 +70,7 @@ def test_slurm_jobs_do_what_local_processes_do(
     scripts = [path.read_text() for path in sorted(slurm.iterdir(), key=lambda path: int(path.stem))]
     jobs = [script for script in scripts if "merge_stats" not in script]
     names = [next(line for line in job.splitlines() if "job-name" in line).split("=")[1] for job in jobs]
-    assert names == [f"dramatis-{stage}" for stage in ("read", "select", "tokenizer", "tokenise", "pack", "merge")]
+    assert names == [f"dramatis-{stage}" for stage in ("read", "select", "tokenizer", "tokenize", "pack", "merge")]
     assert "#SBATCH --array=0-2%2" in jobs[0]
     assert "#SBATCH --array=0-0%2" in jobs[1]
     for wanted in ("--partition=cpu", "--time=02:00:00", "--mem-per-cpu=3G", "--account=chat", "--cpus-per-task=1"):

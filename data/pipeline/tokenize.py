@@ -1,4 +1,4 @@
-"""Stage tokenise: the texts of each unit to documents of tokens, each side's in files of its own."""
+"""Stage tokenize: the texts of each unit to documents of tokens, each side's in files of its own."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from data.atomic_file import write_json
 from data.format.rendered import encode_rendered
-from data.format.tokenise import BulkEncoder
+from data.format.tokenize import BulkEncoder
 from data.packed.cut import CutRule
 from data.packed.packing import DOCUMENT, EncodedCorpus, token_dtype
 from data.pipeline.item_step import ItemStep
@@ -21,7 +21,7 @@ from data.pipeline.select import SIDES, Selection
 from data.pipeline.tokenizer_stage import made_tokenizer
 from data.pipeline.work_folder import WorkFolder
 
-TOKENISE = "tokenise"
+TOKENIZE = "tokenize"
 _FIGURES = "figures.json"
 _TEXT_BYTES_AT_ONCE = 2 << 20
 
@@ -47,10 +47,10 @@ class Figures:
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
 
-class TokeniseUnits(ItemStep):
+class TokenizeUnits(ItemStep):
     """An item is a unit."""
 
-    stage = TOKENISE
+    stage = TOKENIZE
 
     def __init__(self, work: WorkFolder, n_units: int, row_length: int, context_tokens: int) -> None:
         super().__init__(work)
@@ -122,7 +122,7 @@ def _counts(corpus: EncodedCorpus) -> Figures:
 
 def figures_of(work: WorkFolder, unit: int) -> dict[str, Figures]:
     """What each side of a unit holds."""
-    counts = json.loads((work.item(TOKENISE, unit) / _FIGURES).read_text(encoding="utf-8"))
+    counts = json.loads((work.item(TOKENIZE, unit) / _FIGURES).read_text(encoding="utf-8"))
     return {side: Figures(**of_side) for side, of_side in counts.items()}
 
 
@@ -136,7 +136,7 @@ def encoded_unit(work: WorkFolder, unit: int, side: str, vocab_size: int) -> Enc
     }
     arrays = {}
     for name in _ARRAYS:
-        path = _array(work.item(TOKENISE, unit), side, name)
+        path = _array(work.item(TOKENIZE, unit), side, name)
         is_empty = path.stat().st_size == 0  # which cannot be mapped
         arrays[name] = np.zeros(0, dtypes[name]) if is_empty else np.memmap(path, dtypes[name], mode="r")
     return EncodedCorpus(**arrays)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data.format.tokenise as tokenise_module
-from data.format.tokenise import BulkEncoder
+import data.format.tokenize as tokenize_module
+from data.format.tokenize import BulkEncoder
 from data.format.tokenizer import DialogueTokenizer
 
 TEXTS = st.lists(
@@ -46,8 +46,8 @@ def test_what_is_remembered_makes_no_difference(tokenizer: DialogueTokenizer, ba
 def test_few_words_are_remembered(
     tokenizer: DialogueTokenizer, monkeypatch: pytest.MonkeyPatch, most_words: int, most_bytes: int
 ) -> None:
-    monkeypatch.setattr(tokenise_module, "_MAX_REMEMBERED", most_words)
-    monkeypatch.setattr(tokenise_module, "_MAX_REMEMBERED_BYTES", most_bytes)
+    monkeypatch.setattr(tokenize_module, "_MAX_REMEMBERED", most_words)
+    monkeypatch.setattr(tokenize_module, "_MAX_REMEMBERED_BYTES", most_bytes)
     encoder = BulkEncoder(tokenizer)
     for first in range(0, 60, 7):
         texts = [f"word {number} {'x' * number}" for number in range(first, first + 4)]
