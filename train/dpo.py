@@ -105,12 +105,12 @@ class EncodedPair:
 class PairBatch:
     """Chosen and rejected sequences of B pairs, packed: the B chosen ones first, then the B rejected.
 
-    answer_T marks positions whose target belongs to a reply; sequence_T numbers the sequence of each token.
+    loss_mask_T marks positions whose target belongs to a reply; sequence_T numbers the sequence of each token.
     """
 
     tokens_T: Tensor
     targets_T: Tensor
-    answer_T: Tensor
+    loss_mask_T: Tensor
     sequence_T: Tensor
     lengths: list[int]
     reference_B: Tensor
@@ -184,7 +184,7 @@ def encode_pairs(
 def reply_logprobs(trunk: Transformer, batch: PairBatch) -> Tensor:
     """Log-probabilities of the 2B replies of a batch, float32: one forward for both sides."""
     device = trunk.embed_tokens.weight.device
-    places_T = batch.answer_T.nonzero()[:, 0].to(device)
+    places_T = batch.loss_mask_T.nonzero()[:, 0].to(device)
     hidden_TD = trunk(batch.tokens_T.to(device), Documents.from_lengths(batch.lengths, device=device))
     targets_T = batch.targets_T.to(device)[places_T]
     embed_VD, softcap = trunk.embed_tokens.weight, trunk.config.final_logit_softcap

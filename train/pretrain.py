@@ -66,7 +66,7 @@ class PretrainRecipe(TrainingRecipe):
 
 
 TOKENS = Targets(
-    lambda batch: {"next tokens to predict": int(batch.trained_T.sum())},
+    lambda batch: {"next tokens to predict": int(batch.has_target_T.sum())},
     "Prepare data with documents of two tokens or more",
 )
 
@@ -76,7 +76,7 @@ def language_model_loss(module: LossModule, batch: PackedBatch, z_loss: float = 
     batch = batch.to(module.trunk.embed_tokens.weight.device)
     hidden_TD = module.trunk(batch.tokens_T, documents_of(batch))
     z_loss = z_loss if module.training else 0.0
-    return Loss(next_token_loss(module.trunk, hidden_TD, batch.targets_T, batch.trained_T, z_loss))
+    return Loss(next_token_loss(module.trunk, hidden_TD, batch.targets_T, batch.has_target_T, z_loss))
 
 
 def architecture(recipe: PretrainRecipe) -> ModelConfig | None:

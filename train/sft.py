@@ -40,7 +40,7 @@ class SFTRecipe(TrainingRecipe):
 
 
 REPLY_TOKENS = Targets(
-    lambda batch: {"trained tokens of the character's replies": int(batch.answer_T.sum())},
+    lambda batch: {"trained tokens of the character's replies": int(batch.loss_mask_T.sum())},
     "A reply is trained where the character wrote it and nothing keeps it out (trained: false, weight: 0): look at the "
     "data with python -m data.inspect, and prepare dialogues with replies to train",
 )
@@ -49,7 +49,7 @@ REPLY_TOKENS = Targets(
 def answer_loss(module: LossModule, batch: PackedBatch) -> Loss:
     """Next-token cross-entropy over the character's text and its `<|end|>` only."""
     device = module.trunk.embed_tokens.weight.device
-    places_T = to_device(batch.answer_T.nonzero()[:, 0], device)  # found before the device is busy
+    places_T = to_device(batch.loss_mask_T.nonzero()[:, 0], device)  # found before the device is busy
     batch = batch.to(device)
     hidden_TD = module.trunk(batch.tokens_T, documents_of(batch))
     return Loss(next_token_loss(module.trunk, hidden_TD[places_T], batch.targets_T[places_T]))

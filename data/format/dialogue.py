@@ -125,14 +125,14 @@ class Dialogue:
 class EncodedDialogue:
     """A dialogue as tokens (length n, int64), with what supervises each of them.
 
-    `trained`: 1 on the character's text and its `<|end|>`, unless its metadata says otherwise. `label`: at the
+    `loss_mask`: 1 on the character's text and its `<|end|>`, unless its metadata says otherwise. `label`: at the
     `<|end|>` that closes a message with a label (`continuation_labels`), 0 or 1; -1 everywhere else. `message_starts`:
     positions of `<|message|>`; `text_starts`: positions of the first token after each "speaker:". `n_opening`: how many
     messages of the narrator it begins with.
     """
 
     tokens: np.ndarray
-    trained: np.ndarray
+    loss_mask: np.ndarray
     label: np.ndarray
     message_starts: np.ndarray
     text_starts: np.ndarray
@@ -303,8 +303,8 @@ def _is_turn(dialogue: Dialogue, number: int) -> bool:
 
 def supervision(dialogue: Dialogue, within_seconds: float | None = None) -> tuple[list[bool], list[int]]:
     """For each message: whether SFT trains it, and its continuation label."""
-    trained = [message.speaker == dialogue.character and message.is_trained for message in dialogue.messages]
-    return trained, continuation_labels(dialogue, within_seconds)
+    is_trained = [message.speaker == dialogue.character and message.is_trained for message in dialogue.messages]
+    return is_trained, continuation_labels(dialogue, within_seconds)
 
 
 def encode_dialogue(
@@ -326,10 +326,10 @@ def encode_dialogue(
         text_starts.append(len(ids))
         ids += (*body, tokenizer.end_id)
         ends.append(len(ids))
-    trained = np.zeros(len(ids), dtype=np.uint8)
+    loss_mask = np.zeros(len(ids), dtype=np.uint8)
     label = np.full(len(ids), NO_LABEL, dtype=np.int8)
     for is_answer, continues, first, end in zip(is_trained, labels, text_starts, ends, strict=True):
         label[end - 1] = continues
-        trained[first:end] = is_answer
+        loss_mask[first:end] = is_answer
     tokens, n_opening = np.asarray(ids, dtype=np.int64), n_opening_messages(dialogue.messages)
-    return EncodedDialogue(tokens, trained, label, np.asarray(starts), np.asarray(text_starts), n_opening)
+    return EncodedDialogue(tokens, loss_mask, label, np.asarray(starts), np.asarray(text_starts), n_opening)

@@ -19,7 +19,7 @@ from data.packed.cut import CutRule, cut, repeats_opening
 from data.packed.packing import DOCUMENT, EncodedCorpus, token_dtype
 
 MESSAGE = np.dtype(
-    [("prefix_bytes", "<u4"), ("body_bytes", "<u4"), ("trained", "u1"), ("label", "i1"), ("opening", "u1")]
+    [("prefix_bytes", "<u4"), ("body_bytes", "<u4"), ("is_trained", "u1"), ("label", "i1"), ("opening", "u1")]
 )
 """A message: the bytes of "speaker:" and of " text", whether SFT trains it, its continuation label, and whether it is
 one of the narrator's messages that the dialogue begins with."""
@@ -57,16 +57,16 @@ def render(
     n_bytes = np.fromiter(map(len, texts), np.int64, len(texts))
     messages = np.empty(len(said), MESSAGE)
     messages["prefix_bytes"], messages["body_bytes"] = n_bytes[::2], n_bytes[1::2]
-    trained: list[bool] = []
+    trained_messages: list[bool] = []
     labels: list[int] = []
     opening: list[bool] = []
     for dialogue in dialogues:
         is_trained, label = supervision(dialogue, continue_within_seconds)
-        trained += is_trained
+        trained_messages += is_trained
         labels += label
         n_opening = n_opening_messages(dialogue.messages)
         opening += [True] * n_opening + [False] * (len(label) - n_opening)
-    messages["trained"], messages["label"], messages["opening"] = trained, labels, opening
+    messages["is_trained"], messages["label"], messages["opening"] = trained_messages, labels, opening
     return texts, messages, np.array([len(dialogue.messages) for dialogue in dialogues], np.int64)
 
 
@@ -98,11 +98,11 @@ def encode_rendered(
     label = np.full(n_tokens, NO_LABEL, np.int8)
     label[ends - 1] = messages["label"]
     steps = np.zeros(n_tokens + 1, np.int8)
-    is_trained = messages["trained"].astype(bool)
+    is_trained = messages["is_trained"].astype(bool)
     steps[text_starts[is_trained]] = 1
     steps[ends[is_trained]] -= 1
-    trained = np.cumsum(steps[:-1], dtype=np.int8).view(np.uint8)
-    whole = EncodedDialogue(tokens, trained, label, starts, text_starts)
+    loss_mask = np.cumsum(steps[:-1], dtype=np.int8).view(np.uint8)
+    whole = EncodedDialogue(tokens, loss_mask, label, starts, text_starts)
     edges = np.append(starts[first_messages] - 1, n_tokens)
     opening_before = np.append(0, np.cumsum(messages["opening"], dtype=np.int64))
     first_messages = np.append(first_messages, n_messages)
@@ -131,7 +131,7 @@ def _cut_all(
         if number > kept_from or not parts:
             span = slice(int(edges[kept_from]), int(edges[number]))
             tokens = whole.tokens[span].astype(dtype)
-            parts.append(EncodedCorpus(tokens, whole.trained[span], whole.label[span], uncut[kept_from:number]))
+            parts.append(EncodedCorpus(tokens, whole.loss_mask[span], whole.label[span], uncut[kept_from:number]))
 
     for number in np.flatnonzero(sizes > rule.row_length).tolist():
         keep_until(number)
@@ -151,7 +151,7 @@ def _one(
     messages = slice(int(first_messages[number]), int(first_messages[number + 1]))
     return EncodedDialogue(
         whole.tokens[start:end],
-        whole.trained[start:end],
+        whole.loss_mask[start:end],
         whole.label[start:end],
         whole.message_starts[messages] - start,
         whole.text_starts[messages] - start,

@@ -40,30 +40,30 @@ def row_as_text(row: PackedRow, tokenizer: DialogueTokenizer) -> Text:
     text = Text()
     start = 0
     for number, (length, dialogue, first_message, n_repeated) in enumerate(row.documents.tolist()):
-        tokens, trained = row.tokens_L[start : start + length], row.trained_L[start : start + length]
+        tokens, loss_mask = row.tokens_L[start : start + length], row.loss_mask_L[start : start + length]
         if dialogue == NO_DIALOGUE:
             text.append(f"{length} x <pad>\n", _PADDING)
             break
         origin = f"dialogue {dialogue}" + (f" from message {first_message}" if n_repeated else "")
-        counts = f"{length} tokens from {start}, {np.count_nonzero(trained)} of them the character's"
+        counts = f"{length} tokens from {start}, {np.count_nonzero(loss_mask)} of them the character's"
         text.append(f"-- document {number}: {origin}, {counts}\n", _BOUNDARY)
         label = row.label_L[start : start + length]
         if n_repeated:
             shown = visible(tokenizer.decode(tokens[:n_repeated].tolist(), show_control=True))
             text.append(f"{shown}\n-- the above is repeated as context, not trained\n", _REPEATED)
         own = slice(n_repeated, length)
-        _append_document(text, tokens[own], trained[own], label[own], tokenizer)
+        _append_document(text, tokens[own], loss_mask[own], label[own], tokenizer)
         start += length
     return text
 
 
 def _append_document(
-    text: Text, tokens: np.ndarray, trained: np.ndarray, label: np.ndarray, tokenizer: DialogueTokenizer
+    text: Text, tokens: np.ndarray, loss_mask: np.ndarray, label: np.ndarray, tokenizer: DialogueTokenizer
 ) -> None:
     is_control = tokens <= tokenizer.end_id
-    changes = np.flatnonzero((np.diff(trained.astype(int)) != 0) | is_control[1:] | is_control[:-1]) + 1
+    changes = np.flatnonzero((np.diff(loss_mask.astype(int)) != 0) | is_control[1:] | is_control[:-1]) + 1
     for first, last in zip([0, *changes], [*changes, len(tokens)], strict=True):
-        is_trained = bool(trained[first])
+        is_trained = bool(loss_mask[first])
         # a trained control token is a target too: the <|end|> of the character's own messages
         style = (f"{_CONTROL} {_ANSWER}" if is_trained else _CONTROL) if is_control[first] else ""
         style = style or (_ANSWER if is_trained else _OTHER)

@@ -17,7 +17,7 @@ class PackedRows(Rows, Protocol):
     """Numbered rows of packed documents: shards on disk (data.packed.shards), or made up (data.packed.synthetic)."""
 
     def gather(self, row_indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """tokens_RL int64, trained_RL uint8, label_RL int8, and all documents (data.packed.packing.DOCUMENT), one
+        """tokens_RL int64, loss_mask_RL uint8, label_RL int8, and all documents (data.packed.packing.DOCUMENT), one
         after the other, each row's padding as its last."""
         ...
 
@@ -26,17 +26,17 @@ class PackedRows(Rows, Protocol):
 class PackedBatch:
     """R rows laid one after the other, T = R * row_length positions.
 
-    `tokens_T`, `targets_T` int64 (the pad id where there is no target); `trained_T` bool: the target exists, i.e. lies
-    in the same document, is no padding and repeats nothing that another document trains; `answer_T` bool: and belongs
-    to the character's reply (SFT, DPO); `label_T` int8: continuation at the token itself, -1 for none;
-    `document_lengths` int32, sum T, each row's padding included as a document; `documents`: all that is known of them
-    (DOCUMENT), in memory of the host.
+    `tokens_T`, `targets_T` int64 (the pad id where there is no target); `has_target_T` bool: the next token lies in the
+    same document, is no padding and repeats nothing that another document trains (pre-training's loss counts these);
+    `loss_mask_T` bool: and the shards' loss mask covers it, as part of the character's reply (SFT's loss); `label_T`
+    int8: continuation at the token itself, -1 for none; `document_lengths` int32, sum T, each row's padding included as
+    a document; `documents`: all that is known of them (DOCUMENT), in memory of the host.
     """
 
     tokens_T: torch.Tensor
     targets_T: torch.Tensor
-    trained_T: torch.Tensor
-    answer_T: torch.Tensor
+    has_target_T: torch.Tensor
+    loss_mask_T: torch.Tensor
     label_T: torch.Tensor
     document_lengths: torch.Tensor
     documents: np.ndarray
@@ -56,22 +56,21 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def collate(dataset: PackedRows, row_indices: Sequence[int] | np.ndarray) -> PackedBatch:
     """The rows of `dataset` with these numbers, in this order."""
-    tokens_RL, in_answer_RL, label_RL, documents = dataset.gather(row_indices)
+    tokens_RL, loss_mask_RL, label_RL, documents = dataset.gather(row_indices)
     tokens_T = tokens_RL.reshape(-1)
-    in_answer_T = in_answer_RL.reshape(-1)
     targets_T = np.append(tokens_T[1:], _PAD_ID)
     ends = np.cumsum(documents["length"], dtype=np.int64)
     targets_T[ends - 1] = _PAD_ID  # the last token of a document predicts nothing
     for number in np.flatnonzero(documents["n_repeated"]):
         start = ends[number] - documents["length"][number]
         targets_T[start : start + documents["n_repeated"][number] - 1] = _PAD_ID
-    trained_T = targets_T != _PAD_ID
-    answer_T = trained_T & np.append(in_answer_T[1:] != 0, False)
+    has_target_T = targets_T != _PAD_ID
+    loss_mask_T = has_target_T & np.append(loss_mask_RL.reshape(-1)[1:] != 0, False)
     return PackedBatch(
         tokens_T=torch.from_numpy(tokens_T),
         targets_T=torch.from_numpy(targets_T),
-        trained_T=torch.from_numpy(trained_T),
-        answer_T=torch.from_numpy(answer_T),
+        has_target_T=torch.from_numpy(has_target_T),
+        loss_mask_T=torch.from_numpy(loss_mask_T),
         label_T=torch.from_numpy(label_RL.reshape(-1)),
         document_lengths=torch.from_numpy(documents["length"].copy()),
         documents=documents,

@@ -33,7 +33,7 @@ def cut(encoded: EncodedDialogue, rule: CutRule, dialogue: int = 0) -> list[Docu
     between characters of its text.
     """
     if len(encoded.tokens) <= rule.row_length:
-        return [Document(encoded.tokens, encoded.trained, encoded.label, dialogue)]
+        return [Document(encoded.tokens, encoded.loss_mask, encoded.label, dialogue)]
     return _Cutter(encoded, rule, dialogue).pieces()
 
 
@@ -121,9 +121,9 @@ class _Cutter:
     def _document(self, repeated: list[tuple[int, int]], first: int, end: int, message: int) -> Document:
         spans = [slice(0, 1), *(slice(*span) for span in repeated), slice(first, end)]
         n_repeated = 1 + sum(last - start for start, last in repeated)
-        tokens, trained, label = (
+        tokens, loss_mask, label = (
             np.concatenate([of_all[span] for span in spans])
-            for of_all in (self.encoded.tokens, self.encoded.trained, self.encoded.label)
+            for of_all in (self.encoded.tokens, self.encoded.loss_mask, self.encoded.label)
         )
-        trained[:n_repeated], label[:n_repeated] = 0, NO_LABEL
-        return Document(tokens, trained, label, self.dialogue, message, n_repeated if first > 1 else 0)
+        loss_mask[:n_repeated], label[:n_repeated] = 0, NO_LABEL
+        return Document(tokens, loss_mask, label, self.dialogue, message, n_repeated if first > 1 else 0)

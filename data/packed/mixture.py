@@ -90,8 +90,8 @@ class MixtureRows:
         parts = [self._gather_of(owners[run[0]], numbers[run]) for run in runs]
         if not parts:
             return self.parts[0].gather([])
-        tokens_RL, trained_RL, label_RL, documents = (np.concatenate(pieces) for pieces in zip(*parts, strict=True))
-        return tokens_RL, trained_RL, label_RL, documents
+        tokens_RL, loss_mask_RL, label_RL, documents = (np.concatenate(pieces) for pieces in zip(*parts, strict=True))
+        return tokens_RL, loss_mask_RL, label_RL, documents
 
     def _gather_of(self, owner: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         *streams, documents = self.parts[owner].gather(numbers - self._starts[owner])

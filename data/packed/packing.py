@@ -15,11 +15,11 @@ NO_DIALOGUE = -1
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A dialogue, or a piece of one, that fits in a row: tokens int64, trained uint8, label int8, all of length n; the
-    other fields as in DOCUMENT."""
+    """A dialogue, or a piece of one, that fits in a row: tokens int64, loss_mask uint8, label int8, all of length n;
+    the other fields as in DOCUMENT."""
 
     tokens: np.ndarray
-    trained: np.ndarray
+    loss_mask: np.ndarray
     label: np.ndarray
     dialogue: int = 0
     first_message: int = 0
@@ -28,10 +28,10 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class EncodedCorpus:
-    """Documents one after the other: `tokens`, `trained`, `label` of length n_tokens, and `documents` (DOCUMENT)."""
+    """Documents one after the other: `tokens`, `loss_mask`, `label` of length n_tokens, and `documents` (DOCUMENT)."""
 
     tokens: np.ndarray
-    trained: np.ndarray
+    loss_mask: np.ndarray
     label: np.ndarray
     documents: np.ndarray
 
@@ -42,7 +42,7 @@ class EncodedCorpus:
         dtype = token_dtype(vocab_size)
         return cls(
             np.concatenate([d.tokens for d in kept]).astype(dtype) if kept else np.zeros(0, dtype),
-            np.concatenate([d.trained for d in kept]) if kept else np.zeros(0, np.uint8),
+            np.concatenate([d.loss_mask for d in kept]) if kept else np.zeros(0, np.uint8),
             np.concatenate([d.label for d in kept]) if kept else np.zeros(0, np.int8),
             np.array([(len(d.tokens), d.dialogue, d.first_message, d.n_repeated) for d in kept], DOCUMENT),
         )
@@ -64,7 +64,7 @@ class EncodedCorpus:
         token_is_kept = np.repeat(is_kept, self.lengths)
         return EncodedCorpus(
             self.tokens[token_is_kept],
-            self.trained[token_is_kept],
+            self.loss_mask[token_is_kept],
             self.label[token_is_kept],
             self.documents[is_kept],
         )
@@ -73,7 +73,7 @@ class EncodedCorpus:
         """The documents from `first` up to `end`, without copying."""
         edges = np.append(0, np.cumsum(self.lengths, dtype=np.int64))
         tokens = slice(int(edges[first]), int(edges[end]))
-        return EncodedCorpus(self.tokens[tokens], self.trained[tokens], self.label[tokens], self.documents[first:end])
+        return EncodedCorpus(self.tokens[tokens], self.loss_mask[tokens], self.label[tokens], self.documents[first:end])
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:

@@ -1,10 +1,10 @@
 """Packed rows on disk, memory-mapped: shards of tokens, masks and labels under a manifest that is written last.
 
 A directory holds, for each shard, `shard_00000.tokens.bin` (uint16, or uint32 above 65,536 pieces), `.trained.bin`
-(uint8), `.label.bin` (int8), each n_rows x row_length, and `.documents.bin` (n_rows + 1 offsets into the documents,
-int32, then the documents as DOCUMENT; a row's padding is its last document). Little-endian throughout. Rows may be
-written in groups, by several processes, that are joined in order. `dialogues.parquet` says which dialogue the number of
-a document stands for.
+(the loss mask, uint8), `.label.bin` (int8), each n_rows x row_length, and `.documents.bin` (n_rows + 1 offsets into the
+documents, int32, then the documents as DOCUMENT; a row's padding is its last document). Little-endian throughout. Rows
+may be written in groups, by several processes, that are joined in order. `dialogues.parquet` lists the dialogue of each
+document number.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from data.packed.packing import DOCUMENT, NO_DIALOGUE, EncodedCorpus, token_dtyp
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "dramatis-packed-2"
-STREAMS = ("tokens", "trained", "label", "documents")
+STREAMS = ("tokens", "trained", "label", "documents")  # `trained` holds the loss mask
 _PAD_ID = 0
 _ROWS_AT_ONCE = 512
 
@@ -43,10 +43,10 @@ class FormatError(ShardError):
 
 @dataclass(frozen=True, slots=True)
 class PackedRow:
-    """One row: `tokens_L`, `trained_L` uint8, `label_L` int8, and its documents (DOCUMENT), whose lengths sum to L."""
+    """One row: `tokens_L`, `loss_mask_L` uint8, `label_L` int8, its documents (DOCUMENT), whose lengths sum to L."""
 
     tokens_L: np.ndarray
-    trained_L: np.ndarray
+    loss_mask_L: np.ndarray
     label_L: np.ndarray
     documents: np.ndarray
 
@@ -73,7 +73,7 @@ def packed_rows(corpus: EncodedCorpus, rows: Iterable[Sequence[int]], row_length
         assert pad >= 0, "a row holds more than its length"
         yield PackedRow(
             np.concatenate([*(corpus.tokens[s] for s in spans), np.full(pad, _PAD_ID, corpus.tokens.dtype)]),
-            np.concatenate([*(corpus.trained[s] for s in spans), np.zeros(pad, np.uint8)]),
+            np.concatenate([*(corpus.loss_mask[s] for s in spans), np.zeros(pad, np.uint8)]),
             np.concatenate([*(corpus.label[s] for s in spans), np.full(pad, NO_LABEL, np.int8)]),
             np.concatenate([documents, padding]),
         )
@@ -233,7 +233,7 @@ def _token_streams(rows: Sequence[PackedRow], vocab_size: int) -> dict[str, np.n
     dtype = np.dtype(token_dtype(vocab_size)).newbyteorder("<")
     return {
         "tokens": np.concatenate([row.tokens_L for row in rows]).astype(dtype, copy=False),
-        "trained": np.concatenate([row.trained_L for row in rows]).astype(np.uint8, copy=False),
+        "trained": np.concatenate([row.loss_mask_L for row in rows]).astype(np.uint8, copy=False),
         "label": np.concatenate([row.label_L for row in rows]).astype(np.int8, copy=False),
     }
 
@@ -291,25 +291,25 @@ class PackedDataset:
 
     def row(self, i: int) -> PackedRow:
         """Row i."""
-        tokens, trained, label, documents = self.gather([i])
-        return PackedRow(tokens[0], trained[0], label[0], documents)
+        tokens, loss_mask, label, documents = self.gather([i])
+        return PackedRow(tokens[0], loss_mask[0], label[0], documents)
 
     def gather(self, row_indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Rows in the order asked: tokens (R, L) int64, trained (R, L) uint8, label (R, L) int8, and the documents
+        """Rows in the order asked: tokens (R, L) int64, loss_mask (R, L) uint8, label (R, L) int8, and the documents
         (DOCUMENT) of all of them one after the other, each row's padding as its last."""
         indices = np.asarray(row_indices, dtype=np.int64)
         if indices.size and not 0 <= int(indices.min()) <= int(indices.max()) < self.n_rows:
             raise IndexError(f"row {indices.min()} or {indices.max()} is outside 0..{self.n_rows - 1}")
         shape = (len(indices), self.row_length)
-        tokens, trained, label = np.empty(shape, np.int64), np.empty(shape, np.uint8), np.empty(shape, np.int8)
+        tokens, loss_mask, label = np.empty(shape, np.int64), np.empty(shape, np.uint8), np.empty(shape, np.int8)
         documents = [np.zeros(0, DOCUMENT)]
         numbers = np.searchsorted(self._first_rows, indices, "right") - 1
         locals_ = indices - self._first_rows[numbers]
         for k, (number, local) in enumerate(zip(numbers.tolist(), locals_.tolist(), strict=True)):
             shard = self._shards[number]
-            tokens[k], trained[k], label[k] = shard["tokens"][local], shard["trained"][local], shard["label"][local]
+            tokens[k], loss_mask[k], label[k] = shard["tokens"][local], shard["trained"][local], shard["label"][local]
             documents.append(shard["documents"][shard["offsets"][local] : shard["offsets"][local + 1]])
-        return tokens, trained, label, np.concatenate(documents)
+        return tokens, loss_mask, label, np.concatenate(documents)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

@@ -37,8 +37,8 @@ class SyntheticRows:
         self.fingerprint = f"{stable_hash(settings.model_dump_json()):016x}"
 
     def gather(self, row_indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """tokens_RL int64, trained_RL uint8 (all), label_RL int8 (none), and documents, as shards give them; a row is a
-        dialogue."""
+        """tokens_RL int64, loss_mask_RL uint8 (all), label_RL int8 (none), and documents, as shards give them; a row is
+        one dialogue."""
         rows = [self._row(int(number)) for number in row_indices]
         tokens_RL = np.stack([tokens_L for tokens_L, _ in rows])
         documents = np.concatenate([np.zeros(len(lengths), DOCUMENT) for _, lengths in rows])

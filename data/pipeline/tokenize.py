@@ -114,7 +114,7 @@ def _counts(corpus: EncodedCorpus) -> Figures:
         n_documents=len(corpus.documents),
         n_tokens=len(corpus.tokens),
         n_repeated_tokens=int(corpus.documents["n_repeated"].sum(dtype=np.int64)),
-        n_answer_tokens=int(np.count_nonzero(corpus.trained)),
+        n_answer_tokens=int(np.count_nonzero(corpus.loss_mask)),
         n_partner_leaves=int(labels[0]),
         n_partner_continues=int(labels[1]),
     )
@@ -130,7 +130,7 @@ def encoded_unit(work: WorkFolder, unit: int, side: str, vocab_size: int) -> Enc
     """The documents of one side of a unit, memory-mapped."""
     dtypes: dict[str, npt.DTypeLike] = {
         "tokens": token_dtype(vocab_size),
-        "trained": np.uint8,
+        "loss_mask": np.uint8,
         "label": np.int8,
         "documents": DOCUMENT,
     }

@@ -140,7 +140,7 @@ def counted_pairs(dataset: PackedDataset, rows: IntArray | None = None) -> Itera
     rows = np.arange(dataset.n_rows) if rows is None else rows
     for start in range(0, len(rows), ROWS_PER_CHUNK):
         batch = collate(dataset, rows[start : start + ROWS_PER_CHUNK])
-        counted_T = batch.trained_T.numpy()
+        counted_T = batch.has_target_T.numpy()
         yield batch.tokens_T.numpy()[counted_T], batch.targets_T.numpy()[counted_T]
 
 

@@ -80,17 +80,17 @@ def targets_of_batch(
     batch: PackedBatch, nats_T: FloatArray, tokenizer: DialogueTokenizer, has_colon_V: NDArray[np.bool_]
 ) -> list[ScoredTargets]:
     """The targets of each document of a batch, in order; `nats_T` holds the loss at every position."""
-    tokens_T, trained_T, answer_T = (x.numpy() for x in (batch.tokens_T, batch.trained_T, batch.answer_T))
+    tokens_T, has_target_T, loss_mask_T = (x.numpy() for x in (batch.tokens_T, batch.has_target_T, batch.loss_mask_T))
     ends = np.cumsum(batch.documents["length"], dtype=np.int64)
     starts = ends - batch.documents["length"]
     out = []
     for start, end, document in zip(starts.tolist(), ends.tolist(), batch.documents, strict=True):
-        at_T = np.flatnonzero(trained_T[start:end]) + start
+        at_T = np.flatnonzero(has_target_T[start:end]) + start
         if at_T.size == 0:
             continue
         number_L, control_L = message_structure(tokens_T[start:end], tokenizer.message_id, has_colon_V)
-        target_L = at_T + 1 - start  # trained_T says that the next token lies in the same document
-        role_N = np.where(control_L[target_L], CONTROL, np.where(answer_T[at_T], CHARACTER, PARTNER))
+        target_L = at_T + 1 - start  # has_target_T says that the next token lies in the same document
+        role_N = np.where(control_L[target_L], CONTROL, np.where(loss_mask_T[at_T], CHARACTER, PARTNER))
         text = tokenizer.decode(tokens_T[at_T + 1].tolist())
         size, length = np.array([len(text.encode())]), np.array([len(text)])
         document_N, dialogue = np.zeros(at_T.size, np.int64), np.array([document["dialogue"]], np.int64)
@@ -119,9 +119,9 @@ def score_dataset(
         batch = collate(dataset, rows[start : start + step])
         documents = Documents.from_lengths(batch.document_lengths, batch.row_length, device)
         hidden_TD = model(batch.tokens_T.to(device), documents)
-        counted_T = batch.trained_T.to(device)
+        counted_T = batch.has_target_T.to(device)
         nats_T = np.zeros(len(batch.tokens_T))
-        nats_T[batch.trained_T.numpy()] = -target_logprobs(
+        nats_T[batch.has_target_T.numpy()] = -target_logprobs(
             model, hidden_TD[counted_T], batch.targets_T.to(device)[counted_T]
         )
         parts += targets_of_batch(batch, nats_T, tokenizer, has_colon_V)

@@ -23,14 +23,14 @@ def main() -> None:
     inside_V = tokenizer.inside_character()
     dialogues = read_dialogues(arguments.run_dir / "dialogues" / "train.jsonl")
     encoded = [encode_dialogue(tokenizer, dialogue) for dialogue in dialogues]
-    opening = sum(int(one.trained[: one.message_starts[1]].sum()) for one in encoded if len(one.message_starts) > 1)
-    trained = sum(int(one.trained.sum()) for one in encoded)
+    opening = sum(int(one.loss_mask[: one.message_starts[1]].sum()) for one in encoded if len(one.message_starts) > 1)
+    trained = sum(int(one.loss_mask.sum()) for one in encoded)
     print(f"{len(encoded):,} dialogues, {trained:,} trained tokens, {opening / trained:.1%} of them open a dialogue")
     for fraction in arguments.fractions:
         rule = CutRule(arguments.row_length, int(fraction * arguments.row_length), inside_V)
         pieces = [piece for one in encoded for piece in cut(one, rule)]
         first = sum(
-            int(np.count_nonzero(piece.trained & (np.cumsum(piece.tokens == tokenizer.message_id) <= 1)))
+            int(np.count_nonzero(piece.loss_mask & (np.cumsum(piece.tokens == tokenizer.message_id) <= 1)))
             for piece in pieces
         )
         repeated, tokens = sum(piece.n_repeated for piece in pieces), sum(len(piece.tokens) for piece in pieces)

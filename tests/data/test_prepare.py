@@ -38,8 +38,8 @@ def test_outputs(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         people.append({p for d in dialogues for p in d.participants})
         encoded = [encode_dialogue(tokenizer, d, 10) for d in dialogues]
         assert dataset.vocab_size == tokenizer.vocab_size == 305
-        answers = sum(int(dataset.row(i).trained_L.sum()) for i in range(len(dataset)))
-        assert answers == sum(int(e.trained.sum()) for e in encoded) == manifest[side]["n_answer_tokens"]
+        answers = sum(int(dataset.row(i).loss_mask_L.sum()) for i in range(len(dataset)))
+        assert answers == sum(int(e.loss_mask.sum()) for e in encoded) == manifest[side]["n_answer_tokens"]
         labels = [manifest[side]["n_partner_leaves"], manifest[side]["n_partner_continues"]]
         assert labels == [sum(int((e.label == k).sum()) for e in encoded) for k in (0, 1)]
         assert manifest[side]["fingerprint"] == dataset.fingerprint

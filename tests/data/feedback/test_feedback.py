@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-import data.feedback.__main__
+from data.feedback import __main__ as feedback
 from data.feedback.__main__ import OUTPUTS, main
 from data.format.dialogue import Dialogue, continuation_labels
 from data.format.tokenizer import DialogueTokenizer
@@ -189,7 +189,7 @@ def test_an_interrupted_run_is_repeated(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_user: int
 ) -> None:
     assert main([str(recipe), f"run_dir={tmp_path / 'whole'}"]) == 0
-    convert_user = data.feedback._convert_user
+    convert_user = feedback._convert_user
     calls = iter(range(1000))
 
     def interrupt(*arguments: Any) -> None:
@@ -197,7 +197,7 @@ def test_an_interrupted_run_is_repeated(
             raise KeyboardInterrupt
         convert_user(*arguments)
 
-    monkeypatch.setattr(data.feedback, "_convert_user", interrupt)
+    monkeypatch.setattr(feedback, "_convert_user", interrupt)
     with pytest.raises(KeyboardInterrupt):  # the entry point's one line: tests/recipes/test_interrupt.py
         main([str(recipe)])
     left = {path.name for path in (tmp_path / "run").iterdir()}
@@ -283,6 +283,6 @@ def test_prepare_packs_the_labels(recipe: Path, tmp_path: Path, tokenizer: Dialo
         for number in range(len(dataset)):
             row = dataset.row(number)
             found |= some in tokenizer.decode(row.tokens_L.tolist())
-            trained = tokenizer.decode(row.tokens_L[row.trained_L == 1].tolist())
+            trained = tokenizer.decode(row.tokens_L[row.loss_mask_L == 1].tolist())
             assert some not in trained
     assert found

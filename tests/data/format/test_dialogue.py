@@ -95,8 +95,8 @@ def test_training_tokens_are_prompt_and_reply(tokenizer: DialogueTokenizer, dial
         reply = encode_reply(tokenizer, message.text)
         assert encoded.tokens[: len(prompt) + len(reply)].tolist() == prompt + reply
         trained[len(prompt) : len(prompt) + len(reply)] = 1
-    assert np.array_equal(encoded.trained, trained)
-    assert len(encoded.tokens) == len(encoded.trained) == len(encoded.label)
+    assert np.array_equal(encoded.loss_mask, trained)
+    assert len(encoded.tokens) == len(encoded.loss_mask) == len(encoded.label)
 
 
 @settings(max_examples=40)
@@ -180,7 +180,7 @@ def test_labels_and_masks_in_the_metadata_stand(tokenizer: DialogueTokenizer) ->
     encoded = encode_dialogue(tokenizer, again)
     ends = np.flatnonzero(encoded.tokens == tokenizer.end_id)
     assert encoded.label[ends].tolist() == labels
-    assert encoded.trained[ends].tolist() == [1, 1, 0, 0, 1, 0, 1]
+    assert encoded.loss_mask[ends].tolist() == [1, 1, 0, 0, 1, 0, 1]
     assert [m.is_trained for m in dialogue.messages] == [True, True, True, False, True, True, True]
 
 

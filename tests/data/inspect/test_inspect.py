@@ -27,7 +27,7 @@ def test_rows_show_replies_labels_and_padding(tokenizer: DialogueTokenizer) -> N
     (row,) = packed_rows(EncodedCorpus.of(pieces, tokenizer.vocab_size), [[0, 1]], 90)
     text = row_as_text(row, tokenizer)
     first, second = (len(piece.tokens) for piece in pieces)
-    n_trained = np.count_nonzero(pieces[0].trained)
+    n_trained = np.count_nonzero(pieces[0].loss_mask)
     assert text.plain.splitlines() == [
         f"-- document 0: dialogue 0, {first} tokens from 0, {n_trained} of them the character's",
         "<bos><|message|>Bob: hi [red]<|end|>",

@@ -18,7 +18,7 @@ def test_collate_is_the_definition(write_rows: WriteRows) -> None:
     indices = [8, 0, 3, 3]
     batch = collate(dataset, indices)
     assert (batch.tokens_T.dtype, batch.targets_T.dtype) == (torch.int64, torch.int64)
-    assert (batch.trained_T.dtype, batch.answer_T.dtype) == (torch.bool, torch.bool)
+    assert (batch.has_target_T.dtype, batch.loss_mask_T.dtype) == (torch.bool, torch.bool)
     assert (batch.label_T.dtype, batch.document_lengths.dtype) == (torch.int8, torch.int32)
     assert batch.row_length == 16
     assert int(batch.document_lengths.sum()) == len(batch.tokens_T) == 4 * 16
@@ -30,9 +30,9 @@ def test_collate_is_the_definition(write_rows: WriteRows) -> None:
                 is_padding = row.tokens_L[position] == 0
                 has_target = k + 1 < length and not is_padding
                 assert batch.tokens_T[t] == row.tokens_L[position]
-                assert batch.trained_T[t] == has_target
+                assert batch.has_target_T[t] == has_target
                 assert batch.targets_T[t] == (row.tokens_L[position + 1] if has_target else 0)
-                assert batch.answer_T[t] == (has_target and bool(row.trained_L[position + 1]))
+                assert batch.loss_mask_T[t] == (has_target and bool(row.loss_mask_L[position + 1]))
                 assert batch.label_T[t] == row.label_L[position]
                 position, t = position + 1, t + 1
     assert t == len(batch.tokens_T)
@@ -47,20 +47,20 @@ def test_repeated_context_is_no_target_of_any_stage(tmp_path: Path) -> None:
     write_shards(tmp_path, rows, row_length=16, vocab_size=400, rows_per_shard=1, tokenizer_sha256="t")
     batch = collate(PackedDataset(tmp_path), [0])
     assert batch.targets_T.tolist() == [3, 11, 4, 3, 12, 13, 4, 0, 0, 0, 0, 3, 12, 13, 4, 0]
-    assert batch.trained_T.tolist() == [target != 0 for target in batch.targets_T.tolist()]
-    assert batch.answer_T.tolist() == [False] * 5 + [True] * 2 + [False] * 6 + [True] * 2 + [False]
+    assert batch.has_target_T.tolist() == [target != 0 for target in batch.targets_T.tolist()]
+    assert batch.loss_mask_T.tolist() == [False] * 5 + [True] * 2 + [False] * 6 + [True] * 2 + [False]
 
 
 def test_answers_are_exactly_the_trained_tokens(write_rows: WriteRows) -> None:
     dataset = PackedDataset(write_rows(n_rows=5))
     batch = collate(dataset, np.arange(5))
-    assert int(batch.answer_T.sum()) == sum(int(dataset.row(i).trained_L.sum()) for i in range(5))
+    assert int(batch.loss_mask_T.sum()) == sum(int(dataset.row(i).loss_mask_L.sum()) for i in range(5))
 
 
 def test_to_moves_every_tensor(write_rows: WriteRows) -> None:
     moved = collate(PackedDataset(write_rows()), [0, 1]).to(torch.device("meta"))
     assert all(
         getattr(moved, name).device.type == "meta"
-        for name in ("tokens_T", "targets_T", "trained_T", "answer_T", "label_T", "document_lengths")
+        for name in ("tokens_T", "targets_T", "has_target_T", "loss_mask_T", "label_T", "document_lengths")
     )
     assert moved.row_length == 16

@@ -60,13 +60,13 @@ def test_every_token_is_trained_once_and_in_order(encoded: EncodedDialogue, rule
     if len(encoded.tokens) <= rule.row_length:
         assert len(pieces) == 1, "a dialogue that fits stays whole"
     assert pieces[0].n_repeated == 0
-    for name in ("tokens", "trained", "label"):
+    for name in ("tokens", "loss_mask", "label"):
         assert own_of(pieces, name) == getattr(encoded, name).tolist()
     position = 0
     for piece in pieces:
-        assert 2 <= len(piece.tokens) == len(piece.trained) == len(piece.label) <= rule.row_length
+        assert 2 <= len(piece.tokens) == len(piece.loss_mask) == len(piece.label) <= rule.row_length
         assert piece.tokens[0] == 2 and piece.dialogue == 5
-        assert not piece.trained[: piece.n_repeated].any()
+        assert not piece.loss_mask[: piece.n_repeated].any()
         assert (piece.label[: piece.n_repeated] == -1).all()
         number = np.searchsorted(encoded.message_starts, max(position, 1), "right") - 1
         assert piece.first_message == number
@@ -210,5 +210,5 @@ def test_text_is_cut_between_characters(tokenizer: DialogueTokenizer, text: str,
     messages = [Message("Bob", "hi"), Message("Ann", text)]
     pieces = cut(encode_dialogue(tokenizer, Dialogue("d", tuple(messages), "Ann")), rule)
     assert all("\ufffd" not in tokenizer.decode(piece.tokens.tolist()) for piece in pieces)
-    answers = "".join(tokenizer.decode(piece.tokens[piece.trained == 1].tolist()) for piece in pieces)
+    answers = "".join(tokenizer.decode(piece.tokens[piece.loss_mask == 1].tolist()) for piece in pieces)
     assert answers == " " + text

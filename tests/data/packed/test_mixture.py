@@ -114,12 +114,12 @@ def test_rows_come_from_their_part_and_in_the_order_asked(tmp_path: Path) -> Non
     paths = [directory(tmp_path / "a", [20, 32, 7, 31], 11), directory(tmp_path / "b", [32, 9], 12)]
     rows = open_mixture(mixture(paths, [1, 1]), "train")
     assert (rows.n_rows, rows.row_length, rows.vocab_size) == (6, LENGTH, 300)
-    tokens_RL, trained_RL, label_RL, documents = rows.gather([5, 0, 3, 4, 4])
+    tokens_RL, loss_mask_RL, label_RL, documents = rows.gather([5, 0, 3, 4, 4])
     assert [row[0] for row in tokens_RL.tolist()] == [12, 11, 11, 12, 12]
     assert (tokens_RL > 0).sum(1).tolist() == [9, 20, 31, 32, 32]
     assert documents["length"].tolist() == [9, 23, 20, 12, 31, 1, 32, 32]
     assert documents["dialogue"].tolist() == [5, -1, 0, -1, 3, -1, 4, 4], "dialogues of two parts are two"
-    assert trained_RL.shape == label_RL.shape == (5, LENGTH)
+    assert loss_mask_RL.shape == label_RL.shape == (5, LENGTH)
     assert rows.gather([])[0].shape == (0, LENGTH)
     assert set(np.searchsorted([4], rows.spread(4), side="right")) == {0, 1}
     position = position_after(7, rows, training_order(rows, 1))

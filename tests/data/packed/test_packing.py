@@ -35,5 +35,5 @@ def test_rows_have_exact_boundaries() -> None:
     (padded,) = packed_rows(corpus, [[0]], 8)
     assert padded.tokens_L.tolist() == [7] * 5 + [0] * 3
     assert padded.document_lengths.tolist() == [5, 3]
-    assert padded.trained_L.tolist() == [1] * 5 + [0] * 3
+    assert padded.loss_mask_L.tolist() == [1] * 5 + [0] * 3
     assert padded.label_L.tolist() == [1] * 5 + [-1] * 3

@@ -17,7 +17,8 @@ MakeRows = Callable[..., list[PackedRow]]
 
 def same(a: PackedRow, b: PackedRow) -> bool:
     return all(
-        np.array_equal(getattr(a, name), getattr(b, name)) for name in ("tokens_L", "trained_L", "label_L", "documents")
+        np.array_equal(getattr(a, name), getattr(b, name))
+        for name in ("tokens_L", "loss_mask_L", "label_L", "documents")
     )
 
 

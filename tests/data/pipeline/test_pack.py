@@ -37,7 +37,7 @@ def test_every_document_is_in_one_group_and_whole(units: list[list[int]], pack_t
     for group in groups_of({"train": token}, pack_tokens):
         for corpus, begin in zip(corpora, begins, strict=True):
             part = _documents_from(corpus, begin, group)
-            assert len(part.tokens) == len(part.trained) == len(part.label) == part.lengths.sum()
+            assert len(part.tokens) == len(part.loss_mask) == len(part.label) == part.lengths.sum()
             packed += part.tokens.tolist()
             lengths_packed += part.lengths.tolist()
     assert packed == list(range(token))

@@ -53,8 +53,8 @@ def test_scored_loss_and_roles(
     rows = np.arange(dataset.n_rows)
     targets = score_dataset(model, dataset, tokenizer, rows, batch_tokens=200)
     batch = collate(dataset, rows)
-    assert targets.nats_N.size == int(batch.trained_T.sum())
-    assert int((targets.role_N == CHARACTER).sum()) == int(batch.answer_T.sum())
+    assert targets.nats_N.size == int(batch.has_target_T.sum())
+    assert int((targets.role_N == CHARACTER).sum()) == int(batch.loss_mask_T.sum())
     # Every message of 6 dialogues has one <|message|>, a name and a colon that the prompt supplies.
     n_messages = sum(len(d.messages) for d in dialogues[:6])
     assert int((targets.role_N == CONTROL).sum()) >= 2 * n_messages
@@ -106,11 +106,11 @@ def test_count_models_see_the_same_targets(dialogues: list[Dialogue], dataset_of
     rows = np.arange(dataset.n_rows)
     pairs = PairCounts.from_pairs(dataset.vocab_size, counted_pairs(dataset))
     batch = collate(dataset, rows)
-    assert pairs.n_tokens == int(batch.trained_T.sum())
-    targets = batch.targets_T[batch.trained_T].numpy()
+    assert pairs.n_tokens == int(batch.has_target_T.sum())
+    targets = batch.targets_T[batch.has_target_T].numpy()
     losses = ngram_losses(dataset, dataset, 2)
     part = collate(dataset, rows[:2])
-    expected = -np.log(Unigram(pairs).probability_V[part.targets_T[part.trained_T].numpy()]).mean()
+    expected = -np.log(Unigram(pairs).probability_V[part.targets_T[part.has_target_T].numpy()]).mean()
     assert losses["unigram"] == pytest.approx(expected)
     assert losses["bigram_kneser_ney"] < losses["unigram"]
     assert ngram_losses(dataset, dataset) == pytest.approx(ngram_losses(dataset, dataset, rows))

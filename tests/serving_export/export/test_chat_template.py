@@ -113,7 +113,7 @@ def test_assistant_mask_is_what_sft_trains(tokenizer: DialogueTokenizer, peer: A
     )
     encoded = encode_dialogue(tokenizer, Dialogue("d", tuple(Message(n, t) for _, n, t in turns), "Ada"))
     assert found["input_ids"] == encoded.tokens.tolist()
-    assert found["assistant_masks"] == encoded.trained.tolist()
+    assert found["assistant_masks"] == encoded.loss_mask.tolist()
     assert sum(found["assistant_masks"]) > 0
 
 
