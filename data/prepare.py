@@ -15,8 +15,7 @@ from rich.console import Console
 from data.format.dialogue import Dialogue
 from data.format.tokenizer import MODEL_FILE, DialogueTokenizer, TokenizerError
 from data.packed.shards import FORMAT, MANIFEST_FILE, FormatError, PackedDataset, ShardError
-from data.pipeline.executor import Stage, run_stage
-from data.pipeline.failure import RECIPE_ERRORS, StageError
+from data.pipeline.executor import RECIPE_ERRORS, Stage, run_stage
 from data.pipeline.item_step import ItemStep
 from data.pipeline.merge import DIALOGUES, MergeResults, read_manifest_of
 from data.pipeline.minhash import minhash_stages, texts_read
@@ -29,7 +28,7 @@ from data.pipeline.select import QUARANTINE_FILE, SIDES, SelectDialogues
 from data.pipeline.tokenize import TokenizeUnits
 from data.pipeline.tokenizer_stage import MakeTokenizer
 from data.pipeline.unit import units_of, write_units
-from data.pipeline.work_folder import WorkFolder
+from data.pipeline.work_folder import StageError, WorkFolder
 from data.sources.record import LeftOut
 from data.sources.registry import named_sources
 from recipes.interrupt import tell_interrupt

@@ -1,27 +1,34 @@
-"""Who runs the stages: datatrove's executor that the recipe names, until every task has left its completion marker."""
+"""Runs stages with the datatrove executor that the recipe names, until every task has left its completion marker."""
 
+import json
 import logging
 import shutil
 import subprocess
 import sys
 import time
-from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from loguru import logger
 from pydantic import Field
 
-from data.pipeline.failure import StageError, failure_of, forget_failures
+from data.clean.records import CleanError
+from data.clean.split import SplitError
+from data.format.tokenizer import TokenizerError
+from data.packed.shards import ShardError
+from data.pipeline.work_folder import FAILURES, StageError
+from data.sources.source import SourceError
 from recipes.loader import Section
 
 if TYPE_CHECKING:
     from datatrove.executor.base import PipelineExecutor
     from datatrove.pipeline.base import PipelineStep
 
+RECIPE_ERRORS = (SourceError, CleanError, SplitError, TokenizerError, ShardError)
+"""Errors that a change of the recipe or of its inputs repairs."""
 _ROOT = Path(__file__).resolve().parents[2]  # what `data` is imported from
 _SECONDS_BETWEEN_LOOKS = 2.0
 _SECONDS_UNTIL_MISSED = 30.0  # a shared file system may show a marker later than the queue loses the job
@@ -36,70 +43,58 @@ class Stage:
     n_tasks: int
 
 
-class Runner(Protocol):
-    """Runs the tasks of a stage that are not completed. It need not raise where some fail."""
-
-    def __call__(self, stage: Stage, logs: Path) -> "PipelineExecutor": ...
+Runner = Callable[[Stage, Path], "PipelineExecutor"]
+"""Runs the incomplete tasks of a stage with logs in a folder. It need not raise where some fail."""
 
 
-class _Settings(Section):
-    kind: str
-
-    @property
-    @abstractmethod
-    def n_workers(self) -> int | None:
-        """How many tasks run at once; None: no limit."""
-
-    @abstractmethod
-    def open(self) -> Any:
-        """A context manager that gives a Runner."""
-
-
-class LocalSettings(_Settings):
+class LocalSettings(Section):
     """Processes of this machine (datatrove's LocalPipelineExecutor). One worker is this process itself."""
 
     kind: Literal["local"]
     workers: int = Field(default=1, ge=1)
 
-    @property
-    def n_workers(self) -> int:
-        return self.workers
-
     @contextmanager
     def open(self) -> Iterator[Runner]:
-        from data.pipeline.local_executor import LocalExecutor
-        from data.pipeline.worker_pool import WorkerPool
+        from datatrove.executor.local import LocalPipelineExecutor
 
-        with ExitStack() as opened:
-            pool = opened.enter_context(WorkerPool(self.workers)) if self.workers > 1 else None
+        from data.pipeline.processes import process_pool, run_ranks
+
+        with process_pool(self.workers) as pool:
 
             def run(stage: Stage, logs: Path) -> "PipelineExecutor":
-                executor = LocalExecutor(stage.pipeline, stage.n_tasks, self.workers, logs, pool)
-                executor.run()
+                executor = LocalPipelineExecutor(stage.pipeline, stage.n_tasks, logging_dir=str(logs))
+                run_ranks(executor, pool)
                 return executor
 
             yield run
 
 
-class SlurmSettings(_Settings):
-    """Jobs of a Slurm cluster (datatrove's SlurmPipelineExecutor, which explains these names): a job array a stage,
-    each submitted when the one before is done. All nodes share the file system of the run_dir and the sources."""
+class _ClusterSettings(Section):
+    """Settings of datatrove's cluster executors, which explain these names. All machines share the file system of the
+    run_dir and the sources."""
+
+    tasks_per_job: int = Field(default=1, ge=1)
+    cpus_per_task: int = Field(default=1, ge=1)
+
+    def arguments(self, stage: Stage, logs: Path) -> dict[str, Any]:
+        """Arguments that both executors take."""
+        names = ("tasks_per_job", "cpus_per_task", "mem_per_cpu_gb")
+        same = {name: getattr(self, name) for name in names}
+        return {"pipeline": stage.pipeline, "tasks": stage.n_tasks, "logging_dir": str(logs), **same}
+
+
+class SlurmSettings(_ClusterSettings):
+    """Slurm (datatrove's SlurmPipelineExecutor): a job array for each stage, submitted when the one before is done."""
 
     kind: Literal["slurm"]
     time: str  # limit of a job, as Slurm writes it: "08:00:00"
     partition: str
     workers: int | None = Field(default=None, ge=1)  # jobs that run at once; null: no limit
-    tasks_per_job: int = Field(default=1, ge=1)
-    cpus_per_task: int = Field(default=1, ge=1)
     mem_per_cpu_gb: int = Field(default=2, ge=1)
     qos: str | None = None
-    # Shell commands that make this Python's environment on a node; null: it is found under the same path there.
+    # Shell commands that set up this Python's environment on a node; null: it has the same path there.
     env_command: str | None = None
     sbatch_args: dict[str, str] = Field(default_factory=dict)
-
-    @property
-    def n_workers(self) -> int | None:
-        return self.workers
 
     @contextmanager
     def open(self) -> Iterator[Runner]:
@@ -112,20 +107,15 @@ class SlurmSettings(_Settings):
 
         def run(stage: Stage, logs: Path) -> "PipelineExecutor":
             executor = SlurmPipelineExecutor(
-                stage.pipeline,
-                tasks=stage.n_tasks,
+                **self.arguments(stage, logs),
                 time=self.time,
                 partition=self.partition,
                 workers=self.workers or -1,
-                tasks_per_job=self.tasks_per_job,
-                cpus_per_task=self.cpus_per_task,
-                mem_per_cpu_gb=self.mem_per_cpu_gb,
                 qos=self.qos,
                 env_command=f'{environment}\nexport PYTHONPATH="{_ROOT}:$PYTHONPATH"',
                 sbatch_args=dict(self.sbatch_args),
-                job_name=f"dramatis-{stage.name.replace(' ', '-')}",
+                job_name=f"dramatis-{stage.name}",
                 max_array_size=-1,
-                logging_dir=str(logs),
             )
             try:
                 executor.run()
@@ -138,7 +128,8 @@ class SlurmSettings(_Settings):
 
 
 def _await_job(executor: Any) -> None:
-    """Wait until a job array has left the queue, or all its tasks their markers. The job goes when we do."""
+    """Wait until a job array has left the queue or all its tasks are complete. The job is cancelled if this is
+    interrupted."""
     missed_since: float | None = None
     try:
         while executor.get_incomplete_ranks(skip_completed=True):
@@ -155,20 +146,13 @@ def _await_job(executor: Any) -> None:
         raise
 
 
-class RaySettings(_Settings):
-    """Tasks of a Ray cluster (datatrove's RayPipelineExecutor, which explains these names). The run_dir and the sources
-    lie on a file system that all nodes share."""
+class RaySettings(_ClusterSettings):
+    """Ray (datatrove's RayPipelineExecutor)."""
 
     kind: Literal["ray"]
     address: str | None = None  # of the cluster; null starts one on this machine for the run
     workers: int = Field(ge=1)  # tasks that run at once
-    tasks_per_job: int = Field(default=1, ge=1)
-    cpus_per_task: int = Field(default=1, ge=1)
     mem_per_cpu_gb: float = Field(default=2, gt=0)
-
-    @property
-    def n_workers(self) -> int:
-        return self.workers
 
     @contextmanager
     def open(self) -> Iterator[Runner]:
@@ -191,15 +175,7 @@ class RaySettings(_Settings):
             raise StageError(f"executor.address {self.address}: no Ray cluster there ({error})") from None
 
         def run(stage: Stage, logs: Path) -> "PipelineExecutor":
-            executor = RayPipelineExecutor(
-                stage.pipeline,
-                tasks=stage.n_tasks,
-                workers=self.workers,
-                tasks_per_job=self.tasks_per_job,
-                cpus_per_task=self.cpus_per_task,
-                mem_per_cpu_gb=self.mem_per_cpu_gb,
-                logging_dir=str(logs),
-            )
+            executor = RayPipelineExecutor(**self.arguments(stage, logs), workers=self.workers)
             executor.run()
             return executor
 
@@ -213,11 +189,11 @@ Executor = Annotated[LocalSettings | SlurmSettings | RaySettings, Field(discrimi
 
 
 def run_stage(run: Runner, stage: Stage, logs: Path) -> None:
-    """Run what is left of a stage. Raises the error of a task, or StageError where tasks ended without a word.
+    """Run what is left of a stage. Raises the error of a task, or StageError where tasks ended without an error.
 
-    What datatrove has to say meanwhile is written to executor.log in `logs`.
+    datatrove's messages are written to executor.log in `logs`.
     """
-    forget_failures(logs)
+    shutil.rmtree(logs / FAILURES, ignore_errors=True)
     logs.mkdir(parents=True, exist_ok=True)
     logger.remove()
     logger.add(logs / "executor.log", level="DEBUG", backtrace=False)
@@ -226,4 +202,18 @@ def run_stage(run: Runner, stage: Stage, logs: Path) -> None:
     finally:
         logger.remove()
     if left := executor.get_incomplete_ranks(skip_completed=True):
-        raise failure_of(stage.name, logs, len(left), stage.n_tasks)
+        raise _failure_of(stage, logs, len(left))
+
+
+def _failure_of(stage: Stage, logs: Path, n_left: int) -> Exception:
+    """The first error that a task of the stage has written, if any."""
+    for path in sorted((logs / FAILURES).glob("*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for error in RECIPE_ERRORS:
+            if error.__name__ == found["kind"]:
+                return error(found["message"])
+        return StageError(f"stage {stage.name}: {found['kind']}: {found['message']}; more in {logs}/logs")
+    return StageError(
+        f"stage {stage.name}: {n_left} of {stage.n_tasks} tasks did not end and left no error (killed? out of memory "
+        f"or time?); see {logs}; run the same command again to continue"
+    )

@@ -37,9 +37,6 @@ class MergeResults(ItemStep):
         super().__init__(work)
         self.row_length, self.rows_per_shard = row_length, rows_per_shard
 
-    def n_items(self) -> int:
-        return 1
-
     def do(self, number: int, folder: Path) -> None:
         run_dir, units = self.work.run_dir, read_units(self.work.path / UNITS_FILE)
         tokenizer, selection = made_tokenizer(self.work), Selection(self.work)

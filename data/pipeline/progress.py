@@ -1,60 +1,41 @@
 """The progress display of data.prepare and data.feedback: one line for each step."""
 
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-_SECONDS_BETWEEN_LOOKS = 0.5
 
-
-class Steps:
-    """The display, while inside `with`; nothing where the console is no terminal."""
+class Steps(Progress):
+    """The display; nothing where the console is no terminal."""
 
     def __init__(self, console: Console) -> None:
-        columns = (
+        super().__init__(
             TextColumn("{task.description:24}"),
             BarColumn(30),
             TextColumn("{task.completed:>7,} {task.fields[unit]}"),
-        )
-        self._progress = Progress(
-            *columns,
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
+            refresh_per_second=2,
             transient=True,
             disable=not console.is_terminal,
         )
 
-    def __enter__(self) -> "Steps":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Called at each refresh, which asks the running step how much is done."""
+        for task in self.tasks:
+            if not task.finished:
+                self.update(task.id, completed=task.fields["n_done"]())
+        yield from super().get_renderables()
 
     @contextmanager
     def following(
         self, name: str, unit: str, n_done: Callable[[], int], total: Callable[[], int] | None = None
     ) -> Iterator[None]:
-        """A step, while inside: how much of it is done is asked for again and again by a thread."""
-        task = self._progress.add_task(name, total=total() if total else None, unit=unit, completed=n_done())
-        ended = threading.Event()
-
-        def follow() -> None:
-            while not ended.wait(_SECONDS_BETWEEN_LOOKS):
-                self._progress.update(task, completed=n_done())
-
-        thread = threading.Thread(target=follow, daemon=True)
-        if not self._progress.disable:
-            thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            if not self._progress.disable:
-                thread.join()
+        """Show a step for as long as the block runs."""
+        task = self.add_task(name, total=total() if total else None, unit=unit, n_done=n_done)
+        yield
         done = n_done()
-        self._progress.update(task, completed=done, total=done)
+        self.update(task, completed=done, total=done)

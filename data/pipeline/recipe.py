@@ -57,7 +57,7 @@ class DataRecipe(Section):
     @property
     def n_tasks(self) -> int:
         """How many tasks a stage has that can be shared out."""
-        return self.tasks or self.executor.n_workers or 1
+        return self.tasks or self.executor.workers or 1
 
     @property
     def context_tokens(self) -> int:
@@ -85,6 +85,6 @@ class DataRecipe(Section):
 
     @model_validator(mode="after")
     def _tasks_are_said(self) -> Self:
-        if self.tasks is None and self.executor.n_workers is None:
+        if self.tasks is None and self.executor.workers is None:
             raise ValueError(f"tasks: expected a number where executor.kind {self.executor.kind} has no workers")
         return self

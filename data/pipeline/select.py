@@ -13,7 +13,7 @@ from data.clean.records import CleanError, check_bad_fraction, check_times_for_l
 from data.clean.split import DROPPED, HELDOUT, TRAIN, FractionSplit, SplitError, SplitRecords, TimeSplit, split
 from data.clean.split_warnings import Measure, is_too_large, side_measures, side_warnings, strongest_link
 from data.pipeline.item_step import ItemStep
-from data.pipeline.minhash import dropped_rows
+from data.pipeline.minhash import near_duplicates
 from data.pipeline.read import UNITS_FILE, UnitResults
 from data.pipeline.unit import read_units
 from data.pipeline.work_folder import WorkFolder
@@ -51,9 +51,6 @@ class SelectDialogues(ItemStep):
         self.rule, self.max_bad_fraction, self.drops_near_duplicates = rule, max_bad_fraction, drops_near_duplicates
         self.continue_within_seconds = continue_within_seconds
 
-    def n_items(self) -> int:
-        return 1
-
     def do(self, number: int, folder: Path) -> None:
         units = [UnitResults(self.work, unit) for unit in range(self.n_units)]
         ledgers, source_of_unit = self._ledgers(units)
@@ -65,7 +62,8 @@ class SelectDialogues(ItemStep):
         keys = np.concatenate([unit_rows["content_key"] for unit_rows in rows])
         sides, warnings = self._split(units, source_of_unit)
         is_duplicate = _repeats(keys)
-        is_near = self._near_duplicates(edges) & ~is_duplicate
+        is_near = near_duplicates(self.work) if self.drops_near_duplicates else np.zeros(len(keys), bool)
+        is_near &= ~is_duplicate
         is_single = ~is_duplicate & ~is_near
         is_dropped = np.isin(sides, list(DROPPED))
         for name, ledger in ledgers.items():
@@ -86,14 +84,6 @@ class SelectDialogues(ItemStep):
         np.save(folder / _EDGES_FILE, edges)
         np.save(folder / _N_BEFORE_FILE, _n_before(sides, edges))
         write_json(folder / _LEDGERS_FILE, {name: ledger.to_dict() for name, ledger in ledgers.items()})
-
-    def _near_duplicates(self, edges: np.ndarray) -> np.ndarray:
-        """Which of all rows the stages before found to be near-duplicates; a unit's rows begin at its edge."""
-        is_near = np.zeros(edges[-1], bool)
-        if self.drops_near_duplicates:
-            for edge, rows in zip(edges[:-1], dropped_rows(self.work, self.n_units), strict=True):
-                is_near[edge + rows] = True
-        return is_near
 
     def _ledgers(self, units: Sequence[UnitResults]) -> tuple[dict[str, Ledger], np.ndarray]:
         parts = [unit.ledger() for unit in units]

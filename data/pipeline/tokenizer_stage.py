@@ -49,9 +49,6 @@ class MakeTokenizer(ItemStep):
         super().__init__(work)
         self.rule = rule
 
-    def n_items(self) -> int:
-        return 1
-
     def do(self, number: int, folder: Path) -> None:
         self._tokenizer().save(folder)
 

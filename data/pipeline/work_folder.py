@@ -1,4 +1,4 @@
-"""Where the stages leave their results for each other: a folder an item, there whole or not at all."""
+"""Where the stages leave their results for each other: a folder for each item, which exists only when complete."""
 
 import os
 import shutil
@@ -10,7 +10,12 @@ from pathlib import Path
 from data.atomic_file import sync_path
 
 WORK = "work"  # inside the run_dir
+FAILURES = "failures"  # inside the logs of a stage: the error of each task that failed
 _LOGS = "logs"
+
+
+class StageError(RuntimeError):
+    """A stage that did not end through no fault of the recipe; the message says where to look. Run it again."""
 
 
 class WorkFolder:

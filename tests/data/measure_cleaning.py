@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 from loguru import logger
 from rich.console import Console
 from rich.table import Table
@@ -35,7 +36,7 @@ from data.clean.repetition import Repetition, repeated  # noqa: E402
 from data.clean.scrub import HASHED_ID, PLACEHOLDERS, HashedIds, Scrub, scrub  # noqa: E402
 from data.format.dialogue import NARRATOR, Dialogue  # noqa: E402
 from data.inspect.terminal_text import visible  # noqa: E402
-from data.pipeline.minhash import dropped_rows, minhash_stages  # noqa: E402
+from data.pipeline.minhash import minhash_stages, near_duplicates  # noqa: E402
 from data.pipeline.work_folder import WorkFolder  # noqa: E402
 from data.sources.registry import SOURCES  # noqa: E402
 
@@ -132,8 +133,8 @@ def duplicates(dialogues: Sequence[Dialogue]) -> tuple[int, int]:
         for stage in minhash_stages(work, lambda unit: map(compared_text, dialogues), 1, NEAR, 1):
             for step in stage.pipeline:
                 list(step.run(None, 0, 1))
-        (dropped,) = dropped_rows(work, 1)
-    return len(exact), len(set(dropped.tolist()) - exact)
+        dropped = np.flatnonzero(near_duplicates(work)).tolist()
+    return len(exact), len(set(dropped) - exact)
 
 
 def replaced_values(text: str, clean: str) -> Iterator[tuple[str, str]]:

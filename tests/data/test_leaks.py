@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from data.clean.near_duplicates import NearDuplicates, compared_text
 from data.clean.split import HELDOUT, TRAIN, FractionSplit, SplitError, SplitRecords, TimeSplit, split
 from data.format.dialogue import Dialogue, Message
-from data.pipeline.minhash import dropped_rows, minhash_stages
+from data.pipeline.minhash import minhash_stages, near_duplicates
 from data.pipeline.record import participants_of, records_of
 from data.pipeline.work_folder import WorkFolder
 
@@ -55,12 +55,7 @@ def sides_of(dialogues: list[Dialogue], rule: TimeSplit | FractionSplit, folder:
     texts = [[compared_text(dialogue) for dialogue in unit] for unit in units]
     for stage in minhash_stages(work, texts.__getitem__, len(units), NearDuplicates(n_grams=N_GRAMS), 1):
         list(stage.pipeline[0].run())
-    kept = [
-        dialogue
-        for unit, gone in zip(units, dropped_rows(work, len(units)), strict=True)
-        for row, dialogue in enumerate(unit)
-        if row not in gone
-    ]
+    kept = [dialogue for dialogue, gone in zip([*units[0], *units[1]], near_duplicates(work), strict=True) if not gone]
     records = records_of(kept, [True] * len(kept), seed=0)
     split_records = SplitRecords(
         source=np.zeros(len(kept), np.int64),

@@ -11,7 +11,7 @@ from recipes.pipeline import main, plan
 from recipes.plan_check import PlanCheck
 
 ROOT = Path(__file__).parents[2]
-SIZES = ["data.format.tokenizer.vocab_size=300", "pretrain.model.vocab_size=300", "data.executor.workers=1"]
+SIZES = ["data.tokenizer.vocab_size=300", "pretrain.model.vocab_size=300", "data.executor.workers=1"]
 
 
 def write_logs(folder: Path, n: int) -> None:
@@ -32,7 +32,7 @@ def logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     sources = f"data.sources=[{{kind: chat_jsonl, path: {tmp_path}/logs}}]"
     return [
         str(ROOT / "recipes" / "demo"), "--runs", str(tmp_path / "runs"), sources,
-        "data.clean.split={kind: fraction, heldout: 0.2, by_participant: false}", *SIZES,
+        "data.split={kind: fraction, heldout: 0.2, by_participant: false}", *SIZES,
     ]  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def test_counts_that_can_be_lowered_are_noted(logs: list[str], capfd: pytest.Cap
     assert f"ranking.n_contexts: 320 asked for, {n} contexts found held out; {n} are used" in output
     assert f"export: n_parity_conversations: 24 asked for, {n} held-out dialogues found" in output
     assert not Path(logs[2]).exists()
-    code, output = dry_run(capfd, *logs, "eval.parts.ranking.n_distractors=40")
+    code, output = dry_run(capfd, *logs, "eval.ranking.n_distractors=40")
     assert f"ranking.n_distractors: 40 asked for, {n - 1} other replies found held out" in output
 
 

@@ -14,16 +14,14 @@ from hypothesis import strategies as st
 from data.clean.near_duplicates import NearDuplicates
 from data.pipeline.executor import LocalSettings, Stage
 from data.pipeline.minhash import (
-    _MEMBER,
-    BUCKETS,
     CLUSTERS,
     SIGNATURES,
     DialogueSignature,
     UnicodeWords,
-    _dropped_of_unit,
-    dropped_rows,
     minhash_config,
     minhash_stages,
+    near_duplicates,
+    repeated_rows,
 )
 from data.pipeline.work_folder import WorkFolder
 
@@ -52,13 +50,7 @@ def dropped(units: Units, folder: Path, rule: NearDuplicates, n_tasks: int = 1) 
     """The places of the dropped rows when the rows of all units are numbered through."""
     work = WorkFolder(folder)
     run(minhash_stages(work, units.__getitem__, len(units), rule, n_tasks))
-    return numbered(units, work)
-
-
-def numbered(units: Units, work: WorkFolder) -> list[int]:
-    starts = [0, *accumulate(map(len, units))]
-    found = zip(starts, dropped_rows(work, len(units)), strict=False)
-    return [start + row for start, rows in found for row in rows.tolist()]
+    return np.flatnonzero(near_duplicates(work)).tolist()
 
 
 def cut(texts: list[str], sizes: list[int]) -> Units:
@@ -105,27 +97,18 @@ def test_what_is_dropped_is_similar_to_what_is_kept_and_nothing_kept_repeats(
     assert dropped([texts], tmp_path_factory.mktemp("together"), rule) == gone
 
 
-members = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 9)), max_size=40, unique=True)
-
-
-@given(units=st.lists(members, max_size=4))
-def test_rows_are_dropped_one_after_the_other(
-    units: list[list[tuple[int, int]]], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    file = tmp_path_factory.mktemp("unit") / "members"
-    claimed, expected_claimed = np.zeros(10, dtype=bool), set()
-    for unit in units:
-        expected = []
-        for row in sorted({row for row, _ in unit}):
-            groups = {group for other, group in unit if other == row}
-            if groups & expected_claimed:
-                expected.append(row)
-            else:
-                expected_claimed |= groups
-        np.array(unit, dtype=_MEMBER).tofile(file)
-        assert _dropped_of_unit(file, claimed).tolist() == expected
-        assert set(np.flatnonzero(claimed).tolist()) == expected_claimed
-    assert _dropped_of_unit(file.with_name("none"), claimed).tolist() == []
+@given(members=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 9)), max_size=40, unique=True))
+def test_rows_are_dropped_one_after_the_other(members: list[tuple[int, int]]) -> None:
+    claimed: set[int] = set()
+    expected = []
+    for row in sorted({row for row, _ in members}):
+        groups = {group for other, group in members if other == row}
+        if groups & claimed:
+            expected.append(row)
+        else:
+            claimed |= groups
+    pairs = np.array(members, np.int64).reshape(-1, 2)
+    assert repeated_rows(pairs[:, 0], pairs[:, 1]) == expected
 
 
 def test_pairs_are_found_with_the_chance_that_is_told(tmp_path: Path) -> None:
@@ -149,7 +132,7 @@ def test_processes_give_the_same(tmp_path: Path) -> None:
     with LocalSettings(kind="local", workers=2).open() as run_stage:
         for stage in minhash_stages(work, units.__getitem__, len(units), rule, 16):
             run_stage(stage, work.logs(stage.name, stage.n_tasks))
-    assert numbered(units, work) == alone
+    assert np.flatnonzero(near_duplicates(work)).tolist() == alone
 
 
 def test_a_chain_keeps_what_is_unlike_its_first(tmp_path: Path) -> None:
@@ -206,18 +189,9 @@ def test_finished_items_are_not_done_again(tmp_path: Path) -> None:
     stages = minhash_stages(work, texts_of_unit, len(units), rule, 3)
     list(stages[0].pipeline[0].run(None, 1, 3))
     run(stages, lambda n: range(n - 1, -1, -1))
-    first = numbered(units, work)
-    for stage, item in ((BUCKETS, 3), (CLUSTERS, 0)):
-        work.item(stage, item).rename(tmp_path / f"gone_{stage}")
+    first = np.flatnonzero(near_duplicates(work)).tolist()
+    work.item(CLUSTERS, 0).rename(tmp_path / "gone")
     run(stages)
-    assert numbered(units, work) == first
+    assert np.flatnonzero(near_duplicates(work)).tolist() == first
     assert sorted(asked) == [0, 1, 2]
-    assert work.n_done(SIGNATURES) == 3 and work.n_done(BUCKETS) == rule.buckets
-
-
-def test_too_many_units_for_the_system_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("resource.getrlimit", lambda _: (64, 64))
-    stages = minhash_stages(WorkFolder(tmp_path), [["a b c d e"]].__getitem__, 1, NearDuplicates(), 1)
-    with pytest.raises(OSError, match="65 files must be open at once, and the system allows 64") as caught:
-        run(stages)
-    assert "unit_bytes" in str(caught.value)
+    assert work.n_done(SIGNATURES) == 3

@@ -1,0 +1,94 @@
+"""Worker processes of this machine for the tasks of a stage.
+
+datatrove's LocalPipelineExecutor.run waits forever for a worker that was killed, leaves its workers running when it is
+killed itself, and starts new processes for every stage. Its executor is kept; only the calls of its ranks are ours.
+"""
+
+import contextlib
+import copy
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import active_children, connection, get_context, parent_process
+from typing import Any
+
+from datatrove.executor.local import LocalPipelineExecutor
+from loguru import logger
+
+from data.pipeline.work_folder import StageError
+
+_PRELOADED = ["data.pipeline.processes", "data.pipeline.merge"]  # imported once, not by every process
+
+
+@contextlib.contextmanager
+def process_pool(n_workers: int) -> Iterator[ProcessPoolExecutor | None]:
+    """A pool whose processes end with this one, even when it is killed; None for one worker, which is this process."""
+    if n_workers == 1:
+        yield None
+        return
+    context = get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    others = set(active_children())
+    pool = ProcessPoolExecutor(n_workers, context, initializer=_end_with_parent)
+    try:
+        yield pool
+    except BaseException:
+        for child in set(active_children()) - others:
+            child.kill()  # without waiting for its task
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def run_ranks(executor: LocalPipelineExecutor, pool: ProcessPoolExecutor | None) -> None:
+    """Run the incomplete ranks. Raises the first exception of one as soon as it happens, StageError when a process
+    dies."""
+    ranks = executor.get_incomplete_ranks()
+    if pool is None:
+        for rank in ranks:
+            run_rank(copy.deepcopy(executor), rank)  # a copy has statistics of its own
+        return
+    try:
+        futures = _submit(pool, executor, ranks)
+        for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+            future.result()
+    except BrokenProcessPool:
+        raise StageError(
+            "a worker process was killed (out of memory?); run the same command again to continue, with fewer "
+            "workers if it repeats"
+        ) from None
+
+
+def run_rank(executor: LocalPipelineExecutor, rank: int) -> None:
+    """Run one task. It logs to its file only: datatrove also logs to the terminal."""
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+            executor._run_for_rank(rank)
+    finally:
+        logger.remove()
+
+
+def _submit(pool: ProcessPoolExecutor, executor: LocalPipelineExecutor, ranks: list[int]) -> list[Future[Any]]:
+    # processes are started here and inherit the blocked SIGINT: Ctrl-C reaches the parent only
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return [pool.submit(run_rank, executor, rank) for rank in ranks]
+    except (EOFError, ConnectionError) as error:  # the fork server was killed
+        raise BrokenProcessPool from error
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None, "runs in worker processes only"
+    sentinel = parent.sentinel
+
+    def wait_for_parent() -> None:
+        connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait_for_parent, daemon=True).start()
