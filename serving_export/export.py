@@ -93,7 +93,8 @@ class ExportRecipe(Section):
         """Whether stock engines can run the model, and how many conversations there are to compare on."""
         facts, config = plan.data(self.data), plan.config(self.init_from)
         if config is not None:
-            hf_config(config, self.dtype, bos_id=2, end_id=4, pad_id=0)
+            with plan.finding():
+                hf_config(config, self.dtype, bos_id=2, end_id=4, pad_id=0)
             for problem in facts.misfits(config.vocab_size, config.max_length) if facts else ():
                 plan.problem(problem)
         if facts and facts.heldout is not None and (told := fewer_conversations(self, len(facts.heldout))):
