@@ -228,7 +228,7 @@ def run(stages: Sequence[Planned], console: Console, stops: StopRequests) -> int
             is_checked = True
         ended = None
         if state is not RunState.FINISHED and not stops.received:  # it may have come while the inputs were hashed
-            how = "continues" if state is RunState.UNFINISHED else "starts"
+            how = {RunState.UNFINISHED: "continues", RunState.DAMAGED: "is damaged and runs again"}.get(state, "starts")
             console.rule(f"[bold]{number}/{len(stages)} {planned.name}[/] {how}: {planned.recipe_path}", align="left")
             environment = stage_environment(planned.nproc_per_node)
             ended = run_child(planned.command(), environment, stops)
@@ -329,7 +329,7 @@ def shown_state(planned: Planned) -> str:
     try:
         state, differences = planned.inspect()
     except MissingInputError:
-        return "an input is missing"
+        return "an input is missing or damaged"
     return "of another recipe or inputs" if differences else state.value
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes.loader import RecipeError
-from recipes.run_directory import read_done
+from recipes.run_directory import damage, read_done
 
 if TYPE_CHECKING:
     from recipes.pipeline import Planned
@@ -29,7 +29,7 @@ class PlanCheck:
         self.stages, self.reads_sources = stages, reads_sources
         self.problems: list[str] = []
         self.notes: list[str] = []
-        self._planned = {os.path.realpath(one.run_dir): one for one in stages if read_done(one.run_dir) is None}
+        self._planned = {os.path.realpath(one.run_dir): one for one in stages if _is_to_run(one.run_dir)}
         self._data: dict[str, Any] = {}
         self._at = stages[0]
 
@@ -119,6 +119,11 @@ class PlanCheck:
     def _is_there(self, planned: Planned) -> bool:
         """Whether no source is written by a stage that is still to run."""
         return not any(map(self.is_to_come, _locations(planned.written.get("sources"))))
+
+
+def _is_to_run(run_dir: Path) -> bool:
+    """Whether no finished run is there, or one whose outputs are made again."""
+    return read_done(run_dir) is None or bool(damage(run_dir))
 
 
 def _locations(node: Any) -> list[str]:

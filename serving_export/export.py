@@ -281,7 +281,8 @@ def run(recipe: ExportRecipe, console: Console) -> None:
             figure = export(recipe, console)
             content = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
             figures = {key: content[key] for key in ("parity", "kv_bytes_per_token", "engines")}
-            finish_run(target, recipe, recipe.inputs(), figure, time.monotonic() - started, figures, BUNDLE_FILES)
+            seconds = time.monotonic() - started
+            finish_run(target, recipe, recipe.inputs(), figure, seconds, figures, BUNDLE_FILES, by_size=(MANIFEST,))
     except ParityError:
         for name in _RUN_FILES:
             (target / name).unlink(missing_ok=True)
