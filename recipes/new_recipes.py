@@ -246,10 +246,6 @@ def _choose_steps(choices: Choices, n_tokens: int, n_dialogues: int, row_length:
             if pairs["kind"] == "on_policy" and pairs["n_contexts"] > n_dialogues:
                 pairs["n_contexts"] = n_dialogues
                 choices.told.append(f"dpo: pairs.{number}.n_contexts: {n_dialogues} (one a dialogue)")
-    if "pretrain" in choices.recipes:
-        model = choices.recipes["pretrain"]["model"]
-        if row_length > model["max_length"]:
-            choices.set("pretrain", "model.max_length", row_length, "a row's")
 
 
 def _set_steps(choices: Choices, stage: str, steps: int, why: str) -> None:

@@ -170,13 +170,16 @@ def test_large_sources_are_sampled_and_that_is_told(
     path = write_lines(work / "logs/a.jsonl", records)
     monkeypatch.setattr(look, "READ_AT_MOST_BYTES", path.stat().st_size - 1)
     monkeypatch.setattr(look, "_SAMPLE", 100)
+    tried, read = [], look._read
 
-    def fail(self: object) -> None:
-        pytest.fail("a reader that may hold a whole file is tried though another reads most")
+    def reading(source: Any, settings: Any, at_most: int | None) -> Any:
+        tried.append(settings["kind"])
+        return read(source, settings, at_most)
 
-    monkeypatch.setattr(look.SOURCES["qmsum"], "read", fail)
+    monkeypatch.setattr(look, "_read", reading)
     found = find_source(Path("logs"))
     assert (found.kind, found.is_sample, found.n_records, len(found.bad)) == ("chat_jsonl", True, 100, 1)
+    assert set(tried) == {"chat_jsonl"}, "readers that may hold a whole file are not tried where another reads most"
     assert main(["mine", "--data", "logs"]) == 0
     printed = capfd.readouterr().out
     assert "the first 100 records" in printed and "(not tried: only a sample was read)" in printed
@@ -230,6 +233,59 @@ def test_counts_of_tiny_data_are_lowered_each_with_its_reason(work: Path, capfd:
     assert "eval: ranking.n_contexts: 4 (4 of 5 held-out dialogues have a reply so late)" in printed
     assert "eval: ranking.n_distractors: 3 (the replies of the other contexts)" in printed
     assert "export: n_parity_conversations: 5 (5 dialogues are held out)" in printed
+
+
+def test_more_text_gives_more_pieces_and_bad_records_are_allowed_for(work: Path) -> None:
+    rng, records = random.Random(1), conversations(300)
+    for record in records:
+        for message in record["messages"]:
+            message["text"] = " ".join("".join(rng.choices("abcdefgh", k=rng.randint(2, 4))) for _ in range(35))
+    write_lines(work / "logs/a.jsonl", [*records, *({"id": n} for n in range(20))])
+    assert main(["mine", "--data", "logs"]) == 0
+    data = recipe(work / "mine", "data")
+    assert data["tokenizer"]["vocab_size"] == 1024
+    assert data["max_bad_fraction"] == 0.08, "20 of 320 are bad"
+    assert data["filters"] == {"min_speakers": 2, "min_messages": 2}
+    assert data["split"]["heldout"] == 0.2
+    for stage in ("pretrain", "sft"):
+        loop = recipe(work / "mine", stage)["loop"]
+        assert 1 <= loop["evaluate_every"] <= loop["max_steps"] and loop["save_every"] <= loop["max_steps"]
+    assert pipeline(["mine", "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize("rarer", [0, 1, 30])
+def test_labels_of_metadata_make_a_scorer_where_both_are_there(work: Path, rarer: int) -> None:
+    records = conversations(60)
+    for number, record in enumerate(records):
+        for message in record["messages"][1::2]:
+            message["metadata"] = {"engagement_label": int(number >= rarer)}
+    write_lines(work / "logs/a.jsonl", records)
+    assert main(["mine", "--data", "logs"]) == 0
+    assert (work / "mine/engagement.yaml").exists() == (rarer == 30)
+
+
+def test_pairs_in_columns_are_no_file_of_pairs(work: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pairs = [{**r, "messages": r["messages"][:1], "chosen": "Yes.", "rejected": "No."} for r in conversations(40)]
+    (work / "logs").mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist(pairs), work / "logs/a.parquet")
+    assert find_source(Path("logs")).kind == "preference_pairs"
+    assert main(["mine", "--data", "logs"]) == 0
+    assert not (work / "mine/dpo.yaml").exists()
+
+
+def test_a_write_that_fails_leaves_nothing(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_lines(work / "logs/a.jsonl", conversations(20))
+    monkeypatch.setattr(Path, "rename", lambda self, target: (_ for _ in ()).throw(OSError(28, "no space", str(self))))
+    assert main(["mine", "--data", "logs"]) == 2
+    assert [file.name for file in work.iterdir()] == ["logs"]
+
+
+def test_times_count_where_most_dialogues_have_them(work: Path) -> None:
+    for n_timed in (9, 11):
+        mixed = [*conversations(n_timed, times=True), *conversations(20)[n_timed:]]
+        assert find_source(write_lines(work / f"{n_timed}.jsonl", mixed)).has_times == (n_timed == 11)
+    assert [look.quantile([5, 1, 4, 2, 3], share) for share in (0.0, 0.5, 0.95)] == [1, 3, 5]
 
 
 def test_a_folder_without_files_is_told(work: Path) -> None:
