@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from data.tokenizer import DialogueTokenizer
+from model.bundle_files import BundleError, verify
 from model.hugging_face import load_exported_model
 from model.transformer import Transformer
 from serving_export.engine import Engine
-from serving_export.manifest import BundleError, Defaults, read_defaults, verify
+from serving_export.manifest import Defaults, read_defaults
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 PAGE_SIZE = 16

@@ -26,6 +26,7 @@ from data.dialogue_json import read_dialogues
 from data.prompt import DEFAULT_TEMPLATE, PromptTemplate
 from data.speaker_names import SpeakerNames, names_trained_on
 from data.tokenizer import MODEL_FILE, DialogueTokenizer
+from model.bundle_files import MANIFEST, verify
 from model.config import ModelConfig
 from model.hugging_face import hf_config, load_exported_model, state_to_hf
 from model.portability import describe
@@ -37,7 +38,7 @@ from recipes.run_directory import RunState, finish_run, prepare_run_directory, r
 from recipes.run_identity import Location
 from recipes.stage_errors import run_told
 from serving_export.chat_template import chat_template
-from serving_export.manifest import MANIFEST, SERVING, Defaults, verify, write_defaults, write_manifest
+from serving_export.manifest import SERVING, Defaults, write_defaults, write_manifest
 from serving_export.parity import (
     Parity,
     ParityError,

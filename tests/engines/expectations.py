@@ -18,11 +18,12 @@ from data.dialogue import NARRATOR, Dialogue, encode_prompt
 from data.dialogue_json import read_dialogues
 from data.tokenizer import DialogueTokenizer
 from model.attention_ops import Documents
+from model.bundle_files import verify
 from model.generate import generate
 from model.hugging_face import load_exported_model
 from model.transformer import Transformer
 from serving_export.chat_template import dialogue_of, engine_content
-from serving_export.manifest import read_defaults, verify
+from serving_export.manifest import read_defaults
 from serving_export.parity import HOSTILE_TEXTS, chat_message, choose_conversations, greedy_sampling, reply_place
 
 N_CONVERSATIONS, N_NEW_TOKENS, LONGEST_TEXT = 20, 32, 50
