@@ -154,9 +154,9 @@ def run(recipe: DataRecipe, console: Console) -> None:
             WorkFolder(run_dir).remove()  # where the run was killed after its end
             console.print(f"{run_dir}: already prepared ({done['key_figure']})", highlight=False)
             return
-        if done:
+        if done or state is RunState.DAMAGED:
             console.print(f"{run_dir}: its data is damaged; preparing it again", style="yellow", highlight=False)
-            (run_dir / "done.json").unlink()
+            (run_dir / "done.json").unlink(missing_ok=True)
             WorkFolder(run_dir).remove()
             (run_dir / MANIFEST_FILE).unlink(missing_ok=True)
         began = time.monotonic()
@@ -169,7 +169,8 @@ def run(recipe: DataRecipe, console: Console) -> None:
         seconds = time.monotonic() - began
         sides = {side: manifest[side] for side in SIDES}
         figures = {"fingerprint": manifest["train"]["fingerprint"]}
-        finish_run(run_dir, recipe, inputs, key_figure(sides), seconds, figures, (MANIFEST_FILE, MODEL_FILE, DIALOGUES))
+        read_later = (MANIFEST_FILE, MODEL_FILE, DIALOGUES)
+        finish_run(run_dir, recipe, inputs, key_figure(sides), seconds, figures, read_later, by_size=tuple(SIDES))
         WorkFolder(run_dir).remove()
     print_report(run_dir, manifest, seconds, console)
 

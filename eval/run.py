@@ -237,7 +237,10 @@ def run(recipe: EvalRecipe, console: Console) -> None:
         report = to_json(evaluate(open_workspace(recipe, console), console))
         paths = write_report(recipe.run_dir, report)
         figure = key_figure(report)
-        finish_run(recipe.run_dir, recipe, recipe.inputs(), figure, time.monotonic() - started)
+        finish_run(
+            recipe.run_dir, recipe, recipe.inputs(), figure, time.monotonic() - started,
+            by_size=("report.json", "report.html", "plots"),
+        )  # fmt: skip
     console.print(f"[bold]{figure}[/]", highlight=False)
     console.print(f"report: {paths['html'].resolve()}", highlight=False, soft_wrap=True)
 

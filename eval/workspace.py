@@ -130,6 +130,8 @@ class EvalRecipe(Section):
                 plan.problem(problem)
         if facts and facts.heldout is not None:
             replies = human_texts(facts.heldout, self.contexts.min_messages)
+            if len(replies) < 2 and (fits := _min_messages_that_fits(facts.heldout, self.contexts.min_messages)):
+                plan.problem(f"contexts.min_messages: {fits} is the most that two held-out dialogues have")
             _, lowered = fit_counts(self, len(replies), len(set(replies)))
             for line in lowered:
                 plan.note(line)
@@ -266,6 +268,11 @@ def too_long(name: str, path: str, config: ModelConfig, recipe: EvalRecipe, row_
         f"{name}: max_length of {path} is {config.max_length} tokens, and {longest} are asked for "
         f"(rows of {row_length}; contexts.max_prompt_tokens + replies.max_new_tokens)"
     )
+
+
+def _min_messages_that_fits(dialogues: Sequence[Dialogue], asked: int) -> int | None:
+    """The largest min_messages below `asked` with the two contexts that an evaluation needs."""
+    return next((n for n in range(asked - 1, 0, -1) if len(human_texts(dialogues, n)) >= 2), None)
 
 
 def fit_counts(recipe: EvalRecipe, n_contexts: int, n_replies: int) -> tuple[EvalRecipe, list[str]]:

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from model.attention_ops import Backend
 from model.config import ModelConfig, NoSharing, TailSharing
 from model.portability import obstacles
 from model.transformer import Transformer
+from model.weights import CONFIG, WEIGHTS, model_of_state, read_tensors
 
 ARCHITECTURE = "Gemma4ForCausalLM"
 
@@ -180,16 +179,11 @@ def state_from_hf(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str,
     return ours
 
 
-def _file_of_bundle(directory: str | Path, name: str) -> Path:
-    path = Path(directory) / name
-    if not path.is_file():
-        raise NotPortableError(f"{path} does not exist: {directory} is not a bundle")
-    return path
-
-
 def load_exported_config(directory: str | Path) -> ModelConfig:
     """The architecture of a bundle. Raises NotPortableError naming config.json when it is none of ours."""
-    path = _file_of_bundle(directory, "config.json")
+    path = Path(directory) / CONFIG
+    if not path.is_file():
+        raise NotPortableError(f"{path} does not exist: {directory} is not a bundle")
     try:
         return model_config(json.loads(path.read_text(encoding="utf-8")))
     except (KeyError, TypeError, json.JSONDecodeError) as error:
@@ -204,20 +198,9 @@ def load_exported_model(
 ) -> Transformer:
     """Our transformer from the config.json and model.safetensors of a bundle, in evaluation mode.
 
-    Raises NotPortableError naming the file when it is missing, damaged or of another architecture.
+    Raises NotPortableError for another architecture, WeightsError naming the file of weights when it is missing,
+    damaged or does not fit its config.json.
     """
     config = load_exported_config(directory)
-    weights = _file_of_bundle(directory, "model.safetensors")
-    try:
-        state = state_from_hf(config, load_file(weights))
-    except SafetensorError as error:
-        raise NotPortableError(f"{weights} is damaged: {error}") from None
-    with torch.device("meta"):
-        model = Transformer(config, attention)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if shapes != found:
-        wrong = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
-        raise NotPortableError(f"{weights} does not fit its config.json: {', '.join(wrong[:5])}")
-    model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in state.items()}, assign=True)
-    return model.eval()
+    path = Path(directory) / WEIGHTS
+    return model_of_state(config, state_from_hf(config, read_tensors(path)), path, device, dtype, attention)

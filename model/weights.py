@@ -7,13 +7,12 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.attention_ops import Backend
 from model.config import ModelConfig
@@ -99,10 +98,22 @@ def load_model(
     attention: Backend = "auto",
 ) -> Transformer:
     """The transformer of a model directory, in evaluation mode."""
-    config = load_config(directory)
+    path = Path(directory) / WEIGHTS
+    return model_of_state(load_config(directory), read_tensors(path), path, device, dtype, attention)
+
+
+def model_of_state(
+    config: ModelConfig,
+    state: Mapping[str, Tensor],
+    path: Path,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    attention: Backend,
+) -> Transformer:
+    """A transformer with the weights `state`, in evaluation mode. Raises WeightsError naming `path`, their file."""
     with torch.device("meta"):
         model = Transformer(config, attention)
-    state = _read(Path(directory) / WEIGHTS, {name: tuple(p.shape) for name, p in model.state_dict().items()})
+    _check_shapes(path, state, model)
     model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in state.items()}, assign=True)
     return model.eval()
 
@@ -113,30 +124,35 @@ def load_scorer(
     """Trunk and scalar head of a trained scorer."""
     model = load_model(directory, device, dtype)
     head = ScalarHead(model.config.d_model)
-    state = _read(Path(directory) / SCALAR_HEAD, {name: tuple(p.shape) for name, p in head.state_dict().items()})
+    path = Path(directory) / SCALAR_HEAD
+    state = read_tensors(path)
+    _check_shapes(path, state, head)
     head.load_state_dict(state)
     return model, head.to(device, dtype).eval()
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file. Raises WeightsError naming it when it is missing or damaged."""
+    if not path.is_file():
+        raise WeightsError(f"{path} does not exist")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is damaged: {error}") from error
 
 
 def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
-def _read(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, checked against the names and shapes the config asks for."""
-    if not path.is_file():
-        raise WeightsError(f"{path} does not exist")
-    try:
-        state: dict[str, Any] = load_file(path)
-    except SafetensorError as error:
-        raise WeightsError(f"{path} is damaged: {error}") from error
+def _check_shapes(path: Path, state: Mapping[str, Tensor], module: nn.Module) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     missing, extra = sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys())
     if missing or extra:
         raise WeightsError(f"{path} does not fit its config: missing {missing[:5]}, unexpected {extra[:5]}")
     for name, shape in shapes.items():
         if tuple(state[name].shape) != shape:
             raise WeightsError(f"{path}: {name} has shape {tuple(state[name].shape)}, the config says {shape}")
-    return state
 
 
 def _sync(path: Path) -> None:

@@ -53,20 +53,18 @@ def tell_found(found: Any, data: Path, console: Console) -> None:
         console.print(f"bad: {bad.file}:{bad.line}: {bad.reason}", highlight=False, markup=False, soft_wrap=True)
 
 
-def run(folder: Path, data: Path, like: str, console: Console) -> Choices:
-    """Look, choose and write; raises RecipeError or the errors of the readers, with nothing written."""
+def run(folder: Path, data: Path, like: str) -> tuple[Any, Choices]:
+    """Look, choose and write: what was found, and the recipes. Prints nothing, so that a closed pipe cannot stop it
+    halfway. Raises RecipeError or the errors of the readers, with nothing written."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RecipeError(f"{folder} is there already and not empty; choose another folder, or remove it")
     look = importlib.import_module("data.inspect.folder")
     found = look.find_source(data)
-    tell_found(found, data, console)
     choices = choose(found, RECIPES / like, os.path.normpath(folder))
-    for line in choices.told:
-        console.print(f"- {line}", highlight=False, markup=False, soft_wrap=True)
     write_recipes(choices, folder)
     for stage in choices.stages:
         load_recipe(schema_of(choices.recipes[stage]["stage"]), folder / f"{stage}.yaml")
-    return choices
+    return found, choices
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,18 +74,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="a file or a folder of conversations")
     parser.add_argument("--like", choices=LIKE, default="demo", help="whose recipes to start from (default demo)")
     arguments = parser.parse_args(argv)
-    console = Console()
     try:
-        choices = run(arguments.folder, arguments.data, arguments.like, console)
+        found, choices = run(arguments.folder, arguments.data, arguments.like)
     except KeyboardInterrupt:
         return tell_interrupt("nothing was written")
     except (ValueError, OSError) as error:
         tell_problems(error)
         return 2
-    files = ", ".join([PIPELINE_FILE, *(f"{stage}.yaml" for stage in choices.stages)])
-    console.print(f"wrote {files} into {arguments.folder}", highlight=False, soft_wrap=True)
-    console.print(f"run them: python -m recipes.pipeline {arguments.folder}", highlight=False, soft_wrap=True)
+    tell(found, choices, arguments, Console())
     return 0
+
+
+def tell(found: Any, choices: Choices, arguments: argparse.Namespace, console: Console) -> None:
+    """What was found, what was chosen, what was written, and what to do next."""
+    tell_found(found, arguments.data, console)
+    files = ", ".join([PIPELINE_FILE, *(f"{stage}.yaml" for stage in choices.stages)])
+    for line in (
+        *(f"- {line}" for line in choices.told),
+        f"wrote {files} into {arguments.folder}",
+        f"run them: python -m recipes.pipeline {arguments.folder}",
+    ):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

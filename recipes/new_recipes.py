@@ -171,6 +171,9 @@ def _choose_split(choices: Choices, found: Any) -> Any:
         except ValueError as error:
             problems.append(str(error))
             continue
+        if found.is_sample:
+            choices.told.append(f"data: split: {_shown(data['split'])} (not tried: only a sample was read)")
+            return sides
         share = len(sides.heldout) / (len(sides.heldout) + len(sides.train))
         if not by_participant or 0.4 * heldout <= share <= 2.5 * heldout:
             total = len(sides.heldout) + len(sides.train)
@@ -237,17 +240,16 @@ def _choose_steps(choices: Choices, n_tokens: int, n_dialogues: int, row_length:
             continue
         loop = choices.recipes[stage]["loop"]
         epochs = _EPOCHS * share
-        steps = max(_FEWEST_STEPS, int(epochs * n_rows / loop["rows_per_step"]))
-        _set_steps(choices, stage, steps, f"{epochs:g} epochs of {n_rows:,} rows of {row_length} tokens")
+        steps = int(epochs * n_rows / loop["rows_per_step"])
+        why = f"{epochs:g} epochs of {n_rows:,} rows of {row_length} tokens"
+        if steps < _FEWEST_STEPS:
+            why = f"the fewest; {why} would be {steps}"
+        _set_steps(choices, stage, max(_FEWEST_STEPS, steps), why)
     if "dpo" in choices.recipes:
         for number, pairs in enumerate(choices.recipes["dpo"]["pairs"]):
             if pairs["kind"] == "on_policy" and pairs["n_contexts"] > n_dialogues:
                 pairs["n_contexts"] = n_dialogues
                 choices.told.append(f"dpo: pairs.{number}.n_contexts: {n_dialogues} (one a dialogue)")
-    if "pretrain" in choices.recipes:
-        model = choices.recipes["pretrain"]["model"]
-        if row_length > model["max_length"]:
-            choices.set("pretrain", "model.max_length", row_length, "a row's")
 
 
 def _set_steps(choices: Choices, stage: str, steps: int, why: str) -> None:
@@ -285,7 +287,7 @@ def _choose_heldout(choices: Choices, sides: Any, look: Any, tokenizer: Any) -> 
         if part in evaluation and evaluation[part]["n_contexts"] > n_contexts:
             choices.set("eval", f"{part}.n_contexts", n_contexts, why)
     if "ranking" in evaluation and evaluation["ranking"]["n_distractors"] >= n_contexts:
-        choices.set("eval", "ranking.n_distractors", max(1, n_contexts - 1), why)
+        choices.set("eval", "ranking.n_distractors", max(1, n_contexts - 1), "the replies of the other contexts")
     if "export" in choices.recipes and choices.recipes["export"]["n_parity_conversations"] > n:
         choices.set("export", "n_parity_conversations", n, f"{n} dialogues are held out")
 

@@ -192,10 +192,7 @@ def schema_of(stage: str) -> type[BaseModel]:
 
 
 def check(stages: Sequence[Planned]) -> None:
-    """Load every recipe with its schema, so that no problem of the last one shows after a run.
-
-    Raises RecipeError with all problems, or RunDirectoryError.
-    """
+    """Load every recipe with its schema, so that no problem of the last one shows after a run. Raises RecipeError."""
     problems = []
     for planned in stages:
         try:
@@ -207,11 +204,16 @@ def check(stages: Sequence[Planned]) -> None:
 
 
 def check_together(stages: Sequence[Planned], console: Console, reads_sources: bool) -> None:
-    """Check what stages need of each other; print what will be done otherwise than asked. Raises RecipeError."""
+    """Check every recipe, and what stages need of each other; print what will be done otherwise than asked.
+
+    Raises RecipeError with all problems, also where the last recipe has one: nothing has run yet.
+    """
     plan_of_all = PlanCheck(stages, reads_sources)
-    plan_of_all.check()
-    for note in plan_of_all.notes:
-        console.print(note, highlight=False, markup=False, soft_wrap=True)
+    try:
+        plan_of_all.check()
+    finally:
+        for note in plan_of_all.notes:
+            console.print(note, highlight=False, markup=False, soft_wrap=True)
 
 
 def run(stages: Sequence[Planned], console: Console, stops: StopRequests) -> int:
@@ -225,7 +227,7 @@ def run(stages: Sequence[Planned], console: Console, stops: StopRequests) -> int
             is_checked = True
         ended = None
         if state is not RunState.FINISHED and not stops.received:  # it may have come while the inputs were hashed
-            how = "continues" if state is RunState.UNFINISHED else "starts"
+            how = {RunState.UNFINISHED: "continues", RunState.DAMAGED: "is damaged and runs again"}.get(state, "starts")
             console.rule(f"[bold]{number}/{len(stages)} {planned.name}[/] {how}: {planned.recipe_path}", align="left")
             environment = stage_environment(planned.nproc_per_node)
             ended = run_child(planned.command(), environment, stops)
@@ -326,7 +328,7 @@ def shown_state(planned: Planned) -> str:
     try:
         state, differences = planned.inspect()
     except MissingInputError:
-        return "an input is missing"
+        return "an input is missing or damaged"
     return "of another recipe or inputs" if differences else state.value
 
 
@@ -357,7 +359,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     try:
         stages = plan(arguments.folder, arguments.runs, arguments.overrides)
-        check(stages)
         check_together(stages, console, reads_sources=arguments.dry_run)
         if arguments.dry_run:
             _tell_plan(stages, console)

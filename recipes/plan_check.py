@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes.loader import RecipeError
-from recipes.run_directory import read_done
+from recipes.run_directory import damage, read_done
 
 if TYPE_CHECKING:
     from recipes.pipeline import Planned
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 class PlanCheck:
     """Answers what a stage will find in the run directories of others: from what they hold, or, where a stage is still
     to run, from its recipe and its sources. Collects the problems, and notes of what will be done otherwise than asked.
+    After a problem everything else that can be told is still asked, so that one check finds all.
 
     `reads_sources`: whether the sources of data that is still to be prepared are read for it.
     """
@@ -26,19 +29,22 @@ class PlanCheck:
         self.stages, self.reads_sources = stages, reads_sources
         self.problems: list[str] = []
         self.notes: list[str] = []
-        self._planned = {os.path.realpath(one.run_dir): one for one in stages if read_done(one.run_dir) is None}
+        self._planned = {os.path.realpath(one.run_dir): one for one in stages if _is_to_run(one.run_dir)}
         self._data: dict[str, Any] = {}
         self._at = stages[0]
 
     def check(self) -> None:
-        """Ask every stage. Raises RecipeError with all problems."""
+        """Load every recipe and ask every stage. Raises RecipeError with all problems."""
         for stage in self.stages:
             self._at = stage
             try:
-                if (look := getattr(self._at.recipe, "check_plan", None)) is not None:
+                look = getattr(stage.recipe, "check_plan", None)
+            except RecipeError as error:
+                self.problems.append(str(error))  # it names the file itself
+                continue
+            if look is not None:
+                with self.finding():
                     look(self)
-            except (ValueError, OSError) as error:
-                self.problem(str(error))
         if self.problems:
             raise RecipeError("\n".join(dict.fromkeys(self.problems)))
 
@@ -47,6 +53,14 @@ class PlanCheck:
         line = f"{self._at.recipe_path}: {text}"
         if not any(known.endswith(f": {text}") for known in self.problems):
             self.problems.append(line)
+
+    @contextmanager
+    def finding(self) -> Iterator[None]:
+        """An error of the user's inside is a problem of the stage that is asked, and what follows is still asked."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self.problem(str(error))
 
     def note(self, text: str) -> None:
         """The stage that is asked will do something otherwise than its recipe says."""
@@ -58,24 +72,36 @@ class PlanCheck:
         return self._at.nproc_per_node
 
     def data(self, run_dir: str) -> Any:
-        """data.packed.planned.DataFacts of a data directory, or None where nothing can be told of it yet."""
+        """data.packed.planned.DataFacts of a data directory, or None where nothing can be told of it yet. What
+        preparation would end in is a problem, told once."""
         place = os.path.realpath(run_dir)
         if place not in self._data:
-            self._data[place] = None  # an error is told once
-            planned, module = self._planned.get(place), importlib.import_module("data.packed.planned")
-            if planned is None:
-                self._data[place] = module.facts_of_run(run_dir)
-            elif planned.written["stage"] == "data":
-                reads = self.reads_sources and self._is_there(planned)
-                self._data[place] = module.facts_of_recipe(planned.recipe, reads)
+            self._data[place] = None
+            with self.finding():
+                self._data[place] = self._facts(run_dir)
         return self._data[place]
+
+    def _facts(self, run_dir: str) -> Any:
+        module, planned = importlib.import_module("data.packed.planned"), self._planned.get(os.path.realpath(run_dir))
+        if planned is None:
+            return module.facts_of_run(run_dir)
+        recipe = self._recipe(planned) if planned.written["stage"] == "data" else None
+        if recipe is None:
+            return None
+        facts = module.facts_of_recipe(recipe)
+        if not self.reads_sources or not self._is_there(planned):
+            return facts
+        heldout, problems = module.heldout_of_recipe(recipe)
+        for problem in problems:
+            self.problem(problem)
+        return replace(facts, heldout=heldout)
 
     def config(self, run_dir: str) -> Any:
         """The architecture (ModelConfig) of a run's model, or None where nothing can be told of it yet."""
-        planned = self._planned.get(os.path.realpath(run_dir))
-        if planned is not None:
-            own, before = getattr(planned.recipe, "model", None), getattr(planned.recipe, "init_from", None)
-            return own if own is not None else self.config(before) if before else None
+        if (planned := self._planned.get(os.path.realpath(run_dir))) is not None:
+            before = planned.written.get("init_from")
+            own = getattr(self._recipe(planned), "model", None)
+            return own if own is not None else self.config(before) if isinstance(before, str) else None
         initial = importlib.import_module("train.initial_model").find_initial_model(run_dir)
         return None if initial is None else initial.config()
 
@@ -83,9 +109,21 @@ class PlanCheck:
         """Whether a stage that is still to run writes it."""
         return any(Path(os.path.realpath(path)).is_relative_to(run_dir) for run_dir in self._planned)
 
+    def _recipe(self, planned: Planned) -> Any:
+        """None where it cannot be read, which is told where its stage is asked."""
+        try:
+            return planned.recipe
+        except RecipeError:
+            return None
+
     def _is_there(self, planned: Planned) -> bool:
         """Whether no source is written by a stage that is still to run."""
         return not any(map(self.is_to_come, _locations(planned.written.get("sources"))))
+
+
+def _is_to_run(run_dir: Path) -> bool:
+    """Whether no finished run is there, or one whose outputs are made again."""
+    return read_done(run_dir) is None or bool(damage(run_dir))
 
 
 def _locations(node: Any) -> list[str]:

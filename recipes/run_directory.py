@@ -27,7 +27,16 @@ from pydantic import BaseModel
 from recipes.json_text import finite_figures, json_text
 from recipes.loader import dump_recipe
 from recipes.run_identity import differences, grown, identity, recipe_digest
-from recipes.run_inputs import Digests, InputError, changed_inputs, content_digest, digest_inputs
+from recipes.run_inputs import (
+    Digests,
+    InputError,
+    changed_inputs,
+    check_content,
+    content_digest,
+    damaged_outputs,
+    digest_inputs,
+    output_sizes,
+)
 from recipes.yaml_text import YamlError, parse_yaml
 
 LOCK_WAIT_SECONDS = 3.0
@@ -40,7 +49,7 @@ class RunDirectoryError(ValueError):
 
 
 class MissingInputError(RunDirectoryError):
-    """An input of a run that is not there, or not finished."""
+    """An input of a run that is not there, not finished, or damaged."""
 
 
 class RunState(Enum):
@@ -49,6 +58,7 @@ class RunState(Enum):
     NEW = "new"
     UNFINISHED = "unfinished"
     FINISHED = "finished"
+    DAMAGED = "finished, but damaged: made again"
 
 
 @contextmanager
@@ -61,6 +71,8 @@ def prepare_run_directory(
     directory; only rank 0 may call this. Raises RunDirectoryError when the directory is held, holds a run of another
     recipe or of other inputs, or anything that is no run, and when an input is missing. An error of the user's
     inside (ValueError, FileNotFoundError) before anything is trained leaves the directory to a corrected recipe.
+    Files that a finished run wrote and that are missing or of another size now are printed: the stage makes them again.
+    Where something is to be done, the inputs are read once to see that they are what was written.
     """
     run_dir = Path(run_dir)
     digests = _digests(inputs, run_dir)
@@ -72,6 +84,9 @@ def prepare_run_directory(
             held.enter_context(_lock(run_dir))
             state = _state(run_dir, recipe, digests)
             if state is not RunState.FINISHED:
+                _check_content(inputs)
+                for line in damage(run_dir):
+                    print(f"{line}: made again")
                 (run_dir / "done.json").unlink(missing_ok=True)  # of a run that goes on to a larger number of steps
                 starts = _read_json(run_dir / "environment.json") or {"starts": []}
                 starts["starts"].append(describe_environment())
@@ -107,10 +122,13 @@ def finish_run(
     seconds: float,
     extra: Mapping[str, Any] | None = None,
     outputs: Sequence[str] = (),
+    by_size: Sequence[str] = (),
 ) -> None:
     """Declare the run whole. Call it last, after every output is on disk; `extra` are figures for machines.
 
     `outputs` are the files and folders of `run_dir` that later stages read: by their content they know this run.
+    `by_size` are further ones, too large to hash or read by people. Where one of either goes missing or changes its
+    size, the run is not finished any more.
     """
     run_dir = Path(run_dir)
     began = _read_json(run_dir / "run.json")
@@ -126,7 +144,8 @@ def finish_run(
         "seconds": round(seconds, 1),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "figures": finite_figures(extra or {}),
-        **({"content": content_digest(run_dir, outputs)} if outputs else {}),
+        "outputs": output_sizes(run_dir, (*outputs, *by_size)),
+        **({"content": content_digest(run_dir, outputs), "content_of": list(outputs)} if outputs else {}),
     }
     write_atomically(run_dir / "done.json", _to_json(done))
 
@@ -134,6 +153,11 @@ def finish_run(
 def read_done(run_dir: str | Path) -> dict[str, Any] | None:
     """What a finished run says of itself (done.json), or None where no run has finished."""
     return _read_json(Path(run_dir) / "done.json")
+
+
+def damage(run_dir: str | Path) -> list[str]:
+    """A line for every file of a finished run that is missing or of another size than it was written with."""
+    return damaged_outputs(Path(run_dir), read_done(run_dir) or {})
 
 
 def inspect_run_directory(
@@ -147,8 +171,7 @@ def inspect_run_directory(
     run_dir = Path(run_dir)
     if not (run_dir / "recipe.yaml").exists() or (begun := _read_json(run_dir / "run.json")) is None:
         return RunState.NEW, []
-    is_finished = read_done(run_dir) and not grown(begun.get("identity", {}), recipe)
-    state = RunState.FINISHED if is_finished else RunState.UNFINISHED
+    state = _held_state(run_dir, begun, recipe)
     if found := differences(begun.get("identity", {}), recipe):
         return state, found
     try:
@@ -161,6 +184,13 @@ def inspect_run_directory(
 def _digests(inputs: Mapping[str, str | Path], run_dir: Path) -> Digests:
     try:
         return digest_inputs(inputs, run_dir)
+    except InputError as error:
+        raise MissingInputError(str(error)) from None
+
+
+def _check_content(inputs: Mapping[str, str | Path]) -> None:
+    try:
+        check_content(inputs)
     except InputError as error:
         raise MissingInputError(str(error)) from None
 
@@ -264,8 +294,13 @@ def _state(run_dir: Path, recipe: BaseModel, inputs: Digests) -> RunState:
             + "\n".join(f"  {difference}" for difference in found)
             + "\nmove it aside, or choose another run_dir"
         )
-    is_finished = read_done(run_dir) and not grown(begun.get("identity", {}), recipe)
-    return RunState.FINISHED if is_finished else RunState.UNFINISHED
+    return _held_state(run_dir, begun, recipe)
+
+
+def _held_state(run_dir: Path, begun: Mapping[str, Any], recipe: BaseModel) -> RunState:
+    if not read_done(run_dir) or grown(begun.get("identity", {}), recipe):
+        return RunState.UNFINISHED
+    return RunState.DAMAGED if damage(run_dir) else RunState.FINISHED
 
 
 def _to_json(data: Mapping[str, Any]) -> str:

@@ -99,22 +99,64 @@ def _run_digest(name: str, run_dir: Path) -> str:
         raise InputError(
             f"input {name}: {run_dir} holds no finished run (no done.json); finish the stage that writes it first"
         )
-    content = file.read_bytes()
+    done = _read_done(file)
+    if damaged := damaged_outputs(run_dir, done):
+        raise InputError(f"input {name}: {run_dir} is damaged: {damaged[0]}; run the stage that writes it again")
+    stated = done.get("content")
+    return stated if isinstance(stated, str) else _hash_file(file)
+
+
+def _read_done(file: Path) -> dict[str, Any]:
+    """Nothing of a damaged one: whoever reads the run says that it is damaged."""
     try:
-        stated = json.loads(content).get("content")
-    except (ValueError, AttributeError):
-        stated = None  # whoever reads the run says that its done.json is damaged
-    return stated if isinstance(stated, str) else hashlib.sha256(content).hexdigest()
+        done = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return done if isinstance(done, dict) else {}
 
 
-def content_digest(run_dir: Path, outputs: Iterable[str]) -> str:
-    """SHA-256 of names and bytes of files; `outputs` are files below `run_dir`, or folders that stand for theirs."""
-    files = {
+def _files_of(run_dir: Path, outputs: Iterable[str]) -> dict[str, Path]:
+    """The files of `outputs`, which are files below `run_dir` or folders that stand for theirs."""
+    return {
         file.relative_to(run_dir).as_posix(): file
         for name in outputs
         for file in ([run_dir / name] if (run_dir / name).is_file() else (run_dir / name).rglob("*"))
         if file.is_file()
     }
+
+
+def output_sizes(run_dir: Path, outputs: Iterable[str]) -> dict[str, int]:
+    """Bytes of each file of `outputs`, for done.json."""
+    return {name: file.stat().st_size for name, file in sorted(_files_of(run_dir, outputs).items())}
+
+
+def damaged_outputs(run_dir: Path, done: Mapping[str, Any]) -> list[str]:
+    """A line for every file that is missing or of another size than a finished run (its done.json) wrote."""
+    lines = []
+    for name, size in done.get("outputs", {}).items():
+        file = run_dir / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            is_now = "is missing" if found is None else f"has {found:,} bytes"
+            lines.append(f"{file} {is_now}, {size:,} bytes were written")
+    return lines
+
+
+def check_content(inputs: Mapping[str, str | Path]) -> None:
+    """Read what the input runs wrote for later stages. Raises InputError where its bytes are others now."""
+    for name, given in inputs.items():
+        path = Path(given)
+        done = _read_done(path / "done.json")
+        if (read := done.get("content_of")) and content_digest(path, read) != done["content"]:
+            raise InputError(
+                f"input {name}: {path} is damaged: the bytes of {', '.join(read)} are not those that its run wrote "
+                f"(sha256); remove {path / 'done.json'} and run the stage that writes it again"
+            )
+
+
+def content_digest(run_dir: Path, outputs: Iterable[str]) -> str:
+    """SHA-256 of names and bytes of files; `outputs` are files below `run_dir`, or folders that stand for theirs."""
+    files = _files_of(run_dir, outputs)
     lines = [f"{name} {_hash_file(file)}\n" for name, file in sorted(files.items())]
     assert lines, f"{run_dir} holds none of {', '.join(outputs)}"
     return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from data.format.tokenizer import DialogueTokenizer
+from model.bundle_files import BundleError, verify
 from model.hugging_face import load_exported_model
 from model.transformer import Transformer
-from serving_export.export.manifest import BundleError, Defaults, read_defaults, verify
+from serving_export.export.manifest import Defaults, read_defaults
 from serving_export.server.engine import Engine
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"

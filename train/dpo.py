@@ -79,7 +79,8 @@ class DPORecipe(TrainingRecipe):
         super().check_plan(plan)
         for source in self.pairs:
             if isinstance(source, FilePairs) and Path(source.path).is_file() and not plan.is_to_come(source.path):
-                read_pair_file(source.path, source.format, source.max_bad_fraction)
+                with plan.finding():
+                    read_pair_file(source.path, source.format, source.max_bad_fraction)
 
     def inputs(self) -> dict[str, str]:
         """The finished runs and the files that it reads, by the recipe's keys for them."""

@@ -9,12 +9,11 @@ from typing import Any
 
 from data.format.tokenizer import MODEL_FILE
 from model.attention_ops import Backend
+from model.bundle_files import MANIFEST, verify
 from model.config import ModelConfig
 from model.hugging_face import load_exported_config, load_exported_model
 from model.transformer import Transformer
 from model.weights import CONFIG, WEIGHTS, load_config, load_model
-
-BUNDLE_MANIFEST = "manifest.json"
 
 
 class InitialModelError(ValueError):
@@ -69,7 +68,7 @@ def find_initial_model(init_from: str) -> InitialModel | None:
 
 
 def initial_model(init_from: str) -> InitialModel:
-    """The same, but InitialModelError when there is none."""
+    """The same, to be loaded. Raises InitialModelError when there is none, BundleError for a bundle's changed file."""
     found = find_initial_model(init_from)
     if found is None:
         what = "holds no model" if Path(init_from).is_dir() else "does not exist"
@@ -77,13 +76,15 @@ def initial_model(init_from: str) -> InitialModel:
             f"init_from {init_from}: {what}; expected the run_dir of a finished training stage (model/{CONFIG}) or an "
             f"exported bundle ({CONFIG}, {WEIGHTS})"
         )
+    if found.is_bundle:
+        verify(found.directory)
     return found
 
 
 def init_input(init_from: str) -> str:
     """What a run that starts from `init_from` is known by: the run, or the manifest that has a bundle's hashes."""
     found = find_initial_model(init_from)
-    return str(found.directory / BUNDLE_MANIFEST) if found and found.is_bundle else init_from
+    return str(found.directory / MANIFEST) if found and found.is_bundle else init_from
 
 
 def check_same_architecture(written: ModelConfig, found: ModelConfig, init_from: str) -> None:

@@ -234,13 +234,10 @@ def run(recipe: FeedbackRecipe, console: Console) -> None:
     run_dir = Path(recipe.run_dir)
     inputs = recipe.inputs()
     with prepare_run_directory(run_dir, recipe, inputs) as state:
-        done = read_done(run_dir) if state is RunState.FINISHED else None
-        if done and all((run_dir / name).is_file() for name in OUTPUTS):
+        if state is RunState.FINISHED:
+            done = read_done(run_dir) or {}
             console.print(f"{run_dir}: already done ({done['key_figure']})", highlight=False)
             return
-        if done:
-            console.print(f"{run_dir}: files are missing; making them again", style="yellow", highlight=False)
-            (run_dir / "done.json").unlink()
         began = time.monotonic()
         try:
             with Steps(console) as steps:
@@ -250,7 +247,7 @@ def run(recipe: FeedbackRecipe, console: Console) -> None:
             raise
         seconds = time.monotonic() - began
         outputs = (PAIRS_FILE, DIALOGUES_FILE, REPLIES_FILE)
-        finish_run(run_dir, recipe, inputs, key_figure(counts), seconds, to_report(counts), outputs)
+        finish_run(run_dir, recipe, inputs, key_figure(counts), seconds, to_report(counts), outputs, OUTPUTS)
     print_report(counts, console)
     console.print(f"{run_dir}: {key_figure(counts)}, {seconds:.1f} s", highlight=False, soft_wrap=True)
 

@@ -78,8 +78,8 @@ def find_source(path: Path) -> Found:
             continue
         share = len(found.dialogues) / max(1, found.n_records)
         tried.append((share, found))
-        if share == 1.0 and found.n_records > 1:
-            break
+        if found.n_records > 1 and (share == 1.0 or (share >= 0.5 and found.n_bytes > READ_AT_MOST_BYTES)):
+            break  # the readers of published corpora, which come last, may hold a whole file in memory
     best = max(tried, key=lambda one: one[0], default=None)
     if best is None or best[0] < 0.5:
         told = [f"{f.kind}: {f.bad[0].file}:{f.bad[0].line}: {f.bad[0].reason}" for _, f in tried if f.bad]

@@ -20,7 +20,7 @@ from data.pipeline.progress import Steps
 from data.pipeline.read import UnitResults
 from data.pipeline.recipe import DataRecipe
 from data.pipeline.select import SELECT, SIDES, Selection
-from data.pipeline.tokenizer_stage import TrainedTokenizer
+from data.pipeline.tokenizer_stage import TOKENIZER, TrainedTokenizer
 from data.prepare import prepare_until
 
 READ_AT_MOST_BYTES = 256 << 20
@@ -74,33 +74,48 @@ def facts_of_run(run_dir: str) -> DataFacts | None:
     )
 
 
-def facts_of_recipe(recipe: DataRecipe, reads_sources: bool) -> DataFacts:
-    """Of a directory that is still to be prepared. Raises the errors that preparation would end in."""
+def facts_of_recipe(recipe: DataRecipe) -> DataFacts:
+    """Of a directory that is still to be prepared, from its recipe alone."""
     vocab_size: int | None
     if isinstance(recipe.tokenizer, TrainedTokenizer):
         vocab_size = recipe.tokenizer.vocab_size
     else:
         path = Path(recipe.tokenizer.path)
         vocab_size = DialogueTokenizer.load(path).vocab_size if path.exists() else None
-    heldout = None
-    if reads_sources and _size(recipe) <= READ_AT_MOST_BYTES:
-        heldout = select_dialogues(recipe).heldout
-    return DataFacts(recipe.run_dir, vocab_size, recipe.row_length, heldout)
+    return DataFacts(recipe.run_dir, vocab_size, recipe.row_length, heldout=None)
+
+
+def heldout_of_recipe(recipe: DataRecipe) -> tuple[list[Dialogue] | None, list[str]]:
+    """The held-out dialogues of a directory that is still to be prepared, and all errors that preparation would end in,
+    one after the other. The dialogues are None where the sources are too large, or no dialogues come of them."""
+    if _size(recipe) > READ_AT_MOST_BYTES:
+        return None, []
+    last = TOKENIZER if isinstance(recipe.tokenizer, TrainedTokenizer) else SELECT
+    lenient = recipe.model_copy(update={"max_bad_fraction": 1.0})
+    heldout, problems = None, list[str]()
+    for tried, until in ((recipe, last), (lenient, last), (lenient, SELECT)):
+        try:
+            heldout = select_dialogues(tried, until).heldout
+            break
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    return heldout, list(dict.fromkeys(problems))
 
 
 def _size(recipe: DataRecipe) -> int:
     return sum(path.stat().st_size for path in recipe.inputs().values() if path.is_file())
 
 
-def select_dialogues(recipe: DataRecipe) -> Selected:
-    """Read, clean, deduplicate and split the sources as preparation does, in a folder that goes again."""
+def select_dialogues(recipe: DataRecipe, until: str = SELECT) -> Selected:
+    """Read, clean, deduplicate and split the sources as preparation does, in a folder that goes again. `until`: the
+    last stage that is run."""
     with TemporaryDirectory() as folder:
         run_dir = Path(folder) / "data"
         run_dir.mkdir()
         settings = {"run_dir": str(run_dir), "executor": LocalSettings(kind="local"), "tasks": None}
         try:
             with Steps(Console(quiet=True)) as steps:
-                work, n_units = prepare_until(recipe.model_copy(update=settings), steps, SELECT)
+                work, n_units = prepare_until(recipe.model_copy(update=settings), steps, until)
         except CleanError as error:
             raise CleanError(str(error).replace(f"; all are in {run_dir}.quarantine.jsonl", "")) from None
         selection = Selection(work)

@@ -218,7 +218,10 @@ def run(recipe: AblationRecipe, console: Console) -> None:
             torch.set_num_threads(recipe.threads)
         report = to_json({"schema_version": 1, **evaluate(open_ablation(recipe, console), console)})
         write_outputs(run_dir, report)
-        finish_run(run_dir, recipe, recipe.inputs(), key_figure(report), time.monotonic() - started)
+        finish_run(
+            run_dir, recipe, recipe.inputs(), key_figure(report), time.monotonic() - started,
+            by_size=("report.json", "table.md", "plots"),
+        )  # fmt: skip
     console.print(render_table(report), highlight=False, markup=False, soft_wrap=True)
     console.print(f"table: {run_dir / 'table.md'}  plots: {run_dir / 'plots'}", highlight=False, soft_wrap=True)
 

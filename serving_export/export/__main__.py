@@ -26,6 +26,7 @@ from data.format.dialogue_json import read_dialogues
 from data.format.speaker_names import SpeakerNames, names_trained_on
 from data.format.tokenizer import MODEL_FILE, DialogueTokenizer
 from data.prompt.template import DEFAULT_TEMPLATE, PromptTemplate
+from model.bundle_files import MANIFEST, verify
 from model.config import ModelConfig
 from model.hugging_face import hf_config, load_exported_model, state_to_hf
 from model.portability import describe
@@ -37,7 +38,7 @@ from recipes.run_directory import RunState, finish_run, prepare_run_directory, r
 from recipes.run_identity import Location
 from recipes.stage_errors import run_told
 from serving_export.export.chat_template import chat_template
-from serving_export.export.manifest import MANIFEST, SERVING, Defaults, verify, write_defaults, write_manifest
+from serving_export.export.manifest import SERVING, Defaults, write_defaults, write_manifest
 from serving_export.export.parity import (
     Parity,
     ParityError,
@@ -93,7 +94,8 @@ class ExportRecipe(Section):
         """Whether stock engines can run the model, and how many conversations there are to compare on."""
         facts, config = plan.data(self.data), plan.config(self.init_from)
         if config is not None:
-            hf_config(config, self.dtype, bos_id=2, end_id=4, pad_id=0)
+            with plan.finding():
+                hf_config(config, self.dtype, bos_id=2, end_id=4, pad_id=0)
             for problem in facts.misfits(config.vocab_size, config.max_length) if facts else ():
                 plan.problem(problem)
         if facts and facts.heldout is not None and (told := fewer_conversations(self, len(facts.heldout))):
@@ -280,7 +282,8 @@ def run(recipe: ExportRecipe, console: Console) -> None:
             figure = export(recipe, console)
             content = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
             figures = {key: content[key] for key in ("parity", "kv_bytes_per_token", "engines")}
-            finish_run(target, recipe, recipe.inputs(), figure, time.monotonic() - started, figures, BUNDLE_FILES)
+            seconds = time.monotonic() - started
+            finish_run(target, recipe, recipe.inputs(), figure, seconds, figures, BUNDLE_FILES, by_size=(MANIFEST,))
     except ParityError:
         for name in _RUN_FILES:
             (target / name).unlink(missing_ok=True)

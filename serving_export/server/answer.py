@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
@@ -13,6 +12,7 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from model.inference.generate import Sampling
+from recipes.json_text import json_text
 from serving_export.bundle import SamplingDefaults
 from serving_export.server.engine import Event
 from serving_export.server.metrics import ServerMetrics
@@ -149,4 +149,4 @@ def failure(error: GenerationFailed) -> RequestError:
 
 
 def _sse(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+    return f"data: {json_text(content)}\n\n"

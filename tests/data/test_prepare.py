@@ -156,6 +156,8 @@ def test_data_of_an_older_format_are_not_taken_for_damaged(
     assert main([str(recipe_file)]) == 0
     path = tmp_path / "run" / "train" / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": "dramatis-packed-1"}))
+    done = tmp_path / "run" / "done.json"
+    done.write_text(json.dumps(json.loads(done.read_text()) | {"outputs": {}}))  # that version wrote none
     before = contents(tmp_path / "run")
     assert main([str(recipe_file)]) == 2
     printed = capsys.readouterr()

@@ -18,11 +18,12 @@ from data.format.dialogue import NARRATOR, Dialogue, encode_prompt
 from data.format.dialogue_json import read_dialogues
 from data.format.tokenizer import DialogueTokenizer
 from model.attention_ops import Documents
+from model.bundle_files import verify
 from model.hugging_face import load_exported_model
 from model.inference.generate import generate
 from model.transformer import Transformer
 from serving_export.export.chat_template import dialogue_of, engine_content
-from serving_export.export.manifest import read_defaults, verify
+from serving_export.export.manifest import read_defaults
 from serving_export.export.parity import HOSTILE_TEXTS, chat_message, choose_conversations, greedy_sampling, reply_place
 
 N_CONVERSATIONS, N_NEW_TOKENS, LONGEST_TEXT = 20, 32, 50

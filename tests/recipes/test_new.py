@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from data.inspect import folder as look
 from data.inspect.folder import LookError, find_source
 from recipes.new import main
 from recipes.pipeline import main as pipeline
@@ -65,6 +66,14 @@ def as_roles(record: dict[str, Any], list_key: str, role_key: str, text_key: str
     said = record["messages"]
     turns = [{role_key: names[place % 2], text_key: message["text"]} for place, message in enumerate(said)]
     return {list_key: turns}
+
+
+def test_feedback_events_are_read_and_all_their_stages_planned(work: Path, make_feedback_log: Any) -> None:
+    write_lines(work / "logs/a.jsonl", make_feedback_log(1, 40).events)
+    assert find_source(Path("logs")).kind == "feedback_events"
+    assert main(["mine", "--data", "logs"]) == 0
+    assert {"engagement.yaml", "dpo.yaml"} <= {file.name for file in (work / "mine").iterdir()}
+    assert pipeline(["mine", "--dry-run"]) == 0
 
 
 @pytest.mark.parametrize("kind", ["chat_jsonl", "openai_messages", "sharegpt", "preference_pairs", "hh_rlhf"])
@@ -126,12 +135,64 @@ def test_the_recipes_fit_the_data(work: Path, capfd: pytest.CaptureFixture[str])
     assert "runs/mine is there already" in capfd.readouterr().err
 
 
+def test_with_times_all_seven_stages_are_written(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_lines(work / "logs/a.jsonl", conversations(60, times=True))
+    assert main(["mine", "--data", "logs"]) == 0
+    assert [entry["recipe"] for entry in recipe(work / "mine", "pipeline")["stages"]] == [
+        "data.yaml", "pretrain.yaml", "sft.yaml", "engagement.yaml", "dpo.yaml", "eval.yaml", "export.yaml",
+    ]  # fmt: skip
+    assert recipe(work / "mine", "dpo")["pairs"][0]["n_contexts"] <= 60
+    capfd.readouterr()
+    assert pipeline(["mine", "--dry-run"]) == 0
+    assert "asked for" not in capfd.readouterr().out, "no count has to be lowered"
+
+
+def test_a_closed_pipe_leaves_whole_recipes(work: Path) -> None:
+    write_lines(work / "logs/a.jsonl", conversations(60))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "recipes.new", "mine", "--data", "logs"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, cwd=work, env=environment, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert "Traceback" not in done.stderr
+    stages = [entry["recipe"] for entry in recipe(work / "mine", "pipeline")["stages"]]
+    assert {file.name for file in (work / "mine").iterdir()} == {"pipeline.yaml", *stages}
+
+
+def test_large_sources_are_sampled_and_that_is_told(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    records = [*conversations(10), {"id": 3}, *conversations(300)]
+    for place, record in enumerate(records):
+        record["id"] = f"c{place}"
+        record["participants"] = ["everybody"]
+    path = write_lines(work / "logs/a.jsonl", records)
+    monkeypatch.setattr(look, "READ_AT_MOST_BYTES", path.stat().st_size - 1)
+    monkeypatch.setattr(look, "_SAMPLE", 100)
+    tried, read = [], look._read
+
+    def reading(source: Any, settings: Any, at_most: int | None) -> Any:
+        tried.append(settings["kind"])
+        return read(source, settings, at_most)
+
+    monkeypatch.setattr(look, "_read", reading)
+    found = find_source(Path("logs"))
+    assert (found.kind, found.is_sample, found.n_records, len(found.bad)) == ("chat_jsonl", True, 100, 1)
+    assert set(tried) == {"chat_jsonl"}, "readers that may hold a whole file are not tried where another reads most"
+    assert main(["mine", "--data", "logs"]) == 0
+    printed = capfd.readouterr().out
+    assert "the first 100 records" in printed and "(not tried: only a sample was read)" in printed
+    assert recipe(work / "mine", "data")["split"]["by_participant"] is True
+
+
 def test_stages_that_the_data_cannot_support_are_left_out(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     write_lines(work / "logs" / "a.jsonl", conversations(60))
     assert main(["mine", "--data", "logs/a.jsonl"]) == 0
     output = capfd.readouterr().out
     assert "no engagement stage: the messages have no times and no labels" in output
     assert "no dpo stage: " in output
+    assert re.search(r"sft: loop.max_steps: 20 \(the fewest; 2 epochs of \d+ rows of 256 tokens would be \d+\)", output)
     assert [entry["recipe"] for entry in recipe(work / "mine", "pipeline")["stages"]] == [
         "data.yaml", "pretrain.yaml", "sft.yaml", "eval.yaml", "export.yaml",
     ]  # fmt: skip
@@ -161,6 +222,68 @@ def test_without_two_contexts_held_out_there_is_no_evaluation(work: Path, capfd:
     assert "no eval stage: 1 of 1 held-out dialogues have a reply so late, at least 2 are needed" in printed
     assert not (work / "mine/eval.yaml").exists()
     assert pipeline(["mine", "--dry-run"]) == 0
+
+
+def test_counts_of_tiny_data_are_lowered_each_with_its_reason(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_lines(work / "logs/a.jsonl", conversations(25))
+    assert main(["mine", "--data", "logs"]) == 0
+    printed = capfd.readouterr().out
+    assert "eval: ranking.n_contexts: 4 (4 of 5 held-out dialogues have a reply so late)" in printed
+    assert "eval: ranking.n_distractors: 3 (the replies of the other contexts)" in printed
+    assert "export: n_parity_conversations: 5 (5 dialogues are held out)" in printed
+
+
+def test_more_text_gives_more_pieces_and_bad_records_are_allowed_for(work: Path) -> None:
+    rng, records = random.Random(1), conversations(300)
+    for record in records:
+        for message in record["messages"]:
+            message["text"] = " ".join("".join(rng.choices("abcdefgh", k=rng.randint(2, 4))) for _ in range(35))
+    write_lines(work / "logs/a.jsonl", [*records, *({"id": n} for n in range(20))])
+    assert main(["mine", "--data", "logs"]) == 0
+    data = recipe(work / "mine", "data")
+    assert data["tokenizer"]["vocab_size"] == 1024
+    assert data["max_bad_fraction"] == 0.08, "20 of 320 are bad"
+    assert data["filters"] == {"min_speakers": 2, "min_messages": 2}
+    assert data["split"]["heldout"] == 0.2
+    for stage in ("pretrain", "sft"):
+        loop = recipe(work / "mine", stage)["loop"]
+        assert 1 <= loop["evaluate_every"] <= loop["max_steps"] and loop["save_every"] <= loop["max_steps"]
+    assert pipeline(["mine", "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize("rarer", [0, 1, 30])
+def test_labels_of_metadata_make_a_scorer_where_both_are_there(work: Path, rarer: int) -> None:
+    records = conversations(60)
+    for number, record in enumerate(records):
+        for message in record["messages"][1::2]:
+            message["metadata"] = {"engagement_label": int(number >= rarer)}
+    write_lines(work / "logs/a.jsonl", records)
+    assert main(["mine", "--data", "logs"]) == 0
+    assert (work / "mine/engagement.yaml").exists() == (rarer == 30)
+
+
+def test_pairs_in_columns_are_no_file_of_pairs(work: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pairs = [{**r, "messages": r["messages"][:1], "chosen": "Yes.", "rejected": "No."} for r in conversations(40)]
+    (work / "logs").mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist(pairs), work / "logs/a.parquet")
+    assert find_source(Path("logs")).kind == "preference_pairs"
+    assert main(["mine", "--data", "logs"]) == 0
+    assert not (work / "mine/dpo.yaml").exists()
+
+
+def test_a_write_that_fails_leaves_nothing(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_lines(work / "logs/a.jsonl", conversations(20))
+    monkeypatch.setattr(Path, "rename", lambda self, target: (_ for _ in ()).throw(OSError(28, "no space", str(self))))
+    assert main(["mine", "--data", "logs"]) == 2
+    assert [file.name for file in work.iterdir()] == ["logs"]
+
+
+def test_times_count_where_most_dialogues_have_them(work: Path) -> None:
+    for n_timed in (9, 11):
+        mixed = [*conversations(n_timed, times=True), *conversations(20)[n_timed:]]
+        assert find_source(write_lines(work / f"{n_timed}.jsonl", mixed)).has_times == (n_timed == 11)
+    assert [look.quantile([5, 1, 4, 2, 3], share) for share in (0.0, 0.5, 0.95)] == [1, 3, 5]
 
 
 def test_a_folder_without_files_is_told(work: Path) -> None:

@@ -54,6 +54,27 @@ def test_counts_that_can_be_lowered_are_noted(logs: list[str], capfd: pytest.Cap
     assert f"ranking.n_distractors: 40 asked for, {n - 1} other replies found held out" in output
 
 
+def test_one_dry_run_tells_everything(logs: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Bad records, a vocabulary of neither the data nor the model, bad recipes, bad pairs and what would be lowered."""
+    with (tmp_path / "logs" / "a.jsonl").open("a") as file:
+        file.write("\n{}\nnot JSON\n")
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.jsonl").write_text("{}\n")
+    pairs = ", ".join(f"{{kind: file, path: {tmp_path}/{name}.jsonl}}" for name in ("one", "two"))
+    code, output = dry_run(
+        capfd, *logs, "data.format.tokenizer.vocab_size=4096", "sft.loop.max_step=3", f"dpo.pairs=[{pairs}]",
+        "pretrain.model.kv_sharing={kind: adjacent, group: 2}", "eval.parts.ranking.n_distractors=40",
+    )  # fmt: skip
+    assert code == 2
+    for told in (
+        "2 of 62 records are bad", "these texts support at most 305 pieces", "set model.vocab_size to 4096",
+        "max_step: unknown key", "one.jsonl", "two.jsonl",
+        "ranking.n_distractors: 40 asked for", "n_parity_conversations: 24 asked for",
+        "cannot be exported",
+    ):  # fmt: skip
+        assert told in output, f"{told}\n{output}"
+
+
 @pytest.mark.parametrize(
     ("overrides", "messages"),
     [
@@ -103,6 +124,7 @@ def test_too_few_heldout_dialogues_are_told(logs: list[str], capfd: pytest.Captu
     code, output = dry_run(capfd, *logs, "eval.contexts.min_messages=50")
     assert code == 2
     assert "0 contexts found, at least 2 are needed" in output
+    assert "contexts.min_messages: 7 is the most that two held-out dialogues have" in output
 
 
 def test_prepared_data_counts_as_it_is(logs: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

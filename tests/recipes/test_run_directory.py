@@ -389,3 +389,47 @@ def test_a_finished_run_goes_on_when_a_key_grows_that_may(run_dir: Path) -> None
     assert read_done(run_dir) is None
     finish(run_dir, growing(9))
     assert state_of(run_dir, growing(9)) is RunState.FINISHED
+
+
+@pytest.fixture
+def upstream(run_dir: Path) -> Path:
+    """A finished run with a model that later stages read, and a report."""
+    recipe = recipe_of(run_dir)
+    with prepare_run_directory(run_dir, recipe, {}):
+        for name in ("model/a.bin", "report.html"):
+            (run_dir / name).parent.mkdir(exist_ok=True)
+            (run_dir / name).write_text("0123456789")
+        finish_run(run_dir, recipe, {}, "loss 3.2", 1.0, outputs=("model",), by_size=("report.html",))
+    return run_dir
+
+
+@pytest.mark.parametrize("name", ["model/a.bin", "report.html"])
+@pytest.mark.parametrize("text", [None, "01234", "01234567890"])
+def test_a_finished_run_with_a_damaged_output_is_made_again(
+    upstream: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, text: str | None
+) -> None:
+    recipe = recipe_of(upstream)
+    assert inspect_run_directory(upstream, recipe, dict) == (RunState.FINISHED, [])
+    (upstream / name).unlink() if text is None else (upstream / name).write_text(text)
+    found = "is missing" if text is None else f"has {len(text)} bytes"
+    told = f"{upstream / name} {found}, 10 bytes were written"
+    with pytest.raises(MissingInputError, match="is damaged: ") as caught:
+        state_of(tmp_path / "later", recipe_of(tmp_path / "later"), {"init_from": str(upstream)})
+    assert told in str(caught.value)
+    assert inspect_run_directory(upstream, recipe, dict) == (RunState.DAMAGED, [])
+    assert state_of(upstream, recipe) is RunState.DAMAGED
+    assert f"{told}: made again" in capfd.readouterr().out
+    assert read_done(upstream) is None, "until it is made again"
+
+
+def test_other_bytes_of_the_same_size_are_told_by_the_stage_that_reads_them(upstream: Path, tmp_path: Path) -> None:
+    later, inputs = tmp_path / "later", {"init_from": str(upstream)}
+    assert state_of(later, recipe_of(later), inputs) is RunState.NEW
+    (upstream / "model" / "a.bin").write_text("012345678X")
+    with pytest.raises(MissingInputError, match="the bytes of model are not those that its run wrote"):
+        state_of(later, recipe_of(later), inputs)
+    (upstream / "model" / "a.bin").write_text("0123456789")
+    with prepare_run_directory(later, recipe_of(later), inputs):
+        finish_run(later, recipe_of(later), inputs, "figure", 1.0)
+    (upstream / "model" / "a.bin").write_text("012345678X")
+    assert state_of(later, recipe_of(later), inputs) is RunState.FINISHED, "it reads nothing"

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from data.format.tokenizer import DialogueTokenizer
+from model.bundle_files import BundleError
 from model.transformer import Transformer
 from serving_export.bundle import open_bundle
 from serving_export.export.__main__ import BUNDLE_FILES, Names, write_bundle
-from serving_export.export.manifest import BundleError, write_manifest
+from serving_export.export.manifest import write_manifest
 
 
 @pytest.fixture

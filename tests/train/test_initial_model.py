@@ -10,12 +10,14 @@ import torch
 from rich.console import Console
 
 from data.format.tokenizer import DialogueTokenizer, train_tokenizer
+from model.bundle_files import BundleError
 from model.transformer import Transformer
 from model.weights import save_model
 from recipes.loader import RecipeError, load_recipe
-from serving_export.export.__main__ import Names, write_bundle
+from serving_export.export.__main__ import BUNDLE_FILES, Names, write_bundle
+from serving_export.export.manifest import write_manifest
 from train.deepspeed.engine import World
-from train.initial_model import InitialModelError, init_input
+from train.initial_model import InitialModelError, check_same_architecture, init_input
 from train.pretrain import PretrainRecipe, plan, prepare
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -47,6 +49,7 @@ def bundle(folder: Path, weights: Transformer, data_dir: Path) -> Path:
     folder.mkdir()
     tokenizer = DialogueTokenizer.load(data_dir)
     write_bundle(folder, weights, tokenizer, Names(user="Ann", character="Ben"), "float32")
+    write_manifest(folder, BUNDLE_FILES, weights.config, dtype_bytes=4, parity={}, versions={})
     return folder
 
 
@@ -99,3 +102,29 @@ def test_no_model_and_no_architecture_are_errors(pretrain_recipe: Path, tmp_path
         prepare(changed(pretrain_recipe, tmp_path / "nowhere", keep_model=True), ALONE, Console(quiet=True))
     with pytest.raises(RecipeError, match="model: missing; give the architecture, or init_from"):
         load_recipe(PretrainRecipe, pretrain_recipe, ["model=null", "init_from=null"])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.model"])
+def test_a_changed_file_of_a_bundle_is_named(
+    pretrain_recipe: Path, data_dir: Path, tmp_path: Path, weights: Transformer, name: str
+) -> None:
+    source = bundle(tmp_path / "source", weights, data_dir)
+    recipe = changed(pretrain_recipe, source)
+    content = bytearray((source / name).read_bytes())
+    content[-1] ^= 1  # the last bit of a weight: the file stays one that can be read
+    (source / name).write_bytes(content)
+    with pytest.raises(BundleError, match=rf"{name} has changed since it was exported"):
+        prepare(recipe, ALONE, Console(quiet=True))
+    (source / "manifest.json").unlink()
+    with pytest.raises(BundleError, match=r"manifest\.json does not exist: \S+ is not a finished bundle"):
+        prepare(recipe, ALONE, Console(quiet=True))
+
+
+def test_architectures_are_equal_however_their_layers_are_written(weights: Transformer) -> None:
+    config = weights.config
+    spelled = config.model_copy(update={"layers": "".join(config.layer_kinds)})
+    check_same_architecture(config, spelled, "here")
+    with pytest.raises(InitialModelError, match=r"model\.window: there 9, here 8"):
+        check_same_architecture(config, config.model_copy(update={"window": 9}), "here")
+    whole = config.model_copy(update={"layers": "G"})
+    check_same_architecture(whole, whole.model_copy(update={"window": 9}), "here")  # no layer has a window

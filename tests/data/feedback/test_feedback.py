@@ -178,7 +178,7 @@ def test_a_finished_run_is_kept_and_a_damaged_one_made_again(
     assert "already done" in capsys.readouterr().out
     (tmp_path / "run" / "pairs.jsonl").unlink()
     assert main([str(recipe)]) == 0
-    assert "making them again" in capsys.readouterr().out
+    assert "pairs.jsonl is missing" in capsys.readouterr().out
     assert outputs(tmp_path / "run") == expected
     assert main([str(recipe), "seed=1"]) == 2
     assert "seed: there 0, here 1" in capsys.readouterr().err

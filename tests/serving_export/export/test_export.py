@@ -12,6 +12,7 @@ from rich.console import Console
 from data.format.dialogue import Dialogue, Message
 from data.format.dialogue_json import write_dialogues
 from data.format.tokenizer import DialogueTokenizer
+from model.bundle_files import BundleError, verify
 from model.hugging_face import load_exported_model
 from model.transformer import Transformer
 from model.weights import save_model
@@ -19,7 +20,7 @@ from recipes.loader import load_recipe
 from recipes.run_directory import write_atomically
 from serving_export.export import __main__ as export_module
 from serving_export.export.__main__ import BUNDLE_FILES, ExportRecipe, Names, main, run, write_bundle
-from serving_export.export.manifest import BundleError, Defaults, read_defaults, verify
+from serving_export.export.manifest import Defaults, read_defaults
 from serving_export.export.parity import transformers_peer
 
 RECIPE = """\

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 from collections.abc import Iterator
 
@@ -12,6 +13,7 @@ from data.format.tokenizer import DialogueTokenizer
 from data.prompt.fit import FittedPrompt, fit_prompt
 from model.inference.generate import generate
 from model.transformer import Transformer
+from serving_export.server.answer import _sse
 from serving_export.server.engine import Engine, Event, PromptError, QueueFull
 from serving_export.server.reply import GenerationFailed, Replier
 
@@ -115,3 +117,9 @@ def test_reply_drawn_in_many_pieces_still_fits(replier: Replier, tokenizer: Dial
     messages = [*ASKED[1:], Message("Ada", text), Message("Bob", "Hello there, how are you doing today? " * 3)]
     assert len(replier.encoder.encode_prompt(messages, "Ada")) >= 256
     assert len(replier.encode(messages, "Ada", truncate=True, longest_reply=1).tokens) < 256
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_an_event_with_a_number_that_is_not_finite_is_never_sent(number: float) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        _sse({"usage": {"seconds": number}})

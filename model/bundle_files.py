@@ -1,0 +1,58 @@
+"""The files of an exported bundle, checked against the hashes in its manifest.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+FORMAT = "dramatis-bundle-1"
+
+
+class BundleError(ValueError):
+    """A bundle that is missing, unfinished or changed since it was exported."""
+
+
+def read_manifest(directory: str | Path) -> dict[str, Any]:
+    """manifest.json of a bundle. Raises BundleError when there is none, or none of ours."""
+    path = Path(directory) / MANIFEST
+    if not path.is_file():
+        raise BundleError(f"{path} does not exist: {directory} is not a finished bundle; run serving_export.export")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BundleError(f"{path} is damaged: {error}") from None
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT:
+        raise BundleError(f"{path}: format is {found!r}, expected {FORMAT!r}")
+    files = content.get("files")
+    if not isinstance(files, dict) or not all(
+        isinstance(held, dict) and held.keys() == {"sha256", "bytes"} for held in files.values()
+    ):
+        raise BundleError(f"{path} is damaged: files: expected sha256 and bytes for each file; export again")
+    return content
+
+
+def verify(directory: str | Path) -> dict[str, Any]:
+    """Check every file of a bundle against its manifest, which is returned. Raises BundleError naming each bad file."""
+    content = read_manifest(directory)
+    problems = []
+    for name, held in content["files"].items():
+        path = Path(directory) / name
+        if not path.is_file():
+            problems.append(f"{path} is missing")
+        elif path.stat().st_size != held["bytes"]:
+            problems.append(f"{path} has {path.stat().st_size:,} bytes, the manifest says {held['bytes']:,}")
+        elif described(path) != held:
+            problems.append(f"{path} has changed since it was exported (sha256 differs)")
+    if problems:
+        raise BundleError("\n".join(problems) + f"\nmove {directory} away and export again")
+    return content
+
+
+def described(path: Path) -> dict[str, Any]:
+    """What the manifest holds of a file: sha256 (hex) and bytes."""
+    with path.open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
