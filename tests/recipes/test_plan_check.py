@@ -32,7 +32,7 @@ def logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     sources = f"data.sources=[{{kind: chat_jsonl, path: {tmp_path}/logs}}]"
     return [
         str(ROOT / "recipes" / "demo"), "--runs", str(tmp_path / "runs"), sources,
-        "data.split={kind: fraction, heldout: 0.2, by_participant: false}", *SIZES,
+        "data.clean.split={kind: fraction, heldout: 0.2, by_participant: false}", *SIZES,
     ]  # fmt: skip
 
 
