@@ -32,7 +32,7 @@ def logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     sources = f"data.sources=[{{kind: chat_jsonl, path: {tmp_path}/logs}}]"
     return [
         str(ROOT / "recipes" / "demo"), "--runs", str(tmp_path / "runs"), sources,
-        "data.clean.split={kind: fraction, heldout: 0.2, by_participant: false}", *SIZES,
+        "data.split={kind: fraction, heldout: 0.2, by_participant: false}", *SIZES,
     ]  # fmt: skip
 
 
@@ -62,8 +62,8 @@ def test_one_dry_run_tells_everything(logs: list[str], tmp_path: Path, capfd: py
         (tmp_path / f"{name}.jsonl").write_text("{}\n")
     pairs = ", ".join(f"{{kind: file, path: {tmp_path}/{name}.jsonl}}" for name in ("one", "two"))
     code, output = dry_run(
-        capfd, *logs, "data.format.tokenizer.vocab_size=4096", "sft.loop.max_step=3", f"dpo.pairs=[{pairs}]",
-        "pretrain.model.kv_sharing={kind: adjacent, group: 2}", "eval.parts.ranking.n_distractors=40",
+        capfd, *logs, "data.tokenizer.vocab_size=4096", "sft.loop.max_step=3", f"dpo.pairs=[{pairs}]",
+        "pretrain.model.kv_sharing={kind: adjacent, group: 2}", "eval.ranking.n_distractors=40",
     )  # fmt: skip
     assert code == 2
     for told in (
