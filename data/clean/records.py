@@ -113,17 +113,6 @@ def check_times_for_labels(total: Ledger, continue_within_seconds: float | None)
         )
 
 
-def without_duplicates(dialogues: Iterable[Dialogue], seen: set[bytes], ledger: Ledger) -> Iterator[Dialogue]:
-    """Dialogues whose turns and texts are not in `seen` yet; ids, names and times do not make a difference."""
-    for dialogue in dialogues:
-        key = content_key(dialogue)
-        if key in seen:
-            ledger.duplicates += 1
-        else:
-            seen.add(key)
-            yield dialogue
-
-
 def content_key(dialogue: Dialogue) -> bytes:
     """16 bytes that are the same for dialogues of the same turns and texts; ids, names and times do not matter."""
     order: dict[str, int] = {}

@@ -10,11 +10,6 @@ def stable_hash(*parts: str | int) -> int:
     return int.from_bytes(hashlib.sha256(whole).digest()[:8], "little")
 
 
-def stable_fraction(*parts: str | int) -> float:
-    """The same hash as a number in [0, 1)."""
-    return (stable_hash(*parts) >> 11) / (1 << 53)
-
-
 def pseudonym(*parts: str | int) -> str:
     """A participant's id without the id itself: the same parts (the corpus, the id) give the same 16 hex digits."""
     return f"{stable_hash('participant', *parts):016x}"

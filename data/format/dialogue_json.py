@@ -1,7 +1,7 @@
 """Dialogues and messages as JSON: records, and lines of files."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +64,6 @@ def messages_from_records(records: object, character: str) -> tuple[Message, ...
     number."""
     read = read_messages(records, RoleNames("User", character), needs_role=False, keeps_other_keys=False)
     return supervised(read, character, None)
-
-
-def write_dialogues(path: Path, dialogues: Iterable[Dialogue]) -> None:
-    """Write one dialogue a line."""
-    with open(path, "wb") as file:
-        file.writelines(to_json(dialogue) + b"\n" for dialogue in dialogues)
 
 
 def read_dialogues(path: Path | str) -> Iterator[Dialogue]:

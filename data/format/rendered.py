@@ -1,6 +1,6 @@
 """Dialogues as they are rendered, in columns: the text of all messages and what supervises it, ready to be encoded."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -157,8 +157,3 @@ def _one(
         whole.text_starts[messages] - start,
         n_opening,
     )
-
-
-def join_bytes(texts: Iterable[bytes]) -> np.ndarray:
-    """The texts one after the other, uint8."""
-    return np.frombuffer(b"".join(texts), np.uint8)

@@ -21,9 +21,9 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from data.atomic_file import TEMPORARY_SUFFIX, atomic_file, sync_path, write_json
+from data.atomic_file import atomic_file, sync_path, write_json
 from data.format.dialogue import NO_LABEL
-from data.packed.dialogue_table import DIALOGUES_FILE, dialogue_table, read_dialogue_table, write_dialogue_table
+from data.packed.dialogue_table import DIALOGUES_FILE, read_dialogue_table, write_dialogue_table
 from data.packed.packing import DOCUMENT, NO_DIALOGUE, EncodedCorpus, token_dtype
 
 MANIFEST_FILE = "manifest.json"
@@ -77,40 +77,6 @@ def packed_rows(corpus: EncodedCorpus, rows: Iterable[Sequence[int]], row_length
             np.concatenate([*(corpus.label[s] for s in spans), np.full(pad, NO_LABEL, np.int8)]),
             np.concatenate([documents, padding]),
         )
-
-
-def write_shards(
-    directory: Path,
-    rows: Iterable[PackedRow],
-    *,
-    row_length: int,
-    vocab_size: int,
-    rows_per_shard: int,
-    tokenizer_sha256: str,
-    dialogues: pa.Table | None = None,
-    statistics: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Write rows as shards and return the manifest, which is on disk only once everything else is.
-
-    `dialogues` (None: not known) is the dialogue_table that the documents' numbers point into. The fingerprint covers
-    the tokenizer, row_length and the rows in order; it does not depend on rows_per_shard.
-    Shards and manifest that an earlier run left in the directory are removed first.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / MANIFEST_FILE).unlink(missing_ok=True)
-    for stale in [*directory.glob("shard_*.bin"), *directory.glob(f"*{TEMPORARY_SUFFIX}")]:
-        stale.unlink()
-    group = write_group(directory, rows, row_length=row_length, vocab_size=vocab_size, rows_per_shard=rows_per_shard)
-    return join_groups(
-        directory,
-        [(directory, group)],
-        [dialogue_table([], []) if dialogues is None else dialogues],
-        row_length=row_length,
-        vocab_size=vocab_size,
-        rows_per_shard=rows_per_shard,
-        tokenizer_sha256=tokenizer_sha256,
-        statistics=statistics,
-    )
 
 
 def write_group(

@@ -1,36 +1,35 @@
 """The YAML that a template renders, as parts: Prompt Poet's level, which knows roles and contents but no tokens.
 
-A template renders the same few YAML shapes turn after turn, with other values in them. `PartReader` parses a shape
-once and fills it from then on, and remembers the parts of late.
+The YAML is parsed with marks in place of the values, which are filled in afterwards: no value can become structure.
 """
 
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import lru_cache
+from threading import Lock
 from typing import Any, NamedTuple
 
 import yaml
+from cachetools import LRUCache, cached
 
 from data.format.dialogue import NARRATOR
 from data.prompt.values import MARK, PromptError, Texts
 from data.prompt.yaml_parts import load_records
-from data.recent import Recent
 
 SPACE_MARKER = "<|space|>"  # Prompt Poet's: keeps white space at the edge of a content, which is stripped
 NAME, ROLE, SPEAKER, CONTENT, SECTIONS = "name", "role", "speaker", "content", "sections"
 PRIORITY, EXPECTED = "truncation_priority", "expected_template_data_keys"
 PART_KEYS = (NAME, ROLE, SPEAKER, CONTENT, SECTIONS, PRIORITY, EXPECTED)
 _SECTION_KEYS = (NAME, CONTENT, PRIORITY)
-_SHAPES_CAPACITY, _PARTS_CAPACITY, _ENTRY = 1 << 20, 1 << 23, 256  # characters; an entry counts some of its own
 
+_CACHED_CHARACTERS, _CHARACTERS_OF_AN_ENTRY = 1 << 23, 256
 _END = "\ue001"  # closes the number after MARK in the YAML that is parsed
 _VALUE_OR_SPACE = re.compile(f"{MARK}([0-9]+){_END}|{re.escape(SPACE_MARKER)}")
+_FIRST_VALUE, _LAST_VALUE = re.compile(f"{MARK}([0-9]+){_END}"), re.compile(f"{MARK}([0-9]+){_END}\\Z")
 _NAMED = re.compile(r"([^:\n]+):(?:[ \t\n]+|$)(.*)", re.DOTALL)
 _FIRST_PART = re.compile(r"(?:[ \t]*(?:#[^\n]*)?\n)*( *)- ")
 _DOCUMENT_MARK = re.compile(r"^(?:---|\.\.\.|%)", re.MULTILINE)
 _INTEGER = re.compile("-?[0-9]{1,9}")
-
-Pieces = tuple[str | int, ...]  # template text, and numbers of values among those of a shape
 
 
 class Section(NamedTuple):
@@ -58,21 +57,14 @@ class TemplatePart(NamedTuple):
     text: str | None
 
 
-def role_messages(parts: Sequence[TemplatePart]) -> list[dict[str, Any]]:
-    """The parts as the messages of a chat API: role and content."""
-    return [{"role": part.role, "content": part.content} for part in parts]
-
-
 class PartReader:
     """Reads what one template renders. `name` is the template's, for errors."""
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._shapes: Recent[str, list[_Shape]] = Recent(_SHAPES_CAPACITY)
-        self._parts: Recent[tuple[str, ...], list[TemplatePart]] = Recent(_PARTS_CAPACITY)
 
     def read(
-        self, rendered: str, texts: Texts, known_values: Collection[str], spans: list[list[int]] | None = None
+        self, rendered: str, texts: Texts, known_values: frozenset[str], spans: list[list[int]] | None = None
     ) -> tuple[TemplatePart, ...]:
         """The parts. Raises PromptError for YAML that is broken or holds something else, naming part and key.
 
@@ -100,48 +92,19 @@ class PartReader:
         chunks: Sequence[str],
         values: Sequence[str],
         numbers: Sequence[int],
-        known_values: Collection[str],
+        known_values: frozenset[str],
         spans: list[list[int]] | None,
     ) -> list[TemplatePart]:
         parts: list[TemplatePart] = []
         first = 0
         for chunk in chunks:
             end = first + chunk.count(MARK)
-            own = values[first:end]
-            key = (chunk, *own)
-            filled = self._parts.get(key)
-            if filled is None:
-                filled = self._filled(key, chunk, own, known_values, len(parts))
-            parts += filled
+            found = _parts(chunk, tuple(values[first:end]), known_values, self._name, len(parts))
+            parts += found
             if spans is not None:
-                spans += [list(numbers[first:end])] * len(filled)
+                spans += [list(numbers[first:end])] * len(found)
             first = end
         return parts
-
-    def _filled(
-        self, key: tuple[str, ...], chunk: str, values: Sequence[str], known_values: Collection[str], n_before: int
-    ) -> list[TemplatePart]:
-        """The parts of one chunk of YAML, remembered unless they depend on more than the values in them."""
-        shapes = self._shapes.get(chunk)
-        if shapes is None:
-            shapes = self._parsed(chunk, values, n_before)
-        parts = []
-        for number, shape in enumerate(shapes, start=n_before):
-            shape.check_expected(values, known_values, f"{self._name}: part {number}")
-            parts.append(shape.filled(values, self._name, number))
-        if not any(shape.expected for shape in shapes):
-            self._parts.put(key, parts, sum(map(len, key)) + _ENTRY)
-        return parts
-
-    def _parsed(self, chunk: str, values: Sequence[str], n_before: int) -> "list[_Shape]":
-        records = _load(chunk)
-        if records is None:
-            records = []
-        if not isinstance(records, list):
-            raise PromptError(f"{self._name}: renders a {type(records).__name__}, expected a YAML list of parts")
-        shapes = [_shape(record, f"{self._name}: part {n_before + i}", values) for i, record in enumerate(records)]
-        self._shapes.put(chunk, shapes, len(chunk) + _ENTRY)
-        return shapes
 
 
 def _chunks(marked: str) -> list[str]:
@@ -155,10 +118,12 @@ def _chunks(marked: str) -> list[str]:
     return [first, *(separator[1:] + other for other in others)]
 
 
+@lru_cache(1024)  # a template renders the same few chunks in every turn, with other values
 def _load(marked: str) -> Any:
     literals = marked.split(MARK)
     numbered = "".join(f"{literal}{MARK}{i}{_END}" for i, literal in enumerate(literals[:-1])) + literals[-1]
-    return load_records(numbered, (NAME, ROLE, SPEAKER), (SECTIONS, EXPECTED))
+    records = load_records(numbered, (NAME, ROLE, SPEAKER), (SECTIONS, EXPECTED))
+    return [] if records is None else records
 
 
 def _explained(error: yaml.YAMLError, name: str, marked: str, values: Sequence[str]) -> str:
@@ -180,88 +145,69 @@ def _with_values(marked: str, values: Sequence[str]) -> str:
     return first + "".join(value + other for value, other in zip(values, others))
 
 
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    """A part whose values are still open."""
-
-    name: Pieces
-    role: Pieces
-    priority: int | Pieces
-    content: Any  # Pieces, or what is no text, with marks in its texts
-    is_text: bool
-    sections: tuple[tuple[Pieces, Pieces, int | None], ...]
-    expected: tuple[Pieces, ...]
-    speaker: Pieces | None  # the key of that name
-    named: tuple[Pieces, Pieces] | None  # speaker and text of a content that begins with a name
-
-    def check_expected(self, values: Sequence[str], known_values: Collection[str], where: str) -> None:
-        for key in self.expected:
-            if _fill(key, values) not in known_values:
-                raise PromptError(f"{where} ({_fill(self.name, values)}): the values lack {_fill(key, values)!r}")
-
-    def filled(self, values: Sequence[str], template: str, number: int) -> TemplatePart:
-        """The part with `values` in it. What it begins with and who says it was decided without them."""
-        name, role = _fill(self.name, values), _fill(self.role, values)
-        priority = self.priority
-        if not isinstance(priority, int):
-            priority = _priority(_fill(priority, values), f"{template}: part {number} ({name})")
-        sections = tuple(Section(_fill(n, values), _fill(c, values), p) for n, c, p in self.sections)
-        if not self.is_text:
-            speaker = None if self.speaker is None else _fill(self.speaker, values)
-            return TemplatePart(name, role, _fill_all(self.content, values), priority, sections, speaker, None)
-        content = _fill_text(self.content, values)
-        if self.speaker is not None:
-            return TemplatePart(name, role, content, priority, sections, _fill(self.speaker, values), content)
-        if role == "system":
-            return TemplatePart(name, role, content, priority, sections, NARRATOR, content)
-        if self.named is None:
-            return TemplatePart(name, role, content, priority, sections, None, content)
-        speaker, text = _fill(self.named[0], values), _fill_text(self.named[1], values)
-        return TemplatePart(name, role, content, priority, sections, speaker, text)
+def _n_characters(parts: Sequence[TemplatePart]) -> int:
+    return sum(_CHARACTERS_OF_AN_ENTRY + 2 * len(str(part.content)) for part in parts)
 
 
-def _shape(record: Any, where: str, values: Sequence[str]) -> _Shape:
+@cached(LRUCache(_CACHED_CHARACTERS, _n_characters), lock=Lock())  # earlier messages come back in every turn
+def _parts(
+    chunk: str, values: tuple[str, ...], known_values: frozenset[str], name: str, n_before: int
+) -> list[TemplatePart]:
+    """The parts of one chunk of YAML, in which marks stand for `values`."""
+    records = _load(chunk)
+    if not isinstance(records, list):
+        raise PromptError(f"{name}: renders a {type(records).__name__}, expected a YAML list of parts")
+    return [_part(r, f"{name}: part {n}", values, known_values) for n, r in enumerate(records, start=n_before)]
+
+
+def _part(record: Any, where: str, values: Sequence[str], known_values: frozenset[str]) -> TemplatePart:
+    """The part of a record in whose texts marks stand for `values`. What a content begins with, and so who says it, is
+    decided before the values are in it."""
     if not isinstance(record, dict):
         raise PromptError(f"{where}: found {type(record).__name__}, expected a mapping with name, role and content")
-    name = _pieces(_scalar(record.get(NAME, ""), where, NAME))
-    where = f"{where} ({_fill(name, values) or 'unnamed'})"
+    name = _fill(_scalar(record.get(NAME, ""), where, NAME), values)
+    where = f"{where} ({name or 'unnamed'})"
     _check_keys(record, PART_KEYS, where, values)
+    _check_expected(record.get(EXPECTED) or [], where, values, known_values)
     sections = _sections(record, where, values) if SECTIONS in record else ()
-    content = "".join(_marked(pieces) for _, pieces, _ in sections).strip() if sections else record.get(CONTENT)
+    content = "".join(section.content for section in sections).strip() if sections else record.get(CONTENT)
     content = "" if content is None else content
-    is_text = isinstance(content, str)
-    if is_text and not sections:
-        content = _unescaped(content.strip())
-    named = _NAMED.match(content) if is_text else None
-    expected = record.get(EXPECTED) or []
-    if not isinstance(expected, list):
-        raise PromptError(f"{where}: {EXPECTED} is {type(expected).__name__}, expected a list of names of values")
+    role = _fill(_scalar(record.get(ROLE, "user"), where, ROLE), values)
+    priority = _priority(_fill(_scalar(record.get(PRIORITY, 0), where, PRIORITY), values), where)
     speaker = record.get(SPEAKER)
-    priority = _pieces(_scalar(record.get(PRIORITY, 0), where, PRIORITY))
-    is_known = all(isinstance(piece, str) for piece in priority)
-    return _Shape(
-        name=name,
-        role=_pieces(_scalar(record.get(ROLE, "user"), where, ROLE)),
-        priority=_priority(_fill(priority, ()), where) if is_known else priority,
-        content=_pieces(content) if is_text else content,
-        is_text=is_text,
-        sections=sections,
-        expected=tuple(_pieces(str(key)) for key in expected),
-        speaker=None if speaker is None else _pieces(_scalar(speaker, where, SPEAKER)),
-        named=None if named is None else (_pieces(named[1].strip()), _pieces(named[2])),
-    )
+    if speaker is not None:
+        speaker = _fill(_scalar(speaker, where, SPEAKER), values)
+    text = None
+    if not isinstance(content, str):
+        content = _fill_all(content, values)
+    else:
+        marked = content if sections else _unescaped(content.strip())
+        text = content = _fill_text(marked, values)
+        if speaker is None and role == "system":
+            speaker = NARRATOR
+        elif speaker is None and (named := _NAMED.match(marked)):
+            speaker, text = _fill(named[1].strip(), values), _fill_text(named[2], values)
+    filled = tuple(Section(_fill(s.name, values), _fill(s.content, values), s.truncation_priority) for s in sections)
+    return TemplatePart(name, role, content, priority, filled, speaker, text)
 
 
 def _check_keys(record: dict[Any, Any], known: Sequence[str], where: str, values: Sequence[str]) -> None:
-    unknown = [_fill(_pieces(str(key)), values) for key in record if key not in known]
+    unknown = [_fill(str(key), values) for key in record if key not in known]
     if unknown:
         raise PromptError(f"{where}: unknown key {unknown[0]!r}; expected {', '.join(known)}")
 
 
-def _sections(
-    record: dict[str, Any], where: str, values: Sequence[str]
-) -> tuple[tuple[Pieces, Pieces, int | None], ...]:
-    """Contents of sections are stripped of spaces and tabs only: their line breaks part them once they are joined."""
+def _check_expected(expected: Any, where: str, values: Sequence[str], known_values: frozenset[str]) -> None:
+    if not isinstance(expected, list):
+        raise PromptError(f"{where}: {EXPECTED} is {type(expected).__name__}, expected a list of names of values")
+    for key in expected:
+        if (name := _fill(str(key), values)) not in known_values:
+            raise PromptError(f"{where}: the values lack {name!r}")
+
+
+def _sections(record: dict[str, Any], where: str, values: Sequence[str]) -> tuple[Section, ...]:
+    """The sections, still with marks. Their contents are stripped of spaces and tabs only: line breaks separate them
+    once they are joined."""
     found = record[SECTIONS]
     if CONTENT in record:
         raise PromptError(f"{where}: has content and sections, expected one of them")
@@ -275,9 +221,9 @@ def _sections(
         _check_keys(section, _SECTION_KEYS, at, values)
         priority = section.get(PRIORITY)
         sections.append(
-            (
-                _pieces(_scalar(section[NAME], at, NAME)),
-                _pieces(_unescaped(section[CONTENT].strip(" \t").replace(SPACE_MARKER, " "))),
+            Section(
+                _scalar(section[NAME], at, NAME),
+                _unescaped(section[CONTENT].strip(" \t").replace(SPACE_MARKER, " ")),
                 None if priority is None else _priority(str(priority), at),
             )
         )
@@ -302,64 +248,26 @@ def _unescaped(marked: str) -> str:
     return marked.replace("\\n", "\n").replace("\\r", "\r")
 
 
-class _MarkedSpace(str):
-    """The space of Prompt Poet's marker, which nothing strips."""
+def _fill(marked: str, values: Sequence[str]) -> str:
+    """The text with the values in it, and spaces for Prompt Poet's markers of one."""
+    if MARK not in marked and SPACE_MARKER not in marked:
+        return marked
+    return _VALUE_OR_SPACE.sub(lambda found: " " if found[1] is None else values[int(found[1])], marked)
 
 
-def _pieces(marked: str) -> Pieces:
-    pieces: list[str | int] = []
-    end = 0
-    for found in _VALUE_OR_SPACE.finditer(marked):
-        if found.start() > end:
-            pieces.append(marked[end : found.start()])
-        pieces.append(_MarkedSpace(" ") if found[1] is None else int(found[1]))
-        end = found.end()
-    if end < len(marked) or not pieces:
-        pieces.append(marked[end:])
-    return tuple(pieces)
-
-
-def _marked(pieces: Pieces) -> str:
-    return "".join(piece if isinstance(piece, str) else f"{MARK}{piece}{_END}" for piece in pieces)
-
-
-def _fill(pieces: Pieces, values: Sequence[str]) -> str:
-    if len(pieces) == 1:
-        only = pieces[0]
-        return only if isinstance(only, str) else values[only]
-    return "".join([piece if isinstance(piece, str) else values[piece] for piece in pieces])
-
-
-def _fill_text(pieces: Pieces, values: Sequence[str]) -> str:
+def _fill_text(marked: str, values: Sequence[str]) -> str:
     """As `_fill`; where the values at an edge are empty, the template's white space beside them goes too."""
-    if len(pieces) > 1 and (_is_empty(pieces[0], values) or _is_empty(pieces[-1], values)):
-        pieces = _stripped(pieces, values)
-    return _fill(pieces, values)
-
-
-def _is_empty(piece: str | int, values: Sequence[str]) -> bool:
-    return isinstance(piece, int) and not values[piece]
-
-
-def _stripped(pieces: Pieces, values: Sequence[str]) -> Pieces:
-    rest = list(pieces)
-    for edge, strip in ((0, str.lstrip), (-1, str.rstrip)):
-        while rest:
-            piece = rest[edge]
-            if isinstance(piece, str):
-                rest[edge] = stripped = piece if isinstance(piece, _MarkedSpace) else strip(piece)
-                if stripped:
-                    break
-            elif values[piece]:
-                break
-            del rest[edge]
-    return tuple(rest) or ("",)
+    while (first := _FIRST_VALUE.match(marked)) and not values[int(first[1])]:
+        marked = marked[first.end() :].lstrip()
+    while (last := _LAST_VALUE.search(marked)) and not values[int(last[1])]:
+        marked = marked[: last.start()].rstrip()
+    return _fill(marked, values)
 
 
 def _fill_all(content: Any, values: Sequence[str]) -> Any:
     """A content that is no text, with the values in the texts of it."""
     if isinstance(content, str):
-        return _fill(_pieces(content), values)
+        return _fill(content, values)
     if isinstance(content, list):
         return [_fill_all(item, values) for item in content]
     if isinstance(content, dict):

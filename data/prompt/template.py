@@ -157,7 +157,7 @@ class PromptTemplate:
             raise PromptError(f"{self.name}: {error}") from None
         finally:
             current_texts.reset(token)
-        known = context.keys() | self._function_names | set(RESERVED)
+        known = frozenset((*context, *self._function_names, *RESERVED))
         numbers: list[list[int]] | None = None if spans is None else []
         try:
             parts = self._reader.read(rendered, texts, known, numbers)

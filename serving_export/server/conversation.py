@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
+from threading import Lock
 
 from data.format.dialogue import Message, check_speaker, decode_reply
-from data.format.message_encoder import ENTRY_TOKENS, MessageEncoder
+from data.format.message_encoder import MessageEncoder, ids_cache
 from data.format.tokenizer import DialogueTokenizer
-from data.recent import Recent
 
 
 class ConversationEncoder:
@@ -23,7 +23,7 @@ class ConversationEncoder:
     def __init__(self, tokenizer: DialogueTokenizer, capacity_tokens: int = 1_000_000):
         self.tokenizer = tokenizer
         self.message_encoder = MessageEncoder(tokenizer, capacity_tokens)
-        self._replies: Recent[tuple[bytes, str], tuple[int, ...]] = Recent(capacity_tokens)
+        self._replies, self._lock = ids_cache(capacity_tokens), Lock()  # (digest of what is before, text) to ids
         self._longest_piece = max(len(piece.text.encode()) for piece in tokenizer.pieces())
 
     def fewest_tokens(self, messages: Sequence[Message], character: str) -> int:
@@ -45,7 +45,8 @@ class ConversationEncoder:
             opening = self.message_encoder.opening(message.speaker)
             history.extend([*ids[n_hashed:], *opening])
             n_hashed = len(ids) + len(opening)
-            drawn = self._replies.get((history.digest(), message.text))
+            with self._lock:
+                drawn = self._replies.get((history.digest(), message.text))
             if drawn is None:
                 ids += self.message_encoder.message(message.speaker, message.text)
             else:
@@ -61,7 +62,11 @@ class ConversationEncoder:
             return False
         history = _History(salt)
         history.extend(prompt)
-        self._replies.put((history.digest(), text), tuple(drawn), len(drawn) + ENTRY_TOKENS)
+        with self._lock:
+            try:
+                self._replies[history.digest(), text] = tuple(drawn)
+            except ValueError:  # larger than the cache
+                return False
         return True
 
 

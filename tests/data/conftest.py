@@ -10,7 +10,8 @@ import pytest
 from data.format.dialogue import message_body, speaker_prefix
 from data.format.tokenizer import DialogueTokenizer, train_tokenizer
 from data.packed.packing import Document, EncodedCorpus
-from data.packed.shards import PackedRow, packed_rows, write_shards
+from data.packed.shards import PackedRow, packed_rows
+from tests.written_data import write_shards
 
 SENTENCES = (
     "Hello, how are you doing today?",

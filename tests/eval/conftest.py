@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from data.format.dialogue import Dialogue, Message, encode_dialogue
-from data.format.dialogue_json import write_dialogues
 from data.format.tokenizer import DialogueTokenizer, train_tokenizer
 from data.packed.cut import CutRule, cut
 from data.packed.dialogue_table import dialogue_table
 from data.packed.packing import EncodedCorpus, best_fit
-from data.packed.shards import packed_rows, write_shards
+from data.packed.shards import packed_rows
 from model.config import ModelConfig, TailSharing
 from model.scalar_head import ScalarHead
 from model.transformer import Transformer
 from model.weights import save_model
+from tests.written_data import write_dialogues, write_shards
 
 ROW_LENGTH = 192
 torch.set_num_threads(1)  # models this small only wait for each other's threads

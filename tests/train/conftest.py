@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from data.format.dialogue import Dialogue, Message, encode_dialogue
-from data.format.dialogue_json import write_dialogues
 from data.format.tokenizer import train_tokenizer
 from data.packed.cut import CutRule, cut
 from data.packed.dialogue_table import dialogue_table
 from data.packed.packing import EncodedCorpus, best_fit
-from data.packed.shards import packed_rows, write_shards
+from data.packed.shards import packed_rows
+from tests.written_data import write_dialogues, write_shards
 
 ROOT = Path(__file__).parents[2]
 ROW_LENGTH, VOCAB_SIZE = 64, 320

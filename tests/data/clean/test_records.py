@@ -18,10 +18,10 @@ from data.clean.records import (
     CleanError,
     Filters,
     check_bad_fraction,
+    content_key,
     passing,
     scrubbed,
     without_bad,
-    without_duplicates,
 )
 from data.clean.repetition import Repetition
 from data.clean.scrub import HashedIds, Scrub
@@ -56,7 +56,7 @@ def test_every_record_is_counted_once(
     ledger, path = Ledger(), tmp_path_factory.mktemp("clean") / "q.jsonl"
     with open(path, "w") as file:
         dialogues = without_bad(given_records, Quarantine(file, "chats", ledger))
-        ledger.kept = len(list(without_duplicates(passing(dialogues, Filters(), ledger), set(), ledger)))
+        ledger.kept = len(list(passing(dialogues, Filters(), ledger)))
     ledger.balance()
     assert ledger.read == len(given_records)
     assert ledger.filtered.get("blocked", 0) == given_records.count(LeftOut("blocked"))
@@ -152,15 +152,11 @@ def test_values_replaced_in_the_quarantine_are_counted_apart(tmp_path: Path) -> 
 
 
 def test_duplicates_are_of_turns_and_texts() -> None:
-    ledger = Ledger()
-    dialogues = [
-        talk("A:x", "B:y", identity="1"),
-        talk("Ann:x", "Bob:y", identity="2"),
-        talk("A:x", "A:y", identity="3"),
-        talk("A:x", "B:y ", identity="4"),
-    ]
-    assert [d.id for d in without_duplicates(dialogues, set(), ledger)] == ["1", "3", "4"]
-    assert ledger.duplicates == 1
+    one, renamed, same_speaker, spaced = (
+        content_key(talk(*texts)) for texts in (("A:x", "B:y"), ("Ann:x", "Bob:y"), ("A:x", "A:y"), ("A:x", "B:y "))
+    )
+    assert one == renamed
+    assert len({one, same_speaker, spaced}) == 3
 
 
 def test_too_many_bad_records_stop_with_examples(tmp_path: Path) -> None:

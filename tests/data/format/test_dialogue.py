@@ -25,8 +25,9 @@ from data.format.dialogue import (
     unescape,
     without_end_label,
 )
-from data.format.dialogue_json import from_json, read_dialogues, to_json, write_dialogues
+from data.format.dialogue_json import from_json, read_dialogues, to_json
 from data.format.tokenizer import DialogueTokenizer
+from tests.written_data import write_dialogues
 
 J = "\u2060"
 texts = st.lists(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.format.dialogue import NARRATOR, Dialogue, Message, encode_dialogue, encode_message
-from data.format.rendered import RenderedDialogues, encode_rendered, join_bytes, render
+from data.format.rendered import RenderedDialogues, encode_rendered, render
 from data.format.tokenize import BulkEncoder
 from data.format.tokenizer import DialogueTokenizer
 from data.packed.cut import CutRule, cut
@@ -56,7 +56,7 @@ def test_columns_give_the_same_documents(
     context: int,
 ) -> None:
     texts, messages, n_messages = render(given_dialogues, within)
-    columns = RenderedDialogues(join_bytes(texts), messages, n_messages)
+    columns = RenderedDialogues(np.frombuffer(b"".join(texts), np.uint8), messages, n_messages)
     is_kept = np.array([keep >> number & 1 for number in range(len(given_dialogues))], bool)
     kept = [dialogue for dialogue, is_in in zip(given_dialogues, is_kept, strict=True) if is_in]
     encoder, inside_character_V = BulkEncoder(tokenizer), tokenizer.inside_character()

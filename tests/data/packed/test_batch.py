@@ -8,7 +8,8 @@ import torch
 
 from data.packed.batch import collate
 from data.packed.packing import Document, EncodedCorpus
-from data.packed.shards import PackedDataset, packed_rows, write_shards
+from data.packed.shards import PackedDataset, packed_rows
+from tests.written_data import write_shards
 
 WriteRows = Callable[..., Path]
 

@@ -13,7 +13,8 @@ from data.packed.dialogue_table import dialogue_table
 from data.packed.mixture import MixtureData, MixtureOrder, MixtureRows, open_mixture, training_order
 from data.packed.packing import DOCUMENT, NO_DIALOGUE
 from data.packed.sampler import DataPositionError, position_after
-from data.packed.shards import PackedRow, ShardError, write_shards
+from data.packed.shards import PackedRow, ShardError
+from tests.written_data import write_shards
 
 LENGTH = 32
 weights = st.lists(st.floats(0.01, 10), min_size=2, max_size=5)

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data.format.tokenizer import DialogueTokenizer
-from data.prompt.parts import TemplatePart, role_messages
+from data.prompt.parts import TemplatePart
 from data.prompt.template import PromptTemplate
 from data.prompt.truncation import surviving_parts
 from data.prompt.values import PromptError
@@ -143,7 +143,7 @@ def assert_same(parts: Sequence[TemplatePart], prompt: Any) -> None:
     assert [list(p.sections) for p in parts] == [
         [(s.name, s.content, s.truncation_priority) for s in p.sections or ()] for p in prompt.parts
     ]
-    assert role_messages(parts) == prompt.messages
+    assert [{"role": part.role, "content": part.content} for part in parts] == prompt.messages
 
 
 @pytest.mark.parametrize("question", ["what is 2 + 2?", "who are you"])

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from data.format.dialogue import NARRATOR, Dialogue, Message, encode_prompt, encode_reply
-from data.format.dialogue_json import write_dialogues
 from data.format.message_encoder import MessageEncoder
 from data.format.tokenizer import DialogueTokenizer
 from data.prompt.__main__ import main
 from data.prompt.reuse import Conversation, Rule, naive, planned, replay, stepped, stitched
 from data.prompt.template import PromptTemplate, conversation_values
+from tests.written_data import write_dialogues
 
 
 def conversation(n: int, number: int = 0) -> Dialogue:

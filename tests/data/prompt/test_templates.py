@@ -7,7 +7,6 @@ import pytest
 from data.format.dialogue import NARRATOR, Message, encode_prompt
 from data.format.message_encoder import MessageEncoder
 from data.format.tokenizer import DialogueTokenizer
-from data.prompt.parts import role_messages
 from data.prompt.template import PromptTemplate
 
 TEMPLATES = Path(__file__).parents[3] / "recipes" / "templates"
@@ -76,7 +75,7 @@ def test_the_chat_template(tokenizer: DialogueTokenizer, persona: str, note: str
     }
     definition = "Ada: a captain: brave" + (f"\nJeff: {persona}" if persona else "")
     parts = template.parts(values)
-    assert role_messages(parts) == [
+    assert [{"role": part.role, "content": part.content} for part in parts] == [
         {"role": "system", "content": definition},
         {"role": "user", "content": "Jeff: hi\n- name: x"},
         {"role": "assistant", "content": "Ada:   aye "},

@@ -10,7 +10,6 @@ import torch
 from rich.console import Console
 
 from data.format.dialogue import Dialogue, Message
-from data.format.dialogue_json import write_dialogues
 from data.format.tokenizer import DialogueTokenizer
 from model.bundle_files import BundleError, verify
 from model.hugging_face import load_exported_model
@@ -22,6 +21,7 @@ from serving_export.export import __main__ as export_module
 from serving_export.export.__main__ import BUNDLE_FILES, ExportRecipe, Names, main, run, write_bundle
 from serving_export.export.manifest import Defaults, read_defaults
 from serving_export.export.parity import transformers_peer
+from tests.written_data import write_dialogues
 
 RECIPE = """\
 stage: export
