@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
@@ -126,15 +127,21 @@ class ModelConfig(_Part):
         per_owner = 2 * self.d_model * key + self.d_head
         return (self.vocab_size + 1) * self.d_model + self.n_layers * per_layer + len(self.kv_layers) * per_owner
 
-    def flops_per_token(self, length: int) -> int:
-        """Training FLOPs per token (forward and backward) on documents of `length` tokens, causal halves only.
+    def training_flops(self, document_lengths: Iterable[int]) -> int:
+        """FLOPs that a forward and backward pass over documents of these lengths needs (arXiv 2204.02311, appendix B).
 
-        6 per matrix parameter plus 12 * heads * d_head per visible key; a local layer sees at most its window.
+        6 per matrix parameter and token, and per layer 12 * n_heads * d_head per pair of a query and a key it sees:
+        causal, in the same document, in a local layer's window.
         """
-        key_width, vectors = self.n_heads * self.d_head, self.n_layers * (4 * self.d_model + self.d_head)
-        matrices = self.n_parameters - vectors - self.d_model - len(self.kv_layers) * self.d_head
-        visible = sum(
-            length / 2 if kind == "G" or length <= self.window else self.window * (1 - self.window / (2 * length))
-            for kind in self.layer_kinds
-        )
-        return int(6 * matrices + 12 * key_width * visible)
+        lengths = list(document_lengths)
+        vectors = self.n_layers * (4 * self.d_model + self.d_head) + len(self.kv_layers) * self.d_head + self.d_model
+        n_local = self.layer_kinds.count("S")
+        pairs = n_local * sum(_visible_pairs(n, self.window) for n in lengths)
+        pairs += (self.n_layers - n_local) * sum(_visible_pairs(n, n) for n in lengths)
+        return 6 * (self.n_parameters - vectors) * sum(lengths) + 12 * self.n_heads * self.d_head * pairs
+
+
+def _visible_pairs(length: int, window: int) -> int:
+    """How many (query, key) pairs causal attention with this window sees in a document."""
+    full = min(length, window)
+    return full * (full + 1) // 2 + (length - full) * window

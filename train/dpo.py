@@ -113,7 +113,7 @@ class PairBatch:
     targets_T: Tensor
     loss_mask_T: Tensor
     sequence_T: Tensor
-    lengths: list[int]
+    sequence_lengths: list[int]
     reference_B: Tensor
     """Reference log-probabilities of the 2B replies, in the same order."""
 
@@ -186,11 +186,11 @@ def reply_logprobs(trunk: Transformer, batch: PairBatch) -> Tensor:
     """Log-probabilities of the 2B replies of a batch, float32: one forward for both sides."""
     device = trunk.embed_tokens.weight.device
     places_T = batch.loss_mask_T.nonzero()[:, 0].to(device)
-    hidden_TD = trunk(batch.tokens_T.to(device), Documents.from_lengths(batch.lengths, device=device))
+    hidden_TD = trunk(batch.tokens_T.to(device), Documents.from_lengths(batch.sequence_lengths, device=device))
     targets_T = batch.targets_T.to(device)[places_T]
     embed_VD, softcap = trunk.embed_tokens.weight, trunk.config.final_logit_softcap
     logprobs_T, _ = token_logprobs(hidden_TD[places_T], embed_VD, targets_T, softcap)
-    return sequence_logprobs(logprobs_T, batch.sequence_T.to(device)[places_T], len(batch.lengths))
+    return sequence_logprobs(logprobs_T, batch.sequence_T.to(device)[places_T], len(batch.sequence_lengths))
 
 
 def preference_loss(module: LossModule, batch: PairBatch, beta: float, label_smoothing: float) -> Loss:
@@ -304,8 +304,8 @@ def prepare(recipe: DPORecipe, world: World, console: Console) -> Job:
         stage=Stage(
             rows=rows,
             collate=rows.collate,
-            count=lambda batch: len(batch.lengths) // 2,
-            evaluate=lambda engine: no_grad_sum(engine, batches, lambda batch: len(batch.lengths) // 2),
+            count=lambda batch: len(batch.sequence_lengths) // 2,
+            evaluate=lambda engine: no_grad_sum(engine, batches, lambda batch: len(batch.sequence_lengths) // 2),
         ),
         tokenizer=initial.tokenizer,
         finish=lambda engine, outcome, console: _finish(outcome, rows, heldout),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data.packed.mixture import training_order
 from data.packed.sampler import DataPosition, Rows, position_after, rows_of_rank
+from model.config import ModelConfig
 from recipes.loader import Section
 from recipes.run_identity import MayChange
 from train.checkpoint.best import BestWeights, KeepBest
@@ -69,10 +70,15 @@ class LoopError(ValueError):
 
 
 class Batch(Protocol):
-    """What a stage's loss takes; the loop itself only counts its tokens."""
+    """What a stage's loss takes; the loop itself only counts its tokens and FLOPs."""
 
     @property
     def tokens_T(self) -> Tensor: ...
+
+    @property
+    def sequence_lengths(self) -> list[int]:
+        """The lengths of the documents or sequences, padding left out."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,7 @@ def train(
     run_dir: Path,
     throughput: Throughput,
     best: BestWeights,
+    model: ModelConfig,
 ) -> Outcome:
     """Train until `max_steps` or until any rank is asked to stop; the latter leaves a checkpoint to resume from."""
     world = engine.world
@@ -132,7 +139,7 @@ def train(
         config.max_skipped_steps, run_dir, world, *((start.skipped_steps, start.skipped_in_a_row) if start else (0,))
     )
     recent = RecentSteps(config.skip_spikes, world, start.recent_steps if start else None)
-    fresh, evaluation, clock, tokens_since_log = True, {}, time.perf_counter(), 0
+    fresh, evaluation, clock, tokens_since_log, flops_since_log = True, {}, time.perf_counter(), 0, 0.0
     extra: dict[str, float] = {}  # figures of what happens now and then, for the next line
     at = world.progress.at
     while True:
@@ -146,8 +153,16 @@ def train(
             if metrics:
                 metrics.log(step, evaluation | ({"best_step": best.best.step} if best.best else {}))
             clock = time.perf_counter()
-        at("agreeing whether to save and to stop")
-        n_stops, n_busy, n_failed = world.sum([float(should_stop()), *checkpoints.report()])
+        at("reading")
+        # None at the end; a read error is raised only after the checkpoint that is due now
+        reading = None if is_last else reader.read(step)
+        batches = [] if reading is None or reading.exception() else reading.result()[1]
+        n_targets = sum(stage.count(batch) for batch in batches)
+        needed_flops = sum(model.training_flops(batch.sequence_lengths) for batch in batches)
+        at("agreeing on stopping, saving and the number of targets")
+        n_stops, n_busy, n_failed, count, flops = world.sum(
+            [float(should_stop()), *checkpoints.report(), float(n_targets), float(needed_flops)]
+        )
         checkpoints.advance(n_busy, n_failed)
         ends_stable = step == schedule.stable_steps(config.max_steps)  # what a run of more steps continues from
         is_due = config.save_every is not None and (step % config.save_every == 0 or ends_stable or is_last or n_stops)
@@ -170,11 +185,10 @@ def train(
                 evaluation = best.best.figures
             return Outcome(step, is_last, evaluation or (stage.evaluate(engine) if is_last else {}), skipped.total)
 
-        at("reading")
-        rows, batches = reader.batches(step)
-        at("counting tokens")
-        (count,) = world.sum([float(sum(stage.count(batch) for batch in batches))])
+        assert reading is not None
+        rows, batches = reading.result()
         tokens_since_log += sum(len(batch.tokens_T) for batch in batches) * world.size
+        flops_since_log += flops
         means = accumulate(engine, batches, count)
         at("optimizer step")
         accepts = recent.judge(means, count)
@@ -191,8 +205,8 @@ def train(
                 seconds, clock = time.perf_counter() - clock, time.perf_counter()
                 values["lr"] = engine.peak_lr * schedule.multiplier(step - 1, config.max_steps)
                 values["gradient_norm"] = gradient_norm
-                values |= throughput.figures(tokens_since_log, seconds)
-                tokens_since_log = 0
+                values |= throughput.figures(tokens_since_log, flops_since_log, seconds)
+                tokens_since_log, flops_since_log = 0, 0.0
                 metrics.log(step, {**values, **extra, **({"skipped_steps": skipped.total} if reason else {})}, reason)
             extra = {}
         if skipped.too_many:
@@ -213,11 +227,12 @@ class StepReader:
         """The state of the data order before this step."""
         return position_after(step * self._config.rows_per_step, self._stage.rows, self._order)
 
-    def batches(self, step: int) -> tuple[np.ndarray, list[Batch]]:
-        """The rows of a step (all ranks') and this rank's micro-batches of them."""
+    def read(self, step: int) -> Future[tuple[np.ndarray, list[Batch]]]:
+        """A completed future: the rows of a step (all ranks') and this rank's micro-batches of them, or the error."""
         if self._ahead is None or self._ahead[0] != step:
             self._ahead = (step, self._thread.submit(self._read, step))
-        found = self._ahead[1].result()
+        found = self._ahead[1]
+        found.exception()  # waits
         self._ahead = (step + 1, self._thread.submit(self._read, step + 1))
         return found
 

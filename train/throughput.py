@@ -17,18 +17,20 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class Throughput:
-    """Figures of speed and memory from a number of tokens (all ranks) and the seconds they took."""
+    """Figures of speed and memory from the work of all ranks and the seconds it took."""
 
-    def __init__(self, flops_per_token: int, device: torch.device, world_size: int):
+    def __init__(self, device: torch.device, world_size: int):
         peak = peak_flops(device)
-        self._flops_per_token, self._device = flops_per_token, device
-        self._peak = None if peak is None else peak * world_size
+        self._device, self._peak = device, None if peak is None else peak * world_size
 
-    def figures(self, n_tokens: int, seconds: float) -> dict[str, float]:
-        """tokens_per_second; on a GPU memory_gib (the peak of this rank's tensors) and, where known, mfu."""
+    def figures(self, n_tokens: int, flops: float, seconds: float) -> dict[str, float]:
+        """tokens_per_second; on a GPU memory_gib (the peak of this rank's tensors) and, where the peak is known, mfu.
+
+        `flops`: what the documents need (`ModelConfig.training_flops`).
+        """
         values = {"tokens_per_second": n_tokens / seconds}
         if self._peak is not None:
-            values["mfu"] = self._flops_per_token * values["tokens_per_second"] / self._peak
+            values["mfu"] = flops / seconds / self._peak
         if self._device.type == "cuda":
             values["memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
         return values

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from data.format.tokenizer import DialogueTokenizer
+from data.packed.packing import NO_DIALOGUE
 from data.packed.sampler import Rows
 
 _PAD_ID = DialogueTokenizer.pad_id
@@ -41,6 +42,12 @@ class PackedBatch:
     document_lengths: torch.Tensor
     documents: np.ndarray
     row_length: int
+
+    @property
+    def sequence_lengths(self) -> list[int]:
+        """The lengths of the documents, padding left out."""
+        lengths: list[int] = self.documents["length"][self.documents["dialogue"] != NO_DIALOGUE].tolist()
+        return lengths
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The same batch on a device (`document_lengths` too)."""

@@ -132,7 +132,8 @@ def main() -> None:
     rate, n_parameters = measure(
         shape, torch.device("cuda"), arguments.steps, arguments.accumulate, arguments.deepspeed
     )
-    flops_per_token = 6 * n_parameters + 6 * shape.n_layers * shape.n_heads * shape.d_head * shape.length
+    attended = 6 * shape.n_layers * shape.n_heads * shape.d_head * (shape.length + 1)  # one document a row, causal
+    flops_per_token = 6 * n_parameters + attended
     print(
         f"transformers, blocks compiled{', DeepSpeed ZeRO-1' * arguments.deepspeed}, {arguments.accumulate} "
         f"micro-batch(es) a step: {rate:,.0f} tokens/s, MFU {rate * flops_per_token / PEAK_FLOPS:.1%}, "

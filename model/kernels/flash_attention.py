@@ -26,6 +26,8 @@ def flash_forward(
         softmax_scale=1.0,
         causal=True,
         return_lse=True,
+        # with 16 query heads on one key/value head and 4096 tokens, packing heads into a tile is 4% slower on an H100
+        pack_gqa=False,
         **_window(window),
     )
     return out_THK, normalizer_HT

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from model.config import AdjacentSharing, ModelConfig, TailSharing
@@ -55,7 +57,20 @@ def test_impossible_architectures_are_refused(changes: dict[str, Any], message: 
         config_of(**changes)
 
 
-def test_flops_count_the_window() -> None:
-    local, wide = config_of(layers="SSSSSG", window=8), config_of(layers="G")
-    assert local.flops_per_token(4096) < wide.flops_per_token(4096)
-    assert config_of(layers="SSSSSG", window=4096).flops_per_token(4096) == wide.flops_per_token(4096)
+def test_training_flops_of_a_model_counted_by_hand() -> None:
+    """Two layers, one local with a window of 2: a document of 3 tokens has 1 + 2 + 2 and 1 + 2 + 3 pairs."""
+    config = config_of(n_layers=2, layers="SG", window=2, vocab_size=320, d_model=16, n_heads=2, d_head=8, d_ff=24)
+    query, key_value, output, feed_forward = 16 * 16, 2 * 16 * 8, 16 * 16, 3 * 16 * 24
+    matrices = 320 * 16 + 2 * (query + key_value + output + feed_forward)
+    pairs = (1 + 2 + 2) + (1 + 2 + 3)
+    assert config.training_flops([3]) == 3 * 6 * matrices + 12 * 2 * 8 * pairs
+    assert config.training_flops([3, 3]) == 2 * config.training_flops([3])
+    assert config.training_flops([]) == 0
+
+
+@given(st.lists(st.integers(1, 40), max_size=5), st.integers(1, 50))
+def test_training_flops_count_what_each_query_sees(lengths: list[int], window: int) -> None:
+    config = config_of(layers="SSG", n_layers=3, window=window)
+    seen = sum(2 * min(place + 1, window) + place + 1 for n in lengths for place in range(n))
+    per_token = config.training_flops([1]) - 12 * config.n_heads * config.d_head * 3
+    assert config.training_flops(lengths) == per_token * sum(lengths) + 12 * config.n_heads * config.d_head * seen

@@ -50,7 +50,7 @@ def test_every_run_reads_on_where_the_last_one_stopped(
     for world_size, micro_batch, n_steps in runs:
         ranks = readers(n_rows, world_size, micro_batch, rows_per_step, seed)
         for _ in range(n_steps):
-            of_ranks = [reader.batches(step) for reader in ranks]
+            of_ranks = [reader.read(step).result() for reader in ranks]
             micro_steps = zip(*(batches for _, batches in of_ranks), strict=True)
             consumed += [batch.tokens_T for micro_step in micro_steps for batch in micro_step]
             for rows, _ in of_ranks:  # what a failed step is reported with

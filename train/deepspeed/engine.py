@@ -71,6 +71,8 @@ class World:
     size: int
     device: torch.device
     progress: Progress = field(default_factory=Progress, compare=False)
+    cpu_group: torch.distributed.ProcessGroup | None = field(default=None, compare=False)
+    """The gloo group of all ranks under NCCL: agreeing on host numbers does not wait for the GPU's queue."""
 
     @property
     def is_main(self) -> bool:
@@ -80,8 +82,8 @@ class World:
         """Each value summed over all ranks, in float64."""
         if self.size == 1:
             return values
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(total)
+        total = torch.tensor(values, dtype=torch.float64)
+        torch.distributed.all_reduce(total, group=self.cpu_group)
         values = total.tolist()
         self.progress.tick()
         return values
@@ -111,7 +113,7 @@ class World:
         if self.size == 1:
             return text or ""
         texts: list[str | None] = [None] * self.size
-        torch.distributed.all_gather_object(texts, text)
+        torch.distributed.all_gather_object(texts, text, group=self.cpu_group)
         return next((f"rank {rank}: {text}" for rank, text in enumerate(texts) if text), "")
 
     def barrier(self) -> None:
@@ -162,7 +164,9 @@ def join_world(timeout_minutes: float) -> World:
     # longer than the watchdog's, which says more
     timeout = timedelta(minutes=1.25 * timeout_minutes + 0.5)
     comm.init_distributed(backend, verbose=False, timeout=timeout)
-    return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
+    size = int(os.environ["WORLD_SIZE"])
+    cpu_group = torch.distributed.new_group(backend="gloo", timeout=timeout) if backend == "nccl" and size > 1 else None
+    return World(int(os.environ["RANK"]), size, device, cpu_group=cpu_group)
 
 
 def deepspeed_config(settings: EngineConfig, optimizer: AdamW | Muon, world_size: int) -> dict[str, Any]:
