@@ -3,15 +3,14 @@
 python -m data.prepare recipes/demo/data.yaml
 """
 
-import shutil
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from data.entry import Entry, Made
 from data.format.dialogue import Dialogue
 from data.format.tokenizer import MODEL_FILE, DialogueTokenizer, TokenizerError
 from data.packed.shards import FORMAT, MANIFEST_FILE, FormatError, PackedDataset, ShardError
@@ -31,12 +30,7 @@ from data.pipeline.unit import units_of, write_units
 from data.pipeline.work_folder import StageError, WorkFolder
 from data.sources.record import LeftOut
 from data.sources.registry import named_sources
-from recipes.interrupt import tell_interrupt
-from recipes.loader import parse_command_line, print_recipe
-from recipes.run_directory import RunDirectoryError, RunState, finish_run, prepare_run_directory, read_done
-from recipes.stage_errors import run_told
-
-USER_ERRORS = (*RECIPE_ERRORS, StageError, RunDirectoryError)
+from recipes.run_directory import RunDirectoryError
 
 
 def prepare(recipe: DataRecipe, steps: Steps) -> dict[str, Any]:
@@ -101,7 +95,6 @@ def stages(recipe: DataRecipe, work: WorkFolder, n_units: int) -> list[Stage]:
 
 
 def _dry_run(recipe: DataRecipe, console: Console) -> None:
-    print_recipe(recipe, console)
     for name, source in named_sources(recipe.sources).items():
         files = source.files()
         good = left_out = bad = messages = 0
@@ -116,7 +109,6 @@ def _dry_run(recipe: DataRecipe, console: Console) -> None:
             f"{name}: {good + left_out + bad:,} records in {len(files)} file(s): {good:,} dialogues, "
             f"{messages:,} messages, {left_out:,} left out, {bad:,} bad"
         )
-    console.print("dry run: nothing was written")
 
 
 def _is_whole(run_dir: Path) -> bool:
@@ -136,55 +128,29 @@ def _is_whole(run_dir: Path) -> bool:
     return all((run_dir / "dialogues" / f"{side}.jsonl").is_file() for side in ("train", "heldout"))
 
 
-def _remove_outputs(run_dir: Path) -> None:
-    WorkFolder(run_dir).remove()
-    for name in ("train", "heldout", DIALOGUES, "plots"):  # plots: data.inspect's
-        shutil.rmtree(run_dir / name, ignore_errors=True)
-    for name in ("recipe.yaml", "run.json", MANIFEST_FILE, MODEL_FILE, QUARANTINE_FILE):
-        (run_dir / name).unlink(missing_ok=True)
+def _make(recipe: DataRecipe, steps: Steps) -> Made:
+    manifest = prepare(recipe, steps)
+    return Made(
+        key_figure({side: manifest[side] for side in SIDES}),
+        {"fingerprint": manifest["train"]["fingerprint"]},
+        lambda seconds, console: print_report(Path(recipe.run_dir), manifest, seconds, console),
+    )
 
 
-def run(recipe: DataRecipe, console: Console) -> None:
-    """Prepare the data of a recipe, unless that is done already."""
-    run_dir = Path(recipe.run_dir)
-    inputs = recipe.inputs()
-    with prepare_run_directory(run_dir, recipe, inputs) as state:
-        done = read_done(run_dir) if state is RunState.FINISHED else None
-        if done and _is_whole(run_dir):
-            WorkFolder(run_dir).remove()  # where the run was killed after its end
-            console.print(f"{run_dir}: already prepared ({done['key_figure']})", highlight=False)
-            return
-        if done or state is RunState.DAMAGED:
-            console.print(f"{run_dir}: its data is damaged; preparing it again", style="yellow", highlight=False)
-            (run_dir / "done.json").unlink(missing_ok=True)
-            WorkFolder(run_dir).remove()
-            (run_dir / MANIFEST_FILE).unlink(missing_ok=True)
-        began = time.monotonic()
-        try:
-            with Steps(console) as steps:
-                manifest = prepare(recipe, steps)
-        except RECIPE_ERRORS:
-            _remove_outputs(run_dir)  # so that a corrected recipe can use the directory
-            raise
-        seconds = time.monotonic() - began
-        sides = {side: manifest[side] for side in SIDES}
-        figures = {"fingerprint": manifest["train"]["fingerprint"]}
-        read_later = (MANIFEST_FILE, MODEL_FILE, DIALOGUES)
-        finish_run(run_dir, recipe, inputs, key_figure(sides), seconds, figures, read_later, by_size=tuple(SIDES))
-        WorkFolder(run_dir).remove()
-    print_report(run_dir, manifest, seconds, console)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The entry point; the exit code is 0, 2 for a user error, 130 for Ctrl-C."""
-    command = parse_command_line(DataRecipe, argv, __doc__)
-    recipe, console = command.recipe, Console()
-    action = _dry_run if command.dry_run else run
-    try:
-        return run_told(lambda: action(recipe, console), recipe.run_dir, USER_ERRORS)
-    except KeyboardInterrupt:
-        return tell_interrupt("run the same command again to continue")
-
+ENTRY = Entry(
+    DataRecipe,
+    __doc__,
+    make=_make,
+    dry_run=_dry_run,
+    is_whole=_is_whole,
+    files=("train", "heldout", DIALOGUES, "plots", MANIFEST_FILE, MODEL_FILE, QUARANTINE_FILE),  # plots: data.inspect's
+    outputs=(MANIFEST_FILE, MODEL_FILE, DIALOGUES),
+    by_size=tuple(SIDES),
+    recipe_errors=RECIPE_ERRORS,
+    other_errors=(StageError,),
+    remove_work=lambda run_dir: WorkFolder(run_dir).remove(),
+)
+main = ENTRY.main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,9 +9,7 @@ What the rules are: data/feedback/pairs.py and data/feedback/labels.py.
 """
 
 import json
-import shutil
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -28,6 +26,7 @@ from data.clean.quarantine import Quarantine
 from data.clean.records import CleanError, check_bad_fraction
 from data.clean.scrub import Scrub
 from data.clean.stable_hash import pseudonym
+from data.entry import Entry, Made
 from data.feedback.conversation import NO_CONTEXT, Conversation, LoggedTurn, join_turns
 from data.feedback.event import read_event
 from data.feedback.labels import (
@@ -50,16 +49,13 @@ from data.pipeline.progress import Steps
 from data.sources.preferences import pair_to_json
 from data.sources.record import RecordError, Rejected, SourceError, beginning
 from data.sources.source import find_files, parse_object, read_lines
-from recipes.loader import Section, parse_command_line, print_recipe
-from recipes.run_directory import RunDirectoryError, RunState, finish_run, prepare_run_directory, read_done
+from recipes.loader import Section
 from recipes.run_identity import Location
 from recipes.run_inputs import names_below
-from recipes.stage_errors import run_told
 
 PAIRS_FILE, DIALOGUES_FILE, REPLIES_FILE = "pairs.jsonl", "dialogues.jsonl", "replies.jsonl"
 REPORT_FILE, QUARANTINE_FILE = "report.json", "quarantine.jsonl"
 OUTPUTS = (PAIRS_FILE, DIALOGUES_FILE, REPLIES_FILE, REPORT_FILE, QUARANTINE_FILE)
-USER_ERRORS = (SourceError, CleanError, RunDirectoryError)
 _SOURCE = "feedback_events"
 _PARTS_DIRECTORY = "parts"
 
@@ -207,7 +203,6 @@ def _chat_line(dialogue: Dialogue) -> str:
 
 
 def _dry_run(recipe: FeedbackRecipe, console: Console) -> None:
-    print_recipe(recipe, console)
     good = bad = 0
     files = find_files(recipe.events)
     for path in files:
@@ -220,45 +215,29 @@ def _dry_run(recipe: FeedbackRecipe, console: Console) -> None:
                 if bad == 1:
                     console.print(f"first bad line: {path}:{number}: {error}", markup=False, soft_wrap=True)
     console.print(f"{recipe.events}: {good + bad:,} lines in {len(files)} file(s), {bad:,} bad", soft_wrap=True)
-    console.print("dry run: nothing was written")
 
 
-def _remove_outputs(run_dir: Path) -> None:
-    shutil.rmtree(run_dir / _PARTS_DIRECTORY, ignore_errors=True)
-    for name in ("recipe.yaml", "run.json", *OUTPUTS):
-        (run_dir / name).unlink(missing_ok=True)
+def _make(recipe: FeedbackRecipe, steps: Steps) -> Made:
+    counts = convert(recipe, steps)
+
+    def report(seconds: float, console: Console) -> None:
+        print_report(counts, console)
+        console.print(f"{recipe.run_dir}: {key_figure(counts)}, {seconds:.1f} s", highlight=False, soft_wrap=True)
+
+    return Made(key_figure(counts), to_report(counts), report)
 
 
-def run(recipe: FeedbackRecipe, console: Console) -> None:
-    """Convert the events of a recipe, unless that is done already."""
-    run_dir = Path(recipe.run_dir)
-    inputs = recipe.inputs()
-    with prepare_run_directory(run_dir, recipe, inputs) as state:
-        if state is RunState.FINISHED:
-            done = read_done(run_dir) or {}
-            console.print(f"{run_dir}: already done ({done['key_figure']})", highlight=False)
-            return
-        began = time.monotonic()
-        try:
-            with Steps(console) as steps:
-                counts = convert(recipe, steps)
-        except (*USER_ERRORS, OSError):
-            _remove_outputs(run_dir)  # so that a corrected recipe can use the directory
-            raise
-        seconds = time.monotonic() - began
-        outputs = (PAIRS_FILE, DIALOGUES_FILE, REPLIES_FILE)
-        finish_run(run_dir, recipe, inputs, key_figure(counts), seconds, to_report(counts), outputs, OUTPUTS)
-    print_report(counts, console)
-    console.print(f"{run_dir}: {key_figure(counts)}, {seconds:.1f} s", highlight=False, soft_wrap=True)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The entry point; the exit code is 0, 2 for a user error, 130 for Ctrl-C."""
-    command = parse_command_line(FeedbackRecipe, argv, __doc__)
-    recipe, console = command.recipe, Console()
-    action = _dry_run if command.dry_run else run
-    return run_told(lambda: action(recipe, console), recipe.run_dir, USER_ERRORS)
-
+ENTRY = Entry(
+    FeedbackRecipe,
+    __doc__,
+    make=_make,
+    dry_run=_dry_run,
+    files=(_PARTS_DIRECTORY, *OUTPUTS),
+    outputs=(PAIRS_FILE, DIALOGUES_FILE, REPLIES_FILE),
+    by_size=OUTPUTS,
+    recipe_errors=(SourceError, CleanError, OSError),
+)
+main = ENTRY.main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,0 +1,91 @@
+"""What the entry points data.prepare and data.feedback share: from the command line to a finished run directory."""
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+from data.pipeline.progress import Steps
+from recipes.interrupt import tell_interrupt
+from recipes.loader import Section, parse_command_line, print_recipe
+from recipes.run_directory import RunDirectoryError, RunState, finish_run, prepare_run_directory, read_done
+from recipes.stage_errors import run_told
+
+
+class Made(NamedTuple):
+    """What a run made: its key figure, the figures of done.json, and what prints the report, given its seconds."""
+
+    key_figure: str
+    figures: dict[str, Any]
+    report: Callable[[float, Console], None]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry point. After one of `recipe_errors` all `files` are removed, so that a corrected recipe can use the
+    directory."""
+
+    schema: type[Section]
+    description: str | None
+    make: Callable[[Any, Steps], Made]  # writes all files but done.json
+    dry_run: Callable[[Any, Console], None]
+    files: tuple[str, ...]  # everything that it writes, folders too
+    outputs: tuple[str, ...]  # of these what later stages read,
+    by_size: tuple[str, ...]  # and those that are too large to hash
+    recipe_errors: tuple[type[Exception], ...]
+    other_errors: tuple[type[Exception], ...] = ()
+    is_whole: Callable[[Path], bool] = lambda run_dir: True  # of outputs that have their sizes
+    remove_work: Callable[[Path], None] = lambda run_dir: None  # what an interrupted run continues from
+
+    def main(self, argv: Sequence[str] | None = None) -> int:
+        """Run the command; the exit code is 0, 2 for a user error, 130 for Ctrl-C."""
+        command = parse_command_line(self.schema, argv, self.description)
+        recipe: Any = command.recipe
+        console = Console()
+        errors = (*self.recipe_errors, *self.other_errors, RunDirectoryError)
+        try:
+            action = self._dry_run if command.dry_run else self.run
+            return run_told(lambda: action(recipe, console), recipe.run_dir, errors)
+        except KeyboardInterrupt:
+            return tell_interrupt("run the same command again to continue")
+
+    def _dry_run(self, recipe: Any, console: Console) -> None:
+        print_recipe(recipe, console)
+        self.dry_run(recipe, console)
+        console.print("dry run: nothing was written")
+
+    def run(self, recipe: Any, console: Console) -> None:
+        """Make the outputs of a recipe unless they are there."""
+        run_dir, inputs = Path(recipe.run_dir), recipe.inputs()
+        with prepare_run_directory(run_dir, recipe, inputs) as state:
+            if state is RunState.FINISHED and self.is_whole(run_dir):
+                self.remove_work(run_dir)  # where the run was killed after its end
+                done = read_done(run_dir) or {}
+                console.print(f"{run_dir}: already done ({done['key_figure']})", highlight=False)
+                return
+            if state in (RunState.FINISHED, RunState.DAMAGED):
+                console.print(f"{run_dir}: its data is damaged; making it again", style="yellow", highlight=False)
+                self._remove(run_dir, ("done.json", *self.outputs))
+            began = time.monotonic()
+            try:
+                with Steps(console) as steps:
+                    made = self.make(recipe, steps)
+            except self.recipe_errors:
+                self._remove(run_dir, ("recipe.yaml", "run.json", *self.files))
+                raise
+            seconds = time.monotonic() - began
+            finish_run(run_dir, recipe, inputs, made.key_figure, seconds, made.figures, self.outputs, self.by_size)
+            self.remove_work(run_dir)
+        made.report(seconds, console)
+
+    def _remove(self, run_dir: Path, names: Sequence[str]) -> None:
+        self.remove_work(run_dir)
+        for path in (run_dir / name for name in names):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
