@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.atomic_file import atomic_file
 from eval.digits import telling_digits
+from recipes.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,8 +9,8 @@ from typing import Any
 from eval.digits import estimate_digits, telling_digits
 from eval.plots import MODEL_COLOURS, draw_all, series_colours
 from eval.statistics import Estimate
+from recipes.files import write_text
 from recipes.json_text import json_text
-from recipes.run_directory import write_atomically
 
 SCHEMA_VERSION = 2
 TEMPLATE = "report.html.j2"
@@ -40,8 +40,8 @@ def write_report(run_dir: str | Path, report: Mapping[str, Any]) -> dict[str, Pa
     content = to_json({"schema_version": SCHEMA_VERSION, **report})
     svgs = draw_all(content, directory / "plots")
     paths = {"json": directory / "report.json", "html": directory / "report.html"}
-    write_atomically(paths["json"], json_text(content, indent=1) + "\n")
-    write_atomically(paths["html"], render_html(content, svgs))
+    write_text(paths["json"], json_text(content, indent=1) + "\n")
+    write_text(paths["html"], render_html(content, svgs))
     return paths
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
+
+from recipes.files import file_sha256
 
 MANIFEST = "manifest.json"
 FORMAT = "dramatis-bundle-1"
@@ -54,5 +55,4 @@ def verify(directory: str | Path) -> dict[str, Any]:
 
 def described(path: Path) -> dict[str, Any]:
     """What the manifest holds of a file: sha256 (hex) and bytes."""
-    with path.open("rb") as file:
-        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
+    return {"sha256": file_sha256(path), "bytes": path.stat().st_size}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from model.attention_ops import Backend
 from model.config import ModelConfig
 from model.scalar_head import ScalarHead
 from model.transformer import Transformer
+from recipes.files import replace_directory
 
 WEIGHTS, CONFIG, SCALAR_HEAD = "model.safetensors", "config.json", "scalar_head.safetensors"
 
@@ -48,7 +48,7 @@ def save_model(
         shutil.copyfile(source, staging / name)
     content = {"format": "dramatis-1", "model": config.model_dump()}
     (staging / CONFIG).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    _replace(directory, staging)
+    replace_directory(staging, directory)
 
 
 def copy_model(source: Path, directory: Path) -> None:
@@ -56,20 +56,7 @@ def copy_model(source: Path, directory: Path) -> None:
     staging = directory.with_name(f".{directory.name}.writing")
     shutil.rmtree(staging, ignore_errors=True)
     shutil.copytree(source, staging)
-    _replace(directory, staging)
-
-
-def _replace(directory: Path, staging: Path) -> None:
-    for path in staging.iterdir():
-        _sync(path)
-    _sync(staging)
-    old = directory.with_name(f".{directory.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
-        directory.rename(old)
-    staging.rename(directory)
-    _sync(directory.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    replace_directory(staging, directory)
 
 
 def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -153,11 +140,3 @@ def _check_shapes(path: Path, state: Mapping[str, Tensor], module: nn.Module) ->
     for name, shape in shapes.items():
         if tuple(state[name].shape) != shape:
             raise WeightsError(f"{path}: {name} has shape {tuple(state[name].shape)}, the config says {shape}")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

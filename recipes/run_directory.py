@@ -24,6 +24,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from recipes.files import durable_rename, write_text
 from recipes.json_text import finite_figures, json_text
 from recipes.loader import dump_recipe
 from recipes.run_identity import differences, grown, identity, recipe_digest
@@ -90,9 +91,9 @@ def prepare_run_directory(
                 (run_dir / "done.json").unlink(missing_ok=True)  # of a run that goes on to a larger number of steps
                 starts = _read_json(run_dir / "environment.json") or {"starts": []}
                 starts["starts"].append(describe_environment())
-                write_atomically(run_dir / "environment.json", _to_json(starts))
-                write_atomically(run_dir / "run.json", _to_json({"identity": identity(recipe), "inputs": digests}))
-                write_atomically(run_dir / "recipe.yaml", dump_recipe(recipe))
+                write_text(run_dir / "environment.json", _to_json(starts))
+                write_text(run_dir / "run.json", _to_json({"identity": identity(recipe), "inputs": digests}))
+                write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
         except OSError as error:
             raise RunDirectoryError(
                 f"run_dir {run_dir} cannot be written ({error}); make room or choose another run_dir"
@@ -147,7 +148,7 @@ def finish_run(
         "outputs": output_sizes(run_dir, (*outputs, *by_size)),
         **({"content": content_digest(run_dir, outputs), "content_of": list(outputs)} if outputs else {}),
     }
-    write_atomically(run_dir / "done.json", _to_json(done))
+    write_text(run_dir / "done.json", _to_json(done))
 
 
 def read_done(run_dir: str | Path) -> dict[str, Any] | None:
@@ -202,25 +203,8 @@ def move_aside(run_dir: str | Path) -> Path:
         number = 1
         while (target := run_dir.with_name(f"{run_dir.name}.replaced-{number}")).exists():
             number += 1
-        return run_dir.rename(target)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by a file holding `text`, durably: after a crash it is the old or the new one, never a part.
-
-    Only by the process that holds the directory. The temporary name is always the same: a killed process leaves one.
-    """
-    temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        durable_rename(run_dir, target)
+        return target
 
 
 def describe_environment() -> dict[str, Any]:

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from recipes.files import file_sha256
+
 Digests = dict[str, dict[str, str]]
 """{name of the input: {path, sha256}}. Only the name and the digest tell one input from another."""
 
@@ -42,7 +44,7 @@ class DigestCache:
         if isinstance(held, list) and held[:-1] == signature:
             return str(held[-1])
         began = time.time()
-        digest = _hash_file(path)
+        digest = file_sha256(path)
         newest = max(signature[1:3]) / 1e9
         if newest < began - _SETTLED_SECONDS and _signature(path) == signature:
             self._known[key] = [*signature, digest]
@@ -67,11 +69,6 @@ def _signature(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
 
 
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def digest_inputs(inputs: Mapping[str, str | Path], run_dir: Path | None = None) -> Digests:
     """Digests of inputs: of a finished run its content (see `content_digest`), of a file its bytes.
 
@@ -84,7 +81,7 @@ def digest_inputs(inputs: Mapping[str, str | Path], run_dir: Path | None = None)
         if path.is_dir():
             sha256 = _run_digest(name, path)
         elif path.is_file():
-            sha256 = cache.sha256(path) if cache else _hash_file(path)
+            sha256 = cache.sha256(path) if cache else file_sha256(path)
         else:
             raise InputError(f"input {name}: {path} does not exist; finish the stage that writes it first")
         digests[name] = {"path": str(given), "sha256": sha256}
@@ -103,7 +100,7 @@ def _run_digest(name: str, run_dir: Path) -> str:
     if damaged := damaged_outputs(run_dir, done):
         raise InputError(f"input {name}: {run_dir} is damaged: {damaged[0]}; run the stage that writes it again")
     stated = done.get("content")
-    return stated if isinstance(stated, str) else _hash_file(file)
+    return stated if isinstance(stated, str) else file_sha256(file)
 
 
 def _read_done(file: Path) -> dict[str, Any]:
@@ -157,7 +154,7 @@ def check_content(inputs: Mapping[str, str | Path]) -> None:
 def content_digest(run_dir: Path, outputs: Iterable[str]) -> str:
     """SHA-256 of names and bytes of files; `outputs` are files below `run_dir`, or folders that stand for theirs."""
     files = _files_of(run_dir, outputs)
-    lines = [f"{name} {_hash_file(file)}\n" for name, file in sorted(files.items())]
+    lines = [f"{name} {file_sha256(file)}\n" for name, file in sorted(files.items())]
     assert lines, f"{run_dir} holds none of {', '.join(outputs)}"
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

@@ -29,6 +29,7 @@ from data.sources.record import LeftOut
 from model.attention_ops import Documents
 from model.transformer import Transformer
 from model.weights import SCALAR_HEAD, WEIGHTS
+from recipes.files import durable_rename, file_sha256, sync_path
 from recipes.loader import Section
 from recipes.plan_check import PlanCheck
 from recipes.run_identity import Location, identity
@@ -232,7 +233,8 @@ def add_reference(
             folder.mkdir(parents=True, exist_ok=True)
             staging = folder / f".{path.name}"
             save_file({"reference_RB": values_RB}, staging)
-            staging.rename(path)
+            sync_path(staging)
+            durable_rename(staging, path)
         world.barrier()
     rows.reference_RB = load_file(path)["reference_RB"]
 
@@ -270,8 +272,7 @@ def _digest_of(source: OnPolicyPairs, recipe: DPORecipe) -> str:
     policy, scorer = Path(recipe.init_from) / "model", Path(source.scorer) / "model"
     dialogues = Path(recipe.data) / "dialogues" / "train.jsonl"
     for path in (policy / WEIGHTS, scorer / WEIGHTS, scorer / SCALAR_HEAD, dialogues):
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(file_sha256(path)))
     return digest.hexdigest()[:16]
 
 
@@ -293,7 +294,7 @@ def prepare(recipe: DPORecipe, world: World, console: Console) -> Job:
     heldout, rows = (PairRows([encoded[i] for i in side]) for side in sides)
     if min(heldout.n_rows, rows.n_rows) < world.size:
         raise LoopError(_too_few(encoded, heldout.n_rows, recipe, world.size, fitting))
-    model_key = hashlib.sha256(initial.weights.read_bytes()).hexdigest() + recipe.engine.precision
+    model_key = file_sha256(initial.weights) + recipe.engine.precision
     for part in (rows, heldout):
         add_reference(part, trunk, model_key, Path(recipe.run_dir) / "reference", world, console)
 

@@ -14,6 +14,7 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from recipes.files import write_text
 from recipes.json_text import as_number, finite_figures, json_text
 from recipes.loader import Section
 
@@ -113,9 +114,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    staging = path.with_name(f".{path.name}")
-    staging.write_text("".join(kept))
-    os.replace(staging, path)
+    write_text(path, "".join(kept))
 
 
 def _start_wandb(run_dir: Path, settings: WandbConfig, recipe: dict[str, Any]) -> Any:

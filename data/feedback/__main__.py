@@ -20,7 +20,6 @@ from typing import IO, Literal
 from pydantic import Field
 from rich.console import Console
 
-from data.atomic_file import atomic_file, write_json
 from data.clean.ledger import Ledger
 from data.clean.quarantine import Quarantine
 from data.clean.records import CleanError, check_bad_fraction
@@ -49,6 +48,7 @@ from data.pipeline.progress import Steps
 from data.sources.preferences import pair_to_json
 from data.sources.record import RecordError, Rejected, SourceError, beginning
 from data.sources.source import find_files, parse_object, read_lines
+from recipes.files import atomic_file, write_json
 from recipes.loader import Section
 from recipes.run_identity import Location
 from recipes.run_inputs import names_below

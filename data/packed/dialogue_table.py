@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.atomic_file import atomic_file
+from recipes.files import atomic_file
 
 DIALOGUES_FILE = "dialogues.parquet"
 SCHEMA = pa.schema([("id", pa.string()), ("participants", pa.list_(pa.int32()))])

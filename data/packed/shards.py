@@ -21,10 +21,10 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from data.atomic_file import atomic_file, sync_path, write_json
 from data.format.dialogue import NO_LABEL
 from data.packed.dialogue_table import DIALOGUES_FILE, read_dialogue_table, write_dialogue_table
 from data.packed.packing import DOCUMENT, NO_DIALOGUE, EncodedCorpus, token_dtype
+from recipes.files import atomic_file, file_sha256, sync_path, write_json
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "dramatis-packed-2"
@@ -309,9 +309,3 @@ def _check_file(path: Path, entry: dict[str, Any], verify: str) -> None:
         raise ShardError(f"{path}: {size} bytes, the manifest says {entry['bytes']}; run data.prepare again")
     if verify == "hashes" and file_sha256(path) != entry["sha256"]:
         raise ShardError(f"{path}: its contents changed since it was written (sha256); run data.prepare again")
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

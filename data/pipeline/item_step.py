@@ -7,8 +7,8 @@ from pathlib import Path
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
-from data.atomic_file import write_json
 from data.pipeline.work_folder import FAILURES, WorkFolder, whole_folder
+from recipes.files import write_json
 
 
 class ItemStep(PipelineStep):

@@ -9,7 +9,6 @@ from typing import IO, Any
 
 import numpy as np
 
-from data.atomic_file import atomic_file, write_json
 from data.clean.ledger import Ledger
 from data.format.tokenizer import MODEL_FILE, DialogueTokenizer
 from data.packed.shards import MANIFEST_FILE, join_groups
@@ -21,6 +20,7 @@ from data.pipeline.tokenize import Figures, figures_of
 from data.pipeline.tokenizer_stage import made_tokenizer
 from data.pipeline.unit import read_units
 from data.pipeline.work_folder import WorkFolder
+from recipes.files import atomic_file, write_json
 
 MERGE = "merge"
 FORMAT = "dramatis-data-2"

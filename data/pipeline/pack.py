@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from data.atomic_file import write_json
 from data.packed.packing import EncodedCorpus, best_fit
 from data.packed.shards import packed_rows, write_group
 from data.pipeline.item_step import ItemStep
@@ -18,6 +17,7 @@ from data.pipeline.select import SIDES
 from data.pipeline.tokenize import encoded_unit, figures_of
 from data.pipeline.tokenizer_stage import made_tokenizer
 from data.pipeline.work_folder import WorkFolder
+from recipes.files import write_json
 
 PACK = "pack"
 _GROUP_FILE = "group.json"

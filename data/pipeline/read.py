@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from data.atomic_file import write_json
 from data.clean.ledger import Ledger
 from data.clean.quarantine import Quarantine
 from data.clean.records import Filters, passing, scrubbed, without_bad
@@ -27,6 +26,7 @@ from data.prompt.training import TrainingTemplate
 from data.prompt.values import PromptError
 from data.sources.record import rejected
 from data.sources.source import DialogueSource
+from recipes.files import write_json
 
 READ = "read"
 UNITS_FILE = "units.json"

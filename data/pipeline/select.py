@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from data.atomic_file import atomic_file, write_json
 from data.clean.ledger import Ledger
 from data.clean.records import CleanError, check_bad_fraction, check_times_for_labels
 from data.clean.split import DROPPED, HELDOUT, TRAIN, FractionSplit, SplitError, SplitRecords, TimeSplit, split
@@ -17,6 +16,7 @@ from data.pipeline.minhash import near_duplicates
 from data.pipeline.read import UNITS_FILE, UnitResults
 from data.pipeline.unit import read_units
 from data.pipeline.work_folder import WorkFolder
+from recipes.files import atomic_file, write_json
 
 SELECT = "select"
 SIDES = {"train": TRAIN, "heldout": HELDOUT}

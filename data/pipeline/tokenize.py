@@ -10,7 +10,6 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
-from data.atomic_file import write_json
 from data.format.rendered import encode_rendered
 from data.format.tokenize import BulkEncoder
 from data.packed.cut import CutRule
@@ -20,6 +19,7 @@ from data.pipeline.read import UnitResults
 from data.pipeline.select import SIDES, Selection
 from data.pipeline.tokenizer_stage import made_tokenizer
 from data.pipeline.work_folder import WorkFolder
+from recipes.files import write_json
 
 TOKENIZE = "tokenize"
 _FIGURES = "figures.json"

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data.atomic_file import write_json
 from data.format.dialogue import Dialogue
 from data.sources.source import DialogueSource, LeftOut, Rejected
+from recipes.files import write_json
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data.atomic_file import sync_path
+from recipes.files import sync_path
 
 WORK = "work"  # inside the run_dir
 FAILURES = "failures"  # inside the logs of a stage: the error of each task that failed

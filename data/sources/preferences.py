@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data.atomic_file import atomic_file
 from data.clean.ledger import reasons_told
 from data.clean.quarantine import general_reason
 from data.clean.stable_hash import stable_hash
@@ -24,6 +23,7 @@ from data.sources.hh_rlhf import ASSISTANT, REFUSED, parse_transcript, transcrip
 from data.sources.record import RecordError
 from data.sources.record_keys import refuse, take_trained
 from data.sources.source import parse_object, read_lines
+from recipes.files import atomic_file
 
 SAYS_NOTHING = "a reply that says nothing"
 SAME_REPLY = "both replies say the same"

@@ -42,9 +42,10 @@ from eval.statistics import Bootstrap
 from eval.workspace import EvalError, check_finished, heldout_contexts, print_inputs
 from model.transformer import Transformer
 from model.weights import load_model
+from recipes.files import write_text
 from recipes.json_text import json_text
 from recipes.loader import dump_recipe, parse_command_line
-from recipes.run_directory import RunState, finish_run, prepare_run_directory, read_done, write_atomically
+from recipes.run_directory import RunState, finish_run, prepare_run_directory, read_done
 from recipes.stage_errors import run_told
 
 # Tokens of its document that a target can read. 128 is the window of the ablation's local layers.
@@ -199,8 +200,8 @@ def evaluate(space: Ablation, console: Console) -> dict[str, Any]:
 def write_outputs(run_dir: Path, report: dict[str, Any]) -> None:
     """Write plots/*.png, report.json and table.md; `report` as plain JSON values."""
     draw_ablation(report, run_dir / "plots")
-    write_atomically(run_dir / "report.json", json_text(report, indent=1) + "\n")
-    write_atomically(run_dir / "table.md", render_table(report))
+    write_text(run_dir / "report.json", json_text(report, indent=1) + "\n")
+    write_text(run_dir / "table.md", render_table(report))
 
 
 def run(recipe: AblationRecipe, console: Console) -> None:

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.atomic_file import atomic_file
 from eval.plots import HUMAN_COLOUR, INK, MODEL_COLOURS, PAPER, SOFT, new_figure, plain, set_legend, set_titles
+from recipes.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

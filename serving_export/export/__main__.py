@@ -20,7 +20,6 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data.atomic_file import sync_path, write_json
 from data.format.dialogue import Dialogue, check_speaker, encode_dialogue
 from data.format.dialogue_json import read_dialogues
 from data.format.speaker_names import SpeakerNames, names_trained_on
@@ -32,6 +31,7 @@ from model.hugging_face import hf_config, load_exported_model, state_to_hf
 from model.portability import describe
 from model.transformer import Transformer
 from model.weights import load_config, load_model, write_tensors
+from recipes.files import sync_path, write_json
 from recipes.loader import Section, dump_recipe, parse_command_line, tell_error
 from recipes.plan_check import PlanCheck
 from recipes.run_directory import RunState, finish_run, prepare_run_directory, read_done

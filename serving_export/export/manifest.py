@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.atomic_file import write_json
 from model.bundle_files import FORMAT, MANIFEST, BundleError, described
 from model.config import ModelConfig
 from model.portability import obstacles
+from recipes.files import write_json
 
 SERVING = "dramatis.json"
 

@@ -23,7 +23,6 @@ from recipes.run_directory import (
     inspect_run_directory,
     prepare_run_directory,
     read_done,
-    write_atomically,
 )
 from recipes.run_identity import Location, MayChange, identity, recipe_digest
 from recipes.run_inputs import DigestCache, content_digest, digest_inputs, names_below
@@ -186,23 +185,10 @@ def test_a_damaged_record_is_named(run_dir: Path, name: str, content: str) -> No
 def test_what_a_crash_leaves_while_preparing_does_not_make_it_a_run(run_dir: Path) -> None:
     state_of(run_dir, recipe_of(run_dir))
     (run_dir / "recipe.yaml").unlink()
-    (run_dir / ".recipe.yaml.writing").write_text("sta")
+    (run_dir / ".recipe.yaml.partial").write_text("sta")
     assert inspect_run_directory(run_dir, recipe_of(run_dir), dict) == (RunState.NEW, [])
     assert state_of(run_dir, recipe_of(run_dir, steps=7)) is RunState.NEW
     assert [path.name for path in run_dir.glob(".*")] == [".lock"], "leftovers do not pile up"
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "done.json"
-    write_atomically(path, "old")
-
-    def full(descriptor: int) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, "new")
-    assert path.read_text() == "old"
 
 
 class Part(Section):
@@ -278,8 +264,8 @@ def test_a_moved_or_copied_run_is_the_same_run(tmp_path: Path, how: str, monkeyp
 def test_a_file_is_hashed_again_only_when_it_may_have_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus, hashed = tmp_path / "corpus.jsonl", list[Path]()
     corpus.write_text("one")
-    real = run_inputs._hash_file
-    monkeypatch.setattr(run_inputs, "_hash_file", lambda path: hashed.append(path) or real(path))
+    real = run_inputs.file_sha256
+    monkeypatch.setattr(run_inputs, "file_sha256", lambda path: hashed.append(path) or real(path))
 
     def digest() -> str:
         return digest_inputs({"corpus": corpus}, tmp_path)["corpus"]["sha256"]

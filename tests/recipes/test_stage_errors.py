@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.atomic_file import atomic_file
 from model.weights import WeightsError, write_tensors
+from recipes.files import atomic_file
 from recipes.stage_errors import USER_ERROR, describe_os_error, run_told
 
 ROOT = Path(__file__).parents[2]

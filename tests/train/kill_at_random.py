@@ -153,7 +153,7 @@ class Directory:
 
     def is_written(self, name: str) -> bool:
         """Whether all ranks have written their share of a checkpoint under its hidden name."""
-        return (self.checkpoints / name / "state.json.partial").exists() or (
+        return (self.checkpoints / name / ".state.json.partial").exists() or (
             self.checkpoints / name / "state.json"
         ).exists()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data.packed.shards import file_sha256
+from recipes.files import file_sha256
 
 ROOT = Path(__file__).parents[2]
 STOP_AFTER = str(Path(__file__).with_name("stop_after.py"))

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from data.atomic_file import atomic_file, sync_path, write_json
 from data.packed.sampler import DataPosition
+from recipes.files import atomic_file, sync_path, write_json
 from train.checkpoint.best import Best, best_of, json_of
 from train.checkpoint.hashed_file import file_hash
 from train.deepspeed.background import POLL_SECONDS, Background, on_main

@@ -13,7 +13,6 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from rich.console import Console
 from rich.progress import track
 
-from data.atomic_file import write_json
 from data.clean.ledger import reasons_told
 from data.format.dialogue import decode_reply
 from data.format.dialogue_json import read_dialogues
@@ -28,6 +27,7 @@ from model.inference.generate import Completion, Sampling, generate
 from model.scalar_head import ScalarHead
 from model.transformer import Transformer
 from model.weights import load_scorer
+from recipes.files import write_json
 from recipes.loader import Section
 from recipes.run_identity import Location
 from train.deepspeed.engine import World

@@ -204,7 +204,7 @@ def test_an_interrupted_run_is_repeated(
     monkeypatch.undo()
     (tmp_path / "run" / "parts").mkdir()  # as a kill would leave it
     (tmp_path / "run" / "parts" / "000").write_text("garbage")
-    (tmp_path / "run" / "pairs.jsonl.partial").write_text("garbage")
+    (tmp_path / "run" / ".pairs.jsonl.partial").write_text("garbage")
     assert main([str(recipe)]) == 0
     assert outputs(tmp_path / "run") == outputs(tmp_path / "whole")
     assert not (tmp_path / "run" / "parts").exists()

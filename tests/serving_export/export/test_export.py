@@ -15,8 +15,8 @@ from model.bundle_files import BundleError, verify
 from model.hugging_face import load_exported_model
 from model.transformer import Transformer
 from model.weights import save_model
+from recipes.files import write_text
 from recipes.loader import load_recipe
-from recipes.run_directory import write_atomically
 from serving_export.export import __main__ as export_module
 from serving_export.export.__main__ import BUNDLE_FILES, ExportRecipe, Names, main, run, write_bundle
 from serving_export.export.manifest import Defaults, read_defaults
@@ -47,7 +47,7 @@ def make_recipe(root: Path, tokenizer: DialogueTokenizer, model: Transformer, dt
     files = {"tokenizer.model": root / "data" / "tokenizer.model"}
     save_model(root / "sft" / "model", model.config, model.state_dict(), files=files)
     for stage in ("data", "sft"):
-        write_atomically(root / stage / "done.json", "{}")
+        write_text(root / stage / "done.json", "{}")
     path = root / "export.yaml"
     path.write_text(RECIPE.format(root=root, dtype=dtype))
     return path
