@@ -35,6 +35,7 @@ class DataFacts:
     vocab_size: int | None
     row_length: int
     heldout: list[Dialogue] | None
+    prompt_template: str | None = None
 
     def misfits(self, vocab_size: int, max_length: int) -> list[str]:
         """Why a model of these sizes cannot be trained on it or evaluated with it, and what would fit."""
@@ -82,7 +83,8 @@ def facts_of_recipe(recipe: DataRecipe) -> DataFacts:
     else:
         path = Path(recipe.tokenizer.path)
         vocab_size = DialogueTokenizer.load(path).vocab_size if path.exists() else None
-    return DataFacts(recipe.run_dir, vocab_size, recipe.row_length, heldout=None)
+    template = recipe.prompt_template.path if recipe.prompt_template else None
+    return DataFacts(recipe.run_dir, vocab_size, recipe.row_length, None, template)
 
 
 def heldout_of_recipe(recipe: DataRecipe) -> tuple[list[Dialogue] | None, list[str]]:

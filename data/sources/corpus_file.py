@@ -14,6 +14,7 @@ from data.sources.line_reader import open_unpacked
 from data.sources.record import SourceError
 from data.sources.source import find_files
 
+MAX_PACKED_BYTES = 1 << 30  # of a packed file that is read whole: a small archive may unpack to fill the memory
 _ARCHIVES = (".tar.xz", ".tar.gz", ".tgz", ".tar", ".zip")
 _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
 
@@ -26,6 +27,17 @@ class OpenFile:
     place: str
     name: str
     stream: IO[bytes]
+    is_packed: bool
+
+    def read(self) -> "CorpusFile":
+        """The whole file. Raises SourceError where it is larger than MAX_PACKED_BYTES once it is unpacked."""
+        content = self.stream.read(MAX_PACKED_BYTES + 1 if self.is_packed else -1)
+        if self.is_packed and len(content) > MAX_PACKED_BYTES:
+            raise SourceError(
+                f"{self.place}: more than {MAX_PACKED_BYTES:,} bytes unpacked; unpack the file, or remove it if it is "
+                "no part of the corpus"
+            )
+        return CorpusFile(self.place, self.name, content)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +70,12 @@ def is_plain(path: Path) -> bool:
 
 
 def read_corpus_files(paths: list[Path], suffixes: tuple[str, ...]) -> Iterator[CorpusFile]:
-    """Every file with one of these suffixes, archives in their own order. Raises SourceError where one is damaged."""
+    """Every file with one of these suffixes, archives in their own order. Raises SourceError where one is damaged, or
+    larger than MAX_PACKED_BYTES once it is unpacked."""
     for path in paths:
         with damage_told(path):
             for file in open_corpus_files(path, suffixes):
-                yield CorpusFile(file.place, file.name, file.stream.read())
+                yield file.read()
 
 
 @contextmanager
@@ -78,7 +91,7 @@ def open_corpus_files(path: Path, suffixes: tuple[str, ...]) -> Iterator[OpenFil
     """The file itself, unpacked, or those of an archive with one of these suffixes; read them inside `damage_told`."""
     if not path.name.endswith(_ARCHIVES):
         with open_unpacked(path) as stream:
-            yield OpenFile(str(path), path.name.removesuffix(".gz"), stream)
+            yield OpenFile(str(path), path.name.removesuffix(".gz"), stream, not is_plain(path))
         return
     found = False
     for file in _members(path, suffixes):
@@ -94,10 +107,10 @@ def _members(path: Path, suffixes: tuple[str, ...]) -> Iterator[OpenFile]:
             for name in archive.namelist():
                 if name.endswith(suffixes):
                     with archive.open(name) as stream:
-                        yield OpenFile(f"{path}/{name}", name, stream)
+                        yield OpenFile(f"{path}/{name}", name, stream, True)
         return
     with tarfile.open(path) as archive:
         for member in archive:
             content = archive.extractfile(member) if member.isfile() and member.name.endswith(suffixes) else None
             if content is not None:
-                yield OpenFile(f"{path}/{member.name}", member.name.removeprefix("./"), content)
+                yield OpenFile(f"{path}/{member.name}", member.name.removeprefix("./"), content, True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from data.format.dialogue import Dialogue
-from data.sources.corpus_file import CorpusFile, OpenFile, damage_told, is_plain, open_corpus_files
+from data.sources.corpus_file import OpenFile, damage_told, is_plain, open_corpus_files
 from data.sources.corpus_source import WHOLE_FILE, CorpusSource, json_of
 from data.sources.line_reader import LineReader, share
 from data.sources.record import LeftOut, RecordError, Rejected, read_record, rejected
@@ -72,11 +72,11 @@ class JsonSource(JsonFormat, CorpusSource):
             yield read_record(make, file.place, lambda: reader.number, line)
 
     def _of_list(self, file: OpenFile) -> Iterator[Dialogue | LeftOut | Rejected]:
-        content = file.stream.read()
+        whole = file.read()
         try:
-            records = json_of(CorpusFile(file.place, file.name, content), list)
+            records = json_of(whole, list)
         except RecordError as error:
-            yield rejected(file.place, WHOLE_FILE, str(error), content)
+            yield rejected(file.place, WHOLE_FILE, str(error), whole.content)
             return
         for number, record in enumerate(records, start=1):
             make = partial(self._made, f"{file.name}:{number}", _object, record)

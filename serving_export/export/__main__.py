@@ -49,6 +49,7 @@ from serving_export.export.parity import (
     transformers_peer,
 )
 from serving_export.export.tokenizer_json import tokenizer_config, tokenizer_json
+from serving_export.export.trained_data import check_no_prompt_template, template_refused
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BUNDLE_FILES = (
@@ -98,6 +99,8 @@ class ExportRecipe(Section):
                 hf_config(config, self.dtype, bos_id=2, end_id=4, pad_id=0)
             for problem in facts.misfits(config.vocab_size, config.max_length) if facts else ():
                 plan.problem(problem)
+        if facts and facts.prompt_template:
+            plan.problem(template_refused(self.data, facts.prompt_template))
         if facts and facts.heldout is not None and (told := fewer_conversations(self, len(facts.heldout))):
             plan.note(told)
 
@@ -277,6 +280,7 @@ def run(recipe: ExportRecipe, console: Console) -> None:
                 verify(target)
                 console.print(f"{target} is finished: {(read_done(target) or {}).get('key_figure')}", highlight=False)
                 return
+            check_no_prompt_template(recipe.init_from, recipe.data)
             if recipe.threads is not None:
                 torch.set_num_threads(recipe.threads)
             figure = export(recipe, console)
@@ -295,6 +299,7 @@ def run(recipe: ExportRecipe, console: Console) -> None:
 
 def print_plan(recipe: ExportRecipe, console: Console) -> None:
     """What would be exported."""
+    check_no_prompt_template(recipe.init_from, recipe.data)
     console.print(dump_recipe(recipe), highlight=False, markup=False)
     source = _model_directory(recipe.init_from)
     if not (source / "config.json").is_file():

@@ -53,6 +53,31 @@ def test_an_unpacked_corpus_is_found_in_its_folders(tmp_path: Path) -> None:
     assert list(read(tmp_path).values()) == [b"1\n", b"3\n", b"2\n"]
 
 
+@pytest.mark.parametrize("name", ["c.tar.gz", "c.zip", "c.csv.gz"])
+def test_a_file_that_unpacks_to_more_than_the_limit_is_refused(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = b"0" * 10_000
+    path = tmp_path / name
+    if name.endswith(".zip"):
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("a.csv", content)
+    elif name.endswith(".tar.gz"):
+        with tarfile.open(path, "w:gz") as archive:
+            member = tarfile.TarInfo("a.csv")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    else:
+        path.write_bytes(gzip.compress(content))
+    monkeypatch.setattr("data.sources.corpus_file.MAX_PACKED_BYTES", 10_000)
+    assert list(read(path).values()) == [content]
+    monkeypatch.setattr("data.sources.corpus_file.MAX_PACKED_BYTES", 9_999)
+    with pytest.raises(SourceError, match="more than 9,999 bytes unpacked"):
+        read(path)
+    (tmp_path / "plain.csv").write_bytes(content)
+    assert list(read(tmp_path / "plain.csv").values()) == [content], "what is not packed has no limit"
+
+
 def test_damaged_and_foreign_files_are_one_error(tmp_path: Path) -> None:
     tar(tmp_path / "whole.tar.xz", "w:xz")
     whole = (tmp_path / "whole.tar.xz").read_bytes()

@@ -220,6 +220,27 @@ def test_what_is_no_bundle_is_an_error(tmp_path: Path) -> None:
         verify(tmp_path)
 
 
+@pytest.mark.parametrize("where", ["data", "of_sft", "of_pretrain"])
+def test_a_model_trained_with_a_prompt_template_is_refused(
+    tokenizer: DialogueTokenizer, model: Transformer, tmp_path: Path, capsys: pytest.CaptureFixture[str], where: str
+) -> None:
+    path = make_recipe(tmp_path, tokenizer, model)
+    runs = {
+        "sft": f"init_from: {tmp_path}/pretrain\ndata: {tmp_path}/of_sft\n",
+        "pretrain": f"init_from: null\ndata: {{kind: mixture, parts: [{{path: {tmp_path}/of_pretrain, weight: 1}}]}}\n",
+        "data": "prompt_template: null\n",
+    }
+    runs[where] = "prompt_template: {path: group_chat.yml.j2, values: {}}\n"
+    for name, text in runs.items():
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "recipe.yaml").write_text(text)
+    for arguments in ([str(path)], [str(path), "--dry-run"]):
+        assert main(arguments) == 2
+        error = " ".join(capsys.readouterr().err.split())
+        assert f"{tmp_path / where} was prepared with prompt_template group_chat.yml.j2" in error
+    assert not (tmp_path / "export" / "model.safetensors").exists()
+
+
 def test_another_runs_tokenizer_is_refused(
     tokenizer: DialogueTokenizer, model: Transformer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
