@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 PRETRAIN = ["-m", "train.pretrain"]
-STOP_AFTER = str(Path(__file__).with_name("stop_after.py"))
+STOP_AFTER = str(Path(__file__).parents[1] / "stop_after.py")
 
 
 def train(ranks: int, program: list[str], recipe: Path, *overrides: str) -> str:

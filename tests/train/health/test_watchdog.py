@@ -113,7 +113,7 @@ def test_a_gpu_is_busy_until_it_has_done_all_it_was_given() -> None:
 
 def start(how: str, failing: int, recipe: Path, *overrides: str) -> subprocess.Popen[str]:
     """The program fail_at.py on two ranks, which wait three seconds for each other."""
-    program = [str(Path(__file__).with_name("fail_at.py")), how, str(failing), str(recipe)]
+    program = [str(Path(__file__).parents[1] / "fail_at.py"), how, str(failing), str(recipe)]
     overrides = ("engine.timeout_minutes=0.05", *overrides)
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program, *overrides],
