@@ -253,7 +253,8 @@ class Engine:
     def _make_room(self, count: int, spare: int = 0) -> bool:
         """Evict cached prefixes until `count` pages are free; False, evicting none, when they and `spare` never fit."""
         n_free = self.cache.allocator.n_free
-        if n_free < count + spare and n_free + self.prefix_cache.n_evictable() < count + spare:
+        n_missing = max(count + spare - n_free, 0)
+        if self.prefix_cache.n_evictable(n_missing) < n_missing:
             return False
         self.prefix_cache.evict(max(count - n_free, 0))
         return True

@@ -30,6 +30,7 @@ class _Block:
     page: int
     parent: _Block | None
     n_children: int = 0
+    salt: str | None = None  # of a root
 
 
 @dataclass
@@ -54,7 +55,7 @@ class PrefixCache:
         self._digest = digest
         self._roots: dict[str | None, _Block] = {}
         self._blocks: dict[bytes, _Block] = {}
-        # oldest first; a block always stands before its parent, so one pass meets the leaves first
+        # oldest first; a block always stands before its parent, so the oldest is a leaf
         self._by_age: OrderedDict[_Block, None] = OrderedDict()
 
     @property
@@ -106,32 +107,40 @@ class PrefixCache:
         self._touch(path)
         return n_new
 
-    def n_evictable(self) -> int:
-        """Pages that `evict` could free now: blocks that no sequence reads, nor any block below them."""
-        pinned: set[_Block] = set()
-        count = 0
-        for block in self._by_age:
-            if block in pinned or self.allocator.holders(block.page) > 1:
-                if block.parent is not None:
-                    pinned.add(block.parent)
-            else:
-                count += 1
-        return count
+    def n_evictable(self, at_most: int) -> int:
+        """How many pages `evict(at_most)` would free now."""
+        return len(self._evictable(at_most))
 
     def evict(self, count: int) -> int:
-        """Let go of up to `count` pages, least recently used leaves first, never one that a sequence reads."""
-        evicted: list[_Block] = []
-        for block in self._by_age:
-            if len(evicted) == count:
-                break
-            if block.n_children or self.allocator.holders(block.page) > 1:
-                continue
-            assert block.parent is not None
-            block.parent.n_children -= 1
-            evicted.append(block)
+        """Free up to `count` pages, least recently used leaves first, never one that a sequence reads."""
+        evicted = self._evictable(count)
         self._remove(evicted)
         self.counters.evicted_pages += len(evicted)
         return len(evicted)
+
+    def _evictable(self, at_most: int) -> list[_Block]:
+        """The oldest blocks that no sequence reads, nor any block below them, children before their parents.
+
+        A page that a sequence reads counts as used now: its path moves to the young end, so that a later call does not
+        meet it again. The cost a page is therefore constant on average, however many pages are cached.
+        """
+        found: list[_Block] = []
+        read: list[_Block] = []
+        above_read: set[_Block] = set()
+        for block in self._by_age:
+            if len(found) >= at_most:
+                break
+            is_read = self.allocator.holders(block.page) > 1
+            if is_read or block in above_read:
+                if block not in above_read:
+                    read.append(block)
+                if block.parent is not None:
+                    above_read.add(block.parent)
+            else:
+                found.append(block)
+        for block in read:
+            self._touch(_path_to(block))
+        return found
 
     def forget(self, tokens: Sequence[int], salt: str | None = None) -> int:
         """Drop the blocks along `tokens` and all below them, also those that a sequence reads; how many there were."""
@@ -141,9 +150,6 @@ class PrefixCache:
         for block in reversed(self._by_age):  # parents come first
             if block.parent in doomed:
                 doomed[block] = None
-        first = next(iter(doomed))
-        assert first.parent is not None
-        first.parent.n_children -= 1
         self._remove(list(doomed))
         return len(doomed)
 
@@ -152,7 +158,10 @@ class PrefixCache:
             del self._by_age[block]
             del self._blocks[block.key]
             self.allocator.release([block.page])
-        self._roots = {salt: root for salt, root in self._roots.items() if root.n_children}
+            assert block.parent is not None
+            block.parent.n_children -= 1
+            if block.parent.parent is None and not block.parent.n_children:
+                del self._roots[block.parent.salt]
 
     def clear(self) -> int:
         """Evict everything that no sequence reads; the number of pages freed."""
@@ -162,7 +171,7 @@ class PrefixCache:
         if salt not in self._roots:
             # tagged and hashed on their own, so that no salt is mistaken for another or for the absence of one
             key = sha256(b"no salt" if salt is None else b"salt:" + salt.encode(errors="surrogatepass"))
-            self._roots[salt] = _Block(key, (), -1, None)
+            self._roots[salt] = _Block(key, (), -1, None, salt=salt)
         return self._roots[salt]
 
     def _key(self, parent: _Block, tokens: tuple[int, ...]) -> bytes:
@@ -184,3 +193,11 @@ class PrefixCache:
     def _touch(self, path: Sequence[_Block]) -> None:
         for block in reversed(path):
             self._by_age.move_to_end(block)
+
+
+def _path_to(block: _Block) -> list[_Block]:
+    """The blocks from the first below the root to `block`."""
+    path = [block]
+    while (parent := path[-1].parent) is not None and parent.parent is not None:
+        path.append(parent)
+    return path[::-1]

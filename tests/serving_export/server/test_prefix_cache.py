@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -70,7 +71,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
 
     @rule(count=st.integers(0, 8))
     def evict(self, count: int) -> None:
-        possible, free = self.cache.n_evictable(), self.cache.allocator.n_free
+        possible, free = self.cache.n_evictable(self.N_PAGES), self.cache.allocator.n_free
         evicted = self.cache.evict(count)
         assert evicted == min(count, possible)
         assert self.cache.allocator.n_free == free + evicted
@@ -156,9 +157,37 @@ def test_page_in_use_is_never_evicted() -> None:
     cache = PrefixCache(PageAllocator(8), PAGE)
     store(cache, [1, 2, 3, 4])
     pages = cache.match([1, 2, 9])
-    assert cache.n_evictable() == 1
+    assert cache.n_evictable(8) == 1
     assert cache.evict(8) == 1
     assert cache.match([1, 2, 3]) == pages
+
+
+def test_eviction_looks_at_as_many_pages_as_it_frees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many pages are cached or read; of the pages read, it meets each once."""
+    n_pages, n_read = 400, 100
+    cache = PrefixCache(PageAllocator(n_pages), PAGE)
+    for number in range(n_pages):
+        store(cache, [number, number])
+    cache.allocator.retain([block.page for block in list(cache._by_age)[:n_read]])
+    looks = list[int]()
+    holders = cache.allocator.holders
+    monkeypatch.setattr(cache.allocator, "holders", lambda page: looks.append(page) or holders(page))
+    assert cache.evict(1) == 1
+    assert len(looks) == n_read + 1
+    looks.clear()
+    assert [cache.n_evictable(1) + cache.evict(1) for _ in range(50)] == [2] * 50
+    assert len(looks) == 100
+    assert cache.evict(n_pages) == n_pages - n_read - 51
+
+
+def test_a_tenant_without_pages_is_forgotten() -> None:
+    cache = PrefixCache(PageAllocator(8), PAGE)
+    store(cache, [1, 2, 3, 4], "one")
+    store(cache, [1, 2], "other")
+    assert cache.evict(2) == 2
+    assert set(cache._roots) == {"other"}
+    assert cache.forget([1, 2], "other") == 1
+    assert not cache._roots
 
 
 def test_counters() -> None:
