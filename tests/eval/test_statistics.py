@@ -169,6 +169,25 @@ def test_auc_interval_and_difference() -> None:
     assert difference.value == pytest.approx(auc.value - noise_auc.value)
 
 
+def test_the_difference_of_two_areas_is_paired() -> None:
+    """Two scores that are almost the same: their difference is known far better than either area."""
+    rng = np.random.default_rng(8)
+    labels = rng.integers(0, 2, 300)
+    score = labels + rng.normal(0, 1.5, 300)
+    area = FAST.auc(score, labels, np.arange(300))
+    difference = FAST.auc(score, labels, np.arange(300), minus_N=score + rng.normal(0, 0.05, 300))
+    assert area.low is not None and area.high is not None
+    assert difference.low is not None and difference.high is not None
+    assert difference.high - difference.low < 0.2 * (area.high - area.low)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_paired_tests_are_two_sided(sign: int) -> None:
+    """As likely to find a loss as a win: seven of one sign have p = 2 / 2**7 in both exact tests."""
+    tests = paired_tests([sign * size for size in (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0)])
+    assert (tests.sign_p, tests.wilcoxon_p) == pytest.approx((2 / 2**7, 2 / 2**7))
+
+
 def test_proportion_has_an_interval_at_the_edges() -> None:
     none = FAST.proportion([False] * 20)
     assert none.value == 0 and none.low == pytest.approx(0, abs=1e-9)

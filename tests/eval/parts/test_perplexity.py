@@ -27,7 +27,7 @@ from eval.parts.perplexity import (
     summarise,
     turn_label,
 )
-from eval.statistics import Bootstrap
+from eval.statistics import Bootstrap, Estimate
 from model.attention_ops import Documents
 from model.transformer import Transformer
 
@@ -137,13 +137,35 @@ def test_summary_of_known_losses() -> None:
     assert figures["bits_per_byte"].value == pytest.approx(21 / 20 / math.log(2))
 
 
+def width(estimate: Estimate) -> float:
+    assert estimate.low is not None and estimate.high is not None
+    return estimate.high - estimate.low
+
+
 def test_paired_difference_has_a_narrow_interval() -> None:
+    """Much narrower than that of either loss, though the two vary ten times as much as their difference."""
     rng = np.random.default_rng(0)
     document = np.repeat(np.arange(20), 10).tolist()
     base = rng.gamma(2, 2, 200)
-    first, second = (targets_with(list(base + shift), [0] * 200, [1] * 200, document) for shift in (0.5, 0.0))
+    gain = 0.5 + rng.normal(0, 0.1, 200)
+    first, second = (targets_with(list(base + g), [0] * 200, [1] * 200, document) for g in (gain, 0 * gain))
     difference = paired_difference(first, second, first.role_N == CHARACTER, BOOTSTRAP)
-    assert difference.value == pytest.approx(0.5)
+    assert difference.value == pytest.approx(gain.mean())
+    assert width(difference) < 0.2 * width(summarise(first, BOOTSTRAP)["loss"])
+
+
+def test_tokens_of_a_dialogue_are_not_independent() -> None:
+    """Losses that are equal within a dialogue and differ between dialogues have the interval of one token each."""
+    of_dialogue = np.random.default_rng(1).gamma(2, 2, 20)
+    many = targets_with(
+        np.repeat(of_dialogue, 30).tolist(), [0] * 600, [1] * 600, np.repeat(np.arange(20), 30).tolist()
+    )
+    one = targets_with(of_dialogue.tolist(), [0] * 20, [1] * 20, list(range(20)))
+    loss, alone = (summarise(targets, BOOTSTRAP)["loss"] for targets in (many, one))
+    assert (loss.low, loss.high) == pytest.approx((alone.low, alone.high))
+    zero = targets_with([0.0] * 600, [0] * 600, [1] * 600, many.document_N.tolist())
+    gain = paired_difference(many, zero, many.role_N == CHARACTER, BOOTSTRAP)
+    assert (gain.low, gain.high) == pytest.approx((alone.low, alone.high))
 
 
 def test_turn_labels() -> None:

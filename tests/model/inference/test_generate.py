@@ -81,6 +81,13 @@ def test_greedy_generation_equals_uncached(sharing: KVSharing) -> None:
         assert samples[1].tokens == samples[0].tokens
 
 
+def test_generation_may_end_with_its_first_token() -> None:
+    model = tiny(NoSharing())
+    first = int(uncached_logits(model, [1, 2, 3]).argmax())
+    ((completion,),) = generate(model, [[1, 2, 3]], Sampling(max_new_tokens=5, stop_ids=(first,), temperature=0))
+    assert (completion.tokens, completion.finish_reason) == ([first], "stop")
+
+
 def test_a_sample_does_not_depend_on_its_batch() -> None:
     model = tiny(SHARINGS[1])
     sampling = Sampling(max_new_tokens=10, stop_ids=(0,), temperature=1.0, top_p=0.9, seed=5)

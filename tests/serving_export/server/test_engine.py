@@ -81,6 +81,15 @@ def poisoned(engine: Engine) -> Engine:
     return engine
 
 
+def test_a_reply_may_end_with_its_first_token() -> None:
+    prompt = (2, 7, 8, 9)
+    first = uncached_greedy(prompt, 1)[0]
+    engine, listener = Engine(tiny(), 20, 4), Listener()
+    engine.submit(prompt, Sampling(max_new_tokens=5, stop_ids=(first,), temperature=0), listener)
+    finish(engine)
+    assert [(event.token, event.finish_reason) for event in listener.events] == [(first, "stop")]
+
+
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_replies_equal_uncached_greedy(data: st.DataObject) -> None:
