@@ -46,14 +46,17 @@ def test_ctrl_c_while_modules_are_imported_is_one_line(tmp_path: Path, module: s
     assert done.stderr.split("\n") == ["", "interrupted; run the same command again", ""]
 
 
-@pytest.mark.parametrize("module", [recipes.pipeline, recipes.sweep])
+@pytest.mark.parametrize(
+    ("module", "planning", "recipe"),
+    [(recipes.pipeline, "check_together", "recipes/demo"), (recipes.sweep, "check", "recipes/ablation/mqa.yaml")],
+)
 def test_ctrl_c_while_planning_is_one_line(
-    module: object, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    module: object, planning: str, recipe: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*arguments: object) -> None:
+    def interrupted(*arguments: object, **named: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "check", interrupted)
+    monkeypatch.setattr(module, planning, interrupted)
     monkeypatch.chdir(ROOT)
-    assert module.main(["recipes/ablation/mqa.yaml" if module is recipes.sweep else "recipes/demo"]) == EXIT_CODE  # type: ignore[attr-defined]
+    assert module.main([recipe, "--dry-run"]) == EXIT_CODE  # type: ignore[attr-defined]
     assert "interrupted; run the same command again" in capfd.readouterr().err
