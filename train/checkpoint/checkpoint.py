@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from data.packed.sampler import DataPosition
-from recipes.files import atomic_file, sync_path, write_json
+from recipes.files import atomic_file, durable_rename, sync_path, write_json
 from train.checkpoint.best import Best, best_of, json_of
 from train.checkpoint.hashed_file import file_hash
 from train.deepspeed.background import POLL_SECONDS, Background, on_main
@@ -233,7 +233,7 @@ class Checkpoints:
             sync_path(path)
         if target.exists():
             _remove(target)
-        staging.rename(target)
+        durable_rename(staging, target)
         for path in self.directory.glob("step_*"):
             if path > target:  # a damaged one that a resume has passed over
                 _remove(path)

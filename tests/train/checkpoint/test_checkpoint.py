@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 import time
@@ -12,7 +13,7 @@ import torch
 from rich.console import Console
 
 from data.packed.sampler import DataPosition
-from train.checkpoint.checkpoint import CheckpointError, Checkpoints, CheckpointState, Write, damage
+from train.checkpoint.checkpoint import CheckpointError, Checkpoints, CheckpointState, Write, _Pending, damage
 from train.checkpoint.hashed_file import HashedFile, file_hash
 from train.deepspeed.engine import World
 
@@ -223,3 +224,67 @@ def test_a_longer_run_starts_before_the_rate_fell(tmp_path: Path, longer: int, e
         second.save(state(10, longer), lambda: write)
         second.finish()
         assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000007", "step_00000010"]
+
+
+def two_ranks_write(directory: Path) -> Checkpoints:
+    """step_00000005 as two ranks write it: each its own file, then rank 0 completes it."""
+    ranks = [
+        Checkpoints(directory, keep=2, world=World(rank, 2, torch.device("cpu")), console=Console(quiet=True))
+        for rank in range(2)
+    ]
+    pending = _Pending(state(5), directory / ".writing_step_00000005", directory / "step_00000005", None)
+    ranks[0]._make_room(pending.staging)
+    for rank, one in enumerate(ranks):
+
+        def write_share(staging: Path, abandoned: threading.Event, rank: int = rank) -> dict[Path, str]:
+            (staging / "optimizer").mkdir(exist_ok=True)
+            with HashedFile(staging / "optimizer" / f"rank_{rank}.pt", abandoned) as file:
+                file.write(bytes(range(50)))
+            return {staging / "optimizer" / f"rank_{rank}.pt": file.hash}
+
+        one._write_part(pending, write_share)
+    ranks[0]._complete(pending)
+    return ranks[0]
+
+
+@pytest.mark.parametrize("name", ["optimizer/rank_0.pt", "optimizer/rank_1.pt", "state.json", "manifest.json"])
+def test_a_flipped_byte_is_found_in_each_file_of_two_ranks(tmp_path: Path, name: str) -> None:
+    two_ranks_write(tmp_path)
+    checkpoint = tmp_path / "step_00000005"
+    assert damage(checkpoint) is None
+    files = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
+    assert files == {"optimizer/rank_0.pt", "optimizer/rank_1.pt", "state.json", "manifest.json"}
+    content = bytearray((checkpoint / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (checkpoint / name).write_bytes(content)
+    assert damage(checkpoint) is not None
+
+
+def test_everything_is_synced_before_the_rename_and_the_rename_before_latest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    fsync, replace, rename = os.fsync, os.replace, Path.rename
+
+    def recorded_fsync(descriptor: int) -> None:
+        order.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        fsync(descriptor)
+
+    def recorded_replace(source: Path, target: Path) -> None:
+        order.append(f"rename {Path(target).name}")
+        replace(source, target)
+
+    def recorded_rename(source: Path, target: Path) -> Path:
+        order.append(f"rename {Path(target).name}")
+        return rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    monkeypatch.setattr(Path, "rename", recorded_rename)
+    two_ranks_write(tmp_path)
+    in_place = order.index("rename step_00000005")
+    before, after = order[:in_place], order[in_place + 1 :]
+    for name in ("rank_0.pt", "rank_1.pt", ".state.json.partial", ".manifest.json.partial", "optimizer"):
+        assert f"sync {name}" in before, name
+    assert before.index("rename manifest.json") < len(before) - 1 - before[::-1].index("sync .writing_step_00000005")
+    assert after == [f"sync {tmp_path.name}", "sync .latest.partial", "rename latest", f"sync {tmp_path.name}"]
