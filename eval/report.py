@@ -142,18 +142,21 @@ def times_to_decide(estimate: Mapping[str, Any], bar: float) -> float | None:
     return float((towards_bar / (bar - value)) ** 2)
 
 
-def _to_decide(estimate: Mapping[str, Any], bar: float) -> str:
-    times = times_to_decide(estimate, bar)
-    if times is None:
-        return ""
-    return f" · {times:.1f} times as many conversations would decide" if times < 20 else " · too close to tell apart"
-
-
 def _above(estimate: Mapping[str, Any], bar: float) -> str:
     """Good when the whole interval is above the bar, bad when it is below, open when the bar lies inside."""
     if estimate["low"] is None:
         return "open"
     return _verdict(estimate["low"] > bar, estimate["high"] < bar)
+
+
+def _compared(note: str, estimate: Mapping[str, Any], bar: float) -> tuple[str, str]:
+    """The note of a card and its verdict for a figure that should be above the bar."""
+    times = times_to_decide(estimate, bar)
+    if times is not None:
+        note += (
+            f" · {times:.1f} times as many conversations would decide" if times < 20 else " · too close to tell apart"
+        )
+    return note, _above(estimate, bar)
 
 
 def summary_cards(report: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -181,7 +184,7 @@ def _ranking_card(report: Mapping[str, Any]) -> dict[str, str] | None:
     # the rank says more of each context than whether it is the first, and the gain leaves common replies no advantage
     mrr, chance = part["models"][name]["context_gain"]["mrr"], part["chance"]["mrr"]
     note = f"of the real reply among {part['n_candidates']}, by gain from context · chance {chance:.2f}"
-    return _card(f"Mean reciprocal rank, {name}", mrr, note + _to_decide(mrr, chance), _above(mrr, chance))
+    return _card(f"Mean reciprocal rank, {name}", mrr, *_compared(note, mrr, chance))
 
 
 def _scorer_card(report: Mapping[str, Any]) -> dict[str, str] | None:
@@ -192,23 +195,19 @@ def _scorer_card(report: Mapping[str, Any]) -> dict[str, str] | None:
     if auc["value"] is None or not baselines:
         return _card("Scorer AUC", auc, auc["note"] or "no baseline", "open")
     best = max(baselines.values(), key=lambda b: b["auc"]["value"])
-    note = f"best text-free baseline {best['auc']['value']:.2f}" + _to_decide(best["scorer_minus_baseline"], 0)
-    return _card("Scorer AUC", auc, note, _above(best["scorer_minus_baseline"], 0))
+    note = f"best text-free baseline {best['auc']['value']:.2f}"
+    return _card("Scorer AUC", auc, *_compared(note, best["scorer_minus_baseline"], 0))
 
 
 def _win_card(report: Mapping[str, Any]) -> dict[str, str] | None:
     part = report.get("preference")
     if not part:
         return None
-    verdict = "bad" if part["over_optimisation_suspected"] else _above(part["win_rate"], 0.5)
-    note = (
-        "all of it above 65%: over-optimised?"
-        if part["over_optimisation_suspected"]
-        else "by the scorer · 50% is no difference" + _to_decide(part["win_rate"], 0.5)
-    )
-    title = f"{part['model']} over {part['against']}, win rate"
-    card = _card(title, part["win_rate"], note, verdict, digits=1, percent=True)
-    return card | {"tag": "look twice"} if part["over_optimisation_suspected"] else card
+    title, rate = f"{part['model']} over {part['against']}, win rate", part["win_rate"]
+    if part["over_optimisation_suspected"]:
+        card = _card(title, rate, "all of it above 65%: over-optimised?", "bad", digits=1, percent=True)
+        return card | {"tag": "look twice"}
+    return _card(title, rate, *_compared("by the scorer · 50% is no difference", rate, 0.5), digits=1, percent=True)
 
 
 def _last_system(report: Mapping[str, Any]) -> tuple[str, Mapping[str, Any], Mapping[str, Any]] | None:
@@ -225,9 +224,9 @@ def _stop_card(report: Mapping[str, Any]) -> dict[str, str] | None:
     if found is None:
         return None
     name, figures, _ = found
-    note = "the rest is cut at the token limit · 95% expected" + _to_decide(figures["stop_rate"], 0.95)
-    return _card(f"Replies that end, {name}", figures["stop_rate"], note,
-                 _above(figures["stop_rate"], 0.95), digits=1, percent=True)  # fmt: skip
+    rate = figures["stop_rate"]
+    note = "the rest is cut at the token limit · 95% expected"
+    return _card(f"Replies that end, {name}", rate, *_compared(note, rate, 0.95), digits=1, percent=True)
 
 
 def _echo_card(report: Mapping[str, Any]) -> dict[str, str] | None:

@@ -13,6 +13,8 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from recipes.files import replace_directory
+
 _VOCABULARIES = (384, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 _CHARACTERS_A_PIECE = 200  # a piece that is seen less often teaches nothing
 _EPOCHS = 8  # over a small corpus; a large one ends at the steps of the recipe that is copied
@@ -323,7 +325,7 @@ def write_recipes(choices: Choices, folder: Path) -> None:
             (staging / f"{name}.yaml").write_text(text, encoding="utf-8")
         if folder.is_dir():
             folder.rmdir()  # it is empty
-        staging.rename(folder)
+        replace_directory(staging, folder)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise

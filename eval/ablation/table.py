@@ -116,9 +116,8 @@ def _speed(report: Report) -> str:
         f"## Decoding speed of the reference runtime\n\n{_markdown(head, rows)}\n\n"
         f"{speed['device']}, {speed['precision']}, prompts of {speed['prompt_tokens']} tokens, {speed['new_tokens']} "
         f"greedy tokens each, median of {speed['repeats']} passes, the arms in turn. model/inference/generate.py is "
-        "written to "
-        "be read: small models wait for Python there, not for memory, so that a small cache shows little. A serving "
-        "engine is faster, and shows more."
+        "written to be read: small models wait for Python there, not for memory, so that a small cache shows little. A "
+        "serving engine is faster, and shows more."
     )
 
 

@@ -2,7 +2,7 @@
 
 Fused, it is what model/kernels/fused_block.py holds on to. As written ("plain"), autograd keeps the inputs of every
 operation; where rms_norm is no single kernel (on a CPU) it keeps more than is counted here. What is counted is
-compared with real blocks in tests/train/test_activations.py.
+compared with real blocks in tests/train/memory/test_activations.py.
 """
 
 from __future__ import annotations
