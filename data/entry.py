@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from data.pipeline.progress import Steps
-from recipes.interrupt import tell_interrupt
+from recipes.interrupt import print_interrupt
 from recipes.loader import Section, parse_command_line, print_recipe
 from recipes.run_directory import RunDirectoryError, RunState, finish_run, prepare_run_directory, read_done
-from recipes.stage_errors import run_told
+from recipes.stage_errors import run_entry
 
 
 class Made(NamedTuple):
@@ -49,9 +49,9 @@ class Entry:
         errors = (*self.recipe_errors, *self.other_errors, RunDirectoryError)
         try:
             action = self._dry_run if command.dry_run else self.run
-            return run_told(lambda: action(recipe, console), recipe.run_dir, errors)
+            return run_entry(lambda: action(recipe, console), recipe.run_dir, errors)
         except KeyboardInterrupt:
-            return tell_interrupt("run the same command again to continue")
+            return print_interrupt("run the same command again to continue")
 
     def _dry_run(self, recipe: Any, console: Console) -> None:
         print_recipe(recipe, console)

@@ -14,7 +14,7 @@ from data.entry import Entry, Made
 from data.format.dialogue import Dialogue
 from data.format.tokenizer import MODEL_FILE, DialogueTokenizer, TokenizerError
 from data.packed.shards import FORMAT, MANIFEST_FILE, FormatError, PackedDataset, ShardError
-from data.pipeline.executor import RECIPE_ERRORS, Stage, run_stage
+from data.pipeline.executor import RECIPE_ERRORS, DataStage, run_stage
 from data.pipeline.item_step import ItemStep
 from data.pipeline.merge import DIALOGUES, MergeResults, read_manifest_of
 from data.pipeline.minhash import minhash_stages, texts_read
@@ -59,7 +59,7 @@ def prepare_until(recipe: DataRecipe, steps: Steps, last: str | None = None) -> 
     return work, len(units)
 
 
-def _progress(stage: Stage, work: WorkFolder, logs: Path) -> tuple[str, Callable[[], int], Callable[[], int]]:
+def _progress(stage: DataStage, work: WorkFolder, logs: Path) -> tuple[str, Callable[[], int], Callable[[], int]]:
     """What is counted of a stage, how much of it is done, and how much there is."""
     first = stage.pipeline[0]
     if isinstance(first, ItemStep):
@@ -67,7 +67,7 @@ def _progress(stage: Stage, work: WorkFolder, logs: Path) -> tuple[str, Callable
     return "tasks", lambda: len(list((logs / "completions").glob("*"))), lambda: stage.n_tasks
 
 
-def stages(recipe: DataRecipe, work: WorkFolder, n_units: int) -> list[Stage]:
+def stages(recipe: DataRecipe, work: WorkFolder, n_units: int) -> list[DataStage]:
     """All stages in order."""
     sources, n = named_sources(recipe.sources), recipe.n_tasks
     settings = ReadSettings(
@@ -86,9 +86,9 @@ def stages(recipe: DataRecipe, work: WorkFolder, n_units: int) -> list[Stage]:
         TokenizeUnits(work, n_units, row_length, recipe.context_tokens),
         PackGroups(work, n_units, row_length, rows_per_shard, recipe.pack_tokens),
     )
-    read, tokenize, pack = (Stage(step.stage, [step], n) for step in shared_out)
+    read, tokenize, pack = (DataStage(step.stage, [step], n) for step in shared_out)
     select_, tokenizer, merge = (
-        Stage(step.stage, [step], 1)
+        DataStage(step.stage, [step], 1)
         for step in (select, MakeTokenizer(work, recipe.tokenizer), MergeResults(work, row_length, rows_per_shard))
     )
     return [read, *minhash, select_, tokenizer, tokenize, pack, merge]

@@ -26,7 +26,7 @@ from eval.scoring import OnProgress, share_of, sigmoid, spread_rows
 from eval.workspace import EvalRecipe, Workspace, open_workspace, print_inputs
 from recipes.loader import dump_recipe, parse_command_line
 from recipes.run_directory import RunState, finish_run, prepare_run_directory, read_done
-from recipes.stage_errors import run_told
+from recipes.stage_errors import run_entry
 
 
 def perplexity_part(space: Workspace, on_progress: OnProgress) -> dict[str, Any] | None:
@@ -259,7 +259,7 @@ def main() -> int:
     recipe: EvalRecipe = command.recipe
     console = Console()
     action = print_plan if command.dry_run else run
-    return run_told(lambda: action(recipe, console), recipe.run_dir)
+    return run_entry(lambda: action(recipe, console), recipe.run_dir)
 
 
 if __name__ == "__main__":

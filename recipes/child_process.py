@@ -1,4 +1,4 @@
-"""Run stages as children: stopped when we are asked to stop, killed when we are killed, its memory measured."""
+"""Child processes: a stop request is forwarded to them, they die with their parent, and their memory is measured."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import IO
 
 import psutil
 
+_LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
-_SECONDS_BETWEEN_LOOKS = 1.0
+_POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a child ended. `code` is negative for a signal; `peak_bytes` is the most its process tree held at once."""
+    """How a child ended. `code` is negative for a signal; `peak_bytes` is the largest memory of its process tree."""
 
     code: int
     seconds: float
@@ -37,99 +40,73 @@ class StopRequests:
 
 
 class Child:
-    """A running child with a session of its own, so that a Ctrl-C in the terminal reaches it once, through `look`.
+    """A running child in a session of its own: a Ctrl-C in the terminal reaches it once, through `poll`.
 
-    `log`: a file that takes its output, or None where it shares ours.
+    `log`: the file for its output; None shares ours.
     """
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        environment: Mapping[str, str],
-        log: IO[bytes] | None = None,
-    ):
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: IO[bytes] | None = None):
         self._began = time.monotonic()
-        self._passed_on = self._peak = 0
+        self._n_forwarded = self._peak_bytes = 0
         self.process = subprocess.Popen(
-            list(command), env=dict(environment), start_new_session=True, preexec_fn=_dies_with(os.getpid()),
-            stdout=log, stderr=log,
+            list(command), env=dict(environment), start_new_session=True, stdout=log, stderr=log,
+            preexec_fn=partial(_die_with, os.getpid()) if sys.platform == "linux" else None,
         )  # fmt: skip
 
-    def look(self, stops: StopRequests, measure: bool = True) -> Ended | None:
-        """How it ended, or None while it runs; a first stop request is passed on, a second one kills.
+    @property
+    def seconds(self) -> float:
+        """Since its start."""
+        return time.monotonic() - self._began
 
-        `measure` its memory too (it takes milliseconds).
+    def poll(self, stops: StopRequests, measure: bool = True) -> Ended | None:
+        """How it ended, or None while it runs. Forwards the first stop request, and kills on the second.
+
+        `measure`: whether to sample its memory, which takes milliseconds.
         """
         code = self.process.poll()
         if code is not None:
-            return Ended(code, time.monotonic() - self._began, self._peak)
-        if len(stops.received) > self._passed_on:
-            if self._passed_on:
-                _kill_tree(self.process.pid)
-            else:
-                _signal_group(self.process.pid, stops.received[0])
-            self._passed_on += 1  # one at a time: a second request may have come while the first was passed on
+            return Ended(code, self.seconds, self._peak_bytes)
+        if len(stops.received) > self._n_forwarded:  # one a call: a second may arrive while the first is forwarded
+            if self._n_forwarded:
+                for process in _tree(self.process.pid):  # ranks may be in sessions of their own
+                    with suppress(psutil.Error):
+                        process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL if self._n_forwarded else stops.received[0])
+            self._n_forwarded += 1
         if measure:
-            self._peak = max(self._peak, _tree_bytes(self.process.pid))
+            self._peak_bytes = max(self._peak_bytes, sum(map(_bytes, _tree(self.process.pid))))
         return None
 
 
 def run_child(command: Sequence[str], environment: Mapping[str, str], stops: StopRequests) -> Ended:
-    """Run `command` to its end. The first stop request is passed on, a second one kills."""
+    """Run `command` to its end."""
     child = Child(command, environment)
-    while (ended := child.look(stops)) is None:
+    while (ended := child.poll(stops)) is None:
         try:
-            child.process.wait(_SECONDS_BETWEEN_LOOKS)
+            child.process.wait(_POLL_SECONDS)
         except subprocess.TimeoutExpired:
             continue
     return ended
 
 
-def _dies_with(parent: int) -> Callable[[], None] | None:
-    """Linux: what a child does first so that a kill -9 of its parent ends it too."""
-    if sys.platform != "linux":
-        return None
-    libc = ctypes.CDLL(None)
-
-    def tie() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the call
-            os._exit(1)
-
-    return tie
+def _die_with(parent: int) -> None:
+    """Linux, in the child before exec: a kill -9 of the parent kills it too."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the call
+        os._exit(1)
 
 
-def _kill_tree(pid: int) -> None:
-    for process in _tree(pid):
-        try:
-            process.kill()
-        except psutil.Error:
-            continue
-    _signal_group(pid, signal.SIGKILL)
-
-
-def _signal_group(pid: int, number: int) -> None:
-    try:
-        os.killpg(pid, number)
-    except ProcessLookupError:
-        return
-
-
-def _tree(pid: int, recursive: bool = True) -> list[psutil.Process]:
-    """The process and its children; empty when it is gone."""
-    try:
+def _tree(pid: int) -> list[psutil.Process]:
+    """The process and its descendants; empty when it is gone."""
+    with suppress(psutil.Error):
         process = psutil.Process(pid)
-        return [process, *process.children(recursive=recursive)]
-    except psutil.Error:
-        return []
+        return [process, *process.children(recursive=True)]
+    return []
 
 
-def _tree_bytes(pid: int) -> int:
-    """Memory of the tree; pages that processes share count once (Linux; elsewhere once for each)."""
-    total = 0
-    for process in _tree(pid):
-        try:
-            total += getattr(process.memory_full_info(), "pss", 0) or process.memory_info().rss
-        except psutil.Error:
-            continue
-    return total
+def _bytes(process: psutil.Process) -> int:
+    """Resident memory; a page that n processes share counts 1/n in each (PSS, on Linux)."""
+    with suppress(psutil.Error):
+        return getattr(process.memory_full_info(), "pss", 0) or process.memory_info().rss
+    return 0

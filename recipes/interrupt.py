@@ -9,14 +9,14 @@ from types import TracebackType
 EXIT_CODE = 130
 
 
-def tell_interrupt(advice: str = "run the same command again") -> int:
+def print_interrupt(advice: str = "run the same command again") -> int:
     """Print the one line on stderr; the exit code."""
     print(f"\ninterrupted; {advice}", file=sys.stderr)
     return EXIT_CODE
 
 
 def catch_interrupts() -> None:
-    """From here on, a Ctrl-C that nothing catches is told by `tell_interrupt` instead of a traceback.
+    """From here on, a Ctrl-C that nothing catches is told by `print_interrupt` instead of a traceback.
 
     Where `python -m` has only begun to import (it has not yet put the module's path in place of `-m`): a library that
     is imported must not change how its host ends.
@@ -28,5 +28,5 @@ def catch_interrupts() -> None:
 def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     if issubclass(kind, KeyboardInterrupt):
         is_first = os.environ.get("RANK", "0") == "0"  # of the ranks of a training stage
-        raise SystemExit(tell_interrupt() if is_first else EXIT_CODE)
+        raise SystemExit(print_interrupt() if is_first else EXIT_CODE)
     sys.__excepthook__(kind, error, trace)

@@ -79,12 +79,12 @@ def parse_command_line(
     try:
         recipe = load_recipe(schema, arguments.recipe, arguments.overrides)
     except RecipeError as error:
-        tell_error(error)
+        print_error(error)
         sys.exit(2)
     return CommandLine(recipe, Path(arguments.recipe), arguments.dry_run, tuple(arguments.overrides))
 
 
-def tell_error(error: Exception, title: str | None = None) -> None:
+def print_error(error: Exception, title: str | None = None) -> None:
     """One message for a user on stderr: `title`, or else the kind of the error, and its words as they are."""
     text = f"[bold red]{title or type(error).__name__}[/]: {escape(str(error))}"
     Console(stderr=True).print(text, highlight=False, soft_wrap=True)

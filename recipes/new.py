@@ -20,16 +20,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from recipes.interrupt import tell_interrupt
+from recipes.interrupt import print_interrupt
 from recipes.loader import RecipeError, load_recipe
 from recipes.new_recipes import Choices, choose, write_recipes
-from recipes.pipeline import PIPELINE_FILE, schema_of, tell_problems
+from recipes.pipeline import PIPELINE_FILE, print_problems, schema_of
 
 RECIPES = Path(__file__).parent
 LIKE = ("demo", "mqa_1b")
 
 
-def tell_found(found: Any, data: Path, console: Console) -> None:
+def print_found(found: Any, data: Path, console: Console) -> None:
     """What was read, who speaks, and the first bad records with their reasons."""
     look = importlib.import_module("data.inspect.folder")
     dialogues = found.dialogues
@@ -77,9 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         found, choices = run(arguments.folder, arguments.data, arguments.like)
     except KeyboardInterrupt:
-        return tell_interrupt("nothing was written")
+        return print_interrupt("nothing was written")
     except (ValueError, OSError) as error:
-        tell_problems(error)
+        print_problems(error)
         return 2
     tell(found, choices, arguments, Console())
     return 0
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def tell(found: Any, choices: Choices, arguments: argparse.Namespace, console: Console) -> None:
     """What was found, what was chosen, what was written, and what to do next."""
-    tell_found(found, arguments.data, console)
+    print_found(found, arguments.data, console)
     files = ", ".join([PIPELINE_FILE, *(f"{stage}.yaml" for stage in choices.stages)])
     for line in (
         *(f"- {line}" for line in choices.told),

@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from recipes.child_process import Ended, StopRequests, run_child
-from recipes.interrupt import tell_interrupt
+from recipes.interrupt import print_interrupt
 from recipes.loader import RecipeError, Section, load_recipe, read_document
 from recipes.plan_check import PlanCheck
 from recipes.run_directory import (
@@ -34,7 +35,7 @@ from recipes.run_directory import (
     move_aside,
     read_done,
 )
-from recipes.stages import LAUNCHER, STAGES, Stage, entry_module
+from recipes.stages import LAUNCHER, STAGES, EntryPoint, entry_module
 
 PIPELINE_FILE = "pipeline.yaml"
 DEMO_BUNDLE = "runs/demo/export"
@@ -56,11 +57,11 @@ class PipelineRecipe(Section):
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedStage:
     """A stage of this pipeline, with the overrides meant for it."""
 
     name: str
-    stage: Stage
+    stage: EntryPoint
     recipe_path: Path
     nproc_per_node: int
     overrides: tuple[str, ...]
@@ -104,7 +105,7 @@ class Row:
     key_figure: str
 
 
-def plan(folder: Path, runs: str | None, overrides: Sequence[str]) -> list[Planned]:
+def plan(folder: Path, runs: str | None, overrides: Sequence[str]) -> list[PlannedStage]:
     """The stages of `folder`, in order. Raises RecipeError, with the problems of every recipe file."""
     if not folder.is_dir():
         raise RecipeError(f"{folder}: no such folder; expected one with {PIPELINE_FILE}, such as recipes/demo")
@@ -122,10 +123,15 @@ def plan(folder: Path, runs: str | None, overrides: Sequence[str]) -> list[Plann
             problems.append(str(error))
     if problems:
         raise RecipeError("\n".join(problems))
-    directories = [one.run_dir.resolve() for one in planned]
-    if shared := {str(one.run_dir) for one in planned if directories.count(one.run_dir.resolve()) > 1}:
-        raise RecipeError(f"{folder}: run_dir {', '.join(sorted(shared))} is that of two stages; each needs its own")
+    check_run_dirs_differ(planned)
     return planned
+
+
+def check_run_dirs_differ(planned: Sequence[PlannedStage]) -> None:
+    """Raise RecipeError if two stages have the same run directory."""
+    counts = Counter(one.run_dir.resolve() for one in planned)
+    if shared := {str(one.run_dir) for one in planned if counts[one.run_dir.resolve()] > 1}:
+        raise RecipeError(f"run_dir {', '.join(sorted(shared))} is used twice; every run needs its own")
 
 
 def _by_stage(overrides: Sequence[str], names: Sequence[str]) -> dict[str, list[str]]:
@@ -142,7 +148,7 @@ def _by_stage(overrides: Sequence[str], names: Sequence[str]) -> dict[str, list[
 
 def _plan_stage(
     name: str, entry: StageEntry, folder: Path, runs: str, other_runs: str | None, overrides: list[str]
-) -> Planned:
+) -> PlannedStage:
     path = folder / entry.recipe
     written = read_document(path).data
     stage = written.get("stage")
@@ -154,7 +160,7 @@ def _plan_stage(
     document = read_document(path, [*moved, *overrides])
     if not isinstance(document.data.get("run_dir"), str):
         raise RecipeError(f"{path}: run_dir: found {document.data.get('run_dir')!r}, expected a string")
-    return Planned(name, STAGES[stage], path, entry.nproc_per_node, (*moved, *overrides), document.data)
+    return PlannedStage(name, STAGES[stage], path, entry.nproc_per_node, (*moved, *overrides), document.data)
 
 
 def _moved(node: Any, old: str, new: str, key: str = "") -> Iterator[str]:
@@ -191,7 +197,7 @@ def schema_of(stage: str) -> type[BaseModel]:
     return found.pop()
 
 
-def check(stages: Sequence[Planned]) -> None:
+def check(stages: Sequence[PlannedStage]) -> None:
     """Load every recipe with its schema, so that no problem of the last one shows after a run. Raises RecipeError."""
     problems = []
     for planned in stages:
@@ -203,7 +209,7 @@ def check(stages: Sequence[Planned]) -> None:
         raise RecipeError("\n".join(problems))
 
 
-def check_together(stages: Sequence[Planned], console: Console, reads_sources: bool) -> None:
+def check_together(stages: Sequence[PlannedStage], console: Console, reads_sources: bool) -> None:
     """Check every recipe, and what stages need of each other; print what will be done otherwise than asked.
 
     Raises RecipeError with all problems, also where the last recipe has one: nothing has run yet.
@@ -216,7 +222,7 @@ def check_together(stages: Sequence[Planned], console: Console, reads_sources: b
             console.print(note, highlight=False, markup=False, soft_wrap=True)
 
 
-def run(stages: Sequence[Planned], console: Console, stops: StopRequests) -> int:
+def run(stages: Sequence[PlannedStage], console: Console, stops: StopRequests) -> int:
     """Run what is not finished, in order; the exit code. Raises RunDirectoryError, or RecipeError before training."""
     rows = []
     is_checked = False
@@ -234,17 +240,17 @@ def run(stages: Sequence[Planned], console: Console, stops: StopRequests) -> int
         done = read_done(planned.run_dir)
         if stops.received:
             left = "is finished" if done else "has stopped"
-            console.print(f"{planned.name} {left}; the same command continues from here", highlight=False)
+            console.print(f"{planned.name} {left}; run the same command to continue", highlight=False)
             return 128 + stops.received[0]
         if done is None or (ended and ended.code):
             assert ended is not None
-            return _tell_failure(planned, ended, console)
+            return _print_failure(planned, ended, console)
         rows.append(Row(planned.name, ended, str(done["key_figure"])))
-    _tell_end(stages, rows, console)
+    _print_summary(stages, rows, console)
     return 0
 
 
-def make_room(planned: Planned, console: Console) -> RunState:
+def make_room(planned: PlannedStage, console: Console) -> RunState:
     """The state of the stage's run directory, once a run of another recipe or other inputs is out of the way."""
     state, differences = planned.inspect()
     if not differences:
@@ -272,7 +278,7 @@ def stage_environment(nproc_per_node: int) -> dict[str, str]:
     return defaults | dict(os.environ)
 
 
-def _tell_failure(planned: Planned, ended: Ended, console: Console) -> int:
+def _print_failure(planned: PlannedStage, ended: Ended, console: Console) -> int:
     how = f"failed with exit code {ended.code}" if ended.code else "ended before it was finished"
     console.print(f"\n[bold red]{planned.name} {how}[/] after {minutes(ended.seconds)}", highlight=False)
     console.print(
@@ -282,7 +288,7 @@ def _tell_failure(planned: Planned, ended: Ended, console: Console) -> int:
     return ended.code if ended.code > 0 else 128 - ended.code if ended.code < 0 else 1
 
 
-def _tell_end(stages: Sequence[Planned], rows: Sequence[Row], console: Console) -> None:
+def _print_summary(stages: Sequence[PlannedStage], rows: Sequence[Row], console: Console) -> None:
     table = Table("stage", "key figure", title="the pipeline's stages", title_justify="left")
     table.add_column("time", justify="right")
     table.add_column("peak memory", justify="right")
@@ -310,7 +316,7 @@ def minutes(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def _tell_plan(stages: Sequence[Planned], console: Console) -> None:
+def print_plan(stages: Sequence[PlannedStage], console: Console) -> None:
     table = Table("stage", "state", "command", title="what would run", title_justify="left")
     again: list[str] = []
     for planned in stages:
@@ -323,7 +329,7 @@ def _tell_plan(stages: Sequence[Planned], console: Console) -> None:
     console.print(table)
 
 
-def shown_state(planned: Planned) -> str:
+def shown_state(planned: PlannedStage) -> str:
     """What a dry run says of the stage's run directory."""
     try:
         state, differences = planned.inspect()
@@ -332,7 +338,7 @@ def shown_state(planned: Planned) -> str:
     return "of another recipe or inputs" if differences else state.value
 
 
-def reads(planned: Planned, run_dir: str) -> bool:
+def reads(planned: PlannedStage, run_dir: str) -> bool:
     """Whether an input of the stage lies in a run directory."""
     try:
         inputs = planned.inputs()
@@ -341,7 +347,7 @@ def reads(planned: Planned, run_dir: str) -> bool:
     return any(is_below(str(path), run_dir) for path in inputs.values())
 
 
-def tell_problems(error: Exception) -> None:
+def print_problems(error: Exception) -> None:
     """The kind of an error on a line of its own, and below it its lines."""
     errors = Console(stderr=True)
     errors.print(f"[bold red]{type(error).__name__}[/]")
@@ -361,13 +367,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         stages = plan(arguments.folder, arguments.runs, arguments.overrides)
         check_together(stages, console, reads_sources=arguments.dry_run)
         if arguments.dry_run:
-            _tell_plan(stages, console)
+            print_plan(stages, console)
             return 0
         return run(stages, console, StopRequests())
     except KeyboardInterrupt:
-        return tell_interrupt()
+        return print_interrupt()
     except (RecipeError, RunDirectoryError) as error:
-        tell_problems(error)
+        print_problems(error)
         return 2
 
 

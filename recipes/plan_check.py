@@ -14,7 +14,7 @@ from recipes.loader import RecipeError
 from recipes.run_directory import damage, read_done
 
 if TYPE_CHECKING:
-    from recipes.pipeline import Planned
+    from recipes.pipeline import PlannedStage
 
 
 class PlanCheck:
@@ -25,7 +25,7 @@ class PlanCheck:
     `reads_sources`: whether the sources of data that is still to be prepared are read for it.
     """
 
-    def __init__(self, stages: Sequence[Planned], reads_sources: bool) -> None:
+    def __init__(self, stages: Sequence[PlannedStage], reads_sources: bool) -> None:
         self.stages, self.reads_sources = stages, reads_sources
         self.problems: list[str] = []
         self.notes: list[str] = []
@@ -109,14 +109,14 @@ class PlanCheck:
         """Whether a stage that is still to run writes it."""
         return any(Path(os.path.realpath(path)).is_relative_to(run_dir) for run_dir in self._planned)
 
-    def _recipe(self, planned: Planned) -> Any:
+    def _recipe(self, planned: PlannedStage) -> Any:
         """None where it cannot be read, which is told where its stage is asked."""
         try:
             return planned.recipe
         except RecipeError:
             return None
 
-    def _is_there(self, planned: Planned) -> bool:
+    def _is_there(self, planned: PlannedStage) -> bool:
         """Whether no source is written by a stage that is still to run."""
         return not any(map(self.is_to_come, _locations(planned.written.get("sources"))))
 

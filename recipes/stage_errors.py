@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from recipes.loader import tell_error
+from recipes.loader import print_error
 
 USER_ERROR = 2
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -22,7 +22,7 @@ _REMEDIES = {
 }
 
 
-def run_told(
+def run_entry(
     action: Callable[[], object],
     run_dir: str | Path,
     errors: tuple[type[Exception], ...] = (ValueError,),
@@ -37,17 +37,17 @@ def run_told(
     except passed_on:
         raise
     except OSError as error:
-        tell_os_error(error, run_dir)
+        print_os_error(error, run_dir)
     except errors as error:
-        tell_error(error)
+        print_error(error)
     else:
         return 0
     return USER_ERROR
 
 
-def tell_os_error(error: OSError, run_dir: str | Path) -> None:
+def print_os_error(error: OSError, run_dir: str | Path) -> None:
     """One message for a user on stderr."""
-    tell_error(OSError(describe_os_error(error, run_dir)), "file system")
+    print_error(OSError(describe_os_error(error, run_dir)), "file system")
 
 
 def describe_os_error(error: OSError, run_dir: str | Path) -> str:

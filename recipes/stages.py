@@ -11,7 +11,7 @@ LAUNCHER = "train.launch"
 
 
 @dataclass(frozen=True)
-class Stage:
+class EntryPoint:
     """An entry point. `distributed` ones may run as several ranks, one process a device."""
 
     module: str
@@ -24,16 +24,16 @@ class Stage:
 
 
 # The schema of a stage is the Section of its module whose `stage` is this name (tests/recipes/test_recipe_files.py).
-STAGES: dict[str, Stage] = {
-    "data": Stage("data.prepare"),
-    "feedback": Stage("data.feedback"),
-    "pretrain": Stage("train.pretrain", distributed=True),
-    "sft": Stage("train.sft", distributed=True),
-    "engagement": Stage("train.engagement", distributed=True),
-    "dpo": Stage("train.dpo", distributed=True),
-    "eval": Stage("eval.run"),
-    "ablation": Stage("eval.ablation"),
-    "export": Stage("serving_export.export"),
+STAGES: dict[str, EntryPoint] = {
+    "data": EntryPoint("data.prepare"),
+    "feedback": EntryPoint("data.feedback"),
+    "pretrain": EntryPoint("train.pretrain", distributed=True),
+    "sft": EntryPoint("train.sft", distributed=True),
+    "engagement": EntryPoint("train.engagement", distributed=True),
+    "dpo": EntryPoint("train.dpo", distributed=True),
+    "eval": EntryPoint("eval.run"),
+    "ablation": EntryPoint("eval.ablation"),
+    "export": EntryPoint("serving_export.export"),
 }
 
 

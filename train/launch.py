@@ -16,7 +16,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from recipes.interrupt import EXIT_CODE as INTERRUPTED
-from recipes.loader import tell_error
+from recipes.loader import print_error
 from recipes.stage_errors import USER_ERROR
 
 _QUIET = ("torch.distributed.elastic.multiprocessing", "torch.distributed.elastic.agent", "torch.distributed.run")
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"rank {rank} (pid {failure.pid}) was ended by {name}", file=sys.stderr)
         return exit_code(list(error.failures.values()))
     except ValueError as error:  # of options that do not fit each other
-        tell_error(error)
+        print_error(error)
         return USER_ERROR
     return 0
 

@@ -20,10 +20,10 @@ from model.attention_ops import choose_backend
 from model.execution import shape_blocks, what_slows
 from model.weights import copy_model, save_model
 from recipes.interrupt import EXIT_CODE as INTERRUPTED
-from recipes.interrupt import tell_interrupt
-from recipes.loader import CommandLine, dump_recipe, parse_command_line, tell_error
+from recipes.interrupt import print_interrupt
+from recipes.loader import CommandLine, dump_recipe, parse_command_line, print_error
 from recipes.run_directory import RunState, finish_run, prepare_run_directory
-from recipes.stage_errors import USER_ERROR, run_told, tell_os_error
+from recipes.stage_errors import USER_ERROR, print_os_error, run_entry
 from train.checkpoint.best import BestWeights
 from train.checkpoint.checkpoint import CheckpointError, Checkpoints, CheckpointState, Write
 from train.checkpoint.hashed_file import file_hash
@@ -53,7 +53,7 @@ def run_stage(schema: type[R], description: str | None, plan: Callable[[R], Plan
     with rank_0_speaks():
         command = parse_command_line(schema, description=description)
         planned: list[Plan] = []
-        if code := run_told(lambda: planned.append(_checked(plan, command)), command.recipe.run_dir):
+        if code := run_entry(lambda: planned.append(_checked(plan, command)), command.recipe.run_dir):
             sys.exit(code)
         if command.dry_run:
             console = Console()
@@ -83,9 +83,9 @@ def _run_ranks(recipe: TrainingRecipe, plan: Plan) -> int:
                 return _run(recipe, plan, world, console, stop)
             except KeyboardInterrupt:
                 code = INTERRUPTED if stop.by_keyboard else 0
-                return watchdog.end(code, partial(tell_interrupt, "the same command continues"))
+                return watchdog.end(code, partial(print_interrupt, "the same command continues"))
             except (TrainingError, CheckpointError) as error:
-                return watchdog.end(TRAINING_FAILED, partial(tell_error, error))
+                return watchdog.end(TRAINING_FAILED, partial(print_error, error))
             except RuntimeError as error:
                 if not watchdog.explains(error):
                     raise
@@ -93,9 +93,9 @@ def _run_ranks(recipe: TrainingRecipe, plan: Plan) -> int:
             except OSError as error:
                 # what does not exist is the user's; a full or broken disk is not, and what was saved before is there
                 code = USER_ERROR if isinstance(error, FileNotFoundError) else TRAINING_FAILED
-                return watchdog.end(code, partial(tell_os_error, error, recipe.run_dir))
+                return watchdog.end(code, partial(print_os_error, error, recipe.run_dir))
             except ValueError as error:
-                return watchdog.end(USER_ERROR, partial(tell_error, error))
+                return watchdog.end(USER_ERROR, partial(print_error, error))
     finally:
         stop.end()
         torch.distributed.destroy_process_group()

@@ -25,7 +25,7 @@ from data.inspect.terminal_text import visible
 from data.packed.packing import NO_DIALOGUE
 from data.packed.shards import MANIFEST_FILE, PackedDataset, PackedRow, ShardError
 from data.pipeline.report import side_table
-from recipes.stage_errors import run_told
+from recipes.stage_errors import run_entry
 
 SIDES = ("train", "heldout")
 HISTOGRAM_FILE = Path("plots") / "document_lengths.png"
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.count < 0 or arguments.seed < 0:
         parser.error("--count and --seed: expected numbers of at least 0")
-    return run_told(lambda: show(arguments, Console()), arguments.run_dir, (ShardError, TokenizerError))
+    return run_entry(lambda: show(arguments, Console()), arguments.run_dir, (ShardError, TokenizerError))
 
 
 if __name__ == "__main__":

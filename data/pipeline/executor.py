@@ -35,7 +35,7 @@ _SECONDS_UNTIL_MISSED = 30.0  # a shared file system may show a marker later tha
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class DataStage:
     """A datatrove pipeline and the number of its tasks."""
 
     name: str
@@ -43,7 +43,7 @@ class Stage:
     n_tasks: int
 
 
-Runner = Callable[[Stage, Path], "PipelineExecutor"]
+Runner = Callable[[DataStage, Path], "PipelineExecutor"]
 """Runs the incomplete tasks of a stage with logs in a folder. It need not raise where some fail."""
 
 
@@ -61,7 +61,7 @@ class LocalSettings(Section):
 
         with process_pool(self.workers) as pool:
 
-            def run(stage: Stage, logs: Path) -> "PipelineExecutor":
+            def run(stage: DataStage, logs: Path) -> "PipelineExecutor":
                 executor = LocalPipelineExecutor(stage.pipeline, stage.n_tasks, logging_dir=str(logs))
                 run_ranks(executor, pool)
                 return executor
@@ -76,7 +76,7 @@ class _ClusterSettings(Section):
     tasks_per_job: int = Field(default=1, ge=1)
     cpus_per_task: int = Field(default=1, ge=1)
 
-    def arguments(self, stage: Stage, logs: Path) -> dict[str, Any]:
+    def arguments(self, stage: DataStage, logs: Path) -> dict[str, Any]:
         """Arguments that both executors take."""
         names = ("tasks_per_job", "cpus_per_task", "mem_per_cpu_gb")
         same = {name: getattr(self, name) for name in names}
@@ -105,7 +105,7 @@ class SlurmSettings(_ClusterSettings):
                 raise StageError(f"executor.kind slurm needs {command}, which is not on PATH; run this on a login node")
         environment = self.env_command or f'export PATH="{Path(sys.executable).parent}:$PATH"'
 
-        def run(stage: Stage, logs: Path) -> "PipelineExecutor":
+        def run(stage: DataStage, logs: Path) -> "PipelineExecutor":
             executor = SlurmPipelineExecutor(
                 **self.arguments(stage, logs),
                 time=self.time,
@@ -174,7 +174,7 @@ class RaySettings(_ClusterSettings):
         except ConnectionError as error:
             raise StageError(f"executor.address {self.address}: no Ray cluster there ({error})") from None
 
-        def run(stage: Stage, logs: Path) -> "PipelineExecutor":
+        def run(stage: DataStage, logs: Path) -> "PipelineExecutor":
             executor = RayPipelineExecutor(**self.arguments(stage, logs), workers=self.workers)
             executor.run()
             return executor
@@ -188,7 +188,7 @@ class RaySettings(_ClusterSettings):
 Executor = Annotated[LocalSettings | SlurmSettings | RaySettings, Field(discriminator="kind")]
 
 
-def run_stage(run: Runner, stage: Stage, logs: Path) -> None:
+def run_stage(run: Runner, stage: DataStage, logs: Path) -> None:
     """Run what is left of a stage. Raises the error of a task, or StageError where tasks ended without an error.
 
     datatrove's messages are written to executor.log in `logs`.
@@ -205,7 +205,7 @@ def run_stage(run: Runner, stage: Stage, logs: Path) -> None:
         raise _failure_of(stage, logs, len(left))
 
 
-def _failure_of(stage: Stage, logs: Path, n_left: int) -> Exception:
+def _failure_of(stage: DataStage, logs: Path, n_left: int) -> Exception:
     """The first error that a task of the stage has written, if any."""
     for path in sorted((logs / FAILURES).glob("*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -17,7 +17,7 @@ from datatrove.utils.text import TextNormConfig, simplify_text
 from datatrove.utils.word_tokenizers import WordTokenizer
 
 from data.clean.near_duplicates import NearDuplicates, compared_text
-from data.pipeline.executor import Stage
+from data.pipeline.executor import DataStage
 from data.pipeline.item_step import ItemStep
 from data.pipeline.read import UnitResults
 from data.pipeline.work_folder import WorkFolder
@@ -174,12 +174,12 @@ def repeated_rows(rows: np.ndarray, groups: np.ndarray) -> list[int]:
 
 def minhash_stages(
     work: WorkFolder, texts_of_unit: TextsOfUnit, n_units: int, settings: NearDuplicates, n_tasks: int
-) -> list[Stage]:
+) -> list[DataStage]:
     """The stages in order; `texts_of_unit(unit)` gives the text of every row of a unit, and is sent to other processes.
     When they are done, `near_duplicates` has the result."""
     return [
-        Stage(SIGNATURES, [SignUnits(work, texts_of_unit, n_units, settings)], n_tasks),
-        Stage(CLUSTERS, [KeepFirst(work, n_units, settings)], 1),
+        DataStage(SIGNATURES, [SignUnits(work, texts_of_unit, n_units, settings)], n_tasks),
+        DataStage(CLUSTERS, [KeepFirst(work, n_units, settings)], 1),
     ]
 
 

@@ -17,8 +17,8 @@ from data.prompt.template import (
     PromptTemplate,
 )
 from data.prompt.values import PromptError
-from recipes.loader import tell_error
-from recipes.stage_errors import USER_ERROR, tell_os_error
+from recipes.loader import print_error
+from recipes.stage_errors import USER_ERROR, print_os_error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _check(arguments) if arguments.command == "check" else _reuse(arguments)
     except ValueError as error:  # what a user can get wrong; all of it names what was found
-        tell_error(error)
+        print_error(error)
     except OSError as error:
-        tell_os_error(error, Path())
+        print_os_error(error, Path())
     return USER_ERROR
 
 

@@ -46,7 +46,7 @@ from recipes.files import write_text
 from recipes.json_text import json_text
 from recipes.loader import dump_recipe, parse_command_line
 from recipes.run_directory import RunState, finish_run, prepare_run_directory, read_done
-from recipes.stage_errors import run_told
+from recipes.stage_errors import run_entry
 
 # Tokens of its document that a target can read. 128 is the window of the ablation's local layers.
 CONTEXT_BINS = ((1, 31), (32, 63), (64, 127), (128, 255), (256, 511), (512, 10**9))
@@ -237,7 +237,7 @@ def main() -> int:
         print_inputs(recipe.inputs(), console)
 
     action = dry_run if command.dry_run else run
-    return run_told(lambda: action(command.recipe, console), command.recipe.run_dir)
+    return run_entry(lambda: action(command.recipe, console), command.recipe.run_dir)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from eval.parts.training_curve import METRICS, MetricsError, read_records
 from recipes.json_text import as_number
-from recipes.loader import tell_error
+from recipes.loader import print_error
 
 
 class CompareError(ValueError):
@@ -52,7 +52,7 @@ def main() -> int:
             difference, step, n_steps = largest_difference(losses(run_dir), reference)
             table.add_row(str(run_dir), str(n_steps), f"{difference:.1e}", str(step))
     except (CompareError, MetricsError) as error:
-        tell_error(error)
+        print_error(error)
         return 2
     console.print(table)
     return 0

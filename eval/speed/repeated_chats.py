@@ -18,7 +18,7 @@ from rich.progress import track
 
 from data.format.dialogue import Dialogue, DialogueError, Message
 from data.format.dialogue_json import read_dialogues
-from recipes.loader import tell_error
+from recipes.loader import print_error
 
 _WORD = re.compile(r"\w+")
 _SHARE_CHANGED = 0.2
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     file.write(next(lines).encode())
         console.print(f"{arguments.out}: {arguments.out.stat().st_size / 1e9:.2f} GB", highlight=False)
     except (DialogueError, OSError) as error:
-        tell_error(error)
+        print_error(error)
         return 2
     except KeyboardInterrupt:
         return 130

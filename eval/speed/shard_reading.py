@@ -19,7 +19,7 @@ from data.packed.batch import collate
 from data.packed.mixture import training_order
 from data.packed.sampler import rows_of_rank
 from data.packed.shards import PackedDataset, ShardError
-from recipes.loader import tell_error
+from recipes.loader import print_error
 
 
 def forget(directory: Path) -> None:
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rate = n_tokens / seconds
             table.add_row(name, f"{n_tokens:,}", f"{rate:,.0f}", f"{arguments.tokens_per_second / rate:.2%}")
     except (ShardError, OSError) as error:
-        tell_error(error)
+        print_error(error)
         return 2
     Console().print(table)
     return 0

@@ -32,11 +32,11 @@ from model.portability import describe
 from model.transformer import Transformer
 from model.weights import load_config, load_model, write_tensors
 from recipes.files import sync_path, write_json
-from recipes.loader import Section, dump_recipe, parse_command_line, tell_error
+from recipes.loader import Section, dump_recipe, parse_command_line, print_error
 from recipes.plan_check import PlanCheck
 from recipes.run_directory import RunState, finish_run, prepare_run_directory, read_done
 from recipes.run_identity import Location
-from recipes.stage_errors import run_told
+from recipes.stage_errors import run_entry
 from serving_export.export.chat_template import chat_template
 from serving_export.export.manifest import SERVING, Defaults, write_defaults, write_manifest
 from serving_export.export.parity import (
@@ -318,9 +318,9 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     action = print_plan if command.dry_run else run
     try:
-        return run_told(lambda: action(recipe, console), recipe.run_dir, (ValueError,), passed_on=(ParityError,))
+        return run_entry(lambda: action(recipe, console), recipe.run_dir, (ValueError,), passed_on=(ParityError,))
     except ParityError as error:
-        tell_error(error, "the bundle differs from our runtime; nothing was exported")
+        print_error(error, "the bundle differs from our runtime; nothing was exported")
         return 1
 
 

@@ -29,12 +29,12 @@ def test_two_requests_between_two_looks_kill_what_does_not_listen(stops: StopReq
         child = Child([sys.executable, "-c", deaf], os.environ, log=file)
     while log.read_text() != "deaf\n":
         time.sleep(0.02)
-    assert child.look(stops) is None
+    assert child.poll(stops) is None
     stops.received += [signal.SIGTERM, signal.SIGTERM]
-    assert child.look(stops) is None  # asks
-    assert child.look(stops) is None  # kills
+    assert child.poll(stops) is None  # asks
+    assert child.poll(stops) is None  # kills
     child.process.wait(30)
-    ended = child.look(stops)
+    ended = child.poll(stops)
     assert ended is not None
     assert ended.code == -signal.SIGKILL
     assert ended.peak_bytes > 0
@@ -42,6 +42,6 @@ def test_two_requests_between_two_looks_kill_what_does_not_listen(stops: StopReq
 
 def test_what_need_not_be_measured_is_not(stops: StopRequests) -> None:
     child = Child([sys.executable, "-c", "import time; time.sleep(0.2)"], os.environ)
-    while (ended := child.look(stops, measure=False)) is None:
+    while (ended := child.poll(stops, measure=False)) is None:
         time.sleep(0.02)
     assert (ended.code, ended.peak_bytes) == (0, 0)

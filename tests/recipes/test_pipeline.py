@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 from recipes.child_process import StopRequests, run_child
 from recipes.pipeline import main, plan, stage_environment
 from recipes.run_directory import read_done
-from recipes.stages import STAGES, Stage
+from recipes.stages import STAGES, EntryPoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,8 +62,8 @@ if __name__ == "__main__":
 '''
 DRIVER = """
 import sys
-from recipes.stages import STAGES, Stage
-STAGES["data"] = STAGES["eval"] = Stage("toy_stage")
+from recipes.stages import STAGES, EntryPoint
+STAGES["data"] = STAGES["eval"] = EntryPoint("toy_stage")
 from recipes.pipeline import main
 sys.exit(main())
 """
@@ -81,8 +81,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "toy_stage", raising=False)
-    monkeypatch.setitem(STAGES, "data", Stage("toy_stage"))
-    monkeypatch.setitem(STAGES, "eval", Stage("toy_stage"))
+    monkeypatch.setitem(STAGES, "data", EntryPoint("toy_stage"))
+    monkeypatch.setitem(STAGES, "eval", EntryPoint("toy_stage"))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     monkeypatch.setenv("COLUMNS", "150")
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
@@ -272,7 +272,7 @@ def test_a_stop_request_reaches_the_stage(folder: Path, number: int, code: int) 
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == code
-    assert "first has stopped; the same command continues" in output
+    assert "first has stopped; run the same command to continue" in output
     assert not stage.is_running()
     assert launched(folder) == ["data new"]
 

@@ -16,7 +16,7 @@ import torch
 
 from model.weights import WeightsError, write_tensors
 from recipes.files import atomic_file
-from recipes.stage_errors import USER_ERROR, describe_os_error, run_told
+from recipes.stage_errors import USER_ERROR, describe_os_error, run_entry
 
 ROOT = Path(__file__).parents[2]
 IN_A_NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c"]
@@ -30,7 +30,7 @@ def can_mount() -> bool:
 
 
 def told(action: object, capsys: pytest.CaptureFixture[str]) -> str:
-    assert run_told(action, "runs/mine") == USER_ERROR  # type: ignore[arg-type]
+    assert run_entry(action, "runs/mine") == USER_ERROR  # type: ignore[arg-type]
     (line,) = capsys.readouterr().err.splitlines()
     return line
 

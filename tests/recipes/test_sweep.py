@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from rich.console import Console
 
 from recipes.child_process import StopRequests
 from recipes.loader import RecipeError
 from recipes.run_directory import read_done
-from recipes.stages import STAGES, Stage
-from recipes.sweep import Variation, child_environment, main, plan, recipe_files, slots_of
-from recipes.sweep_display import Progress, read_progress
+from recipes.stages import STAGES, EntryPoint
+from recipes.sweep import Variation, child_environment, last_step_and_loss, main, plan, recipe_files, run_all, slots_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,6 +40,7 @@ class Toy(Section):
     lr: float
     do: Literal["finish", "fail", "meet", "sleep"] = "finish"
     fails_at: float = 0.0
+    loop: dict[str, int] = {}
 
     def inputs(self):
         return {}
@@ -47,6 +51,7 @@ if __name__ == "__main__":
     with prepare_run_directory(recipe.run_dir, recipe, {}) as state:
         with (runs / "launched").open("a") as file:
             file.write(f"{Path(recipe.run_dir).name} {os.environ.get('CUDA_VISIBLE_DEVICES', '-')}\\n")
+        (Path(recipe.run_dir) / "metrics.jsonl").write_text('{"step": 3, "loss": 1.25}\\n')
         print("pid", os.getpid(), flush=True)
         if recipe.do == "sleep":
             time.sleep(600)
@@ -63,8 +68,8 @@ if __name__ == "__main__":
 '''
 DRIVER = """
 import sys
-from recipes.stages import STAGES, Stage
-STAGES["pretrain"] = Stage("toy_trainer", distributed=True)
+from recipes.stages import STAGES, EntryPoint
+STAGES["pretrain"] = EntryPoint("toy_trainer", distributed=True)
 from recipes.sweep import main
 sys.exit(main())
 """
@@ -81,7 +86,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "toy_trainer", raising=False)
-    monkeypatch.setitem(STAGES, "pretrain", Stage("toy_trainer", distributed=True))
+    monkeypatch.setitem(STAGES, "pretrain", EntryPoint("toy_trainer", distributed=True))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -180,7 +185,7 @@ def test_a_dry_run_runs_nothing(folder: Path, capfd: pytest.CaptureFixture[str])
         (["--vary", "rate=1,2"], "rate"),
         (["--vary", "lr=fast"], "lr"),
         (["--jobs", "0"], "--jobs 0: expected 1 or more"),
-        (["run_dir=runs/same"], "run_dir runs/same is that of two runs"),
+        (["run_dir=runs/same"], "run_dir runs/same is used twice"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(
@@ -222,24 +227,47 @@ def test_ctrl_c_ends_the_children(folder: Path) -> None:
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
-    assert "the same command continues from here" in output
+    assert "run the same command to continue" in output
     assert output.count("stopped") >= 3
     assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
 def test_progress_is_read_from_a_file_being_written(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
-    assert read_progress(metrics) == Progress(0, None)
+    assert last_step_and_loss(metrics) == (0, None)
     lines = "".join(f'{{"step": {step}, "loss": {step / 10}}}\n' for step in range(1, 1000))
     metrics.write_text(lines + '{"step": 999, "heldout_loss": 3.0}\n{"step": 1000, "lo')
-    assert read_progress(metrics) == Progress(999, 99.9)
+    assert last_step_and_loss(metrics) == (999, 99.9)
+
+
+class Screen(io.StringIO):
+    """A terminal; asks the sweep to stop once the step of a run is on it."""
+
+    def __init__(self, stops: StopRequests) -> None:
+        super().__init__()
+        self.stops = stops
+
+    def write(self, text: str) -> int:
+        if "3/8" in text and not self.stops.received:
+            self.stops.received.append(signal.SIGTERM)
+        return super().write(text)
+
+
+def test_a_terminal_shows_step_loss_and_device_of_each_run(folder: Path) -> None:
+    stops = StopRequests()
+    screen = Screen(stops)
+    timer = threading.Timer(60, stops.received.append, [signal.SIGTERM])
+    timer.start()
+    runs, _ = plan([Path("a.yaml"), Path("b.yaml")], [], ["do=sleep", "loop.max_steps=8"])
+    assert run_all(runs, ["gpu7"], Console(file=screen, force_terminal=True, width=120), stops) == 128 + signal.SIGTERM
+    timer.cancel()
+    shown = screen.getvalue()
+    assert re.search(r"a +gpu7 +3/8 +1\.250 ", shown), shown
+    assert "1 running, 1 waiting" in shown
+    assert [run.outcome for run in runs] == ["stopped", "waiting"]
 
 
 def test_no_run_starts_once_asked_to_stop(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    from rich.console import Console
-
-    from recipes.sweep import run_all
-
     stops = StopRequests()
     stops.received.append(signal.SIGTERM)
     runs, _ = plan([Path("a.yaml")], [], [])

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.clean.near_duplicates import NearDuplicates
-from data.pipeline.executor import LocalSettings, Stage
+from data.pipeline.executor import DataStage, LocalSettings
 from data.pipeline.minhash import (
     CLUSTERS,
     SIGNATURES,
@@ -39,7 +39,7 @@ def similarity(one: str, other: str, n: int) -> float:
     return len(a & b) / len(a | b) if a | b else 0.0
 
 
-def run(stages: Sequence[Stage], order: Callable[[int], Sequence[int]] = range) -> None:
+def run(stages: Sequence[DataStage], order: Callable[[int], Sequence[int]] = range) -> None:
     for stage in stages:
         for rank in order(stage.n_tasks):
             for step in stage.pipeline:
