@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from data.format.dialogue import NARRATOR, Dialogue, Message, decode_reply, encode_reply
+from data.format.dialogue import NARRATOR, Dialogue, Message
+from data.format.encode import decode_reply, encode_reply
 from data.format.message_encoder import MessageEncoder
 from data.format.tokenizer import DialogueTokenizer
 from data.format.visible_text import says_nothing

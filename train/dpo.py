@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from data.clean.ledger import reasons_told
-from data.format.dialogue import encode_reply
+from data.format.encode import encode_reply
 from data.format.message_encoder import MessageEncoder
 from data.format.tokenizer import DialogueTokenizer
 from data.prompt.fit import fit_prompt

@@ -1,51 +1,29 @@
-"""The dialogue format: messages and dialogues, and their one form as tokens, for every stage.
+"""Messages and dialogues, and their supervision: which messages SFT trains, and the engagement labels.
 
-A dialogue is `<bos>` then, for each message, `<|message|>{speaker}: {text}<|end|>`. A generation prompt stops after
-`<|message|>{character}:`. A scene or a character definition is a message by the speaker `narrator`.
+A scene or a character definition is a message by the speaker `narrator`. data/format/encode.py has the token form.
 
-Two keys of a message's metadata say how a message of the character is supervised, in place of what the dialogue shows:
-`engagement_label` is 1, 0, or -1 for no label (see `continuation_labels`), and `trained: false` keeps it out of the
-loss of SFT, as a reply that its reader threw away must be. On anybody else's message they are an error. A key that is
-null says nothing, as if it were absent: Parquet cannot tell the two apart.
+Two metadata keys override the supervision of a character's message: `engagement_label` is 1, 0, or -1 for no label
+(see `continuation_labels`), and `trained: false` excludes it from SFT's loss, such as a reply that the user rejected.
+On messages of other speakers they are an error. Null is the same as absent: Parquet does not distinguish the two.
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any
 
 from data.sources.unix_time import TimeError, unix_seconds
 
 NARRATOR = "narrator"
-CONTROL_SURFACES = ("<pad>", "<unk>", "<bos>", "<|message|>", "<|end|>")  # in the order of their ids, 0 to 4
-WORD_JOINER = "\u2060"
+SPEAKER_END = ":"  # after the speaker's name, which must not contain it
 NO_LABEL = -1
 LABEL_KEY, TRAINED_KEY = "engagement_label", "trained"  # of a message's metadata
 
-_SURFACE = re.compile("|".join(re.escape(surface) for surface in CONTROL_SURFACES))
-_JOINERS = re.compile(f"{WORD_JOINER}({WORD_JOINER}?)")
 
 
 class DialogueError(ValueError):
     """A record that cannot be a message or a dialogue; the message says which value and what was expected."""
-
-
-class Encoder(Protocol):
-    """What this module needs of a tokenizer (DialogueTokenizer is one)."""
-
-    bos_id: int
-    message_id: int
-    end_id: int
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]: ...
-
-    def decode(self, ids: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,24 +99,6 @@ class Dialogue:
                 )
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedDialogue:
-    """A dialogue as tokens (length n, int64), with what supervises each of them.
-
-    `loss_mask`: 1 on the character's text and its `<|end|>`, unless its metadata says otherwise. `label`: at the
-    `<|end|>` that closes a message with a label (`continuation_labels`), 0 or 1; -1 everywhere else. `message_starts`:
-    positions of `<|message|>`; `text_starts`: positions of the first token after each "speaker:". `n_opening`: how many
-    messages of the narrator it begins with.
-    """
-
-    tokens: np.ndarray
-    loss_mask: np.ndarray
-    label: np.ndarray
-    message_starts: np.ndarray
-    text_starts: np.ndarray
-    n_opening: int = 0
-
-
 def check_speaker(name: object) -> None:
     """Raise DialogueError unless `name` can stand before ':' in a message."""
     if not isinstance(name, str):
@@ -150,7 +110,7 @@ def check_speaker(name: object) -> None:
 def _check_name(name: str) -> None:
     if not name.strip():
         raise DialogueError(f"speaker is {name!r}: expected a non-empty name")
-    if ":" in name or "\n" in name or "\r" in name:
+    if SPEAKER_END in name or "\n" in name or "\r" in name:
         raise DialogueError(f"speaker {name!r} contains ':' or a line break; rename the speaker in the source")
     _check_encodable("speaker", name)
 
@@ -193,58 +153,6 @@ def _check_encodable(what: str, text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DialogueError(f"{what} holds a lone surrogate at character {error.start}: not Unicode text") from None
-
-
-def escape(text: str) -> str:
-    """`text` with every control surface broken by U+2060 after its first character, and its own U+2060 doubled.
-
-    An engine that knows the control tokens as special strings can then never read one out of a user's text.
-    """
-    if WORD_JOINER in text:
-        text = text.replace(WORD_JOINER, WORD_JOINER * 2)
-    if "<" not in text:
-        return text
-    return _SURFACE.sub(lambda match: match[0][0] + WORD_JOINER + match[0][1:], text)
-
-
-def unescape(text: str) -> str:
-    """The exact inverse of `escape`: a pair of U+2060 becomes one, a single one goes."""
-    return _JOINERS.sub(r"\1", text) if WORD_JOINER in text else text
-
-
-def speaker_prefix(speaker: str) -> str:
-    """What stands between `<|message|>` and the text: the escaped name and a colon."""
-    return escape(speaker) + ":"
-
-
-def message_body(text: str) -> str:
-    """What stands between the colon and `<|end|>`: a space and the escaped text."""
-    return " " + escape(text)
-
-
-def encode_message(tokenizer: Encoder, message: Message) -> list[int]:
-    """`<|message|>speaker: text<|end|>` as token ids."""
-    prefix, body = tokenizer.encode_many([speaker_prefix(message.speaker), message_body(message.text)])
-    return [tokenizer.message_id, *prefix, *body, tokenizer.end_id]
-
-
-def encode_prompt(tokenizer: Encoder, messages: Sequence[Message], character: str) -> list[int]:
-    """The tokens to generate from: `<bos>`, the messages, `<|message|>character:`. The reply begins with its space."""
-    check_speaker(character)
-    ids = [tokenizer.bos_id]
-    for message in messages:
-        ids += encode_message(tokenizer, message)
-    return [*ids, tokenizer.message_id, *tokenizer.encode(speaker_prefix(character))]
-
-
-def encode_reply(tokenizer: Encoder, text: str) -> list[int]:
-    """A reply as it continues a generation prompt: " text" and `<|end|>`."""
-    return [*tokenizer.encode(message_body(text)), tokenizer.end_id]
-
-
-def decode_reply(tokenizer: Encoder, ids: Sequence[int]) -> str:
-    """The text of generated ids; exact inverse of `encode_reply`. Control tokens are dropped, one leading space too."""
-    return unescape(tokenizer.decode(ids).removeprefix(" "))
 
 
 def n_opening_messages(messages: Sequence[Message]) -> int:
@@ -305,31 +213,3 @@ def supervision(dialogue: Dialogue, within_seconds: float | None = None) -> tupl
     """For each message: whether SFT trains it, and its continuation label."""
     is_trained = [message.speaker == dialogue.character and message.is_trained for message in dialogue.messages]
     return is_trained, continuation_labels(dialogue, within_seconds)
-
-
-def encode_dialogue(
-    tokenizer: Encoder, dialogue: Dialogue, continue_within_seconds: float | None = None
-) -> EncodedDialogue:
-    """The dialogue as tokens with its character mask and continuation labels."""
-    texts: list[str] = []
-    for message in dialogue.messages:
-        texts += (speaker_prefix(message.speaker), message_body(message.text))
-    encoded = tokenizer.encode_many(texts)
-    is_trained, labels = supervision(dialogue, continue_within_seconds)
-    ids = [tokenizer.bos_id]
-    starts: list[int] = []
-    text_starts: list[int] = []
-    ends: list[int] = []
-    for prefix, body in zip(encoded[::2], encoded[1::2], strict=True):
-        starts.append(len(ids))
-        ids += (tokenizer.message_id, *prefix)
-        text_starts.append(len(ids))
-        ids += (*body, tokenizer.end_id)
-        ends.append(len(ids))
-    loss_mask = np.zeros(len(ids), dtype=np.uint8)
-    label = np.full(len(ids), NO_LABEL, dtype=np.int8)
-    for is_answer, continues, first, end in zip(is_trained, labels, text_starts, ends, strict=True):
-        label[end - 1] = continues
-        loss_mask[first:end] = is_answer
-    tokens, n_opening = np.asarray(ids, dtype=np.int64), n_opening_messages(dialogue.messages)
-    return EncodedDialogue(tokens, loss_mask, label, np.asarray(starts), np.asarray(text_starts), n_opening)

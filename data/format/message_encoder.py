@@ -1,4 +1,4 @@
-"""Messages to token ids, each encoded once: a conversation that comes back turn after turn costs look-ups."""
+"""Encodes messages with a cache: the earlier messages of a growing conversation are dictionary lookups."""
 
 from collections.abc import Sequence
 from operator import attrgetter
@@ -6,13 +6,14 @@ from threading import Lock
 
 from cachetools import LRUCache, cachedmethod
 
-from data.format.dialogue import Encoder, Message, check_speaker, encode_message, speaker_prefix
+from data.format.dialogue import Message
+from data.format.encode import Encoder, encode_header, encode_message
 
-_ENTRY_TOKENS = 16  # what an entry counts beside its tokens: it costs memory even without any
+_ENTRY_TOKENS = 16  # overhead of an entry
 
 
 def ids_cache(capacity_tokens: int) -> LRUCache:
-    """A least recently used cache of token ids that holds at most `capacity_tokens`, an entry counting 16 more."""
+    """An LRU cache of token ids of at most `capacity_tokens`, counting 16 for the overhead of each entry."""
     return LRUCache(capacity_tokens, _size)
 
 
@@ -23,7 +24,7 @@ def _size(ids: Sequence[int]) -> int:
 class MessageEncoder:
     """`encode_message` with a cache of at most `capacity_tokens`.
 
-    The key is (speaker, text), which is all that a message's ids depend on. May be used by several threads.
+    The key is (speaker, text), which determines a message's ids. Thread-safe.
     """
 
     def __init__(self, tokenizer: Encoder, capacity_tokens: int = 1_000_000):
@@ -33,16 +34,15 @@ class MessageEncoder:
 
     @cachedmethod(attrgetter("_ids"), lock=attrgetter("_lock"))
     def message(self, speaker: str, text: str) -> tuple[int, ...]:
-        """`<|message|>speaker: text<|end|>`. Raises DialogueError for a name or a text that no message can have."""
+        """`<|message|>speaker: text<|end|>`. Raises DialogueError for an invalid name or text."""
         return tuple(encode_message(self.tokenizer, Message(speaker, text)))
 
     @cachedmethod(attrgetter("_ids"), lock=attrgetter("_lock"))
     def opening(self, speaker: str) -> tuple[int, ...]:
-        """`<|message|>speaker:`, which a reply follows. Raises DialogueError for a bad name."""
-        check_speaker(speaker)
-        return (self.tokenizer.message_id, *self.tokenizer.encode(speaker_prefix(speaker)))
+        """`<|message|>speaker:`. Raises DialogueError for an invalid name."""
+        return tuple(encode_header(self.tokenizer, speaker))
 
     @property
     def size(self) -> int:
-        """Tokens held, an entry counting 16 more; never above the capacity."""
+        """Cached tokens, counting 16 for the overhead of each entry; never above the capacity."""
         return int(self._ids.currsize)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data.format.dialogue import CONTROL_SURFACES
+from data.format.encode import CONTROL_SURFACES
 
 MODEL_FILE = "tokenizer.model"
 _SENTENCEPIECE_SPACE = "\u2581"

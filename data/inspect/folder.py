@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from data.format.dialogue import LABEL_KEY, Dialogue, continuation_labels, encode_dialogue, message_body, speaker_prefix
+from data.format.dialogue import LABEL_KEY, Dialogue, continuation_labels
+from data.format.encode import encode_dialogue, texts_of
 from data.format.speaker_names import SpeakerNames, count_names
 from data.format.tokenizer import DialogueTokenizer, TokenizerError, train_tokenizer
 from data.packed.planned import READ_AT_MOST_BYTES, select_dialogues
@@ -144,7 +145,7 @@ def count_labels(dialogues: Iterable[Dialogue], within_seconds: float | None) ->
 
 def fit_tokenizer(dialogues: Sequence[Dialogue], vocab_size: int) -> DialogueTokenizer:
     """A tokenizer of these dialogues with at most `vocab_size` pieces, fewer where the texts support no more."""
-    texts = [text for d in dialogues for m in d.messages for text in (speaker_prefix(m.speaker), message_body(m.text))]
+    texts = texts_of(dialogues)
     while True:
         try:
             return train_tokenizer(texts, None, vocab_size, sample_characters=_TOKENIZER_CHARACTERS)

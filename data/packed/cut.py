@@ -1,22 +1,23 @@
-"""Cutting of dialogues longer than a row into documents. Each token of a dialogue is trained in one document; a later
-document begins with the narrator's opening and the newest messages before the cut, so that no reply stands without the
-message that it answers. These are repeated: read, but never trained and never labeled."""
+"""Splits dialogues longer than a row into documents. Each token of a dialogue is trained in one document. Later
+documents begin with repeated context (the narrator's opening and the newest messages before the split), which has no
+loss and no labels."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from data.format.dialogue import NO_LABEL, EncodedDialogue
-from data.packed.packing import Document
+from data.format.dialogue import NO_LABEL
+from data.format.encode import EncodedDialogue, EncodedDialogues
+from data.packed.packing import DOCUMENT, Document, EncodedCorpus, token_dtype
 
 _LEAST_NEW = 8  # tokens that a document trains at least: a character of four byte tokens always fits
 
 
 @dataclass(frozen=True, slots=True)
 class CutRule:
-    """Rows of `row_length` tokens, of which a later document repeats the narrator's opening (when it takes at most half
-    a row) and at most `context_tokens` of what follows it. `inside_character_V`: True for each id of the vocabulary
-    that continues a character of the text and so cannot begin a piece."""
+    """Rows of `row_length` tokens. A later document repeats the narrator's opening (if it takes at most half a row) and
+    at most `context_tokens` of what follows it. `inside_character_V`: True for ids that continue a UTF-8 character,
+    which cannot begin a document."""
 
     row_length: int
     context_tokens: int
@@ -27,9 +28,9 @@ class CutRule:
 
 
 def cut(encoded: EncodedDialogue, rule: CutRule, dialogue: int = 0) -> list[Document]:
-    """The dialogue as documents of at most `row_length` tokens, each of which begins with `<bos>`.
+    """The dialogue as documents of at most `row_length` tokens, each beginning with `<bos>`.
 
-    A dialogue that fits stays whole. A longer one is cut between messages, and a message that alone exceeds a row
+    A dialogue that fits is one document. A longer one is split between messages, and a message longer than a row
     between characters of its text.
     """
     if len(encoded.tokens) <= rule.row_length:
@@ -40,6 +41,29 @@ def cut(encoded: EncodedDialogue, rule: CutRule, dialogue: int = 0) -> list[Docu
 def repeats_opening(encoded: EncodedDialogue, rule: CutRule) -> bool:
     """Whether the narrator's opening is short enough to be repeated, or there is none."""
     return _opening_tokens(encoded) <= rule.row_length // 2
+
+
+def cut_all(encoded: EncodedDialogues, rule: CutRule, vocab_size: int) -> tuple[EncodedCorpus, list[int]]:
+    """The documents of all dialogues in order; their `dialogue` is its number in `encoded`. Also the numbers of the
+    split dialogues whose opening is too long to repeat."""
+    sizes, dtype = np.diff(encoded.edges), token_dtype(vocab_size)
+    whole = np.zeros(len(sizes), DOCUMENT)
+    whole["length"], whole["dialogue"] = sizes, np.arange(len(sizes))
+    parts: list[EncodedCorpus] = []
+    without_opening: list[int] = []
+    first = 0
+    for number in [*np.flatnonzero(sizes > rule.row_length).tolist(), len(sizes)]:
+        if number > first or not parts:  # dialogues that fit, up to the next one that does not
+            span = slice(int(encoded.edges[first]), int(encoded.edges[number]))
+            tokens = encoded.tokens[span].astype(dtype)
+            parts.append(EncodedCorpus(tokens, encoded.loss_mask[span], encoded.label[span], whole[first:number]))
+        if number < len(sizes):
+            one = encoded.one(number)
+            parts.append(EncodedCorpus.of(cut(one, rule, number), vocab_size))
+            if not repeats_opening(one, rule):
+                without_opening.append(number)
+        first = number + 1
+    return (parts[0] if len(parts) == 1 else EncodedCorpus.join(parts)), without_opening
 
 
 def _opening_tokens(encoded: EncodedDialogue) -> int:

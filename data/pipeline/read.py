@@ -16,7 +16,7 @@ from data.clean.records import Filters, passing, scrubbed, without_bad
 from data.clean.scrub import Scrub
 from data.format.dialogue import Dialogue, without_end_label
 from data.format.dialogue_json import from_json, to_json
-from data.format.rendered import MESSAGE, RenderedDialogues, render
+from data.format.encode import MESSAGE_COLUMNS, RenderedDialogues, render
 from data.packed.dialogue_table import table_of_columns
 from data.pipeline.item_step import ItemStep
 from data.pipeline.record import RECORD, ROW, participants_of, records_of, rows_of
@@ -35,7 +35,7 @@ _COLUMNS = {
     "records": RECORD,
     "participants": np.dtype("<u8"),
     "rows": ROW,
-    "messages": MESSAGE,
+    "messages": MESSAGE_COLUMNS,
     "texts": np.dtype("u1"),
     "ids": np.dtype("u1"),
 }
@@ -115,10 +115,10 @@ def _write(folder: Path, dialogues: Iterable[Dialogue], quarantine: Quarantine, 
                 not message.is_trained for dialogue in kept for message in dialogue.messages if message.metadata
             )
             lines = [to_json(dialogue) + b"\n" for dialogue in kept]
-            texts, messages, n_messages = render(kept, settings.continue_within_seconds)
+            rendered = render(kept, settings.continue_within_seconds)
             rows = rows_of(kept, settings.seed)
-            n_bytes = messages["prefix_bytes"].astype(np.int64) + messages["body_bytes"]
-            rows["text_bytes"] = np.diff(np.append(0, np.cumsum(n_bytes))[np.append(0, np.cumsum(n_messages))])
+            text_edges = np.append(0, np.cumsum(rendered.n_bytes))
+            rows["text_bytes"] = np.diff(text_edges[2 * np.append(0, np.cumsum(rendered.n_messages))])
             rows["line_bytes"] = [len(line) for line in lines]
             ids = [dialogue.id.encode() for dialogue in kept]
             rows["id_bytes"] = [len(name) for name in ids]
@@ -126,8 +126,8 @@ def _write(folder: Path, dialogues: Iterable[Dialogue], quarantine: Quarantine, 
             records_of(given, [dialogue is not None for dialogue in cleaned], settings.seed).tofile(columns["records"])
             participants_of(given).tofile(columns["participants"])
             rows.tofile(columns["rows"])
-            messages.tofile(columns["messages"])
-            columns["texts"].write(b"".join(texts))
+            rendered.messages.tofile(columns["messages"])
+            rendered.texts_B.tofile(columns["texts"])
             lines_file.write(b"".join(lines))
 
 

@@ -10,9 +10,9 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
-from data.format.rendered import encode_rendered
+from data.format.encode import add_control_tokens
 from data.format.tokenize import BulkEncoder
-from data.packed.cut import CutRule
+from data.packed.cut import CutRule, cut_all
 from data.packed.packing import DOCUMENT, EncodedCorpus, token_dtype
 from data.pipeline.item_step import ItemStep
 from data.pipeline.read import UnitResults
@@ -66,7 +66,8 @@ class TokenizeUnits(ItemStep):
     def do(self, number: int, folder: Path) -> None:
         if self._encoder is None:
             self._encoder = BulkEncoder(made_tokenizer(self.work))
-        rule = CutRule(self.row_length, self.context_tokens, self._encoder.tokenizer.inside_character())
+        tokenizer = self._encoder.tokenizer
+        rule = CutRule(self.row_length, self.context_tokens, tokenizer.inside_character())
         selection = Selection(self.work)
         unit, side_of_row = UnitResults(self.work, number), selection.sides(number)
         number_in_side = selection.numbers(number)
@@ -80,7 +81,9 @@ class TokenizeUnits(ItemStep):
             for rows, rendered in unit.rendered(_TEXT_BYTES_AT_ONCE):
                 is_kept = np.isin(side_of_row[rows], list(SIDES.values()))
                 rendered = rendered.of(is_kept)
-                corpus, without_opening = encode_rendered(rendered, self._encoder, rule)
+                ids, n_ids = self._encoder.encode(rendered.texts_B, rendered.n_bytes)
+                encoded = add_control_tokens(tokenizer, rendered, ids, n_ids)
+                corpus, without_opening = cut_all(encoded, rule, tokenizer.vocab_size)
                 origin = corpus.documents["dialogue"].copy()
                 corpus.documents["dialogue"] = number_in_side[rows][is_kept][origin]
                 side, characters = side_of_row[rows][is_kept], n_characters[rows][is_kept]

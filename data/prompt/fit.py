@@ -13,7 +13,8 @@ whose context was cut away whole, or whose newest message was cut short, would a
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data.format.dialogue import NARRATOR, Encoder, Message, n_opening_messages
+from data.format.dialogue import NARRATOR, Message, n_opening_messages
+from data.format.encode import Encoder
 from data.format.message_encoder import MessageEncoder
 from data.sources.record import LeftOut
 

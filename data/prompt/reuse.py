@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from data.format.dialogue import Dialogue, Message, message_body, n_opening_messages, speaker_prefix
+from data.format.dialogue import Dialogue, Message, n_opening_messages
 from data.format.dialogue_json import read_dialogues
+from data.format.encode import texts_of
 from data.format.message_encoder import MessageEncoder
 from data.format.tokenizer import DialogueTokenizer, TokenizerError, train_tokenizer
 from data.prompt.truncation import CONTEXT_COST, planned_parts, surviving_parts
@@ -209,7 +210,7 @@ def evenly(items: Sequence[Dialogue], n: int) -> list[Dialogue]:
 
 def tokenizer_for(dialogues: Sequence[Dialogue], vocab_size: int) -> DialogueTokenizer:
     """A tokenizer trained on the conversations themselves."""
-    texts = (text for d in dialogues for m in d.messages for text in (speaker_prefix(m.speaker), message_body(m.text)))
+    texts = texts_of(dialogues)
     return train_tokenizer(texts, None, vocab_size, sample_characters=_SAMPLE_CHARACTERS)
 
 

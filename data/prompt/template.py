@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from data.format.dialogue import Dialogue, DialogueError, Encoder, Message
+from data.format.dialogue import Dialogue, DialogueError, Message
+from data.format.encode import Encoder
 from data.format.message_encoder import MessageEncoder
 from data.prompt.jinja import RESERVED, TemplateEnvironment, template_sources
 from data.prompt.parts import PartReader, TemplatePart

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import PositiveInt
 
-from data.format.dialogue import encode_prompt
+from data.format.encode import encode_prompt
 from data.format.tokenizer import DialogueTokenizer
 from eval.context import ReplyContext
 from eval.scoring import OnProgress, reply_logprobs, share_of, silent

@@ -13,15 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
 
-from data.format.dialogue import (
-    NARRATOR,
-    Dialogue,
-    Message,
-    encode_message,
-    encode_prompt,
-    message_body,
-    speaker_prefix,
-)
+from data.format.dialogue import NARRATOR, Dialogue, Message
+from data.format.encode import encode_message, encode_prompt, message_body, speaker_prefix
 from data.format.tokenizer import DialogueTokenizer
 from data.format.visible_text import says_nothing
 from eval.parts.recall_fact import FACT_KINDS, FactKind, Wording

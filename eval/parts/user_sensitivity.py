@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import PositiveInt
 
-from data.format.dialogue import encode_prompt
+from data.format.encode import encode_prompt
 from data.format.tokenizer import DialogueTokenizer
 from eval.context import ReplyContext, dialogues_of
 from eval.scoring import OnProgress, next_token_logprobs, share_of, silent

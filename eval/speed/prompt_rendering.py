@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from data.format.dialogue import message_body
+from data.format.encode import message_body
 from data.format.message_encoder import MessageEncoder
 from data.format.tokenizer import DialogueTokenizer, train_tokenizer
 from data.prompt.template import PromptTemplate

@@ -20,8 +20,9 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data.format.dialogue import Dialogue, check_speaker, encode_dialogue
+from data.format.dialogue import Dialogue, check_speaker
 from data.format.dialogue_json import read_dialogues
+from data.format.encode import encode_dialogue
 from data.format.speaker_names import SpeakerNames, names_trained_on
 from data.format.tokenizer import MODEL_FILE, DialogueTokenizer
 from data.prompt.template import DEFAULT_TEMPLATE, PromptTemplate

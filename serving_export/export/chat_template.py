@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data.format.dialogue import CONTROL_SURFACES, WORD_JOINER, DialogueError, Message, check_speaker
+from data.format.dialogue import NARRATOR, SPEAKER_END, DialogueError, Message, check_speaker
+from data.format.encode import BOS, CONTROL_SURFACES, END, MESSAGE, TEXT_START, WORD_JOINER
 from data.sources.chat_message import OPENAI_ROLES, RoleNames, openai_message
 
 _TEMPLATE = """\
@@ -23,7 +25,7 @@ follows "speaker:", so one leading space of an assistant's content is dropped. -
 {%- if name is not string or not name | trim -%}
 {{- raise_exception("a speaker's name must be text that is not blank") -}}
 {%- endif -%}
-{%- if ":" in name or "\\n" in name or "\\r" in name -%}
+{%- if @SPEAKER_END@ in name or "\\n" in name or "\\r" in name -%}
 {{- raise_exception("a speaker's name may not contain ':' or a line break: " ~ name) -}}
 {%- endif -%}
 {{- escaped(name) -}}
@@ -42,33 +44,33 @@ follows "speaker:", so one leading space of an assistant's content is dropped. -
 {{- raise_exception("a message's content must be text or a list of text parts") -}}
 {%- endif -%}
 {%- endmacro -%}
-{{- "<bos>" -}}
+{{- @BOS@ -}}
 {%- for message in messages -%}
 {%- if message['role'] not in @ROLES@ -%}
 {{- raise_exception("a message's role must be system, developer, user or assistant, not '" ~ message['role'] ~ "'") -}}
 {%- elif message['name'] is defined and message['name'] is not none -%}
 {%- set name = message['name'] -%}
 {%- elif message['role'] in ["system", "developer"] -%}
-{%- set name = "narrator" -%}
+{%- set name = @NARRATOR@ -%}
 {%- elif message['role'] == "user" -%}
 {%- set name = user -%}
 {%- else -%}
 {%- set name = character -%}
 {%- endif -%}
-{{- "<|message|>" -}}{{- speaker(name) -}}{{- ":" -}}
+{{- @MESSAGE@ -}}{{- speaker(name) -}}{{- @SPEAKER_END@ -}}
 {%- set text = content_of(message) -%}
 {%- if message['role'] == "assistant" -%}
-{%- set text = text[1:] if text[:1] == " " else text -%}
+{%- set text = text[1:] if text[:1] == @TEXT_START@ else text -%}
 {%- endif -%}
 {%- if message['role'] == "assistant" and name == character -%}
 {#- what SFT trains: transformers' assistant mask marks it -#}
-{%- generation -%}{{- " " -}}{{- escaped(text) -}}{{- "<|end|>" -}}{%- endgeneration -%}
+{%- generation -%}{{- @TEXT_START@ -}}{{- escaped(text) -}}{{- @END@ -}}{%- endgeneration -%}
 {%- else -%}
-{{- " " -}}{{- escaped(text) -}}{{- "<|end|>" -}}
+{{- @TEXT_START@ -}}{{- escaped(text) -}}{{- @END@ -}}
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
-{{- "<|message|>" -}}{{- speaker(character) -}}{{- ":" -}}
+{{- @MESSAGE@ -}}{{- speaker(character) -}}{{- @SPEAKER_END@ -}}
 {%- endif -%}
 """
 
@@ -84,9 +86,12 @@ def chat_template(user: str, character: str) -> str:
     # What `escape` does. One surface at a time is the same as all at once: none is a part of another, escaped or not.
     steps = [(WORD_JOINER, WORD_JOINER * 2), *broken]
     filters = "".join(f" | replace({_literal(old)}, {_literal(new)})" for old, new in steps)
-    template = _TEMPLATE.replace("@ESCAPE@", filters)
-    template = template.replace("@ROLES@", json.dumps(list(OPENAI_ROLES)))
-    return template.replace("@USER@", _literal(user)).replace("@CHARACTER@", _literal(character))
+    literals = {
+        "BOS": BOS, "MESSAGE": MESSAGE, "SPEAKER_END": SPEAKER_END, "TEXT_START": TEXT_START, "END": END,
+        "NARRATOR": NARRATOR, "ROLES": list(OPENAI_ROLES), "USER": user, "CHARACTER": character,
+    }  # fmt: skip
+    values = {name: _literal(value) for name, value in literals.items()} | {"ESCAPE": filters}
+    return re.sub("@([A-Z_]+)@", lambda match: values[match[1]], _TEMPLATE)
 
 
 def dialogue_of(messages: Sequence[Mapping[str, Any]], user: str, character: str) -> list[Message]:
@@ -113,6 +118,6 @@ def engine_content(text: str, role: str) -> str:
     return " " + text if role == "assistant" and text.startswith(" ") else text
 
 
-def _literal(text: str) -> str:
-    """A Jinja string literal; characters beyond ASCII stay as they are, since Jinja knows no surrogate pairs."""
-    return json.dumps(text, ensure_ascii=False)
+def _literal(value: str | list[str]) -> str:
+    """A Jinja literal; characters beyond ASCII are not escaped, since Jinja has no surrogate pairs."""
+    return json.dumps(value, ensure_ascii=False)

@@ -10,16 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.format.dialogue import (
-    CONTROL_SURFACES,
-    NARRATOR,
-    Dialogue,
-    Message,
-    encode_dialogue,
-    encode_message,
-    encode_prompt,
-    escape,
-)
+from data.format.dialogue import NARRATOR, Dialogue, Message
+from data.format.encode import CONTROL_SURFACES, encode_dialogue, encode_message, encode_prompt, escape
 from data.format.tokenizer import DialogueTokenizer
 from data.prompt.template import PromptTemplate
 from model.attention_ops import Documents

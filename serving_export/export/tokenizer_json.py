@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from data.format.dialogue import CONTROL_SURFACES
+from data.format.encode import CONTROL_SURFACES
 from data.format.tokenizer import DialogueTokenizer, Piece
 
 

@@ -7,7 +7,8 @@ import struct
 from collections.abc import Sequence
 from threading import Lock
 
-from data.format.dialogue import Message, check_speaker, decode_reply
+from data.format.dialogue import Message, check_speaker
+from data.format.encode import decode_reply
 from data.format.message_encoder import MessageEncoder, ids_cache
 from data.format.tokenizer import DialogueTokenizer
 

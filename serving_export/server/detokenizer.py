@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from data.format.dialogue import WORD_JOINER
+from data.format.encode import WORD_JOINER
 from data.format.tokenizer import DialogueTokenizer
 
 _REPLACEMENT = "\ufffd"

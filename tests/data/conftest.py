@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.format.dialogue import message_body, speaker_prefix
+from data.format.encode import message_body, speaker_prefix
 from data.format.tokenizer import DialogueTokenizer, train_tokenizer
 from data.packed.packing import Document, EncodedCorpus
 from data.packed.shards import PackedRow, packed_rows

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.format.dialogue import encode_dialogue
 from data.format.dialogue_json import read_dialogues
+from data.format.encode import encode_dialogue
 from data.format.tokenizer import DialogueTokenizer
 from data.packed.cut import CutRule, cut
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from data.format.dialogue import encode_dialogue
 from data.format.dialogue_json import read_dialogues
+from data.format.encode import encode_dialogue
 from data.format.tokenizer import DialogueTokenizer
 from data.packed.shards import PackedDataset
 from data.pipeline.recipe import DataRecipe

@@ -14,8 +14,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.format.dialogue import NARRATOR, Dialogue, encode_prompt
+from data.format.dialogue import NARRATOR, Dialogue
 from data.format.dialogue_json import read_dialogues
+from data.format.encode import encode_prompt
 from data.format.tokenizer import DialogueTokenizer
 from model.attention_ops import Documents
 from model.bundle_files import verify

@@ -2,7 +2,8 @@
 
 import pytest
 
-from data.format.dialogue import NARRATOR, Dialogue, Message, encode_prompt, encode_reply
+from data.format.dialogue import NARRATOR, Dialogue, Message
+from data.format.encode import encode_prompt, encode_reply
 from data.format.tokenizer import DialogueTokenizer
 from eval.context import human_replies, sample_replies, select_contexts
 from model.inference.generate import Sampling

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from data.format.dialogue import Dialogue, Message, encode_dialogue
+from data.format.dialogue import Dialogue, Message
+from data.format.encode import encode_dialogue
 from data.format.tokenizer import train_tokenizer
 from data.packed.cut import CutRule, cut
 from data.packed.dialogue_table import dialogue_table

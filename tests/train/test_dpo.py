@@ -11,7 +11,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from data.format.dialogue import Message, encode_prompt, encode_reply
+from data.format.dialogue import Message
+from data.format.encode import encode_prompt, encode_reply
 from data.format.tokenizer import DialogueTokenizer
 from data.sources.preferences import CONTRADICTED, REPEATED, PreferencePair, write_pairs
 from train.deepspeed.engine import World

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from data.feedback.__main__ import main as convert_feedback
-from data.format.dialogue import Message, decode_reply, encode_prompt, encode_reply
+from data.format.dialogue import Message
+from data.format.encode import decode_reply, encode_prompt, encode_reply
 from data.format.tokenizer import DialogueTokenizer
 from data.prepare import main as prepare_data
 from data.prompt.fit import NEWEST_TOO_LONG, REPLY_TOO_LONG

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import track
 
 from data.clean.ledger import reasons_told
-from data.format.dialogue import decode_reply
 from data.format.dialogue_json import read_dialogues
+from data.format.encode import decode_reply
 from data.format.tokenizer import DialogueTokenizer
 from data.format.visible_text import says_nothing, visible
 from data.prompt.fit import NEWEST_TOO_LONG, SCENE_TOO_LONG, TOGETHER_TOO_LONG

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from data.clean.scrub import PLACEHOLDERS, HashedIds, Phones, Scrub, scrub, scrub_id, scrub_text
 from data.clean.stable_hash import pseudonym
-from data.format.dialogue import CONTROL_SURFACES, Dialogue, Message
+from data.format.dialogue import Dialogue, Message
+from data.format.encode import CONTROL_SURFACES
 
 EVERYTHING = Scrub(ids=HashedIds(salt="a salt of tests"))
 before = st.sampled_from(["", "write to ", "(", "it is ", "Kontakt: ", "<", "1. ", "\n", "«", "写信给 "])

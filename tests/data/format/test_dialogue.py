@@ -9,13 +9,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data.format.dialogue import (
+from data.format.dialogue import LABEL_KEY, Dialogue, DialogueError, Message, continuation_labels, without_end_label
+from data.format.dialogue_json import from_json, read_dialogues, to_json
+from data.format.encode import (
     CONTROL_SURFACES,
-    LABEL_KEY,
-    Dialogue,
-    DialogueError,
-    Message,
-    continuation_labels,
     decode_reply,
     encode_dialogue,
     encode_message,
@@ -23,9 +20,7 @@ from data.format.dialogue import (
     encode_reply,
     escape,
     unescape,
-    without_end_label,
 )
-from data.format.dialogue_json import from_json, read_dialogues, to_json
 from data.format.tokenizer import DialogueTokenizer
 from tests.written_data import write_dialogues
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data.format.dialogue import CONTROL_SURFACES
+from data.format.encode import CONTROL_SURFACES
 from data.format.tokenizer import MODEL_FILE, DialogueTokenizer, TokenizerError, train_tokenizer
 
 pieces_of_text = st.one_of(

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.format.dialogue import Dialogue, Message, encode_dialogue
+from data.format.dialogue import Dialogue, Message
+from data.format.encode import encode_dialogue
 from data.format.tokenizer import DialogueTokenizer
 from data.inspect.__main__ import HISTOGRAM_FILE, main, pick_rows, row_as_text
 from data.packed.cut import CutRule, cut

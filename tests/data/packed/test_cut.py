@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.format.dialogue import NARRATOR, Dialogue, EncodedDialogue, Message, encode_dialogue
+from data.format.dialogue import NARRATOR, Dialogue, Message
+from data.format.encode import EncodedDialogue, encode_dialogue
 from data.format.tokenizer import DialogueTokenizer
 from data.packed.cut import CutRule, cut, repeats_opening
 from data.packed.packing import Document

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.format.dialogue import NARRATOR, Message, encode_prompt
+from data.format.dialogue import NARRATOR, Message
+from data.format.encode import encode_prompt
 from data.format.tokenizer import DialogueTokenizer
 from data.prompt.fit import NEWEST_TOO_LONG, REPLY_TOO_LONG, SCENE_TOO_LONG, TOGETHER_TOO_LONG, fit_prompt
 from data.sources.record import LeftOut

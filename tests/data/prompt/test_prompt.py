@@ -7,7 +7,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data.format.dialogue import CONTROL_SURFACES, NARRATOR, Message, encode_prompt
+from data.format.dialogue import NARRATOR, Message
+from data.format.encode import CONTROL_SURFACES, encode_prompt
 from data.format.tokenizer import DialogueTokenizer
 from data.prompt.template import DEFAULT_TEMPLATE, PromptTemplate, conversation_values
 from data.prompt.values import PromptError

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from data.format.dialogue import NARRATOR, Dialogue, Message, encode_prompt, encode_reply
+from data.format.dialogue import NARRATOR, Dialogue, Message
+from data.format.encode import encode_prompt, encode_reply
 from data.format.message_encoder import MessageEncoder
 from data.format.tokenizer import DialogueTokenizer
 from data.prompt.__main__ import main

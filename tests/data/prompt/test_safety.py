@@ -6,15 +6,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data.format.dialogue import (
-    CONTROL_SURFACES,
-    DialogueError,
-    Message,
-    check_speaker,
-    decode_reply,
-    encode_prompt,
-    unescape,
-)
+from data.format.dialogue import DialogueError, Message, check_speaker
+from data.format.encode import CONTROL_SURFACES, decode_reply, encode_prompt, unescape
 from data.format.tokenizer import DialogueTokenizer
 from data.prompt.parts import TemplatePart
 from data.prompt.template import PromptTemplate

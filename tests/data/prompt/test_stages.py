@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.format.dialogue import NARRATOR, Dialogue, Message, continuation_labels, encode_dialogue, encode_prompt
+from data.format.dialogue import NARRATOR, Dialogue, Message, continuation_labels
+from data.format.encode import encode_dialogue, encode_prompt
 from data.format.message_encoder import MessageEncoder
 from data.format.tokenizer import DialogueTokenizer
 from data.prompt.template import PromptTemplate, conversation_values

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from data.format.dialogue import NARRATOR, Message, encode_prompt
+from data.format.dialogue import NARRATOR, Message
+from data.format.encode import encode_prompt
 from data.format.message_encoder import MessageEncoder
 from data.format.tokenizer import DialogueTokenizer
 from data.prompt.template import PromptTemplate

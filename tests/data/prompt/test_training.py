@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from data.format.dialogue import NARRATOR, Dialogue, Message, encode_dialogue
+from data.format.dialogue import NARRATOR, Dialogue, Message
 from data.format.dialogue_json import read_dialogues
+from data.format.encode import encode_dialogue
 from data.format.tokenizer import DialogueTokenizer
 from data.prepare import main
 from data.prompt.template import PromptTemplate, conversation_values

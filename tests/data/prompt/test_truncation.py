@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.format.dialogue import Message, encode_reply
+from data.format.dialogue import Message
+from data.format.encode import encode_reply
 from data.format.message_encoder import MessageEncoder
 from data.format.tokenizer import DialogueTokenizer
 from data.prompt.template import PromptTemplate, conversation_values

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.format.dialogue import Dialogue, continuation_labels, encode_message
+from data.format.dialogue import Dialogue, continuation_labels
+from data.format.encode import encode_message
 from data.format.tokenizer import DialogueTokenizer
 from data.packed.batch import collate
 from data.packed.shards import PackedDataset

@@ -9,7 +9,8 @@ import pytest
 from torch import as_tensor, no_grad
 from torch.nn import functional as F
 
-from data.format.dialogue import Dialogue, Message, continuation_labels, encode_dialogue
+from data.format.dialogue import Dialogue, Message, continuation_labels
+from data.format.encode import encode_dialogue
 from data.format.tokenizer import DialogueTokenizer
 from data.packed.batch import collate
 from data.packed.shards import PackedDataset

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.format.dialogue import Dialogue, encode_prompt
+from data.format.dialogue import Dialogue
+from data.format.encode import encode_prompt
 from data.format.tokenizer import DialogueTokenizer
 from eval.context import select_contexts
 from eval.parts.user_sensitivity import evaluate_user_sensitivity, kl_divergence, replaced_prompts

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.format.dialogue import CONTROL_SURFACES, Dialogue, DialogueError, Message, encode_dialogue, encode_prompt
+from data.format.dialogue import Dialogue, DialogueError, Message
+from data.format.encode import CONTROL_SURFACES, encode_dialogue, encode_prompt
 from data.format.tokenizer import DialogueTokenizer
 from serving_export.export.chat_template import chat_template, dialogue_of, engine_content
 from serving_export.export.tokenizer_json import tokenizer_config, tokenizer_json

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from data.format.dialogue import CONTROL_SURFACES, Dialogue, Message, encode_dialogue, encode_prompt
+from data.format.dialogue import Dialogue, Message
+from data.format.encode import CONTROL_SURFACES, encode_dialogue, encode_prompt
 from data.format.tokenizer import DialogueTokenizer
 from model.attention_ops import Documents
 from model.transformer import Transformer

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from data.format.dialogue import CONTROL_SURFACES, escape
+from data.format.encode import CONTROL_SURFACES, escape
 from data.format.tokenizer import DialogueTokenizer, train_tokenizer
 from serving_export.export.tokenizer_json import merges, tokenizer_config, tokenizer_json
 

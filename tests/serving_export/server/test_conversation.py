@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.format.dialogue import DialogueError, Message, encode_prompt
+from data.format.dialogue import DialogueError, Message
+from data.format.encode import encode_prompt
 from data.format.tokenizer import DialogueTokenizer, train_tokenizer
 from serving_export.server.conversation import ConversationEncoder
 

@@ -7,7 +7,7 @@ import functools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.format.dialogue import CONTROL_SURFACES, WORD_JOINER, decode_reply, encode_reply
+from data.format.encode import CONTROL_SURFACES, WORD_JOINER, decode_reply, encode_reply
 from data.format.tokenizer import DialogueTokenizer, train_tokenizer
 from serving_export.server.detokenizer import PieceTable, ReplyStream
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from data.format.dialogue import Message, encode_prompt
+from data.format.dialogue import Message
+from data.format.encode import encode_prompt
 from data.format.tokenizer import DialogueTokenizer
 from data.prompt.fit import FittedPrompt, fit_prompt
 from model.inference.generate import generate

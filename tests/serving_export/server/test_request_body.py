@@ -12,7 +12,8 @@ import httpx
 import pytest
 from starlette.requests import Request
 
-from data.format.dialogue import Message, encode_prompt
+from data.format.dialogue import Message
+from data.format.encode import encode_prompt
 from data.format.tokenizer import DialogueTokenizer
 from model.transformer import Transformer
 from serving_export.bundle import Bundle, SamplingDefaults

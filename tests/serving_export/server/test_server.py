@@ -11,7 +11,8 @@ from typing import Any
 import openai
 import pytest
 
-from data.format.dialogue import Message, encode_prompt
+from data.format.dialogue import Message
+from data.format.encode import encode_prompt
 from data.prompt.fit import FittedPrompt, fit_prompt
 from model.inference.generate import sample
 from serving_export.bundle import PAGE_SIZE

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from data.format.dialogue import Message, encode_reply
+from data.format.dialogue import Message
+from data.format.encode import encode_reply
 from data.format.tokenizer import DialogueTokenizer
 from data.sources.preferences import PreferencePair
 from data.sources.record import LeftOut

@@ -1,4 +1,4 @@
-"""Dialogues in columns give the documents that encode_dialogue and cut give one by one."""
+"""Dialogues in columns give the documents of a plain loop over messages; every encoder follows one definition."""
 
 from dataclasses import fields
 from itertools import takewhile
@@ -7,11 +7,20 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.format.dialogue import NARRATOR, Dialogue, Message, encode_dialogue, encode_message
-from data.format.rendered import RenderedDialogues, encode_rendered, render
+from data.format.dialogue import NARRATOR, NO_LABEL, Dialogue, Message, continuation_labels
+from data.format.encode import (
+    EncodedDialogue,
+    add_control_tokens,
+    encode_dialogue,
+    encode_header,
+    encode_message,
+    encode_prompt,
+    escape,
+    render,
+)
 from data.format.tokenize import BulkEncoder
 from data.format.tokenizer import DialogueTokenizer
-from data.packed.cut import CutRule, cut
+from data.packed.cut import CutRule, cut, cut_all
 from data.packed.packing import Document, EncodedCorpus
 
 
@@ -25,10 +34,39 @@ def dialogues(draw: st.DrawFn) -> Dialogue:
     return Dialogue("d", messages, draw(st.sampled_from(speakers)))
 
 
+def plainly(tokenizer: DialogueTokenizer, dialogue: Dialogue, within: float | None) -> EncodedDialogue:
+    """The token form as documented, message by message."""
+    tokens, mask, label, starts, text_starts = [tokenizer.bos_id], [0], [NO_LABEL], [], []
+    for message, continues in zip(dialogue.messages, continuation_labels(dialogue, within), strict=True):
+        starts.append(len(tokens))
+        header = [tokenizer.message_id, *tokenizer.encode(escape(message.speaker) + ":")]
+        reply = [*tokenizer.encode(" " + escape(message.text)), tokenizer.end_id]
+        tokens += header + reply
+        mask += [0] * len(header) + [int(message.speaker == dialogue.character)] * len(reply)
+        label += [NO_LABEL] * (len(header) + len(reply) - 1) + [continues]
+        text_starts.append(starts[-1] + len(header))
+    n_opening = len(list(takewhile(lambda message: message.speaker == NARRATOR, dialogue.messages)))
+    arrays = (np.array(tokens), np.array(mask, np.uint8), np.array(label, np.int8))
+    return EncodedDialogue(*arrays, np.array(starts), np.array(text_starts), n_opening)
+
+
+@settings(max_examples=100)
+@given(dialogue=dialogues(), within=st.sampled_from([None, 5.0]))
+def test_one_dialogue_is_encoded_as_documented(
+    tokenizer: DialogueTokenizer, dialogue: Dialogue, within: float | None
+) -> None:
+    encoded, expected = encode_dialogue(tokenizer, dialogue, within), plainly(tokenizer, dialogue, within)
+    for field in fields(EncodedDialogue):
+        assert np.array_equal(getattr(encoded, field.name), getattr(expected, field.name)), field.name
+    prompt = encode_prompt(tokenizer, dialogue.messages, dialogue.character)
+    header = encode_header(tokenizer, dialogue.character)
+    assert prompt == [*expected.tokens.tolist(), *header]
+
+
 def one_by_one(
     tokenizer: DialogueTokenizer, given_dialogues: list[Dialogue], within: float | None, rule: CutRule
 ) -> list[Document]:
-    encoded = (encode_dialogue(tokenizer, dialogue, within) for dialogue in given_dialogues)
+    encoded = (plainly(tokenizer, dialogue, within) for dialogue in given_dialogues)
     return [piece for number, one in enumerate(encoded) for piece in cut(one, rule, number)]
 
 
@@ -55,14 +93,15 @@ def test_columns_give_the_same_documents(
     keep: int,
     context: int,
 ) -> None:
-    texts, messages, n_messages = render(given_dialogues, within)
-    columns = RenderedDialogues(np.frombuffer(b"".join(texts), np.uint8), messages, n_messages)
+    columns = render(given_dialogues, within)
     is_kept = np.array([keep >> number & 1 for number in range(len(given_dialogues))], bool)
     kept = [dialogue for dialogue, is_in in zip(given_dialogues, is_kept, strict=True) if is_in]
     encoder, inside_character_V = BulkEncoder(tokenizer), tokenizer.inside_character()
     for rendered, expected in ((columns, given_dialogues), (columns.of(is_kept), kept)):
         rule = CutRule(row_length, context, inside_character_V)
-        corpus, without_opening = encode_rendered(rendered, encoder, rule)
+        ids, n_ids = encoder.encode(rendered.texts_B, rendered.n_bytes)
+        encoded = add_control_tokens(tokenizer, rendered, ids, n_ids)
+        corpus, without_opening = cut_all(encoded, rule, tokenizer.vocab_size)
         assert without_opening == [n for n, one in enumerate(expected) if loses_its_opening(tokenizer, one, row_length)]
         documents = one_by_one(tokenizer, expected, within, rule)
         joined = EncodedCorpus.of(documents, tokenizer.vocab_size)
