@@ -32,7 +32,7 @@ _DOCUMENT_MARK = re.compile(r"^(?:---|\.\.\.|%)", re.MULTILINE)
 _INTEGER = re.compile("-?[0-9]{1,9}")
 
 
-class Section(NamedTuple):
+class PartSection(NamedTuple):
     """A named piece of a part's content. A priority of None is its part's."""
 
     name: str
@@ -52,7 +52,7 @@ class TemplatePart(NamedTuple):
     role: str
     content: Any
     truncation_priority: int
-    sections: tuple[Section, ...]
+    sections: tuple[PartSection, ...]
     speaker: str | None
     text: str | None
 
@@ -187,7 +187,7 @@ def _part(record: Any, where: str, values: Sequence[str], known_values: frozense
             speaker = NARRATOR
         elif speaker is None and (named := _NAMED.match(marked)):
             speaker, text = _fill(named[1].strip(), values), _fill_text(named[2], values)
-    filled = tuple(Section(_fill(s.name, values), _fill(s.content, values), s.truncation_priority) for s in sections)
+    filled = tuple(s._replace(name=_fill(s.name, values), content=_fill(s.content, values)) for s in sections)
     return TemplatePart(name, role, content, priority, filled, speaker, text)
 
 
@@ -205,7 +205,7 @@ def _check_expected(expected: Any, where: str, values: Sequence[str], known_valu
             raise PromptError(f"{where}: the values lack {name!r}")
 
 
-def _sections(record: dict[str, Any], where: str, values: Sequence[str]) -> tuple[Section, ...]:
+def _sections(record: dict[str, Any], where: str, values: Sequence[str]) -> tuple[PartSection, ...]:
     """The sections, still with marks. Their contents are stripped of spaces and tabs only: line breaks separate them
     once they are joined."""
     found = record[SECTIONS]
@@ -221,7 +221,7 @@ def _sections(record: dict[str, Any], where: str, values: Sequence[str]) -> tupl
         _check_keys(section, _SECTION_KEYS, at, values)
         priority = section.get(PRIORITY)
         sections.append(
-            Section(
+            PartSection(
                 _scalar(section[NAME], at, NAME),
                 _unescaped(section[CONTENT].strip(" \t").replace(SPACE_MARKER, " ")),
                 None if priority is None else _priority(str(priority), at),

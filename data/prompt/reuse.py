@@ -1,11 +1,11 @@
-"""What truncation rules leave of a prefix cache: conversations replayed turn by turn, in token ids.
+"""Prefix cache reuse under each truncation rule, by replaying conversations turn by turn in token ids.
 
-A turn is a reply of the character, for which a prompt is rendered. Reuse is the share of prompt tokens that begin the
-prompt of the turn before (strict), or that prompt with the reply it got, as a server caches them both.
+A turn is a reply of the character, for which a prompt is rendered. Reuse is the share of prompt tokens that are a
+prefix of the previous turn's prompt, or of that prompt and its reply, which a server caches too.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
 
@@ -31,30 +31,25 @@ _SAMPLE_CHARACTERS = 4_000_000
 
 
 class ReuseError(ValueError):
-    """Conversations that cannot be replayed; the message says what was found and what to give."""
+    """Conversations that cannot be replayed; the message names what was found and what is expected."""
 
 
 @dataclass
 class Replay:
-    """Sums over turns, from the second of each conversation on; `cut_` over those whose whole prompt exceeds the
-    limit."""
+    """Sums over turns, from the second of each conversation on."""
 
     turns: int = 0
     prompt_tokens: int = 0
     reused_tokens: int = 0
     reused_with_reply: int = 0
-    naive_tokens: int = 0  # what the prompts would hold under naive truncation
-    cut_turns: int = 0
-    cut_prompt_tokens: int = 0
-    cut_reused_tokens: int = 0
-    cut_naive_tokens: int = 0
-    moves: int = 0
-    new_tokens: int = 0  # what a turn adds to the conversation
-    shortest: int = field(default=1 << 60)  # prompt of a turn beyond the limit
+    naive_tokens: int = 0  # of the prompts under naive truncation
+    new_tokens: int = 0  # what each turn adds to the conversation
+    moves: int = 0  # of the cut
+    shortest: int = 1 << 60  # prompt
 
     @property
     def reuse(self) -> float:
-        """Share of prompt tokens that begin the prompt before."""
+        """Share of prompt tokens that are a prefix of the previous prompt."""
         return self.reused_tokens / self.prompt_tokens
 
     @property
@@ -64,111 +59,83 @@ class Replay:
 
 
 def naive(lengths: Sequence[int], priorities: Sequence[int], token_limit: int) -> list[int]:
-    """As much as fits."""
+    """Keep as much as fits."""
     return surviving_parts(lengths, priorities, token_limit, 1)
 
 
 def stepped(share: float) -> Rule:
-    """Prompt Poet's rule with a step of `share` of the limit."""
+    """Prompt Poet's rule; the step is `share` of the limit."""
     return lambda lengths, priorities, limit: surviving_parts(lengths, priorities, limit, max(1, int(share * limit)))
 
 
 def planned(cost: float) -> Rule:
-    """Our rule at an average cost."""
+    """Our rule at an average cost (data/prompt/truncation.py)."""
     return lambda lengths, priorities, limit: planned_parts(lengths, priorities, limit, cost)
 
 
-@dataclass(frozen=True)
-class Turn:
-    """One reply to generate: its number among the messages, and what naive truncation would prompt with."""
-
-    place: int
-    previous: int  # the number of the reply before
-    naive_tokens: int
-    fits: bool
-
-
-class Conversation:
-    """A dialogue in token ids, the narrator's first messages pinned, and its turns from the second on."""
+class TokenizedConversation:
+    """The token ids of a dialogue's messages; the narrator's opening is never cut. `replies` are the numbers of the
+    character's messages."""
 
     def __init__(self, dialogue: Dialogue, encoder: MessageEncoder, limit: int) -> None:
         self.messages = [np.array(encoder.message(m.speaker, m.text)) for m in dialogue.messages]
-        self.opening = np.array(encoder.opening(dialogue.character))
+        self.header = np.array(encoder.opening(dialogue.character))
         self.bos = np.array([encoder.tokenizer.bos_id])
         self.limit = limit
-        self.n_pinned = n_opening_messages(dialogue.messages)
         self.lengths = [len(ids) for ids in self.messages]
-        self.priorities = [0] * self.n_pinned + [1] * (len(self.messages) - self.n_pinned)
-        replies = (message.speaker == dialogue.character for message in dialogue.messages)
-        places = [i for i, is_reply in enumerate(replies) if is_reply and i >= self.n_pinned]
-        self.turns = []
-        for previous, place in pairwise(places):
-            lengths, _ = own = self.parts(place)
-            kept = sum(lengths[i] for i in naive(*own, limit - 1))
-            self.turns.append(Turn(place, previous, 1 + kept, 1 + sum(lengths) <= limit))
+        n_pinned = n_opening_messages(dialogue.messages)
+        self.priorities = [0] * n_pinned + [1] * (len(self.messages) - n_pinned)
+        self.replies = [n for n, m in enumerate(dialogue.messages) if n >= n_pinned and m.speaker == dialogue.character]
+        self.naive_tokens = {n: len(self.prompt(self.kept(n, naive))) for n in self.replies}
 
-    def parts(self, place: int) -> tuple[list[int], list[int]]:
-        """Lengths and priorities of the parts before a reply, and of its opening."""
-        return [*self.lengths[:place], len(self.opening)], [*self.priorities[:place], 0]
-
-    def kept(self, place: int, rule: Rule) -> list[int]:
-        """Numbers of the messages that remain in the prompt of a reply."""
-        return rule(*self.parts(place), self.limit - 1)[:-1]
+    def kept(self, reply: int, rule: Rule) -> list[int]:
+        """Numbers of the messages in the prompt of a reply."""
+        lengths, priorities = [*self.lengths[:reply], len(self.header)], [*self.priorities[:reply], 0]
+        return rule(lengths, priorities, self.limit - 1)[:-1]
 
     def prompt(self, kept: Sequence[int]) -> np.ndarray:
         """Its token ids."""
-        return np.concatenate([self.bos, *(self.messages[i] for i in kept), self.opening])
+        return np.concatenate([self.bos, *(self.messages[i] for i in kept), self.header])
 
-    def reply(self, place: int) -> np.ndarray:
-        """The token ids that the reply added to its prompt."""
-        return self.messages[place][len(self.opening) :]
+    def fits(self, reply: int) -> bool:
+        """Whether everything before a reply fits the limit."""
+        return 1 + sum(self.lengths[:reply]) + len(self.header) <= self.limit
 
 
-def replay(conversations: Iterable[Conversation], rule: Rule) -> Replay:
-    """Every prompt of the conversations' turns against the one before."""
-    total = Replay()
-    for conversation in conversations:
-        if not conversation.turns:
-            continue
-        kept_before = conversation.kept(conversation.turns[0].previous, rule)
-        before = conversation.prompt(kept_before)
-        for turn in conversation.turns:
-            kept = conversation.kept(turn.place, rule)
-            prompt = conversation.prompt(kept)
-            reused = common_prefix(before, prompt)
-            with_reply = common_prefix(np.concatenate([before, conversation.reply(turn.previous)]), prompt)
-            total.turns += 1
-            total.prompt_tokens += len(prompt)
-            total.reused_tokens += reused
-            total.reused_with_reply += with_reply
-            total.naive_tokens += turn.naive_tokens
-            total.new_tokens += sum(conversation.lengths[turn.previous : turn.place])
-            total.moves += kept[: len(kept_before)] != kept_before
-            if not turn.fits:
-                total.cut_turns += 1
-                total.cut_prompt_tokens += len(prompt)
-                total.cut_reused_tokens += reused
-                total.cut_naive_tokens += turn.naive_tokens
-                total.shortest = min(total.shortest, len(prompt))
-            kept_before, before = kept, prompt
-    return total
+def replay(conversations: Iterable[TokenizedConversation], rule: Rule) -> tuple[Replay, Replay]:
+    """Compare every prompt with the previous one: sums over all turns, and over those that exceed the limit."""
+    total, beyond = Replay(), Replay()
+    for one in conversations:
+        prompts = [(reply, kept := one.kept(reply, rule), one.prompt(kept)) for reply in one.replies]
+        for (previous, kept_before, before), (reply, kept, prompt) in pairwise(prompts):
+            cached = np.concatenate([before, one.messages[previous][len(one.header) :]])
+            for sums in (total,) if one.fits(reply) else (total, beyond):
+                sums.turns += 1
+                sums.prompt_tokens += len(prompt)
+                sums.reused_tokens += common_prefix(before, prompt)
+                sums.reused_with_reply += common_prefix(cached, prompt)
+                sums.naive_tokens += one.naive_tokens[reply]
+                sums.new_tokens += sum(one.lengths[previous:reply])
+                sums.moves += kept[: len(kept_before)] != kept_before
+                sums.shortest = min(sums.shortest, len(prompt))
+    return total, beyond
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """How many tokens both begin with."""
+    """The length of the common prefix."""
     n = min(len(a), len(b))
     different = np.flatnonzero(a[:n] != b[:n])
     return int(different[0]) if len(different) else n
 
 
 def n_turns(dialogue: Dialogue) -> int:
-    """Replies of its character."""
+    """The number of its character's replies."""
     conversation = dialogue.messages[n_opening_messages(dialogue.messages) :]
     return sum(message.speaker == dialogue.character for message in conversation)
 
 
 def stitched(dialogues: Iterable[Dialogue], turns: int) -> Iterator[Dialogue]:
-    """Conversations of `turns` turns, of dialogues one after the other: one character, one partner, the first scene."""
+    """Concatenate dialogues to conversations of `turns` turns with one character, one partner and the first scene."""
     messages: list[Message] = []
     done, number = 0, 0
     for dialogue in dialogues:
@@ -202,14 +169,14 @@ def read_conversations(name: str) -> list[Dialogue]:
 
 
 def evenly(items: Sequence[Dialogue], n: int) -> list[Dialogue]:
-    """At most `n` of them, in even steps."""
+    """At most `n` of the items, evenly spaced."""
     if len(items) <= n:
         return list(items)
     return [items[round(i * (len(items) - 1) / max(n - 1, 1))] for i in range(n)]
 
 
 def tokenizer_for(dialogues: Sequence[Dialogue], vocab_size: int) -> DialogueTokenizer:
-    """A tokenizer trained on the conversations themselves."""
+    """A tokenizer trained on these conversations."""
     texts = texts_of(dialogues)
     return train_tokenizer(texts, None, vocab_size, sample_characters=_SAMPLE_CHARACTERS)
 
@@ -223,12 +190,13 @@ class Row:
     limit: int
     rule: str
     replay: Replay
+    beyond: Replay  # turns whose conversation exceeds the limit
 
 
 def measure(
     sets: Mapping[str, Sequence[Dialogue]], encoder: MessageEncoder, limits: Sequence[int], console: Console
 ) -> list[Row]:
-    """Every rule of the table and the curve, on every set, at every limit."""
+    """Replay every set under every rule of the table and the plot, at every limit."""
     rules: dict[str, Rule] = {"naive": naive}
     rules |= {f"stepped {share:.4g}": stepped(share) for share in CURVE_STEPS}
     rules |= {f"planned {cost:.4g}": planned(cost) for cost in CURVE_COSTS}
@@ -237,23 +205,22 @@ def measure(
         task = progress.add_task("replaying", total=len(sets) * len(limits) * len(rules))
         for name, dialogues in sets.items():
             for limit in limits:
-                conversations = [Conversation(dialogue, encoder, limit) for dialogue in dialogues]
+                conversations = [TokenizedConversation(dialogue, encoder, limit) for dialogue in dialogues]
                 for rule_name, rule in rules.items():
-                    replayed = replay(conversations, rule)
-                    rows.append(Row(name, len(dialogues), limit, rule_name, replayed))
+                    rows.append(Row(name, len(dialogues), limit, rule_name, *replay(conversations, rule)))
                     progress.advance(task)
     return rows
 
 
 def reuse_tables(rows: Sequence[Row]) -> Iterator[Table]:
-    """For each set and limit the rules side by side; `beyond` are the turns whose conversation no longer fits."""
+    """One table for each set and limit; `beyond`: turns whose conversation exceeds the limit."""
     shown = ("naive", "stepped 0.25", "stepped 0.5", f"planned {CONTEXT_COST:.4g}")
     for _, group in groupby(rows, key=lambda row: (row.conversations, row.limit)):
         own = [row for row in group if row.rule in shown]
         sums, limit = own[0].replay, own[0].limit
         table = Table(
             title=f"{own[0].conversations} ({own[0].n_conversations} conversations, {sums.turns:,} turns), limit "
-            f"{limit:,}: {limit * sums.turns / sums.new_tokens:.0f} turns' tokens",
+            f"{limit:,} tokens: {limit * sums.turns / sums.new_tokens:.0f} turns",
             title_justify="left",
         )
         table.add_column("rule")
@@ -265,17 +232,16 @@ def reuse_tables(rows: Sequence[Row]) -> Iterator[Table]:
 
 
 def _figures(row: Row) -> list[str]:
-    sums = row.replay
+    sums, beyond = row.replay, row.beyond
     figures = [f"{sums.reuse:.1%}", f"{sums.reused_with_reply / sums.prompt_tokens:.1%}", f"{sums.kept:.1%}"]
     figures.append(f"{sums.moves / row.n_conversations:.1f}")
-    if not sums.cut_turns:
+    if not beyond.turns:
         return [*figures, "-", "-", "-"]
-    beyond = sums.cut_reused_tokens / sums.cut_prompt_tokens, sums.cut_prompt_tokens / sums.cut_naive_tokens
-    return [*figures, *(f"{share:.1%}" for share in beyond), f"{sums.shortest / row.limit:.0%}"]
+    return [*figures, f"{beyond.reuse:.1%}", f"{beyond.kept:.1%}", f"{beyond.shortest / row.limit:.0%}"]
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """The trade-off as PNG: reuse over context kept, a panel a set of conversations, a color a limit."""
+    """Plot reuse over kept context: one panel for each set of conversations, one color for each limit."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -293,8 +259,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                 label = f"{kind}, limit {limit:,}" if kind != "naive" else None
                 ax.plot(*zip(*points), style, color=color, markersize=4, linewidth=1.3, label=label)
         ax.set_title(name, loc="left", fontsize=10.5)
-        ax.set_xlabel("context kept, % of naive truncation (x: naive itself)")
-        ax.set_ylabel("prompt tokens that begin the prompt before, %")
+        ax.set_xlabel("context kept, % of naive truncation (x: naive)")
+        ax.set_ylabel("prompt tokens reused from the previous prompt, %")
         ax.grid(True, color="#e2e6ec", linewidth=0.8)
         ax.legend(frameon=False, fontsize=8, loc="lower left")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -305,7 +271,7 @@ def report(
     names: Sequence[str], limits: Sequence[int], tokenizer: Path | None, out: Path, n: int, min_turns: int,
     stitched_turns: int, vocab_size: int, console: Console,
 ) -> None:  # fmt: skip
-    """Replay, print the table, write the plot. Raises ValueErrors that say what to give instead."""
+    """Replay, print the tables and write the plot. Raises ReuseError, DialogueError or SourceError."""
     dialogues = [dialogue for name in names for dialogue in read_conversations(name)]
     long = [dialogue for dialogue in dialogues if n_turns(dialogue) >= min_turns]
     sets = {f"real, {min_turns} turns or more": evenly(long, n)}
@@ -326,10 +292,11 @@ def report(
     for table in reuse_tables(rows):
         console.print(table)
     console.print(
-        "reuse: share of prompt tokens that begin the prompt before (+ reply: or it with its reply). kept: mean "
-        "length, of naive truncation's. moves: of the cut, a conversation. beyond: turns whose conversation exceeds "
-        "the limit. shortest: prompt among these, of the limit. stepped: Prompt Poet's rule, its step of the limit.",
+        "reuse: share of prompt tokens that are a prefix of the previous prompt (+ reply: of the previous prompt and "
+        "its reply). kept: mean length relative to naive truncation. moves: of the cut, per conversation. beyond: "
+        "turns whose conversation exceeds the limit. shortest: shortest prompt of these, relative to the limit. "
+        "stepped: Prompt Poet's rule; its step, relative to the limit.",
         highlight=False, style="dim",
     )  # fmt: skip
     plot(rows, out)
-    console.print(f"the curve: {out}", highlight=False, soft_wrap=True)
+    console.print(f"plot: {out}", highlight=False, soft_wrap=True)

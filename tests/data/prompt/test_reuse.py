@@ -10,7 +10,7 @@ from data.format.encode import encode_prompt, encode_reply
 from data.format.message_encoder import MessageEncoder
 from data.format.tokenizer import DialogueTokenizer
 from data.prompt.__main__ import main
-from data.prompt.reuse import Conversation, Rule, naive, planned, replay, stepped, stitched
+from data.prompt.reuse import Rule, TokenizedConversation, naive, planned, replay, stepped, stitched
 from data.prompt.template import PromptTemplate, conversation_values
 from tests.written_data import write_dialogues
 
@@ -36,26 +36,30 @@ def test_replay_is_a_plain_loop_over_rendered_prompts(
 ) -> None:
     dialogue, limit = conversation(40), 203
     template, encoder = PromptTemplate(), MessageEncoder(tokenizer)
-    prompts, replies = [], []
+    prompts, replies, whole = [], [], []
     for i, message in enumerate(dialogue.messages):
         if message.speaker == "Ann":
             values = conversation_values(dialogue.messages[1:i], "Ann", "A scene.")
             prompts.append(template.render(values, encoder, limit, **options).tokens)
             replies.append(encode_reply(tokenizer, message.text))
-    result = replay([Conversation(dialogue, encoder, limit)], rule)
+            whole.append(encode_prompt(tokenizer, dialogue.messages[:i], "Ann"))
+    result, beyond = replay([TokenizedConversation(dialogue, encoder, limit)], rule)
     assert result.turns == len(prompts) - 1
     assert result.prompt_tokens == sum(map(len, prompts[1:]))
     assert result.reused_tokens == sum(plain_prefix(a, b) for a, b in pairwise(prompts))
     with_replies = [prompt + reply for prompt, reply in zip(prompts, replies)]
     assert result.reused_with_reply == sum(plain_prefix(a, b) for a, b in zip(with_replies, prompts[1:]))
     assert 0 < result.moves < result.turns
-    assert result.cut_turns > 0
+    too_long = [values for values in whole if len(values) > limit]
+    assert beyond.turns == len(too_long) > 0
+    assert beyond.prompt_tokens == sum(map(len, prompts[-beyond.turns :]))
+    assert beyond.shortest == min(map(len, prompts[-beyond.turns :]))
 
 
 def test_what_fits_is_reused_whole(tokenizer: DialogueTokenizer) -> None:
     dialogue = conversation(20)
-    result = replay([Conversation(dialogue, MessageEncoder(tokenizer), 10_000)], planned(0.25))
-    assert (result.moves, result.cut_turns, result.kept) == (0, 0, 1.0)
+    result, beyond = replay([TokenizedConversation(dialogue, MessageEncoder(tokenizer), 10_000)], planned(0.25))
+    assert (result.moves, beyond.turns, result.kept) == (0, 0, 1.0)
     last = encode_prompt(tokenizer, dialogue.messages[:-1], "Ann")
     assert result.reused_with_reply > result.reused_tokens > 0.8 * result.prompt_tokens > len(last)
 
@@ -96,9 +100,9 @@ def test_real_meetings_of_sixty_turns_and_more() -> None:
     dialogues = [d for d in read_conversations(f"qmsum:{CORPUS}") if n_turns(d) >= 60]
     some = evenly(dialogues, 3)
     encoder = MessageEncoder(tokenizer_for(some, 2000))
-    sums = replay([Conversation(dialogue, encoder, 100) for dialogue in some], naive)
+    sums, _ = replay([TokenizedConversation(dialogue, encoder, 100) for dialogue in some], naive)
     limit = round(60 * sums.new_tokens / sums.turns)
-    result = replay([Conversation(dialogue, encoder, limit) for dialogue in some], planned(0.25))
-    assert result.cut_turns > result.turns / 2
+    result, beyond = replay([TokenizedConversation(dialogue, encoder, limit) for dialogue in some], planned(0.25))
+    assert beyond.turns > result.turns / 2
     assert result.reuse >= 0.95
     assert result.kept >= 0.75
