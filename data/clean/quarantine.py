@@ -37,7 +37,7 @@ class Quarantine:
         self.ledger.quarantined += 1
         if self.rule:
             record, counts = scrub_rejected(record, self.rule)
-            self.ledger.count_scrubbed({f"{kind} in quarantine": count for kind, count in counts.items()})
+            self.ledger.scrubbed.update({f"{kind} in quarantine": count for kind, count in counts.items()})
         self.file.write(json_text({"source": self.source, **asdict(record)}) + "\n")
 
 

@@ -61,7 +61,7 @@ def without_bad(records: Iterable[Dialogue | LeftOut | Rejected], quarantine: Qu
         if isinstance(record, Dialogue):
             yield record
         elif isinstance(record, LeftOut):
-            ledger.filter(record.reason)
+            ledger.filtered[record.reason] += 1
         else:
             quarantine.add(record)
 
@@ -70,7 +70,7 @@ def scrubbed(dialogues: Iterable[Dialogue], rule: Scrub, ledger: Ledger) -> Iter
     """The dialogues without personal data; what was replaced is counted by its kind."""
     for dialogue in dialogues:
         clean, counts = scrub(dialogue, rule)
-        ledger.count_scrubbed(counts)
+        ledger.scrubbed.update(counts)
         yield clean
 
 
@@ -80,7 +80,7 @@ def passing(dialogues: Iterable[Dialogue], filters: Filters, ledger: Ledger) -> 
         dialogue = _without_blanks(given, ledger)
         reason = "nothing said" if dialogue is None else _reason_against(dialogue, filters)
         if reason:
-            ledger.filter(reason)
+            ledger.filtered[reason] += 1
         elif dialogue:
             replies = [message for message in dialogue.messages if message.speaker == dialogue.character]
             ledger.replies += len(replies)

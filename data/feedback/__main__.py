@@ -138,13 +138,13 @@ def _convert_user(user: str, lines: Sequence[Line], recipe: FeedbackRecipe, outp
     if recipe.scrub:
         replaced: Counter[str] = Counter()
         logged = scrub_turns(logged, recipe.scrub, replaced)
-        counts.lines.count_scrubbed(replaced)
+        counts.lines.scrubbed.update(replaced)
     joined = join_turns(logged)
     for rejected in joined.rejected:
         outputs.quarantine.add(rejected)
     counts.lines.duplicates += joined.n_repeated
     if joined.n_without_context:
-        counts.lines.filter(NO_CONTEXT, joined.n_without_context)
+        counts.lines.filtered[NO_CONTEXT] += joined.n_without_context
     counts.lines.kept += sum(len(conversation.turns) for conversation in joined.conversations)
     counts.n_users += bool(joined.conversations)
     counts.n_conversations += len(joined.conversations)

@@ -69,7 +69,7 @@ class LabelCounts:
     def add(self, verdict: Verdict) -> None:
         self.ledger.read += 1
         if verdict.label is None:
-            self.ledger.filter(verdict.reason)
+            self.ledger.filtered[verdict.reason] += 1
             return
         self.ledger.kept += 1
         self.n_by_label[verdict.label] += 1

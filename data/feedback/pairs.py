@@ -248,7 +248,7 @@ def _sound(
         if reason is None:
             kept[comparison.texts] = comparison
         else:
-            counts[comparison.rule].ledger.filter(reason)
+            counts[comparison.rule].ledger.filtered[reason] += 1
     return list(kept.values())
 
 
@@ -256,7 +256,7 @@ def _without_contradictions(pairs: Sequence[Comparison], counts: PairCounts) -> 
     texts = {pair.texts for pair in pairs}
     for pair in pairs:
         if pair.texts[::-1] in texts:
-            counts[pair.rule].ledger.filter("the opposite was found at the same turn")
+            counts[pair.rule].ledger.filtered["the opposite was found at the same turn"] += 1
         else:
             yield pair
 
@@ -270,7 +270,7 @@ def _has_similar_lengths(pair: Comparison, settings: PairSettings, counts: PairC
     elif settings.max_length_difference is not None and longer - shorter > settings.max_length_difference:
         reason = "over max_length_difference"
     if reason:
-        counts[pair.rule].ledger.filter(reason)
+        counts[pair.rule].ledger.filtered[reason] += 1
     return reason is None
 
 
@@ -283,7 +283,7 @@ def _capped(
     chosen = smallest_hashes(["/".join(map(str, ("pair", *salt, pair.id))) for pair in pairs], most)
     for number, pair in enumerate(pairs):
         if number not in chosen:
-            counts[pair.rule].ledger.filter(reason)
+            counts[pair.rule].ledger.filtered[reason] += 1
     return [pair for number, pair in enumerate(pairs) if number in chosen]
 
 

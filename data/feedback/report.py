@@ -77,7 +77,7 @@ def print_report(counts: Counts, console: Console) -> None:
         _count_table(f"lines of {counts.n_users:,} users, {counts.n_conversations:,} conversations", _lines(counts))
     )
     if counts.lines.scrubbed:
-        console.print(f"scrubbed: {counts.lines.scrubbed_told}", highlight=False, soft_wrap=True)
+        console.print(f"scrubbed: {counts.lines.scrubbed_text}", highlight=False, soft_wrap=True)
     for rule, of_rule in counts.pairs.items():
         rows = [
             ("found", of_rule.ledger.read),

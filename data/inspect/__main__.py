@@ -9,22 +9,22 @@ import argparse
 import difflib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from data.clean.ledger import Ledger
 from data.format.tokenizer import DialogueTokenizer, TokenizerError
 from data.inspect.lengths import length_table, write_histogram
 from data.inspect.quarantine import print_quarantine
 from data.inspect.terminal_text import visible
 from data.packed.packing import NO_DIALOGUE
 from data.packed.shards import MANIFEST_FILE, PackedDataset, PackedRow, ShardError
-from data.pipeline.report import side_table
+from data.pipeline.report import record_table, side_table
 from recipes.stage_errors import run_entry
 
 SIDES = ("train", "heldout")
@@ -85,23 +85,12 @@ def read_figures(run_dir: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         side_table({side: manifest[side] for side in SIDES})
-        record_table(manifest["records"])
+        record_table(Ledger.from_dict(manifest["records"]))
     except OSError:
         raise ShardError(f"{path}: missing; prepare the data with: python -m data.prepare <recipe>") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ShardError(f"{path}: damaged ({error!r}); run data.prepare again") from None
     return manifest
-
-
-def record_table(records: Mapping[str, Any]) -> Table:
-    """Where the records of the sources went, from the manifest."""
-    table = Table("records", "count")
-    table.columns[1].justify = "right"
-    for name, count in records.items():
-        counts = {f"{name}: {reason}": n for reason, n in count.items()} if isinstance(count, dict) else {name: count}
-        for label, n in counts.items():
-            table.add_row(label.replace("_", " "), f"{n:,}")
-    return table
 
 
 def pick_rows(asked: Sequence[int] | None, count: int, seed: int, n_rows: int, side: str) -> list[int]:
@@ -133,7 +122,7 @@ def show(arguments: argparse.Namespace, console: Console) -> None:
         legend.append("[label 0]", "bold red").append(": does not, as the scorer is to learn", "dim")
         console.print(legend, soft_wrap=True)
     console.rule("the whole data")
-    console.print(record_table(manifest["records"]))
+    console.print(record_table(Ledger.from_dict(manifest["records"])))
     console.print(side_table({side: manifest[side] for side in SIDES}))
     lengths = {side: data.documents()["length"] for side, data in sides.items()}
     console.print(length_table(lengths, dataset.row_length))

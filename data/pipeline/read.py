@@ -88,7 +88,7 @@ class ReadUnits(ItemStep):
         if not self.settings.characters:
             return dialogue.participants
         for name in {*dialogue.participants} & {*self.settings.characters}:
-            ledger.of_characters[name] = ledger.of_characters.get(name, 0) + 1
+            ledger.of_characters[name] += 1
         return tuple(name for name in dialogue.participants if name not in self.settings.characters)
 
 

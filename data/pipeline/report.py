@@ -35,13 +35,13 @@ def print_report(run_dir: Path, manifest: Mapping[str, Any], seconds: float, con
     ledger.balance()
     if len(ledgers) > 1:
         console.print(_source_table(ledgers, sides))
-    console.print(_record_table(ledger))
+    console.print(record_table(ledger))
     if ledger.blank_messages:
         console.print(
             f"{ledger.blank_messages:,} messages that say nothing were taken out of dialogues", soft_wrap=True
         )
     if ledger.scrubbed:
-        console.print(f"scrubbed: {ledger.scrubbed_told}", highlight=False, soft_wrap=True)
+        console.print(f"scrubbed: {ledger.scrubbed_text}", highlight=False, soft_wrap=True)
     if ledger.untrained_replies:
         console.print(
             f"{ledger.untrained_replies:,} replies are not trained by SFT, as their records say", soft_wrap=True
@@ -65,7 +65,8 @@ def print_report(run_dir: Path, manifest: Mapping[str, Any], seconds: float, con
     )
 
 
-def _record_table(ledger: Ledger) -> Table:
+def record_table(ledger: Ledger) -> Table:
+    """Counts of records by outcome."""
     table = Table("records", "count")
     table.columns[1].justify = "right"
     table.add_row("read", f"{ledger.read:,}", end_section=True)

@@ -72,7 +72,7 @@ class SelectDialogues(ItemStep):
             ledger.near_duplicates = int(np.count_nonzero(is_near & of_source))
             for side, reason in DROPPED.items():
                 if count := int(np.count_nonzero((sides == side) & is_single & of_source)):
-                    ledger.filter(reason, count)
+                    ledger.filtered[reason] += count
             ledger.kept = int(np.count_nonzero(is_single & ~is_dropped & of_source))
             ledger.balance()
         sides[~is_single | is_dropped] = _LEFT_OUT

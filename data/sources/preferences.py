@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data.clean.ledger import reasons_told
+from data.clean.ledger import reasons_text
 from data.clean.quarantine import general_reason
 from data.clean.stable_hash import stable_hash
 from data.format.dialogue import NARRATOR, DialogueError, Message, check_speaker
@@ -107,7 +107,7 @@ class PairFile:
         if not self.refused:
             return told
         places = "".join(f"\n  {place}" for place in self.first_refused)
-        return f"{told}; left out: {reasons_told(self.refused)}. The first:{places}"
+        return f"{told}; left out: {reasons_text(self.refused)}. The first:{places}"
 
 
 def reason_against_pair(chosen: str, rejected: str) -> str | None:
