@@ -1,4 +1,4 @@
-"""Ctrl-C ends an entry point with one line and exit code 130, also while its modules are still being imported."""
+"""Ctrl-C ends an entry point with one line and exit code 130, also while its modules are being imported."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ EXIT_CODE = 130
 
 
 def print_interrupt(advice: str = "run the same command again") -> int:
-    """Print the one line on stderr; the exit code."""
+    """Print the line on stderr; returns the exit code."""
     print(f"\ninterrupted; {advice}", file=sys.stderr)
     return EXIT_CODE
 
 
 def catch_interrupts() -> None:
-    """From here on, a Ctrl-C that nothing catches is told by `print_interrupt` instead of a traceback.
+    """Install a handler that prints one line instead of a traceback for an uncaught Ctrl-C.
 
-    Where `python -m` has only begun to import (it has not yet put the module's path in place of `-m`): a library that
-    is imported must not change how its host ends.
+    Only under `python -m` while it imports (the module's path has not yet replaced `-m`): an imported library must not
+    change how its host process ends.
     """
     if sys.argv[:1] == ["-m"]:
         sys.excepthook = _hook
@@ -27,6 +27,6 @@ def catch_interrupts() -> None:
 
 def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     if issubclass(kind, KeyboardInterrupt):
-        is_first = os.environ.get("RANK", "0") == "0"  # of the ranks of a training stage
+        is_first = os.environ.get("RANK", "0") == "0"  # only one rank of a training stage prints
         raise SystemExit(print_interrupt() if is_first else EXIT_CODE)
     sys.__excepthook__(kind, error, trace)

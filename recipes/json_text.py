@@ -1,6 +1,6 @@
-"""Valid JSON for everything that is written of a run: NaN and infinity are no numbers there.
+"""Valid JSON for the outputs of a run: JSON has no NaN and no infinities.
 
-A figure that does not exist is null, and `not_finite` beside it tells what was computed: {"heldout_loss": "nan"}.
+A figure that is not finite is null, and `not_finite` beside it holds its value as text: {"heldout_loss": "nan"}.
 """
 
 import json
@@ -17,14 +17,14 @@ def json_text(value: Any, indent: int | None = None) -> str:
 
 
 def finite_figures(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures, null for each that is not finite, and where there are such, what they were under `not_finite`."""
+    """The figures with null for each that is not finite; the original values of those are under `not_finite`."""
     found: dict[str, str] = {}
     finite = {key: _finite(value, key, found) for key, value in figures.items()}
     return {**finite, NOT_FINITE: found} if found else finite
 
 
 def as_number(value: float | None) -> float:
-    """A figure that `finite_figures` wrote, NaN where it was not finite."""
+    """A figure written by `finite_figures`; NaN if it was not finite."""
     return math.nan if value is None else float(value)
 
 

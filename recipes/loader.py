@@ -1,4 +1,4 @@
-"""Load a recipe: strict YAML and dotted overrides into one frozen section, with all problems told at once."""
+"""Load a recipe: strict YAML and dotted overrides into one frozen section; all problems are reported together."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from recipes.yaml_text import Document, YamlError, parse_yaml, to_yaml
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be used. The message lists every problem with its place, key, and what was expected."""
+    """An invalid recipe. The message lists every problem with its place, key, and what was expected."""
 
 
 class Section(BaseModel):
-    """Base of every recipe schema: frozen, unknown keys are errors, no value is converted but int to float."""
+    """Base of every recipe schema: frozen, unknown keys are errors, and no value is converted except int to float."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
 
@@ -35,7 +35,7 @@ S = TypeVar("S", bound=BaseModel)
 
 @dataclass(frozen=True)
 class CommandLine(Generic[S]):
-    """What an entry point was asked to do."""
+    """The parsed command line of an entry point."""
 
     recipe: S
     recipe_path: Path
@@ -47,7 +47,7 @@ def load_recipe(schema: type[S], path: str | Path, overrides: Sequence[str] = ()
     """The recipe in `path` with `overrides` (`dotted.key=value`) applied. Raises RecipeError with every problem."""
     document = read_document(path, overrides)
     _check_stage(schema, document, path)
-    text = json.dumps(document.data)  # JSON mode: strict, yet lists become tuples and strings dates
+    text = json.dumps(document.data)  # JSON mode: strict, but lists become tuples and strings dates
     try:
         return schema.model_validate_json(text)
     except ValidationError as error:
@@ -57,12 +57,12 @@ def load_recipe(schema: type[S], path: str | Path, overrides: Sequence[str] = ()
 
 
 def dump_recipe(recipe: BaseModel) -> str:
-    """YAML text of every key, defaults included; `load_recipe` of it is equal to `recipe`."""
+    """YAML text of every key, defaults included; loading it gives an equal recipe."""
     return to_yaml(recipe.model_dump(mode="json"))
 
 
 def print_recipe(recipe: BaseModel, console: Console | None = None) -> None:
-    """Show the resolved recipe in colour."""
+    """Print the resolved recipe with syntax highlighting."""
     syntax = Syntax(dump_recipe(recipe).rstrip(), "yaml", background_color="default", word_wrap=True)
     (console or Console()).print(syntax)
 
@@ -70,7 +70,7 @@ def print_recipe(recipe: BaseModel, console: Console | None = None) -> None:
 def parse_command_line(
     schema: type[S], argv: Sequence[str] | None = None, description: str | None = None
 ) -> CommandLine[S]:
-    """Read `RECIPE [dotted.key=value ...] [--dry-run]`. A recipe that cannot be used is told and exits 2."""
+    """Read `RECIPE [dotted.key=value ...] [--dry-run]`. An invalid recipe prints its error and exits with 2."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a YAML file of recipes/")
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="replaces one value of the recipe")
@@ -85,13 +85,13 @@ def parse_command_line(
 
 
 def print_error(error: Exception, title: str | None = None) -> None:
-    """One message for a user on stderr: `title`, or else the kind of the error, and its words as they are."""
+    """Print one error message on stderr: `title`, by default the class of the error, and its text."""
     text = f"[bold red]{title or type(error).__name__}[/]: {escape(str(error))}"
     Console(stderr=True).print(text, highlight=False, soft_wrap=True)
 
 
 def read_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
-    """The plain data of a recipe file with `overrides` applied, before any schema. Raises RecipeError."""
+    """The plain data of a recipe file with `overrides` applied, before validation. Raises RecipeError."""
     document = _parse(_read_text(Path(path)), str(path))
     if not isinstance(document.data, dict):
         found = "an empty file" if document.data is None else f"a {type(document.data).__name__}"
@@ -126,7 +126,7 @@ def _read_text(path: Path) -> str:
 
 
 def _apply(document: Document, override: str) -> None:
-    """Set one `dotted.key=value` in the document; absent sections on the way are created."""
+    """Set one `dotted.key=value` in the document; missing sections on the way are created."""
     key, equals, text = override.partition("=")
     source = f"command line: {override}"
     steps: list[str] = key.split(".")
@@ -166,7 +166,7 @@ def _refuse_step(source: str, path: tuple[str | int, ...], found: object, step: 
 
 
 def _check_stage(schema: type[BaseModel], document: Document, path: str | Path) -> None:
-    """A recipe of another stage is one error that names the command it is for."""
+    """Raise one RecipeError that names the right command if the recipe is of another stage."""
     if "stage" not in schema.model_fields:
         return
     stage, expected = document.data.get("stage"), get_args(schema.model_fields["stage"].annotation)

@@ -1,10 +1,10 @@
-"""Look at conversations and write a folder of recipes that fits them.
+"""Inspect conversations and write a folder of recipes that fits them.
 
     python -m recipes.new runs/mine --data logs/
     python -m recipes.pipeline runs/mine
 
-The recipes are those of `--like` (demo or mqa_1b) with the values that depend on the data changed; what was found and
-why each value was chosen is printed. Stages that the data cannot support are left out.
+The recipes are those of `--like` (demo or mqa_1b) with values adapted to the data. Prints what was found and the reason
+of every choice. Stages that the data cannot support are left out.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LIKE = ("demo", "mqa_1b")
 
 
 def print_found(found: Any, data: Path, console: Console) -> None:
-    """What was read, who speaks, and the first bad records with their reasons."""
+    """Print what was read, the speakers, and the first bad records with their reasons."""
     look = importlib.import_module("data.inspect.folder")
     dialogues = found.dialogues
     lengths = [len(dialogue.messages) for dialogue in dialogues]
@@ -54,8 +54,8 @@ def print_found(found: Any, data: Path, console: Console) -> None:
 
 
 def run(folder: Path, data: Path, like: str) -> tuple[Any, Choices]:
-    """Look, choose and write: what was found, and the recipes. Prints nothing, so that a closed pipe cannot stop it
-    halfway. Raises RecipeError or the errors of the readers, with nothing written."""
+    """Inspect, choose and write; returns what was found, and the recipes. Prints nothing, so that a closed pipe cannot
+    interrupt it. Raises RecipeError or the readers' errors, with nothing written."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RecipeError(f"{folder} is there already and not empty; choose another folder, or remove it")
     look = importlib.import_module("data.inspect.folder")
@@ -68,7 +68,7 @@ def run(folder: Path, data: Path, like: str) -> tuple[Any, Choices]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    """Entry point; the exit code is 0, 2 for a user error, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the folder to write; the runs go into it too")
     parser.add_argument("--data", type=Path, required=True, help="a file or a folder of conversations")
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def tell(found: Any, choices: Choices, arguments: argparse.Namespace, console: Console) -> None:
-    """What was found, what was chosen, what was written, and what to do next."""
+    """Print what was found, chosen and written, and the next command."""
     print_found(found, arguments.data, console)
     files = ", ".join([PIPELINE_FILE, *(f"{stage}.yaml" for stage in choices.stages)])
     for line in (

@@ -1,4 +1,4 @@
-"""The recipes of another folder with the values changed that depend on the data; their comments stay."""
+"""Copies of another folder's recipes, comments included, with values adapted to the data."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ruamel.yaml import YAML
 from recipes.files import replace_directory
 
 _VOCABULARIES = (384, 512, 1024, 2048, 4096, 8192, 16384, 32768)
-_CHARACTERS_A_PIECE = 200  # a piece that is seen less often teaches nothing
-_EPOCHS = 8  # over a small corpus; a large one ends at the steps of the recipe that is copied
+_CHARACTERS_A_PIECE = 200  # fewer occurrences are too few to learn a piece
+_EPOCHS = 8  # over a small corpus; with a large one the copied recipe's max_steps is the limit
 _FEWEST_STEPS = 20
-_FEWEST_CONTEXTS = 2  # a reply is ranked against those of other dialogues
+_FEWEST_CONTEXTS = 2  # ranking needs the replies of other dialogues
 _HELDOUT_DIALOGUES = 60
 _SILENCES = (600.0, 3600.0, 86400.0)  # seconds, tried in this order
-_RARER_LABEL = 0.03  # at least this share of the labels must be of the rarer class
+_RARER_LABEL = 0.03  # the rarer class needs at least this share of the labels
 _OF_THE_DEMO = {
     "The demo's conversations (package chitchat-dataset)": "The conversations",
     "conversations of a later season than it was trained on": "conversations that none of them was trained on",
@@ -31,12 +31,12 @@ _OF_THE_DEMO = {
     "of the demo": "of the pipeline",
     "on the demo's conversations": "on the conversations",
 }
-"""Comments that would not be true of other data."""
+"""Replacements in comments that are true of the demo only."""
 
 
 @dataclass
 class Choices:
-    """Recipes by name, ready to be written, and a line for each choice."""
+    """Recipes by name, and one line for each choice."""
 
     recipes: dict[str, Any]
     runs: str
@@ -49,7 +49,7 @@ class Choices:
         return [entry["recipe"].removesuffix(".yaml") for entry in self.recipes["pipeline"]["stages"]]
 
     def set(self, recipe: str, key: str, value: Any, why: str) -> None:
-        """Set a dotted key of a recipe that is there, and say why."""
+        """Set a dotted key of a recipe, if that recipe exists, and record the reason."""
         if recipe not in self.recipes:
             return
         *sections, last = key.split(".")
@@ -61,7 +61,7 @@ class Choices:
             self.told.append(f"{recipe}: {key}: {_shown(value)} ({why})")
 
     def leave_out(self, stage: str, why: str) -> None:
-        """Remove a stage, and say why."""
+        """Remove a stage, and record the reason."""
         if self.recipes.pop(stage, None) is not None:
             entries = self.recipes["pipeline"]["stages"]
             entries.remove(next(entry for entry in entries if entry["recipe"] == f"{stage}.yaml"))
@@ -83,7 +83,7 @@ def _yaml() -> YAML:
 
 
 def read_recipes(like: Path, runs: str) -> Choices:
-    """The recipes of a folder, with every path of theirs below `runs`."""
+    """The recipes of a folder, with all of their paths moved below `runs`."""
     yaml = _yaml()
     recipes = {file.stem: yaml.load(file) for file in sorted(like.glob("*.yaml"))}
     if "pipeline" not in recipes:
@@ -105,8 +105,8 @@ def _move(node: Any, old: str, new: str) -> None:
 
 
 def choose(found: Any, like: Path, runs: str) -> Choices:
-    """The recipes of `like` for what data.inspect.folder has found. Raises the errors that preparing the data would
-    end in."""
+    """Adapt the recipes of `like` to what data.inspect.folder has found. Raises the errors that data.prepare would
+    raise."""
     look = importlib.import_module("data.inspect.folder")
     choices = read_recipes(like, runs)
     _choose_data(choices, found)
@@ -154,7 +154,7 @@ def _choose_data(choices: Choices, found: Any) -> None:
 
 
 def _choose_split(choices: Choices, found: Any) -> Any:
-    """The sides of the first rule that holds out about as much as it should."""
+    """The sides under the first split rule that holds out about the desired share."""
     look, schema = (
         importlib.import_module("data.inspect.folder"),
         importlib.import_module("data.pipeline.recipe").DataRecipe,
@@ -163,7 +163,7 @@ def _choose_split(choices: Choices, found: Any) -> Any:
     n = len(found.dialogues)
     heldout = round(min(0.2, max(0.002 if found.is_sample else 0.02, _HELDOUT_DIALOGUES / n)), 3)
     data["continue_within_seconds"] = None
-    data.ca.items.pop("continue_within_seconds", None)  # its comment is about another value
+    data.ca.items.pop("continue_within_seconds", None)  # its comment describes another value
     problems: list[str] = []
     for by_participant in (True, False):
         data["split"] = {"kind": "fraction", "heldout": heldout, "by_participant": by_participant}
@@ -187,7 +187,8 @@ def _choose_split(choices: Choices, found: Any) -> Any:
 
 
 def _choose_labels(choices: Choices, found: Any, sides: Any) -> None:
-    """The silence after which a partner is gone; without labels of both classes no scorer, and what needs one."""
+    """Choose the silence after which a partner counts as gone. Without labels of both classes, omit the scorer and what
+    depends on it."""
     look = importlib.import_module("data.inspect.folder")
     own = look.labels_of_metadata(found.dialogues)
     tried = [None] if own else list(_SILENCES) if found.has_times else []
@@ -225,7 +226,7 @@ def _without_scorer(choices: Choices, found: Any) -> None:
 
 
 def _row_length(choices: Choices, lengths: list[int], look: Any) -> int:
-    """The template's, or a shorter power of two that most dialogues fit."""
+    """The template's row length, or a shorter power of two that most dialogues fit."""
     longest = choices.recipes["data"]["row_length"]
     row_length = 128
     while row_length < longest and row_length < look.quantile(lengths, 0.95):
@@ -234,7 +235,7 @@ def _row_length(choices: Choices, lengths: list[int], look: Any) -> int:
 
 
 def _choose_steps(choices: Choices, n_tokens: int, n_dialogues: int, row_length: int) -> None:
-    """At most the template's steps, and over a small corpus no more than some epochs."""
+    """At most the template's number of steps, limited to a few epochs of a small corpus."""
     n_rows = max(1, n_tokens // row_length)
     shares = {"pretrain": 1.0, "sft": 0.25, "engagement": 0.25}
     for stage, share in shares.items():
@@ -266,7 +267,7 @@ def _set_steps(choices: Choices, stage: str, steps: int, why: str) -> None:
 
 
 def _choose_heldout(choices: Choices, sides: Any, look: Any, tokenizer: Any) -> None:
-    """Held-out counts that the data can give."""
+    """Lower counts that exceed the held-out data."""
     lengths = look.token_lengths(sides.heldout, tokenizer)
     row_length = choices.recipes["data"]["row_length"]
     n_rows = max(1, sum(lengths) // row_length)
@@ -277,7 +278,7 @@ def _choose_heldout(choices: Choices, sides: Any, look: Any, tokenizer: Any) -> 
     evaluation = choices.recipes.get("eval", {})
     if evaluation:
         before = sorted(_messages_before_last_reply(dialogue) for dialogue in sides.heldout)
-        most = max(1, before[n // 5])  # four of five dialogues have as many
+        most = max(1, before[n // 5])  # the 20th percentile: four of five dialogues have at least as many
         if evaluation["contexts"]["min_messages"] > most:
             choices.set("eval", "contexts.min_messages", most, "so short are the dialogues")
         n_contexts = sum(place >= evaluation["contexts"]["min_messages"] for place in before)
@@ -300,7 +301,7 @@ def _messages_before_last_reply(dialogue: Any) -> int:
 
 
 def texts_of(choices: Choices, like_name: str, folder: str) -> Iterator[tuple[str, str]]:
-    """(name, YAML text) of every recipe; comments that name the folder that was copied name this one."""
+    """(name, YAML text) of every recipe; comments that name the copied folder name the new one."""
     for name, recipe in choices.recipes.items():
         stream = io.StringIO()
         _yaml().dump(recipe, stream)
@@ -316,7 +317,7 @@ def _renamed(line: str, like_name: str, folder: str, runs: str) -> str:
 
 
 def write_recipes(choices: Choices, folder: Path) -> None:
-    """All files or none."""
+    """Write all files or none."""
     staging = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -324,7 +325,7 @@ def write_recipes(choices: Choices, folder: Path) -> None:
         for name, text in texts_of(choices, choices.like, str(folder)):
             (staging / f"{name}.yaml").write_text(text, encoding="utf-8")
         if folder.is_dir():
-            folder.rmdir()  # it is empty
+            folder.rmdir()  # empty
         replace_directory(staging, folder)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)

@@ -1,12 +1,12 @@
-"""How the threads of PyTorch's operations wait for each other on a CPU."""
+"""How PyTorch's CPU threads wait for each other."""
 
 import os
 
 
 def sleep_while_waiting() -> None:
-    """Let OpenMP threads sleep instead of spin; a value that the environment has stays.
+    """Make OpenMP threads sleep instead of spin while waiting, unless the environment says otherwise.
 
-    A thread that spins keeps its core from the thread it waits for: beside other processes training falls to a
-    fraction of its speed. OpenMP reads the variable as torch is imported, so packages call this before they import it.
+    A spinning thread keeps its core from the thread it waits for: next to other processes training slows down several
+    times. OpenMP reads the variable when torch is imported, so packages call this before importing torch.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

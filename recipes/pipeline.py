@@ -1,6 +1,6 @@
-"""Run a folder of recipes, stage by stage, keeping what is finished: `python -m recipes.pipeline recipes/demo`.
+"""Run a folder of recipes stage by stage; finished stages are kept: `python -m recipes.pipeline recipes/demo`.
 
-Values are changed by stage: `pretrain.loop.max_steps=5`; `--runs DIR` puts every run directory elsewhere.
+Overrides name the stage: `pretrain.loop.max_steps=5`. `--runs DIR` moves every run directory.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ from recipes.stages import LAUNCHER, STAGES, EntryPoint, entry_module
 
 PIPELINE_FILE = "pipeline.yaml"
 DEMO_BUNDLE = "runs/demo/export"
-_PLAIN_PATH = re.compile(r"[A-Za-z_./][-\w./]*", re.ASCII)  # what YAML reads as this very text
+_PLAIN_PATH = re.compile(r"[A-Za-z_./][-\w./]*", re.ASCII)  # YAML reads it as the same text
 
 
 class StageEntry(Section):
-    """One stage: its recipe file, beside pipeline.yaml, and on how many processes a training stage runs."""
+    """One stage: its recipe file, beside pipeline.yaml, and the number of processes of a training stage."""
 
     recipe: str
     nproc_per_node: PositiveInt = 1
 
 
 class PipelineRecipe(Section):
-    """The stages in order, and the folder that their run directories have in common."""
+    """The stages in order, and the parent folder of their run directories."""
 
     runs: str
     stages: tuple[StageEntry, ...] = Field(min_length=1)
@@ -58,7 +58,7 @@ class PipelineRecipe(Section):
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage of this pipeline, with the overrides meant for it."""
+    """A stage of this pipeline with its overrides."""
 
     name: str
     stage: EntryPoint
@@ -73,32 +73,32 @@ class PlannedStage:
 
     @cached_property
     def recipe(self) -> Any:
-        """The recipe as its stage's schema reads it. Raises RecipeError."""
+        """The validated recipe. Raises RecipeError."""
         return load_recipe(schema_of(self.written["stage"]), self.recipe_path, self.overrides)
 
     def inputs(self) -> dict[str, str | Path]:
-        """What the stage reads, by name. Raises ValueError where a source is missing."""
+        """The inputs of the stage by name. Raises ValueError if a source is missing."""
         found: dict[str, str | Path] = self.recipe.inputs()
         return found
 
     def inspect(self) -> tuple[RunState, list[str]]:
-        """The state of its run directory, and in what that differs. Raises MissingInputError."""
+        """The state of its run directory, and its differences to the recipe. Raises MissingInputError."""
         return inspect_run_directory(self.run_dir, self.recipe, self.inputs)
 
     def typed(self) -> str:
-        """What a user types to run this stage alone."""
+        """The command that runs this stage alone, as a user types it."""
         words = self.stage.command(str(self.recipe_path), self.nproc_per_node)
         return " ".join([words, shlex.join(self.overrides)]).strip()
 
     def command(self) -> list[str]:
-        """The words of the child's command line."""
+        """The child's command line."""
         launcher = [LAUNCHER, "--nproc-per-node", str(self.nproc_per_node), "-m"] if self.nproc_per_node > 1 else []
         return [sys.executable, "-m", *launcher, self.stage.module, str(self.recipe_path), *self.overrides]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table at the end; `ended` is None for a stage that was kept."""
+    """A line of the final table; `ended` is None for a stage that was kept."""
 
     name: str
     ended: Ended | None
@@ -106,7 +106,7 @@ class Row:
 
 
 def plan(folder: Path, runs: str | None, overrides: Sequence[str]) -> list[PlannedStage]:
-    """The stages of `folder`, in order. Raises RecipeError, with the problems of every recipe file."""
+    """The stages of `folder`, in order. Raises RecipeError with the problems of every recipe file."""
     if not folder.is_dir():
         raise RecipeError(f"{folder}: no such folder; expected one with {PIPELINE_FILE}, such as recipes/demo")
     pipeline = load_recipe(PipelineRecipe, folder / PIPELINE_FILE)
@@ -164,7 +164,7 @@ def _plan_stage(
 
 
 def _moved(node: Any, old: str, new: str, key: str = "") -> Iterator[str]:
-    """Overrides that put every path at or below `old` below `new`."""
+    """Overrides that move every path at or below `old` to `new`."""
     if isinstance(node, dict | list):
         for name, value in node.items() if isinstance(node, dict) else enumerate(node):
             yield from _moved(value, old, new, f"{key}.{name}" if key else str(name))
@@ -173,12 +173,12 @@ def _moved(node: Any, old: str, new: str, key: str = "") -> Iterator[str]:
 
 
 def is_below(path: str, folder: str) -> bool:
-    """Whether `path` is `folder` or in it, however the two are spelled."""
+    """Whether `path` is `folder` or in it, after normalization."""
     return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
 
 
 def path_override(key: str, path: str) -> str:
-    """The override that sets `key` to this path, quoted where YAML would read it as something else."""
+    """The override that sets `key` to this path, quoted if YAML would read it as something else."""
     return f"{key}={path if _PLAIN_PATH.fullmatch(path) else json.dumps(path)}"
 
 
@@ -198,7 +198,7 @@ def schema_of(stage: str) -> type[BaseModel]:
 
 
 def check(stages: Sequence[PlannedStage]) -> None:
-    """Load every recipe with its schema, so that no problem of the last one shows after a run. Raises RecipeError."""
+    """Validate every recipe before the first one runs. Raises RecipeError."""
     problems = []
     for planned in stages:
         try:
@@ -210,9 +210,9 @@ def check(stages: Sequence[PlannedStage]) -> None:
 
 
 def check_together(stages: Sequence[PlannedStage], console: Console, reads_sources: bool) -> None:
-    """Check every recipe, and what stages need of each other; print what will be done otherwise than asked.
+    """Validate every recipe and what stages need of each other; print settings that will be adjusted.
 
-    Raises RecipeError with all problems, also where the last recipe has one: nothing has run yet.
+    Raises RecipeError with all problems.
     """
     plan_of_all = PlanCheck(stages, reads_sources)
     try:
@@ -223,16 +223,17 @@ def check_together(stages: Sequence[PlannedStage], console: Console, reads_sourc
 
 
 def run(stages: Sequence[PlannedStage], console: Console, stops: StopRequests) -> int:
-    """Run what is not finished, in order; the exit code. Raises RunDirectoryError, or RecipeError before training."""
+    """Run what is not finished, in order; returns the exit code. Raises RunDirectoryError, or RecipeError before
+    training."""
     rows = []
     is_checked = False
     for number, planned in enumerate(stages, 1):
         state = make_room(planned, console)
         if planned.stage.distributed and state is not RunState.FINISHED and not is_checked:
-            check_together(stages, console, reads_sources=False)  # now that the data is there
+            check_together(stages, console, reads_sources=False)  # the data exists now
             is_checked = True
         ended = None
-        if state is not RunState.FINISHED and not stops.received:  # it may have come while the inputs were hashed
+        if state is not RunState.FINISHED and not stops.received:  # it may have arrived while the inputs were hashed
             how = {RunState.UNFINISHED: "continues", RunState.DAMAGED: "is damaged and runs again"}.get(state, "starts")
             console.rule(f"[bold]{number}/{len(stages)} {planned.name}[/] {how}: {planned.recipe_path}", align="left")
             environment = stage_environment(planned.nproc_per_node)
@@ -251,7 +252,7 @@ def run(stages: Sequence[PlannedStage], console: Console, stops: StopRequests) -
 
 
 def make_room(planned: PlannedStage, console: Console) -> RunState:
-    """The state of the stage's run directory, once a run of another recipe or other inputs is out of the way."""
+    """The state of the stage's run directory, after moving aside a run of another recipe or other inputs."""
     state, differences = planned.inspect()
     if not differences:
         return state
@@ -265,7 +266,7 @@ def make_room(planned: PlannedStage, console: Console) -> RunState:
 
 
 def stage_environment(nproc_per_node: int) -> dict[str, str]:
-    """This process's environment, with the CPU's cores divided among the ranks and libraries kept quiet."""
+    """This process's environment, with the cores divided among the ranks and quiet libraries."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     defaults = {
         "OMP_NUM_THREADS": str(max(1, cores // nproc_per_node)),
@@ -330,7 +331,7 @@ def print_plan(stages: Sequence[PlannedStage], console: Console) -> None:
 
 
 def shown_state(planned: PlannedStage) -> str:
-    """What a dry run says of the stage's run directory."""
+    """What a dry run prints about the stage's run directory."""
     try:
         state, differences = planned.inspect()
     except MissingInputError:
@@ -339,16 +340,16 @@ def shown_state(planned: PlannedStage) -> str:
 
 
 def reads(planned: PlannedStage, run_dir: str) -> bool:
-    """Whether an input of the stage lies in a run directory."""
+    """Whether an input of the stage is in a run directory."""
     try:
         inputs = planned.inputs()
-    except (ValueError, OSError):  # a source that is not there: an earlier stage writes it
+    except (ValueError, OSError):  # a missing source: an earlier stage writes it
         return True
     return any(is_below(str(path), run_dir) for path in inputs.values())
 
 
 def print_problems(error: Exception) -> None:
-    """The kind of an error on a line of its own, and below it its lines."""
+    """Print the class of an error on one line, and its message below."""
     errors = Console(stderr=True)
     errors.print(f"[bold red]{type(error).__name__}[/]")
     errors.print(str(error), highlight=False, markup=False, soft_wrap=True)

@@ -1,4 +1,5 @@
-"""What a stage needs of the stages before it, asked before anything is trained: `Recipe.check_plan(plan)`."""
+"""Checks of a plan before anything is trained: each recipe's `check_plan(plan)` asks what it needs of earlier
+stages."""
 
 from __future__ import annotations
 
@@ -18,11 +19,10 @@ if TYPE_CHECKING:
 
 
 class PlanCheck:
-    """Answers what a stage will find in the run directories of others: from what they hold, or, where a stage is still
-    to run, from its recipe and its sources. Collects the problems, and notes of what will be done otherwise than asked.
-    After a problem everything else that can be told is still asked, so that one check finds all.
+    """Answers questions about the run directories of other stages: from their content or, if a stage has not run yet,
+    from its recipe and sources. Collects all problems, and notes about settings that will be adjusted.
 
-    `reads_sources`: whether the sources of data that is still to be prepared are read for it.
+    `reads_sources`: whether to read the sources of data that is not prepared yet.
     """
 
     def __init__(self, stages: Sequence[PlannedStage], reads_sources: bool) -> None:
@@ -34,13 +34,13 @@ class PlanCheck:
         self._at = stages[0]
 
     def check(self) -> None:
-        """Load every recipe and ask every stage. Raises RecipeError with all problems."""
+        """Load every recipe and run its `check_plan`. Raises RecipeError with all problems."""
         for stage in self.stages:
             self._at = stage
             try:
                 look = getattr(stage.recipe, "check_plan", None)
             except RecipeError as error:
-                self.problems.append(str(error))  # it names the file itself
+                self.problems.append(str(error))  # names the file itself
                 continue
             if look is not None:
                 with self.finding():
@@ -49,31 +49,31 @@ class PlanCheck:
             raise RecipeError("\n".join(dict.fromkeys(self.problems)))
 
     def problem(self, text: str) -> None:
-        """The stage that is asked would end in this error."""
+        """Record an error that the current stage would raise."""
         line = f"{self._at.recipe_path}: {text}"
         if not any(known.endswith(f": {text}") for known in self.problems):
             self.problems.append(line)
 
     @contextmanager
     def finding(self) -> Iterator[None]:
-        """An error of the user's inside is a problem of the stage that is asked, and what follows is still asked."""
+        """Record an error raised inside as a problem of the current stage, and continue."""
         try:
             yield
         except (ValueError, OSError) as error:
             self.problem(str(error))
 
     def note(self, text: str) -> None:
-        """The stage that is asked will do something otherwise than its recipe says."""
+        """Record a setting that the current stage will adjust."""
         self.notes.append(f"{self._at.name}: {text}")
 
     @property
     def n_ranks(self) -> int:
-        """Processes that the stage that is asked runs on."""
+        """The number of processes of the current stage."""
         return self._at.nproc_per_node
 
     def data(self, run_dir: str) -> Any:
-        """data.packed.planned.DataFacts of a data directory, or None where nothing can be told of it yet. What
-        preparation would end in is a problem, told once."""
+        """data.packed.planned.DataFacts of a data directory, or None if nothing is known yet. Errors that preparation
+        would raise are recorded once."""
         place = os.path.realpath(run_dir)
         if place not in self._data:
             self._data[place] = None
@@ -97,7 +97,7 @@ class PlanCheck:
         return replace(facts, heldout=heldout)
 
     def config(self, run_dir: str) -> Any:
-        """The architecture (ModelConfig) of a run's model, or None where nothing can be told of it yet."""
+        """The architecture (ModelConfig) of a run's model, or None if it is not known yet."""
         if (planned := self._planned.get(os.path.realpath(run_dir))) is not None:
             before = planned.written.get("init_from")
             own = getattr(self._recipe(planned), "model", None)
@@ -106,23 +106,23 @@ class PlanCheck:
         return None if initial is None else initial.config()
 
     def is_to_come(self, path: str) -> bool:
-        """Whether a stage that is still to run writes it."""
+        """Whether a stage that has not run yet writes the path."""
         return any(Path(os.path.realpath(path)).is_relative_to(run_dir) for run_dir in self._planned)
 
     def _recipe(self, planned: PlannedStage) -> Any:
-        """None where it cannot be read, which is told where its stage is asked."""
+        """None for an invalid recipe, which is reported with its own stage."""
         try:
             return planned.recipe
         except RecipeError:
             return None
 
     def _is_there(self, planned: PlannedStage) -> bool:
-        """Whether no source is written by a stage that is still to run."""
+        """Whether no source is written by a stage that has not run yet."""
         return not any(map(self.is_to_come, _locations(planned.written.get("sources"))))
 
 
 def _is_to_run(run_dir: Path) -> bool:
-    """Whether no finished run is there, or one whose outputs are made again."""
+    """Whether the directory holds no finished run, or a damaged one."""
     return read_done(run_dir) is None or bool(damage(run_dir))
 
 

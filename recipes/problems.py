@@ -1,4 +1,5 @@
-"""Pydantic's errors in the words of a recipe: place, dotted key, what was found, what was expected, "did you mean"."""
+"""Pydantic's validation errors as recipe errors: place, dotted key, what was found, what was expected, "did you
+mean"."""
 
 from __future__ import annotations
 
@@ -14,12 +15,12 @@ from recipes.yaml_text import Document, Path
 
 
 def describe_problems(schema: type[BaseModel], document: Document, error: ValidationError) -> list[str]:
-    """One line for each key with a problem, in the order of the file's lines."""
+    """One line for each key with a problem, in file order."""
     told: dict[Path, list[str]] = {}
     order: dict[Path, tuple[str, int]] = {}
     for detail in error.errors():
         if detail["type"] == "too_short" and len(detail["input"]) >= detail["ctx"]["min_length"]:
-            continue  # only because items of it have problems, which are told
+            continue  # a consequence of invalid items, which are reported themselves
         path, section, value = _follow(schema, detail["loc"])
         place = document.place(path)
         source, _, line = place.rpartition(":")
@@ -33,7 +34,7 @@ def describe_problems(schema: type[BaseModel], document: Document, error: Valida
 
 
 def _merge(messages: list[str]) -> str:
-    """One text for a value that fits no member of a union: the found value once, then each expectation."""
+    """One text for a value that fits no member of a union: what was found, and each expectation."""
     unique = list(dict.fromkeys(messages))
     heads = {message.split(", expected ")[0] for message in unique}
     if len(heads) == 1 and all(", expected " in message for message in unique):
@@ -42,7 +43,7 @@ def _merge(messages: list[str]) -> str:
 
 
 def _explain(detail: Any, path: Path, section: list[Any], value: list[Any], schema: type[BaseModel]) -> str:
-    """The problem of one key: `section` are the types of the section it is in, `value` those it may hold."""
+    """The problem of one key: `section` are the possible types of the section it is in, `value` those of its value."""
     kind, given, found = detail["type"], detail["input"], _show(detail["input"])
     if kind == "extra_forbidden":
         return f"unknown key (found {found}){_meant_key(path, section, schema)}"
@@ -86,7 +87,7 @@ def _meant(found: str, known: list[str]) -> str:
 
 
 def _meant_key(path: Path, section: list[Any], schema: type[BaseModel]) -> str:
-    """The close key of the same section, else the same key in another section, else the keys there are."""
+    """The closest key of the same section, else the same key in another section, else the known keys."""
     known = [key for model in _models(section) for key in model.model_fields]
     found, whole = str(path[-1]), ".".join(map(str, path))
     if meant := _meant(found, known):
@@ -96,7 +97,7 @@ def _meant_key(path: Path, section: list[Any], schema: type[BaseModel]) -> str:
 
 
 def _expectation(section: list[Any], key: str) -> str:
-    """What a missing key should hold, in a few words."""
+    """What a missing key should hold."""
     fields = [model.model_fields[key] for model in _models(section) if key in model.model_fields]
     return _name(_members(fields[0].annotation)) if fields else "a value"
 
@@ -121,9 +122,9 @@ def _name(members: list[Any]) -> str:
 
 
 def _follow(schema: type[BaseModel], location: tuple[str | int, ...]) -> tuple[Path, list[Any], list[Any]]:
-    """The data path of an error's location, the types its section may have, and the types its value may have.
+    """The data path of an error's location, the possible types of its section, and those of its value.
 
-    Pydantic puts a label in the location for each union it goes through; these are no part of the path.
+    Pydantic inserts a label into the location for each union it passes; labels are not part of the path.
     """
     path: list[str | int] = []
     section: list[Any] = []
@@ -146,7 +147,7 @@ def _follow(schema: type[BaseModel], location: tuple[str | int, ...]) -> tuple[P
 
 
 def _members(annotation: Any) -> list[Any]:
-    """The types a value may have, None left out: annotations and nested unions are taken apart."""
+    """The types a value may have, without None; annotations and nested unions are flattened."""
     if get_origin(annotation) is Annotated:
         return _members(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):

@@ -1,8 +1,8 @@
-"""Run directories: who may write one, whether it holds this very run, and when that run is finished.
+"""Run directories: locking, the identity of the run in a directory, and when that run is finished.
 
-recipe.yaml, run.json and environment.json are there from the start, done.json is written last: a directory without it
-is unfinished and may be continued, whatever happened to the process. It is the same run where the recipe has the same
-identity (run_identity.py) and the inputs have the same content (run_inputs.py), wherever the directory lies.
+recipe.yaml, run.json and environment.json are written first and done.json last: a directory without done.json is
+unfinished and can be continued. A run is the same if its recipe has the same identity (run_identity.py) and its inputs
+have the same content (run_inputs.py), wherever the directory is.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "sentencepiece", 
 
 
 class RunDirectoryError(ValueError):
-    """A run directory (or an upstream one) that cannot be used as asked."""
+    """A run directory, of this run or of an input, that cannot be used."""
 
 
 class MissingInputError(RunDirectoryError):
-    """An input of a run that is not there, not finished, or damaged."""
+    """An input of a run that is missing, unfinished or damaged."""
 
 
 class RunState(Enum):
-    """What a run directory holds of the run that is asked for."""
+    """The state of a run directory with respect to a recipe."""
 
     NEW = "new"
     UNFINISHED = "unfinished"
@@ -66,14 +66,13 @@ class RunState(Enum):
 def prepare_run_directory(
     run_dir: str | Path, recipe: BaseModel, inputs: Mapping[str, str | Path]
 ) -> Iterator[RunState]:
-    """Hold `run_dir` for this process while inside: `with prepare_run_directory(...) as state`.
+    """Lock `run_dir` and prepare it for a run: `with prepare_run_directory(...) as state`.
 
-    `inputs` maps a name to an upstream run directory (which must be finished) or to a file. Only one process may hold a
-    directory; only rank 0 may call this. Raises RunDirectoryError when the directory is held, holds a run of another
-    recipe or of other inputs, or anything that is no run, and when an input is missing. An error of the user's
-    inside (ValueError, FileNotFoundError) before anything is trained leaves the directory to a corrected recipe.
-    Files that a finished run wrote and that are missing or of another size now are printed: the stage makes them again.
-    Where something is to be done, the inputs are read once to see that they are what was written.
+    `inputs` maps a name to an upstream run directory, which must be finished, or to a file; if there is work to do,
+    their content is verified. Only rank 0 may call this. Raises RunDirectoryError if another process holds the
+    directory, if it holds another run or other files, and if an input is missing. Damaged outputs of a finished run are
+    printed, and the stage makes them again. After a user error inside the block (ValueError, FileNotFoundError) before
+    any checkpoint, the directory can be used by a corrected recipe.
     """
     run_dir = Path(run_dir)
     digests = _digests(inputs, run_dir)
@@ -88,7 +87,7 @@ def prepare_run_directory(
                 _check_content(inputs)
                 for line in damage(run_dir):
                     print(f"{line}: made again")
-                (run_dir / "done.json").unlink(missing_ok=True)  # of a run that goes on to a larger number of steps
+                (run_dir / "done.json").unlink(missing_ok=True)  # a finished run continues to a larger max_steps
                 starts = _read_json(run_dir / "environment.json") or {"starts": []}
                 starts["starts"].append(describe_environment())
                 write_text(run_dir / "environment.json", _to_json(starts))
@@ -106,9 +105,9 @@ def prepare_run_directory(
 
 
 def _withdraw(run_dir: Path) -> None:
-    """After an error of the user's: while nothing is trained, a corrected recipe may use the directory.
+    """Release the directory for a corrected recipe after a user error, unless there are checkpoints.
 
-    Without recipe.yaml it holds no run. What a stage has left there says itself what it was made from.
+    Without recipe.yaml the directory holds no run. The remaining files record what they were made from.
     """
     trained = any((run_dir / "checkpoints").glob("step_*"))
     if not trained and not (run_dir / "done.json").exists():
@@ -125,11 +124,11 @@ def finish_run(
     outputs: Sequence[str] = (),
     by_size: Sequence[str] = (),
 ) -> None:
-    """Declare the run whole. Call it last, after every output is on disk; `extra` are figures for machines.
+    """Write done.json. Call it last, after every output is on disk; `extra` are figures for later stages.
 
-    `outputs` are the files and folders of `run_dir` that later stages read: by their content they know this run.
-    `by_size` are further ones, too large to hash or read by people. Where one of either goes missing or changes its
-    size, the run is not finished any more.
+    `outputs`: files and folders of `run_dir` that later stages read; their content identifies this run to them.
+    `by_size`: other files, which are not hashed. If a file of either is missing or changes its size, the run is not
+    finished.
     """
     run_dir = Path(run_dir)
     began = _read_json(run_dir / "run.json")
@@ -152,22 +151,21 @@ def finish_run(
 
 
 def read_done(run_dir: str | Path) -> dict[str, Any] | None:
-    """What a finished run says of itself (done.json), or None where no run has finished."""
+    """The content of done.json, or None if no run has finished."""
     return _read_json(Path(run_dir) / "done.json")
 
 
 def damage(run_dir: str | Path) -> list[str]:
-    """A line for every file of a finished run that is missing or of another size than it was written with."""
+    """One line for every file of a finished run that is missing or whose size changed."""
     return damaged_outputs(Path(run_dir), read_done(run_dir) or {})
 
 
 def inspect_run_directory(
     run_dir: str | Path, recipe: BaseModel, inputs: Callable[[], Mapping[str, str | Path]]
 ) -> tuple[RunState, list[str]]:
-    """What a stage would find, without running it: the state, and in what the held run differs from what is asked.
+    """The state of a run directory, and how the run in it differs from the recipe and its inputs.
 
-    Raises MissingInputError where the directory holds a run whose inputs are not there now: whether it is the one that
-    is asked for cannot be told.
+    Raises MissingInputError if the inputs of the run in it are missing, so that the two cannot be compared.
     """
     run_dir = Path(run_dir)
     if not (run_dir / "recipe.yaml").exists() or (begun := _read_json(run_dir / "run.json")) is None:
@@ -197,7 +195,7 @@ def _check_content(inputs: Mapping[str, str | Path]) -> None:
 
 
 def move_aside(run_dir: str | Path) -> Path:
-    """Rename a run directory that no process holds to `<run_dir>.replaced-<n>`, which is returned."""
+    """Rename a run directory that no process holds to `<run_dir>.replaced-<n>`; returns the new path."""
     run_dir = Path(run_dir)
     with _lock(run_dir):
         number = 1
@@ -208,7 +206,7 @@ def move_aside(run_dir: str | Path) -> Path:
 
 
 def describe_environment() -> dict[str, Any]:
-    """When, by what command, on what machine, with which versions and which code a run was started."""
+    """Time, command, machine, package versions and git state of a start."""
     versions = {}
     for package in _PACKAGES:
         try:
@@ -227,7 +225,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _git_state() -> dict[str, Any] | None:
-    """Commit and changed files of the checkout; None where there is no git or no checkout."""
+    """Commit and changed files of the checkout; None without git or a checkout."""
 
     def git(*arguments: str) -> str:
         root = Path(__file__).parent.parent
@@ -241,9 +239,9 @@ def _git_state() -> dict[str, Any] | None:
 
 @contextmanager
 def _lock(run_dir: Path) -> Iterator[None]:
-    """Hold the directory. The system releases it with the process, however that ends."""
+    """Lock the directory. The operating system releases the lock when the process ends."""
     with (run_dir / _LOCK).open("a+") as file:
-        deadline = time.monotonic() + LOCK_WAIT_SECONDS  # a process that was just killed may still be going away
+        deadline = time.monotonic() + LOCK_WAIT_SECONDS  # a process that was just killed may still be exiting
         while True:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -265,7 +263,7 @@ def _lock(run_dir: Path) -> Iterator[None]:
 def _state(run_dir: Path, recipe: BaseModel, inputs: Digests) -> RunState:
     if not (run_dir / "recipe.yaml").exists():
         others = sorted(p.name for p in run_dir.iterdir() if p.name[0] != "." and p.name != "environment.json")
-        if others and not (run_dir / "run.json").exists():  # with it, they are what a run has left that ended in error
+        if others and not (run_dir / "run.json").exists():  # run.json: left by a run that failed
             raise RunDirectoryError(
                 f"run_dir {run_dir} holds no run but other files ({', '.join(others[:5])}); choose another run_dir"
             )

@@ -1,4 +1,4 @@
-"""What makes a run this very run: its recipe without the keys that may change and without how paths are spelled."""
+"""The identity of a run: its recipe without the keys that may change and without the spelling of paths."""
 
 from __future__ import annotations
 
@@ -23,29 +23,31 @@ class _Location:
 
 
 MayChange = Annotated[T, _MayChange()]
-"""Type of a recipe's key that an unfinished run may be continued with another value of: its result is the same."""
+"""Type of a recipe key that may differ when an unfinished run is continued, because it does not affect the result."""
 
 Location = Annotated[str, _Location()]
-"""Type of a recipe's key that is a path. A run is known by what is there (its inputs' digests), not by the spelling."""
+"""Type of a recipe key that is a path. A run is identified by the content there (the digests of its inputs), not by the
+path."""
 
 _LOCATION = "(a location)"
 _ABSENT = "absent"
 
 
 def identity(recipe: BaseModel) -> dict[str, Any]:
-    """The recipe as plain data: keys that are `MayChange` are left out, the value of every `Location` is a constant."""
+    """The recipe as plain data without `MayChange` keys, and with a constant for every `Location`."""
     return _known_by(recipe, recipe.model_dump(mode="json"), type(recipe))
 
 
 def recipe_digest(recipe: BaseModel) -> str:
-    """SHA-256 of the recipe's identity: equal for two recipes that differ in locations only."""
+    """SHA-256 of the recipe's identity: equal for two recipes that differ only in locations."""
     return hashlib.sha256(json.dumps(identity(recipe), sort_keys=True).encode()).hexdigest()
 
 
 def differences(stored: dict[str, Any], recipe: BaseModel) -> list[str]:
-    """Lines `key: there X, here Y` for every leaf in which a stored identity is not that of `recipe`.
+    """Lines `key: there X, here Y` for every leaf in which a stored identity differs from `recipe`.
 
-    A key that the stored one lacks counts as its default: the schema has grown since. Those of `grown` do not count.
+    A key that is absent from the stored identity counts as its default, since the schema has grown. Keys of `grown` do
+    not count.
     """
     written = recipe.model_dump(mode="json", exclude_defaults=True)
     found = _differences(stored, identity(recipe), written, "")
@@ -54,13 +56,14 @@ def differences(stored: dict[str, Any], recipe: BaseModel) -> list[str]:
 
 
 def grown(stored: dict[str, Any], recipe: BaseModel) -> list[str]:
-    """Keys whose larger value continues even a finished run: of those in the recipe's `keys_that_may_grow`."""
+    """Keys of the recipe's `keys_that_may_grow` with a larger value than stored, which continues even a finished
+    run."""
     ours = identity(recipe)
     return [key for key in getattr(recipe, "keys_that_may_grow", ()) if _number(ours, key) > _number(stored, key)]
 
 
 def _number(plain: Any, key: str) -> float:
-    """A dotted key's number, or infinity where there is none."""
+    """A dotted key's number, or infinity if there is none."""
     for name in key.split("."):
         plain = plain.get(name) if isinstance(plain, dict) else None
     return plain if isinstance(plain, int | float) else math.inf
@@ -101,7 +104,7 @@ def _marks(annotation: Any) -> list[Any]:
 
 
 def _item_type(annotation: Any, containers: tuple[type, ...]) -> Any:
-    """The type of what a list, tuple or dict holds."""
+    """The type of the items of a list, tuple or dict."""
     for member, _ in _members(annotation):
         if get_origin(member) in containers and (arguments := get_args(member)):
             return arguments[-1] if dict in containers else arguments[0]

@@ -1,4 +1,4 @@
-"""What a run was made from, by content: digests of the files and finished runs that its recipe names."""
+"""Content digests of the inputs of a run: the files and finished runs that its recipe names."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from typing import Any
 from recipes.files import file_sha256
 
 Digests = dict[str, dict[str, str]]
-"""{name of the input: {path, sha256}}. Only the name and the digest tell one input from another."""
+"""{name of the input: {path, sha256}}. Inputs are compared by name and digest only."""
 
 _CACHE = ".digests.json"
-_SETTLED_SECONDS = 2.0  # what was written just now may be written again without another time of change
+_SETTLED_SECONDS = 2.0  # a file written this recently may change again within the same timestamp
 
 
 class InputError(ValueError):
-    """An input that is not there."""
+    """An input that does not exist."""
 
 
 class DigestCache:
-    """SHA-256 of files, kept in a run directory beside each file's size, times and inode; no file is hashed twice
-    while these are the same. The time of the last change (ctime) is among them: a program cannot set it back."""
+    """SHA-256 of files, cached in a run directory with each file's size, times and inode. A file is hashed again only
+    if one of these changes; they include ctime, which a program cannot set back."""
 
     def __init__(self, run_dir: Path) -> None:
         self._file = run_dir / _CACHE
@@ -34,11 +34,11 @@ class DigestCache:
         try:
             held = json.loads(self._file.read_text(encoding="utf-8"))
             self._known = held if isinstance(held, dict) else {}
-        except (OSError, ValueError):  # it is a cache: without it files are hashed again
+        except (OSError, ValueError):  # it is only a cache
             pass
 
     def sha256(self, path: Path) -> str:
-        """Of the bytes of a file."""
+        """SHA-256 of a file."""
         key, signature = os.path.abspath(path), _signature(path)
         held = self._known.get(key)
         if isinstance(held, list) and held[:-1] == signature:
@@ -52,7 +52,7 @@ class DigestCache:
         return digest
 
     def save(self) -> None:
-        """Write what was learned, where the run directory is there and can be written."""
+        """Write new digests, if the run directory exists and is writable."""
         if not self._is_changed or not self._file.parent.is_dir():
             return
         temporary = self._file.with_name(f"{_CACHE}.{os.getpid()}")
@@ -72,7 +72,7 @@ def _signature(path: Path) -> list[int]:
 def digest_inputs(inputs: Mapping[str, str | Path], run_dir: Path | None = None) -> Digests:
     """Digests of inputs: of a finished run its content (see `content_digest`), of a file its bytes.
 
-    `run_dir`: where digests of files are kept between calls. Raises InputError where an input is missing.
+    `run_dir`: where digests of files are cached between calls. Raises InputError if an input is missing.
     """
     cache = DigestCache(run_dir) if run_dir is not None else None
     digests: Digests = {}
@@ -104,7 +104,7 @@ def _run_digest(name: str, run_dir: Path) -> str:
 
 
 def _read_done(file: Path) -> dict[str, Any]:
-    """Nothing of a damaged one: whoever reads the run says that it is damaged."""
+    """Empty for a damaged done.json, which the reader of the run reports."""
     try:
         done = json.loads(file.read_bytes())
     except (OSError, ValueError):
@@ -113,7 +113,7 @@ def _read_done(file: Path) -> dict[str, Any]:
 
 
 def _files_of(run_dir: Path, outputs: Iterable[str]) -> dict[str, Path]:
-    """The files of `outputs`, which are files below `run_dir` or folders that stand for theirs."""
+    """The files of `outputs`, which are files below `run_dir`, or folders that stand for their files."""
     return {
         file.relative_to(run_dir).as_posix(): file
         for name in outputs
@@ -123,12 +123,12 @@ def _files_of(run_dir: Path, outputs: Iterable[str]) -> dict[str, Path]:
 
 
 def output_sizes(run_dir: Path, outputs: Iterable[str]) -> dict[str, int]:
-    """Bytes of each file of `outputs`, for done.json."""
+    """The size in bytes of each file of `outputs`, for done.json."""
     return {name: file.stat().st_size for name, file in sorted(_files_of(run_dir, outputs).items())}
 
 
 def damaged_outputs(run_dir: Path, done: Mapping[str, Any]) -> list[str]:
-    """A line for every file that is missing or of another size than a finished run (its done.json) wrote."""
+    """One line for every file that is missing or whose size differs from what a finished run (its done.json) wrote."""
     lines = []
     for name, size in done.get("outputs", {}).items():
         file = run_dir / name
@@ -140,7 +140,7 @@ def damaged_outputs(run_dir: Path, done: Mapping[str, Any]) -> list[str]:
 
 
 def check_content(inputs: Mapping[str, str | Path]) -> None:
-    """Read what the input runs wrote for later stages. Raises InputError where its bytes are others now."""
+    """Hash what the input runs wrote for later stages. Raises InputError if the content has changed."""
     for name, given in inputs.items():
         path = Path(given)
         done = _read_done(path / "done.json")
@@ -152,7 +152,8 @@ def check_content(inputs: Mapping[str, str | Path]) -> None:
 
 
 def content_digest(run_dir: Path, outputs: Iterable[str]) -> str:
-    """SHA-256 of names and bytes of files; `outputs` are files below `run_dir`, or folders that stand for theirs."""
+    """SHA-256 of the names and bytes of files; `outputs` are files below `run_dir`, or folders that stand for their
+    files."""
     files = _files_of(run_dir, outputs)
     lines = [f"{name} {file_sha256(file)}\n" for name, file in sorted(files.items())]
     assert lines, f"{run_dir} holds none of {', '.join(outputs)}"
@@ -160,7 +161,7 @@ def content_digest(run_dir: Path, outputs: Iterable[str]) -> str:
 
 
 def changed_inputs(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """A line for every input that is another one, has come or has gone."""
+    """One line for every input that changed, was added or was removed."""
     lines = []
     for name in [*stored, *(name for name in now if name not in stored)]:
         before, after = stored.get(name), now.get(name)
@@ -173,8 +174,8 @@ def changed_inputs(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
 
 
 def names_below(key: str, location: str | Path, files: Iterable[Path]) -> dict[str, Path]:
-    """The files of a recipe's location as inputs: named by the recipe's key and by where they lie below the location,
-    so that another spelling, or a moved folder, gives the same names."""
+    """The files of a recipe's location as inputs, named by the recipe key and by their path below the location, so that
+    a moved folder or another spelling of its path gives the same names."""
     root = Path(location)
     if root.is_file() or not root.exists():
         return {f"{key}: {file.name}": file for file in files}

@@ -1,4 +1,4 @@
-"""Errors that a user can mend, told in one message with an exit code; those of the file system name file and remedy."""
+"""User errors: one message and an exit code. Errors of the file system name the path and what to do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from recipes.loader import print_error
 
 USER_ERROR = 2
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NUMPY_WROTE_LESS = re.compile(r"\d+ requested and \d+ written")  # without an errno
+_NUMPY_WROTE_LESS = re.compile(r"\d+ requested and \d+ written")  # has no errno
 _REMEDIES = {
     errno.ENOENT: "no such file or directory; correct the path",
     errno.EISDIR: "a directory, expected a file; correct the path",
@@ -28,9 +28,9 @@ def run_entry(
     errors: tuple[type[Exception], ...] = (ValueError,),
     passed_on: tuple[type[Exception], ...] = (),
 ) -> int:
-    """Run `action`; the exit code. One message tells `errors`, but for those `passed_on`, and the file system's.
+    """Run `action`; returns the exit code. Prints OSErrors and `errors`, except `passed_on`, as one message.
 
-    run_dir: where the action writes, named by an error that says no path itself.
+    run_dir: where the action writes; named for an OSError without a path.
     """
     try:
         action()
@@ -46,13 +46,13 @@ def run_entry(
 
 
 def print_os_error(error: OSError, run_dir: str | Path) -> None:
-    """One message for a user on stderr."""
+    """Print one message on stderr."""
     print_error(OSError(describe_os_error(error, run_dir)), "file system")
 
 
 def describe_os_error(error: OSError, run_dir: str | Path) -> str:
-    """The path, what was found there, and what to do. An error without a path is taken as one of writing `run_dir`."""
-    path = error.filename2 or error.filename or run_dir  # of a copy, the second is what was written
+    """The path, what was found, and what to do. `run_dir` is named if the error has no path."""
+    path = error.filename2 or error.filename or run_dir  # of a copy, the second is the target
     if error.errno in _NO_ROOM or _NUMPY_WROTE_LESS.search(str(error)):
         found = error.strerror or "No space left on device"
         return f"{path}: {found}; make room, then run the same command again"

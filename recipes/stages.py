@@ -1,4 +1,4 @@
-"""The stages of a model's life: which module runs a recipe of each stage, and how it is launched."""
+"""The stages of the pipeline: the module that runs a recipe of each stage, and how it is launched."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ LAUNCHER = "train.launch"
 
 @dataclass(frozen=True)
 class EntryPoint:
-    """An entry point. `distributed` ones may run as several ranks, one process a device."""
+    """The module of a stage. A `distributed` one may run as several ranks, one process per device."""
 
     module: str
     distributed: bool = False
 
     def command(self, recipe_path: str, ranks: int = 1) -> str:
-        """What a user types to run a recipe of this stage."""
+        """The command that runs a recipe of this stage, as a user types it."""
         launcher = f"{LAUNCHER} --nproc-per-node {ranks} -m " if ranks > 1 else ""
         return f"python -m {launcher}{self.module} {recipe_path}"
 

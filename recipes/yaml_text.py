@@ -1,4 +1,4 @@
-"""YAML 1.2 text to plain data and back. Every key's line is kept; what a recipe may not hold is refused by line."""
+"""YAML 1.2 to plain data and back. Keeps the line of every key; unsupported YAML is an error that names the line."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Document:
     places: dict[Path, str] = field(default_factory=dict)
 
     def place(self, path: Path) -> str:
-        """Where `path` was written; for a path that is absent, where the section that lacks it begins."""
+        """The place of `path`; for a missing key, that of the section that lacks it."""
         while path not in self.places and path:
             path = path[:-1]
         return self.places[path]
 
 
 def parse_yaml(text: str, source: str, numbered: bool = True) -> Document:
-    """Read one YAML document. Places are `source:line`, or `source` alone when not `numbered`."""
+    """Parse one YAML document. Places are `source:line`, or `source` alone if not `numbered`."""
     place = (lambda line: f"{source}:{line + 1}") if numbered else (lambda line: source)
     yaml = YAML(typ="safe", pure=True)
     try:
@@ -66,7 +66,7 @@ def _explain(error: MarkedYAMLError) -> str:
 
 
 class _Reader:
-    """Turns composed nodes into plain data, noting the place of each path."""
+    """Converts composed nodes to plain data, recording the place of each path."""
 
     def __init__(self, yaml: YAML, place: Any, places: dict[Path, str]):
         self._yaml, self._place, self._places = yaml, place, places
@@ -136,7 +136,7 @@ def to_yaml(data: Mapping[str, Any]) -> str:
 
 
 def _quoted(value: Any) -> Any:
-    """Strings that hold more than printable ASCII on one line are double-quoted, so that every character survives."""
+    """Double-quote strings that are not printable ASCII on one line, so that every character survives."""
     if isinstance(value, Mapping):
         return {_quoted(key): _quoted(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
