@@ -57,7 +57,7 @@ def run(folder: Path, data: Path, like: str) -> tuple[Any, Choices]:
     """Inspect, choose and write; returns what was found, and the recipes. Prints nothing, so that a closed pipe cannot
     interrupt it. Raises RecipeError or the readers' errors, with nothing written."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RecipeError(f"{folder} is there already and not empty; choose another folder, or remove it")
+        raise RecipeError(f"{folder} exists and is not empty; choose another folder, or remove it")
     look = importlib.import_module("data.inspect.folder")
     found = look.find_source(data)
     choices = choose(found, RECIPES / like, os.path.normpath(folder))
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the folder to write; the runs go into it too")
     parser.add_argument("--data", type=Path, required=True, help="a file or a folder of conversations")
-    parser.add_argument("--like", choices=LIKE, default="demo", help="whose recipes to start from (default demo)")
+    parser.add_argument("--like", choices=LIKE, default="demo", help="the recipes to start from (default demo)")
     arguments = parser.parse_args(argv)
     try:
         found, choices = run(arguments.folder, arguments.data, arguments.like)
@@ -90,7 +90,7 @@ def tell(found: Any, choices: Choices, arguments: argparse.Namespace, console: C
     print_found(found, arguments.data, console)
     files = ", ".join([PIPELINE_FILE, *(f"{stage}.yaml" for stage in choices.stages)])
     for line in (
-        *(f"- {line}" for line in choices.told),
+        *(f"- {line}" for line in choices.reasons),
         f"wrote {files} into {arguments.folder}",
         f"run them: python -m recipes.pipeline {arguments.folder}",
     ):

@@ -41,7 +41,7 @@ class Choices:
     recipes: dict[str, Any]
     runs: str
     like: str
-    told: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
 
     @property
     def stages(self) -> list[str]:
@@ -58,14 +58,14 @@ class Choices:
             node = node[section]
         if node.get(last) != value:
             node[last] = value
-            self.told.append(f"{recipe}: {key}: {_shown(value)} ({why})")
+            self.reasons.append(f"{recipe}: {key}: {_shown(value)} ({why})")
 
     def leave_out(self, stage: str, why: str) -> None:
         """Remove a stage, and record the reason."""
         if self.recipes.pop(stage, None) is not None:
             entries = self.recipes["pipeline"]["stages"]
             entries.remove(next(entry for entry in entries if entry["recipe"] == f"{stage}.yaml"))
-            self.told.append(f"no {stage} stage: {why}")
+            self.reasons.append(f"no {stage} stage: {why}")
 
 
 def _shown(value: Any) -> str:
@@ -174,14 +174,14 @@ def _choose_split(choices: Choices, found: Any) -> Any:
             problems.append(str(error))
             continue
         if found.is_sample:
-            choices.told.append(f"data: split: {_shown(data['split'])} (not tried: only a sample was read)")
+            choices.reasons.append(f"data: split: {_shown(data['split'])} (not tried: only a sample was read)")
             return sides
         share = len(sides.heldout) / (len(sides.heldout) + len(sides.train))
         if not by_participant or 0.4 * heldout <= share <= 2.5 * heldout:
             total = len(sides.heldout) + len(sides.train)
-            told = f"{len(sides.heldout):,} of {total:,} dialogues held out"
-            linked = "" if by_participant else ", not by participant: they link too many dialogues to hold some out"
-            choices.told.append(f"data: split: {_shown(data['split'])} ({told}{linked})")
+            counts = f"{len(sides.heldout):,} of {total:,} dialogues held out"
+            linked = "" if by_participant else ", not by participant, because participants link too many dialogues"
+            choices.reasons.append(f"data: split: {_shown(data['split'])} ({counts}{linked})")
             return sides
     raise look.LookError(f"{problems[-1]}")
 
@@ -197,12 +197,12 @@ def _choose_labels(choices: Choices, found: Any, sides: Any) -> None:
         if all(min(c[0], c[1]) >= max(2, _RARER_LABEL * c.total()) for c in counts):
             data = choices.recipes["data"]
             data["continue_within_seconds"] = silence
-            told = f"after {counts[0][1]:,} turns the partner writes again, after {counts[0][0]:,} not"
-            choices.told.append(f"data: continue_within_seconds: {_shown(silence)} ({told})")
+            why = f"after {counts[0][1]:,} turns the partner writes again, after {counts[0][0]:,} not"
+            choices.reasons.append(f"data: continue_within_seconds: {_shown(silence)} ({why})")
             return
     choices.recipes["data"]["continue_within_seconds"] = None
-    why = "the messages have no times and no labels" if not tried else "hardly any turn is of one of the two labels"
-    choices.leave_out("engagement", f"{why}, so nothing says whether a partner wrote again")
+    why = "the messages have no times and no labels" if not tried else "too few turns have one of the two labels"
+    choices.leave_out("engagement", f"{why}, so there is no evidence whether a partner wrote again")
     _without_scorer(choices, found)
 
 
@@ -212,9 +212,9 @@ def _without_scorer(choices: Choices, found: Any) -> None:
         if pairs is not None and "format" not in found.source:
             files = [{"kind": "file", "path": str(file), "format": pairs} for file in found.files]
             choices.recipes["dpo"]["pairs"] = files
-            choices.told.append("dpo: pairs: those of the data, as there is no scorer to rank sampled ones")
+            choices.reasons.append("dpo: pairs: read from the data, because there is no scorer to rank sampled replies")
         else:
-            choices.leave_out("dpo", "without a scorer, pairs would have to come from a file")
+            choices.leave_out("dpo", "without a scorer, it needs a file of pairs")
     evaluation = choices.recipes.get("eval")
     if evaluation is not None:
         for key in ("scorer", "engagement", "preference"):
@@ -246,13 +246,13 @@ def _choose_steps(choices: Choices, n_tokens: int, n_dialogues: int, row_length:
         steps = int(epochs * n_rows / loop["rows_per_step"])
         why = f"{epochs:g} epochs of {n_rows:,} rows of {row_length} tokens"
         if steps < _FEWEST_STEPS:
-            why = f"the fewest; {why} would be {steps}"
+            why = f"the minimum; {why} would be {steps}"
         _set_steps(choices, stage, max(_FEWEST_STEPS, steps), why)
     if "dpo" in choices.recipes:
         for number, pairs in enumerate(choices.recipes["dpo"]["pairs"]):
             if pairs["kind"] == "on_policy" and pairs["n_contexts"] > n_dialogues:
                 pairs["n_contexts"] = n_dialogues
-                choices.told.append(f"dpo: pairs.{number}.n_contexts: {n_dialogues} (one a dialogue)")
+                choices.reasons.append(f"dpo: pairs.{number}.n_contexts: {n_dialogues} (one per dialogue)")
 
 
 def _set_steps(choices: Choices, stage: str, steps: int, why: str) -> None:
@@ -280,9 +280,9 @@ def _choose_heldout(choices: Choices, sides: Any, look: Any, tokenizer: Any) -> 
         before = sorted(_messages_before_last_reply(dialogue) for dialogue in sides.heldout)
         most = max(1, before[n // 5])  # the 20th percentile: four of five dialogues have at least as many
         if evaluation["contexts"]["min_messages"] > most:
-            choices.set("eval", "contexts.min_messages", most, "so short are the dialogues")
+            choices.set("eval", "contexts.min_messages", most, "the dialogues are short")
         n_contexts = sum(place >= evaluation["contexts"]["min_messages"] for place in before)
-        why = f"{n_contexts} of {n} held-out dialogues have a reply so late"
+        why = f"{n_contexts} of {n} held-out dialogues have such a late reply"
         if n_contexts < _FEWEST_CONTEXTS:
             choices.leave_out("eval", f"{why}, at least {_FEWEST_CONTEXTS} are needed; more conversations give more")
             evaluation = {}

@@ -360,8 +360,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a folder of recipes with a pipeline.yaml")
     parser.add_argument("overrides", nargs="*", metavar="stage.dotted.key=value", help="replaces one value of a recipe")
-    parser.add_argument("--runs", metavar="DIR", help="where the run directories go, instead of the recipes' own place")
-    parser.add_argument("--dry-run", action="store_true", help="check every recipe, say what would run, and stop")
+    parser.add_argument("--runs", metavar="DIR", help="put the run directories here instead of where the recipes say")
+    parser.add_argument("--dry-run", action="store_true", help="check every recipe, print what would run, and stop")
     arguments = parser.parse_intermixed_args(argv)
     console = Console()
     try:

@@ -16,7 +16,7 @@ from recipes.yaml_text import Document, Path
 
 def describe_problems(schema: type[BaseModel], document: Document, error: ValidationError) -> list[str]:
     """One line for each key with a problem, in file order."""
-    told: dict[Path, list[str]] = {}
+    messages: dict[Path, list[str]] = {}
     order: dict[Path, tuple[str, int]] = {}
     for detail in error.errors():
         if detail["type"] == "too_short" and len(detail["input"]) >= detail["ctx"]["min_length"]:
@@ -25,11 +25,11 @@ def describe_problems(schema: type[BaseModel], document: Document, error: Valida
         place = document.place(path)
         source, _, line = place.rpartition(":")
         order.setdefault(path, (source, int(line)) if line.isdecimal() else ("~", 0))
-        told.setdefault(path, []).append(_explain(detail, path, section, value, schema))
+        messages.setdefault(path, []).append(_explain(detail, path, section, value, schema))
     lines = []
-    for path in sorted(told, key=lambda path: order[path]):
+    for path in sorted(messages, key=lambda path: order[path]):
         key = ".".join(map(str, path))
-        lines.append(f"{document.place(path)}: {key + ': ' if key else ''}{_merge(told[path])}")
+        lines.append(f"{document.place(path)}: {key + ': ' if key else ''}{_merge(messages[path])}")
     return lines
 
 

@@ -265,7 +265,7 @@ def _state(run_dir: Path, recipe: BaseModel, inputs: Digests) -> RunState:
         others = sorted(p.name for p in run_dir.iterdir() if p.name[0] != "." and p.name != "environment.json")
         if others and not (run_dir / "run.json").exists():  # run.json: left by a run that failed
             raise RunDirectoryError(
-                f"run_dir {run_dir} holds no run but other files ({', '.join(others[:5])}); choose another run_dir"
+                f"run_dir {run_dir} holds files that are not of a run ({', '.join(others[:5])}); choose another run_dir"
             )
         return RunState.NEW
     _check_readable(run_dir / "recipe.yaml")

@@ -166,10 +166,10 @@ def changed_inputs(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
     for name in [*stored, *(name for name in now if name not in stored)]:
         before, after = stored.get(name), now.get(name)
         if before is None or after is None:
-            was = "it was no input of that run" if before is None else "an input of that run, and none of this one"
+            was = "not an input of that run" if before is None else "an input of that run, but not of this one"
             lines.append(f"input {name} ({(after or before or {}).get('path')}): {was}")
         elif before.get("sha256") != after.get("sha256"):
-            lines.append(f"input {name} ({after.get('path')}): its content is not the same")
+            lines.append(f"input {name} ({after.get('path')}): its content differs")
     return lines
 
 

@@ -117,7 +117,7 @@ class _Reader:
                 self._refuse(node, f"{key}: found {node.value}, expected a finite number")
             return value
         if any("\ud800" <= character <= "\udfff" for character in node.value):
-            self._refuse(node, f"{key}: half of a surrogate pair, which no text can hold")
+            self._refuse(node, f"{key}: a lone surrogate, which is not valid text")
         return node.value
 
     def _refuse(self, node: Node, message: str) -> NoReturn:

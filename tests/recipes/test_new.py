@@ -219,7 +219,7 @@ def test_without_two_contexts_held_out_there_is_no_evaluation(work: Path, capfd:
     write_lines(work / "logs/a.jsonl", conversations(5))
     assert main(["mine", "--data", "logs"]) == 0
     printed = capfd.readouterr().out
-    assert "no eval stage: 1 of 1 held-out dialogues have a reply so late, at least 2 are needed" in printed
+    assert "no eval stage: 1 of 1 held-out dialogues have such a late reply, at least 2 are needed" in printed
     assert not (work / "mine/eval.yaml").exists()
     assert pipeline(["mine", "--dry-run"]) == 0
 
@@ -228,7 +228,7 @@ def test_counts_of_tiny_data_are_lowered_each_with_its_reason(work: Path, capfd:
     write_lines(work / "logs/a.jsonl", conversations(25))
     assert main(["mine", "--data", "logs"]) == 0
     printed = capfd.readouterr().out
-    assert "eval: ranking.n_contexts: 4 (4 of 5 held-out dialogues have a reply so late)" in printed
+    assert "eval: ranking.n_contexts: 4 (4 of 5 held-out dialogues have such a late reply)" in printed
     assert "eval: ranking.n_distractors: 3 (the replies of the other contexts)" in printed
     assert "export: n_parity_conversations: 5 (5 dialogues are held out)" in printed
 

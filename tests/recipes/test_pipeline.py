@@ -143,7 +143,7 @@ def test_a_changed_recipe_runs_it_and_what_depends_on_it_again(folder: Path, pip
     code, output = pipeline("first.value=2")
     assert (code, launched(folder)) == (0, ["data new", "eval new"]), output
     assert "first: runs/toy/first held another run (value: there 1, here 2); moved to" in output
-    assert "input data (runs/toy/first): its content is not the same" in output
+    assert "input data (runs/toy/first): its content differs" in output
     kept = read_done(folder.parent / "runs/toy/first.replaced-1")
     assert kept is not None
     assert kept["key_figure"] == "value 1"
@@ -205,7 +205,7 @@ def test_a_missing_input_moves_nothing_aside(folder: Path, pipeline: Pipeline) -
     (folder / "gone.yaml").write_text("changed")
     code, output = pipeline("second.data=recipes_of_toy/gone.yaml")
     assert (code, launched(folder)) == (0, ["eval new"]), output
-    assert "input data (recipes_of_toy/gone.yaml): its content is not the same" in output
+    assert "input data (recipes_of_toy/gone.yaml): its content differs" in output
 
 
 def test_runs_can_go_elsewhere(folder: Path, pipeline: Pipeline) -> None:

@@ -125,7 +125,7 @@ def test_other_inputs_are_refused_by_name(run_dir: Path, tmp_path: Path) -> None
     recipe, inputs = recipe_of(run_dir), {"corpus": str(corpus)}
     state_of(run_dir, recipe, inputs)
     corpus.write_text("two")
-    with pytest.raises(RunDirectoryError, match=r"input corpus \(.*corpus.jsonl\): its content is not the same"):
+    with pytest.raises(RunDirectoryError, match=r"input corpus \(.*corpus.jsonl\): its content differs"):
         state_of(run_dir, recipe, inputs)
     with pytest.raises(RunDirectoryError, match="input corpus"):
         state_of(run_dir, recipe)
@@ -162,7 +162,7 @@ def test_an_input_that_changes_under_the_run_keeps_it_from_finishing(run_dir: Pa
 def test_a_directory_of_something_else_is_left_alone(run_dir: Path) -> None:
     run_dir.mkdir(parents=True)
     (run_dir / "thesis.tex").write_text("years of work")
-    with pytest.raises(RunDirectoryError, match=r"holds no run but other files \(thesis.tex\)"):
+    with pytest.raises(RunDirectoryError, match=r"holds files that are not of a run \(thesis.tex\)"):
         state_of(run_dir, recipe_of(run_dir))
     assert not (run_dir / "recipe.yaml").exists()
 
@@ -255,7 +255,7 @@ def test_a_moved_or_copied_run_is_the_same_run(tmp_path: Path, how: str, monkeyp
     assert state_of(new / "sft", recipe_of(new / "sft"), inputs(new, str(tmp_path / "logs"))) is RunState.FINISHED  # type: ignore[arg-type]
     (tmp_path / "logs" / "day" / "two.jsonl").write_text("two")
     _, differences = inspect_run_directory(new / "sft", recipe_of(new / "sft"), lambda: inputs(new, "../logs"))
-    assert differences == ["input logs: day/two.jsonl (../logs/day/two.jsonl): it was no input of that run"]
+    assert differences == ["input logs: day/two.jsonl (../logs/day/two.jsonl): not an input of that run"]
     shutil.rmtree(new / "data")
     with pytest.raises(MissingInputError, match="data does not exist"):
         inspect_run_directory(new / "sft", recipe_of(new / "sft"), lambda: inputs(new, "../logs"))
