@@ -146,7 +146,7 @@ def check_content(inputs: Mapping[str, str | Path]) -> None:
         done = _read_done(path / "done.json")
         if (read := done.get("content_of")) and content_digest(path, read) != done["content"]:
             raise InputError(
-                f"input {name}: {path} is damaged: the bytes of {', '.join(read)} are not those that its run wrote "
+                f"input {name}: {path} is damaged: the bytes of {', '.join(read)} differ from what its run wrote "
                 f"(sha256); remove {path / 'done.json'} and run the stage that writes it again"
             )
 

@@ -1,1 +1,1 @@
-"""Which records are kept and what of them: filters, languages, scrubbing, duplicates, splits, quarantine."""
+"""Cleaning: filters, languages, scrubbing, duplicates, splits, quarantine."""

@@ -1,4 +1,5 @@
-"""In which language a dialogue is, by py3langid (naive Bayes over byte n-grams; its model is part of the package)."""
+"""Language identification of dialogues by py3langid (naive Bayes over byte n-grams; the model is part of the
+package)."""
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -10,18 +11,18 @@ from pydantic import Field, field_validator
 from data.format.dialogue import NARRATOR, Message
 from recipes.loader import Section
 
-_CHARACTERS_READ = 500  # what follows changes hardly any answer, and the time grows with it
-_TIMES_AS_LIKELY = 10  # as English, a short question in English is up to six times as likely Nigerian Pidgin, or Shona
+_CHARACTERS_READ = 500  # more text hardly changes the result and costs time
+_TIMES_AS_LIKELY = 10  # py3langid scores a short English question up to six times as likely Nigerian Pidgin or Shona
 _NO_LANGUAGE = "zxx"  # such as addresses and listings
 
 
 class Languages(Section):
-    """Dialogues that are surely in another language are left out. What nobody can tell is kept: too little text, or a
-    mixture; and of a long dialogue its first 500 characters alone are read."""
+    """Filter dialogues that are clearly in another language. Ambiguous ones are kept: too little text, or a mixture.
+    Only the first 500 characters of a dialogue are read."""
 
     # ISO 639-1 codes.
     keep: tuple[str, ...] = Field(min_length=1)
-    # A dialogue is left out when another language is at least so likely, and ten times as likely as all of these.
+    # A dialogue is left out if another language has at least this probability and ten times that of all of these.
     min_confidence: float = Field(default=0.5, gt=0, le=1)
     # Dialogues with fewer letters are kept.
     min_letters: int = Field(default=30, ge=1)
@@ -37,7 +38,7 @@ class Languages(Section):
 
 
 def other_language(messages: Sequence[Message], rule: Languages) -> str | None:
-    """The code of the language that people write, when it is surely none to keep."""
+    """The code of the dialogue's language if it is clearly none of `keep`."""
     text = _beginning(message.text for message in messages if message.speaker != NARRATOR)
     if sum(map(str.isalpha, text)) < rule.min_letters:
         return None
@@ -49,7 +50,7 @@ def other_language(messages: Sequence[Message], rule: Languages) -> str | None:
 
 
 def _beginning(texts: Iterable[str]) -> str:
-    # (islice: more texts than characters are not needed)
+    # islice: at most one text per character is needed
     return "\n".join(text[:_CHARACTERS_READ] for text in islice(texts, _CHARACTERS_READ))[:_CHARACTERS_READ]
 
 

@@ -1,4 +1,4 @@
-"""Where bad records go, and how what is written of them is kept free of personal data where the recipe scrubs."""
+"""The quarantine of bad records, scrubbed of personal data by the recipe's rule."""
 
 import re
 from collections import Counter
@@ -11,21 +11,21 @@ from data.sources.record import Rejected, beginning
 from recipes.json_text import json_text
 
 NOT_SHOWN = "(not shown: scrub.ids)"
-_SHOWN = len(beginning("." * 10_000))  # characters of a record; the end of a longer one is cut off
-_MOST_QUOTED = 40  # characters that a reason may quote; sources cut what is longer, anywhere
+_SHOWN = len(beginning("." * 10_000))  # characters kept of a record
+_MOST_QUOTED = 40  # characters that a reason may quote; sources truncate longer quotes anywhere
 
 _QUOTED = re.compile(r"(?<!\w)b?'(?:[^'\\]|\\.)*(?:'|\Z)|(?<!\w)b?\"(?:[^\"\\]|\\.)*(?:\"|\Z)", re.DOTALL)
-_FOUND = re.compile(r"(?<=found ).+\Z", re.DOTALL)  # not always in quotes
+_FOUND = re.compile(r"(?<=found ).+\Z", re.DOTALL)  # values that are not in quotes
 _NUMBER = re.compile(r"(?<![\w.-])-?\d+(?:[.,]\d+)*(?:e[+-]?\d+)?", re.IGNORECASE)
-_ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2})|[bfnrt])")  # of JSON and of Python, also twice
-# The last word, which is no longer than an address, and the digits of a number before it.
+_ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2})|[bfnrt])")  # of JSON and of Python, also doubled
+# The last word, up to the longest address, and the digits before it.
 _CUT_END = re.compile(r"[\d\W]*\S{0,320}\Z")
 
 
 @dataclass(frozen=True, slots=True)
 class Quarantine:
-    """Where the bad records of a source go: counted, and written as JSON lines, by the rule without personal data. What
-    was replaced there is counted beside what is replaced in dialogues, as "email in quarantine"."""
+    """Counts the bad records of a source and writes them as JSON lines, scrubbed by `rule`. Replacements are counted
+    apart from those in dialogues, as "email in quarantine"."""
 
     file: IO[str]
     source: str
@@ -33,7 +33,7 @@ class Quarantine:
     rule: Scrub | None = None
 
     def add(self, record: Rejected) -> None:
-        """Put one more there."""
+        """Count and write one record."""
         self.ledger.quarantined += 1
         if self.rule:
             record, counts = scrub_rejected(record, self.rule)
@@ -42,16 +42,16 @@ class Quarantine:
 
 
 def general_reason(reason: str) -> str:
-    """The reason without the values it names: what is quoted becomes '..', a number N."""
+    """The reason without its values: quotes become '..', numbers N."""
     return _NUMBER.sub("N", _without_quotes(reason, 0))
 
 
 def scrub_rejected(rejected: Rejected, settings: Scrub) -> tuple[Rejected, Counter[str]]:
     """The rejection without personal data, and how many values of each kind were replaced.
 
-    What is cut may end within a value that is then no pattern's: the end of a long record goes, and what a reason
-    quotes at length. Where ids are hashed, nobody can tell which part of a broken record is one: the record is not
-    shown, and the reason names no values. File and line stay, so that the record can be found.
+    A value that is cut off matches no pattern, so the end of a long record is dropped, and long quotes in a reason.
+    With hashed ids the record is not shown and the reason has no values, because ids in a broken record cannot be
+    recognized. File and line are kept to find the record.
     """
     counts: Counter[str] = Counter()
     reason, record = rejected.reason, NOT_SHOWN
@@ -69,7 +69,7 @@ def scrub_rejected(rejected: Rejected, settings: Scrub) -> tuple[Rejected, Count
 
 
 def _without_quotes(reason: str, longest: int) -> str:
-    """Quotes of more characters become '..'."""
+    """Replace quotes of more than `longest` characters by '..'."""
     return _QUOTED.sub(lambda match: _short(match, "'..'", longest), reason)
 
 
@@ -78,7 +78,8 @@ def _short(match: re.Match[str], otherwise: str, longest: int = _MOST_QUOTED) ->
 
 
 def _without_escapes(text: str) -> str:
-    r"""Characters in the place of their escapes: of `\n4155550132` and `ann\u0040example.org` no pattern knows."""
+    r"""Replace escapes by their characters: patterns do not match `
+    4155550132` or `ann\u0040example.org`."""
 
     def meant(match: re.Match[str]) -> str:
         character = chr(int(match[1] or match[2] or "20", 16))

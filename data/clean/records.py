@@ -1,4 +1,4 @@
-"""From records to the dialogues that are kept: bad ones go to quarantine with a reason, and every record is counted."""
+"""From records to kept dialogues: bad records go to quarantine with a reason, and every record is counted."""
 
 import hashlib
 import json
@@ -26,20 +26,20 @@ _N_EXAMPLES = 5  # bad records shown in an error
 
 
 class CleanError(ValueError):
-    """More bad records than the recipe allows, or none left; the message says which and where they are."""
+    """Too many bad records, or none left; the message names them and their place."""
 
 
 class Filters(Section):
-    """Dialogues that do not pass are left out and counted. The narrator counts neither as a speaker nor as a writer."""
+    """Dialogues that fail a filter are left out and counted. Narration counts neither as a speaker nor as a message."""
 
     min_messages: int = Field(default=2, ge=1)
-    # Limits that are null keep everything: long dialogues are cut into rows.
+    # null: no limit. Long dialogues are split into rows.
     max_messages: int | None = Field(default=None, ge=1)
     min_speakers: int = Field(default=2, ge=1)
-    # Characters of all that is written.
+    # Total characters of the messages.
     min_characters: int = Field(default=1, ge=1)
     max_characters: int | None = Field(default=None, ge=1)
-    # Characters of the longest message, the narrator's too.
+    # Characters of the longest message, narration included.
     max_message_characters: int | None = Field(default=None, ge=1)
     languages: Languages | None = None
     repetition: Repetition | None = None
@@ -54,7 +54,7 @@ class Filters(Section):
 
 
 def without_bad(records: Iterable[Dialogue | LeftOut | Rejected], quarantine: Quarantine) -> Iterator[Dialogue]:
-    """The dialogues among the records, in order; every record is counted in the quarantine's ledger."""
+    """The dialogues of the records, in order; counts every record in the quarantine's ledger."""
     ledger = quarantine.ledger
     for record in records:
         ledger.read += 1
@@ -67,7 +67,7 @@ def without_bad(records: Iterable[Dialogue | LeftOut | Rejected], quarantine: Qu
 
 
 def scrubbed(dialogues: Iterable[Dialogue], rule: Scrub, ledger: Ledger) -> Iterator[Dialogue]:
-    """The dialogues without personal data; what was replaced is counted by its kind."""
+    """Scrub dialogues and count the replacements by kind."""
     for dialogue in dialogues:
         clean, counts = scrub(dialogue, rule)
         ledger.scrubbed.update(counts)
@@ -89,8 +89,8 @@ def passing(dialogues: Iterable[Dialogue], filters: Filters, ledger: Ledger) -> 
 
 
 def check_bad_fraction(ledgers: Mapping[str, Ledger], max_bad_fraction: float, quarantine: Path, keep_as: Path) -> None:
-    """Raise CleanError when too many records of a source were quarantined, however many good ones the others have; the
-    quarantine is then kept under another name."""
+    """Raise CleanError if too many records of any one source were quarantined; the quarantine is then kept as
+    `keep_as`."""
     for source, ledger in ledgers.items():
         if ledger.quarantined > max_bad_fraction * ledger.read:
             os.replace(quarantine, keep_as)
@@ -104,7 +104,7 @@ def check_bad_fraction(ledgers: Mapping[str, Ledger], max_bad_fraction: float, q
 
 
 def check_times_for_labels(total: Ledger, continue_within_seconds: float | None) -> None:
-    """Raise CleanError where the setting can say nothing of any reply, as none has a time."""
+    """Raise CleanError if the setting has no effect because no reply has a time."""
     if continue_within_seconds is not None and total.replies and not total.timed_replies:
         raise CleanError(
             f"continue_within_seconds: {continue_within_seconds:g} has no effect: none of the {total.replies:,} "
@@ -114,7 +114,7 @@ def check_times_for_labels(total: Ledger, continue_within_seconds: float | None)
 
 
 def content_key(dialogue: Dialogue) -> bytes:
-    """16 bytes that are the same for dialogues of the same turns and texts; ids, names and times do not matter."""
+    """A 16-byte hash of a dialogue's turns and texts; ids, names and times do not matter."""
     order: dict[str, int] = {}
     turns = [order.setdefault(message.speaker, len(order)) for message in dialogue.messages]
     texts = [message.text for message in dialogue.messages]
@@ -123,14 +123,15 @@ def content_key(dialogue: Dialogue) -> bytes:
 
 
 def _without_blanks(dialogue: Dialogue, ledger: Ledger) -> Dialogue | None:
-    """The dialogue without messages that say nothing; None when its character says nothing else.
+    """The dialogue without blank messages; None if its character has no other messages.
 
-    Who sent one wrote on all the same: where no other message shows when, the reply before has no engagement label.
+    A blank message still shows that its sender continued: if no other message shows when, the reply before it gets no
+    engagement label.
     """
     if not any(says_nothing(message.text) for message in dialogue.messages):
         return dialogue
     messages: list[Message] = []
-    reply: int | None = None  # the latest of them, where the character wrote it
+    reply: int | None = None  # the latest message, if the character wrote it
     answered_blank: set[int] = set()
     for message in dialogue.messages:
         by_character = message.speaker == dialogue.character
@@ -154,7 +155,7 @@ def _without_blanks(dialogue: Dialogue, ledger: Ledger) -> Dialogue | None:
 
 
 def _reason_against(dialogue: Dialogue, filters: Filters) -> str | None:
-    """The first reason to leave a dialogue out; the ones that take longest to find come last."""
+    """The first failed filter; the most expensive ones come last."""
     written = [message for message in dialogue.messages if message.speaker != NARRATOR]
     if len({message.speaker for message in written}) < filters.min_speakers:
         return f"fewer than {filters.min_speakers} speakers"

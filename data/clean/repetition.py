@@ -1,7 +1,7 @@
-"""Dialogues that repeat themselves, by the measures of Gopher (Rae et al. 2021, arXiv 2112.11446, table A1).
+"""Repetition filters of Gopher (Rae et al. 2021, arXiv 2112.11446, table A1).
 
-datatrove's filter computes them on web pages; on a dialogue its measure of the most frequent n-gram would count an
-n-gram that stands once, so that every short dialogue failed. Lines and paragraphs are messages here.
+datatrove's filter is for web pages: its most frequent n-gram may occur once, which would reject every short dialogue.
+Messages take the place of lines and paragraphs.
 """
 
 from collections import Counter
@@ -15,19 +15,19 @@ from recipes.loader import Section
 
 
 class Repetition(Section):
-    """Dialogues with more repetition than this are left out; null or {} leaves a measure out. The defaults are
-    Gopher's for web pages, but for the messages: people say "yes" more than once."""
+    """Leave out dialogues with more repetition; null or {} disables a measure. The defaults are Gopher's for web pages,
+    except for repeated messages: people say "yes" more than once."""
 
-    # Shorter dialogues are kept: a few words that are said twice are a large part of them.
+    # Shorter dialogues are kept: in them a few repeated words are a large share.
     min_words: int = Field(default=50, ge=1)
-    # Of the messages, how many say what an earlier one says.
+    # Share of messages that repeat an earlier one.
     max_repeated_messages: float | None = Field(default=0.5, gt=0, le=1)
-    # The same in characters.
+    # The same by characters.
     max_repeated_message_characters: float | None = Field(default=0.3, gt=0, le=1)
-    # Of the characters, those in the most frequent n words in a row, which must stand more than once; n is in quotes in
-    # a recipe: {"2": 0.2}.
+    # Share of characters in the most frequent n-gram, which must occur more than once; n is quoted in a recipe:
+    # {"2": 0.2}.
     max_top_n_gram: dict[int, float] = Field(default={2: 0.20, 3: 0.18, 4: 0.16})
-    # Of the characters, those in any n words in a row that stood before.
+    # Share of characters in all repeated n-grams.
     max_repeated_n_grams: dict[int, float] = Field(default={5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10})
 
     @field_validator("max_top_n_gram", "max_repeated_n_grams")
@@ -47,7 +47,7 @@ class Repetition(Section):
 
 
 def repeated(messages: Sequence[Message], limits: Repetition) -> str | None:
-    """Which measure of a dialogue is over its limit, in words; None where none is."""
+    """The measure that exceeds its limit, or None."""
     from datatrove.pipeline.filters.gopher_repetition_filter import find_all_duplicate, find_duplicates
 
     texts = [message.text.strip() for message in messages]
@@ -71,7 +71,7 @@ def repeated(messages: Sequence[Message], limits: Repetition) -> str | None:
 
 
 def _characters_of_top(words: Sequence[str], n: int) -> int:
-    """Characters in the n-gram that stands most often, of several the longest, over all its places."""
+    """Characters of all occurrences of the most frequent n-gram (the longest of equals)."""
     counts = Counter(zip(*(words[i:] for i in range(n)), strict=False))
     most = max(counts.values(), default=1)
     if most == 1:

@@ -1,13 +1,13 @@
-"""Scrubbing of personal data: e-mail addresses, phone numbers, payment cards, IP addresses and the credentials in URLs
-become placeholders, ids of people become hashes.
+"""Scrubs personal data: e-mail addresses, phone numbers, payment cards, IP addresses and the credentials of URLs become
+placeholders; ids of people become hashes.
 
-A placeholder is one fixed word for each kind, such as `[email]`: a reader and a model see what stood there, and which
-values were equal cannot be told, within a dialogue or across dialogues. Speakers alone stay apart: two who are called
-by their addresses become `[email]` and `[email] 2`. Addresses that were taken apart on purpose ("ann at example dot
-com"), local phone numbers without their area, and numbers in the metadata that are not strings are left as they are.
+A placeholder is a fixed word for each kind, such as `[email]`, so equal values cannot be linked, within a dialogue or
+across dialogues. Only speakers stay distinct: two speakers named by their addresses become `[email]` and `[email] 2`.
+Obfuscated addresses ("ann at example dot com"), local phone numbers without area code, and numbers in the metadata that
+are not strings are not scrubbed.
 
-datatrove's PIIFormatter has the first idea for two of the kinds, but takes "2@3.50" for an address, misses letters
-beyond ASCII, reads IP addresses out of longer numbers ("1.2.3.4.5"), and needs time quadratic in the length of a word.
+datatrove's PIIFormatter takes "2@3.50" for an address, misses letters beyond ASCII, finds IP addresses in longer
+numbers ("1.2.3.4.5"), and takes time quadratic in the length of a word.
 """
 
 import ipaddress
@@ -31,14 +31,14 @@ PLACEHOLDERS = {
     "card": "[card]",
     "ip": "[ip]",
     "phone": "[phone]",
-}  # in the order in which they are looked for
-HASHED_ID = "id"  # the kind under which hashed ids are counted
+}  # in the order of the search
+HASHED_ID = "id"  # counts of hashed ids
 
 
 class Phones(Section):
-    """Phone numbers: written with + and a country everywhere, in national form for these regions."""
+    """Phone numbers: international format (+ and country code) everywhere, national format for these regions."""
 
-    # ISO 3166 codes; US stands for all of the North American plan.
+    # ISO 3166 codes; US stands for the whole North American plan.
     regions: tuple[str, ...] = ("US",)
 
     @field_validator("regions")
@@ -53,29 +53,29 @@ class Phones(Section):
 
 
 class HashedIds(Section):
-    """Ids of people, hashed: participants, dialogues' ids that name one, and the values of these keys wherever they are
-    in the metadata. Speakers' names stay: they are what the model reads and what a prompt says."""
+    """Hash ids of people: participants, dialogue ids that contain one, and the values of these metadata keys at any
+    depth. Speakers' names are kept: the model reads them and prompts contain them."""
 
-    # With it and a guess of an id, a hash can be checked: keep the recipe as safe as the ids.
+    # The salt and a guessed id suffice to check a hash: keep the recipe as safe as the ids.
     salt: str = Field(min_length=8)
-    # Case, - and _ make no difference: worker_id is also WorkerId. Add those of your logs, such as user or customer.
+    # Case, - and _ are ignored: worker_id also matches WorkerId. Add the keys of your logs, such as user or customer.
     metadata_keys: tuple[str, ...] = ("worker_id", "user_id", "participant_id", "annotator_id", "author_id")
 
 
 class Scrub(Section):
-    """What is scrubbed from texts, speakers' names, ids and metadata; false or null leaves a kind as it is.
+    """What is scrubbed from texts, speakers' names, ids and metadata; false or null disables a kind.
 
-    Dialogues' and participants' ids that hold such data become hashes; set `ids` where they can be guessed from these.
-    What quarantine.jsonl says of a bad record is scrubbed too, and counted apart. With `ids` it says file, line and a
-    reason without values, but not how the record begins: what of a broken record is an id nobody can tell.
+    Dialogue and participant ids that contain such data are hashed; set `ids` if they could be guessed. Quarantined
+    records are scrubbed too and counted separately. With `ids`, quarantine.jsonl has file, line and a reason without
+    values, but no text of the record, because ids in a broken record cannot be recognized.
     """
 
     email: bool = True
     phone: Phones | None = Phones()
-    # 14 to 19 digits of a card issuer's range with a right check digit.
+    # 14 to 19 digits with an issuer's prefix and a valid check digit.
     card: bool = True
-    # Public addresses of version 4 and 6; private ones name nobody. Version numbers look like the shortest, which stay:
-    # those of fewer than 10 characters.
+    # Public IPv4 and IPv6 addresses; private ones identify nobody. Addresses of fewer than 10 characters are kept: they
+    # look like version numbers.
     ip: bool = True
     # User and password before the host of a URL.
     url_credentials: bool = True
@@ -89,7 +89,7 @@ class Scrub(Section):
 
 
 def scrub(dialogue: Dialogue, settings: Scrub) -> tuple[Dialogue, Counter[str]]:
-    """The dialogue without personal data, and how many values of each kind were replaced (a speaker's name once)."""
+    """The dialogue without personal data, and the number of replaced values by kind (a speaker's name counts once)."""
     counts: Counter[str] = Counter()
     speakers = renamed_speakers(dict.fromkeys(m.speaker for m in dialogue.messages), settings, counts)
     messages = tuple(_scrub_message(message, speakers, settings, counts) for message in dialogue.messages)
@@ -114,28 +114,28 @@ def scrub(dialogue: Dialogue, settings: Scrub) -> tuple[Dialogue, Counter[str]]:
 
 
 def scrub_text(text: str, settings: Scrub, counts: Counter[str]) -> str:
-    """The text with placeholders, each replacement counted by its kind. Scrubbed again, it stays as it is."""
+    """The text with placeholders; counts replacements by kind. Idempotent."""
     while _DIGIT_OR_AT.search(text):
         before = text
         for kind in PLACEHOLDERS:
             if getattr(settings, kind):
                 text = _REPLACERS[kind](text, settings, counts)
-        if text == before:  # what was replaced may have hidden something that stood too close
+        if text == before:  # a replacement may reveal a value next to it
             break
     return text
 
 
 def scrub_id(identity: str, settings: Scrub, counts: Counter[str]) -> str:
-    """An id, or its hash where it holds personal data: placeholders would not tell dialogues apart.
+    """The id, or its hash if it contains personal data: placeholders would make ids equal.
 
-    It is searched more strictly than a text: + and the digits of a number with its country are a phone number, whatever
-    stands around them, _ is a space, and %2B a +. A national number that is joined to other words ("chat-4155550132")
-    stays, as in texts: so look serial numbers.
+    Stricter than for texts: + and the digits of an international number are a phone number in any surroundings, _
+    counts as a space, and %2B as +. A national number joined to other words ("chat-4155550132") is kept, as in texts,
+    because serial numbers look the same.
     """
     plain = unquote(identity)
     found: Counter[str] = Counter()
     scrub_text(plain.replace("_", " "), settings, found)
-    if not found.total() and "@" in plain:  # an address may have a _
+    if not found.total() and "@" in plain:  # an address may contain _
         scrub_text(plain, settings, found)
     if not found.total() and settings.phone:
         found["phone"] += len(_PHONE_OF_COUNTRY.findall(plain))
@@ -146,7 +146,7 @@ def scrub_id(identity: str, settings: Scrub, counts: Counter[str]) -> str:
 
 
 def renamed_speakers(names: Iterable[str], settings: Scrub, counts: Counter[str]) -> dict[str, str]:
-    """The new names of those of the distinct names that carry personal data; still as many names as before."""
+    """New, still distinct names for the names that contain personal data."""
     scrubbed = {name: scrub_text(name, settings, counts) for name in names}
     taken = {name for name, new in scrubbed.items() if new == name}
     renamed = {}
@@ -166,7 +166,7 @@ def _hash_of_id(identity: str, settings: Scrub) -> str:
 
 
 def _stands_in(identity: str, participant: str) -> bool:
-    """Whether the one id holds the other, not within a longer word or number."""
+    """Whether `identity` contains `participant` as a whole word or number."""
     if not participant or participant not in identity:
         return False
     return re.search(rf"(?<![^\W_]){re.escape(participant)}(?![^\W_])", identity) is not None
@@ -182,7 +182,7 @@ def _scrub_message(message: Message, speakers: Mapping[str, str], settings: Scru
 
 
 def _scrub_metadata(value: Any, speakers: Mapping[str, str], settings: Scrub, counts: Counter[str]) -> Any:
-    """The same tree with its strings scrubbed, keys too, and the values of the keys of ids hashed."""
+    """The same tree with strings and keys scrubbed, and the values of id keys hashed."""
     if isinstance(value, str):
         return speakers.get(value) or scrub_text(value, settings, counts)
     if isinstance(value, list | tuple):
@@ -208,7 +208,7 @@ def _plain(key: str) -> str:
 
 
 def _hashed(value: Any, salt: str, counts: Counter[str]) -> Any:
-    """The hash of an id, of every id in a list or an object; null stays null."""
+    """The hash of an id, or of every id in a list or object; null stays null."""
     if isinstance(value, list | tuple):
         return [_hashed(item, salt, counts) for item in value]
     if isinstance(value, Mapping):
@@ -219,11 +219,11 @@ def _hashed(value: Any, salt: str, counts: Counter[str]) -> Any:
     return pseudonym(salt, str(value))
 
 
-_DIGIT_OR_AT = re.compile(r"[\d@]")  # nothing that is scrubbed is without one
+_DIGIT_OR_AT = re.compile(r"[\d@]")  # everything that is scrubbed contains one of these
 
 _CREDENTIALS = re.compile(r"(?<=://)(?!\[credentials\]@)[^\s/?#<>\"]{1,256}@(?=[\w\[])")
 
-# Letters of the scripts that separate words by spaces: elsewhere an address would take its neighbors with it.
+# Only scripts that separate words by spaces: in others a match would include the neighboring words.
 _LETTER = "A-Za-z\u00c0-\u024f\u0300-\u052f"
 _EMAIL = re.compile(
     rf"(?<![{_LETTER}0-9_])[{_LETTER}0-9_][{_LETTER}0-9_.!#$%&'*+/=?^`{{|}}~-]{{0,63}}@"
@@ -252,8 +252,8 @@ _VERSION_BEFORE = re.compile(
 _IP_V6 = re.compile(r"(?<![\w:.])[23][0-9A-Fa-f]{3}(?::[0-9A-Fa-f]{0,4}){2,8}(?!\w)")
 
 _OPENING = "([（［"
-_FEWEST_PHONE_DIGITS = 8  # without a country
-# With + and a country at least 7, otherwise as many as the fewest.
+_FEWEST_PHONE_DIGITS = 8  # without a country code
+# At least 7 digits with + and a country code, otherwise _FEWEST_PHONE_DIGITS.
 _PHONE_DIGITS = re.compile(r"(?:[+＋][^\w\n]{0,4}\d|\d[^\w\n]{0,4}\d)(?:[^\w\n]{0,4}\d){6}")
 _NO_PHONE = re.compile(r"\d+\.\d+|\d{4}[-–]\d{4}")
 _SERIAL_BEFORE, _SERIAL_AFTER = re.compile(r"\w-\Z"), re.compile(r"-\w")
@@ -283,7 +283,7 @@ def _emails(text: str, settings: Scrub, counts: Counter[str]) -> str:
 
 def _cards(text: str, settings: Scrub, counts: Counter[str]) -> str:
     def digits_after(match: re.Match[str]) -> tuple[str, str] | None:
-        for end in (len(match[0]), 19):  # 4-4-4-4, then three digits that may not belong to it
+        for end in (len(match[0]), 19):  # 4-4-4-4, then three digits that may be unrelated
             digits = "".join(str(int(digit)) for digit in match[0][:end] if digit.isdigit())
             if _ISSUED.fullmatch(digits) and _luhn(digits):
                 return "", match[0][end:]
@@ -299,7 +299,7 @@ def _ips(text: str, settings: Scrub, counts: Counter[str]) -> str:
         return ("", "") if not is_version and _is_public(match[0]) else None
 
     def colon_after_v6(match: re.Match[str]) -> tuple[str, str] | None:
-        end = len(match[0]) - (match[0].endswith(":") and not match[0].endswith("::"))  # a colon of the sentence
+        end = len(match[0]) - (match[0].endswith(":") and not match[0].endswith("::"))  # the sentence's colon
         return ("", match[0][end:]) if _is_public(match[0][:end]) else None
 
     if "." in text:
@@ -331,8 +331,8 @@ def _opens_before(number: str) -> bool:
 
 
 def _is_phone(text: str, start: int, number: str) -> bool:
-    """Not so a local number, a decimal, a range of years, part of a serial number, and a number in one piece that is of
-    an order, a bug, an address on the web."""
+    """False for a local number, a decimal, a range of years, part of a serial number, and a number without separators
+    after words such as order, bug or #."""
     if number.lstrip(_OPENING)[0] in "+＋":
         return True
     if sum(map(str.isdigit, number)) < _FEWEST_PHONE_DIGITS or _NO_PHONE.fullmatch(number):
@@ -350,8 +350,8 @@ def _substitute(
     kind: str,
     counts: Counter[str],
 ) -> str:
-    """Matches become the placeholder between what is `kept` of their beginning and end; where that is None, they
-    stay."""
+    """Replace matches by the placeholder; `kept` returns the beginning and the end of the match to keep, or None to
+    keep all of it."""
 
     def replacement(match: re.Match[str]) -> str:
         ends = kept(match)
@@ -364,7 +364,7 @@ def _substitute(
 
 
 def _luhn(digits: str) -> bool:
-    """Whether the last digit is the check digit of the others (ISO/IEC 7812-1, annex B)."""
+    """Whether the check digit is valid (Luhn; ISO/IEC 7812-1, annex B)."""
     doubled = (int(digit) * (1 + i % 2) for i, digit in enumerate(reversed(digits)))
     return sum(d - 9 * (d > 9) for d in doubled) % 10 == 0
 

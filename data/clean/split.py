@@ -1,4 +1,4 @@
-"""Which dialogues are held out: by time or by a fraction, and never a participant on both sides."""
+"""The held-out split: by time or by fraction, optionally with no participant on both sides."""
 
 import math
 from dataclasses import dataclass
@@ -19,33 +19,33 @@ DROPPED = {
     SPANNING: "goes on when the held-out time has begun",
     SHARED: "participant is held out",
 }
-"""On neither side, and why."""
+"""dialogues on neither side, with the reason"""
 
 
 class SplitError(ValueError):
-    """A split that leaves one side empty; the message says what to change."""
+    """A split with an empty side; the message says what to change."""
 
 
 class TimeSplit(Section):
-    """Dialogues that begin on `heldout_from` (UTC) or later are held out. Undated ones are dropped, and those that
-    begin before and go on after it."""
+    """Hold out dialogues that begin on `heldout_from` (UTC) or later. Undated dialogues and those that span the date
+    are dropped."""
 
     kind: Literal["time"]
     heldout_from: date
-    # Training dialogues of a participant who is also held out are dropped.
+    # Drop training dialogues of participants that are also held out.
     by_participant: bool = True
-    # Ids of participants that are characters, in the sources as they are: they link no dialogues.
+    # Participant ids of characters, as in the sources: they do not link dialogues.
     characters: tuple[str, ...] = ()
 
 
 class FractionSplit(Section):
-    """About this fraction of the dialogues of each source is held out, chosen by a hash."""
+    """Hold out about this fraction of each source's dialogues, chosen by a hash."""
 
     kind: Literal["fraction"]
     heldout: float = Field(gt=0, lt=1)
-    # Dialogues that are linked by a participant go to one side together.
+    # Dialogues that share a participant go to the same side.
     by_participant: bool = True
-    # Ids of participants that are characters, in the sources as they are: they link no dialogues.
+    # Participant ids of characters, as in the sources: they do not link dialogues.
     characters: tuple[str, ...] = ()
 
 
@@ -54,8 +54,9 @@ SplitRule = Annotated[TimeSplit | FractionSplit, Field(discriminator="kind")]
 
 @dataclass(frozen=True, slots=True)
 class SplitRecords:
-    """What a split depends on, of n dialogues: `source` number, `start_time`, `end_time` in unix seconds (nan: none),
-    `heldout_hash` uint64 (of seed and id), `n_participants`, and `participants` uint64, hashes one after the other."""
+    """What a split depends on, for n dialogues: `source` number, `start_time` and `end_time` in unix seconds (nan:
+    none), `heldout_hash` uint64 (of seed and id), `n_participants`, and `participants` uint64, their concatenated
+    hashes."""
 
     source: np.ndarray
     start_time: np.ndarray
@@ -66,7 +67,7 @@ class SplitRecords:
 
 
 def split(records: SplitRecords, rule: TimeSplit | FractionSplit) -> np.ndarray:
-    """Of each dialogue TRAIN, HELDOUT or one of DROPPED, int8. Raises SplitError when one side is left empty."""
+    """TRAIN, HELDOUT or one of DROPPED for each dialogue, int8. Raises SplitError if a side is empty."""
     sides = _by_time(records, rule) if isinstance(rule, TimeSplit) else _by_fraction(records, rule)
     if len(sides) and not ((sides == TRAIN).any() and (sides == HELDOUT).any()):
         empty = "held-out" if (sides == TRAIN).any() else "training"
@@ -88,7 +89,7 @@ def _span(records: SplitRecords) -> str:
 
 
 def time_span(dialogue: Dialogue) -> tuple[float, float]:
-    """Unix seconds of the first and of the last message by their times; nan where none has a time."""
+    """Unix seconds of the first and the last message; nan without times."""
     times = [message.time for message in dialogue.messages if message.time is not None]
     return (min(times), max(times)) if times else (math.nan, math.nan)
 
@@ -120,17 +121,17 @@ def _by_fraction(records: SplitRecords, rule: FractionSplit) -> np.ndarray:
 
 
 def _linked_heldout(records: SplitRecords, fraction: float) -> np.ndarray:
-    """Whole groups of linked dialogues, in the order of a hash, while they fit the fraction of their source."""
+    """Select whole groups of linked dialogues in hash order while they fit the fraction of their source."""
     group = groups_of(records)
     n_sources = int(records.source.max(initial=0)) + 1
     room = np.maximum(1, np.round(fraction * np.bincount(records.source, minlength=n_sources))).astype(np.int64)
-    # how many dialogues of each source a group has: the pairs (group, source) in order of the groups
+    # dialogues of each source in a group: the pairs (group, source) ordered by group
     pairs, counts = np.unique(group * n_sources + records.source, return_counts=True)
     group_of_pair, source_of_pair = np.divmod(pairs, n_sources)
     fits = np.ones(int(group.max(initial=-1)) + 1, bool)
     fits[group_of_pair[counts > room[source_of_pair]]] = False
     edges = np.searchsorted(group_of_pair, np.arange(len(fits) + 1))
-    # a group's place: the smallest hash of its dialogues would put large groups first, so hash that once more
+    # the minimum hash of its dialogues would favor large groups, so it is hashed again
     smallest = np.full(len(fits), np.iinfo(np.uint64).max, np.uint64)
     np.minimum.at(smallest, group, records.heldout_hash)
     candidates = np.flatnonzero(fits)
@@ -146,7 +147,7 @@ def _linked_heldout(records: SplitRecords, fraction: float) -> np.ndarray:
 
 
 def groups_of(records: SplitRecords) -> np.ndarray:
-    """For each dialogue the number of its group: dialogues are linked by their participants."""
+    """The group number of each dialogue: dialogues are linked by their participants."""
     n = len(records.source)
     people, person = np.unique(records.participants, return_inverse=True)
     links = coo_array(
@@ -158,7 +159,7 @@ def groups_of(records: SplitRecords) -> np.ndarray:
 
 
 def _mixed(hashes: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64 (Steele, Lea, Flood 2014): a bijection whose order has nothing to do with theirs."""
+    """The finalizer of splitmix64 (Steele, Lea, Flood 2014), a bijection that scrambles the order."""
     mixed = hashes.astype(np.uint64)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)

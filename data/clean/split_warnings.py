@@ -1,4 +1,4 @@
-"""What a split should not do unseen: one participant that links most dialogues, and sides that differ grossly."""
+"""Warnings about a split: a participant that links most dialogues, and sides that differ strongly."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,14 +7,14 @@ import numpy as np
 
 from data.clean.split import HELDOUT, TRAIN, FractionSplit, SplitRecords, TimeSplit, groups_of
 
-_Z = 4.0  # standard errors of a difference that chance does not explain
-_SHARE, _FACTOR = 0.15, 1.5  # a gross difference of two shares, and of two lengths
+_Z = 4.0  # standard errors
+_SHARE, _FACTOR = 0.15, 1.5  # a large difference of two shares, and ratio of two means
 
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """What both sides have: the sum of `numerator` over that of `denominator`, arrays with a number for each dialogue.
-    A share lies between 0 and 1."""
+    """A figure of both sides: the sum of `numerator` over that of `denominator`, one number each per dialogue. A share
+    is between 0 and 1."""
 
     name: str
     numerator: np.ndarray
@@ -24,7 +24,7 @@ class Measure:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """The participant in most dialogues, by its hash: in how many, and how many go to one side with these."""
+    """The participant (a hash) in most dialogues, their number, and how many dialogues it links to one side."""
 
     participant: int
     n_dialogues: int
@@ -32,7 +32,7 @@ class Link:
     n_all: int
 
     def told(self, name: str) -> str:
-        """The sentence that says so; `name` says who it is, and where."""
+        """The warning; `name` identifies the participant."""
         return (
             f"participant {name} takes part in {self.n_dialogues:,} of {self.n_all:,} dialogues; with those that other "
             f"participants link to them, {self.n_linked:,} must be on one side. If it is a character's id, name it in "
@@ -41,7 +41,7 @@ class Link:
 
 
 def strongest_link(records: SplitRecords) -> Link | None:
-    """The participant in most dialogues (of equals the one in the larger group); None where nobody is in two."""
+    """The participant in most dialogues (of equals the one with the larger group); None if nobody is in two."""
     n = len(records.source)
     dialogue = np.repeat(np.arange(n), records.n_participants)
     once = np.unique(np.stack([records.participants, dialogue.astype(np.uint64)], axis=1), axis=0)
@@ -55,7 +55,7 @@ def strongest_link(records: SplitRecords) -> Link | None:
 
 
 def is_too_large(link: Link, rule: TimeSplit | FractionSplit) -> bool:
-    """Whether what the participant links is more than can be held out, or more than a tenth by time."""
+    """Whether the linked dialogues exceed the held-out fraction, or a tenth of all with a split by time."""
     share = rule.heldout if isinstance(rule, FractionSplit) else 0.1
     return rule.by_participant and link.n_linked > max(1, round(share * link.n_all))
 

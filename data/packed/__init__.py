@@ -1,1 +1,1 @@
-"""Packed token shards: cutting, packing, the order of rows, mixtures, batches."""
+"""Packed token shards: splitting, packing, row order, mixtures, batches."""

@@ -15,23 +15,23 @@ _PAD_ID = DialogueTokenizer.pad_id
 
 
 class PackedRows(Rows, Protocol):
-    """Numbered rows of packed documents: shards on disk (data.packed.shards), or made up (data.packed.synthetic)."""
+    """Numbered rows of packed documents: shards on disk (data.packed.shards) or synthetic ones
+    (data.packed.synthetic)."""
 
     def gather(self, row_indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """tokens_RL int64, loss_mask_RL uint8, label_RL int8, and all documents (data.packed.packing.DOCUMENT), one
-        after the other, each row's padding as its last."""
+        """tokens_RL int64, loss_mask_RL uint8, label_RL int8, and the concatenated documents of all rows
+        (data.packed.packing.DOCUMENT), with each row's padding as its last document."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """R rows laid one after the other, T = R * row_length positions.
+    """R concatenated rows, T = R * row_length positions.
 
-    `tokens_T`, `targets_T` int64 (the pad id where there is no target); `has_target_T` bool: the next token lies in the
-    same document, is no padding and repeats nothing that another document trains (pre-training's loss counts these);
-    `loss_mask_T` bool: and the shards' loss mask covers it, as part of the character's reply (SFT's loss); `label_T`
-    int8: continuation at the token itself, -1 for none; `document_lengths` int32, sum T, each row's padding included as
-    a document; `documents`: all that is known of them (DOCUMENT), in memory of the host.
+    `tokens_T`, `targets_T` int64 (the pad id without target); `has_target_T` bool: the next token is in the same
+    document, is not padding and not repeated context (the loss of pre-training); `loss_mask_T` bool: has a target in
+    the shards' loss mask (the loss of SFT); `label_T` int8: continuation label at the token, -1 for none;
+    `document_lengths` int32, sum T, padding included as documents; `documents`: DOCUMENT, in host memory.
     """
 
     tokens_T: torch.Tensor
@@ -45,19 +45,20 @@ class PackedBatch:
 
     @property
     def sequence_lengths(self) -> list[int]:
-        """The lengths of the documents, padding left out."""
+        """Document lengths without padding."""
         lengths: list[int] = self.documents["length"][self.documents["dialogue"] != NO_DIALOGUE].tolist()
         return lengths
 
     def to(self, device: torch.device) -> "PackedBatch":
-        """The same batch on a device (`document_lengths` too)."""
+        """The batch on a device, `document_lengths` included."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         moved = {name: to_device(v, device) for name, v in values.items() if isinstance(v, torch.Tensor)}
         return PackedBatch(**{**values, **moved})
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy on the device that nobody waits for: from pageable memory a GPU would first finish all it has to do."""
+    """An asynchronous copy to the device, through pinned memory: a copy from pageable memory waits for the GPU's
+    queue."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -67,7 +68,7 @@ def collate(dataset: PackedRows, row_indices: Sequence[int] | np.ndarray) -> Pac
     tokens_T = tokens_RL.reshape(-1)
     targets_T = np.append(tokens_T[1:], _PAD_ID)
     ends = np.cumsum(documents["length"], dtype=np.int64)
-    targets_T[ends - 1] = _PAD_ID  # the last token of a document predicts nothing
+    targets_T[ends - 1] = _PAD_ID  # the last token of a document has no target
     for number in np.flatnonzero(documents["n_repeated"]):
         start = ends[number] - documents["length"][number]
         targets_T[start : start + documents["n_repeated"][number] - 1] = _PAD_ID

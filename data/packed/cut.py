@@ -10,7 +10,7 @@ from data.format.dialogue import NO_LABEL
 from data.format.encode import EncodedDialogue, EncodedDialogues
 from data.packed.packing import DOCUMENT, Document, EncodedCorpus, token_dtype
 
-_LEAST_NEW = 8  # tokens that a document trains at least: a character of four byte tokens always fits
+_LEAST_NEW = 8  # new tokens of a document: a character of four byte tokens always fits
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +67,13 @@ def cut_all(encoded: EncodedDialogues, rule: CutRule, vocab_size: int) -> tuple[
 
 
 def _opening_tokens(encoded: EncodedDialogue) -> int:
-    """The tokens of the narrator's opening, without <bos>."""
+    """The number of tokens of the narrator's opening, without <bos>."""
     return int(np.append(encoded.message_starts, len(encoded.tokens))[encoded.n_opening]) - 1
 
 
 class _Cutter:
-    """Cuts one dialogue. Positions are of its tokens; `edges` are where messages begin, and the end of the last."""
+    """Splits one dialogue. Positions are token positions; `edges` are the message starts and the end of the last
+    message."""
 
     def __init__(self, encoded: EncodedDialogue, rule: CutRule, dialogue: int) -> None:
         self.encoded, self.rule, self.dialogue = encoded, rule, dialogue
@@ -86,7 +87,7 @@ class _Cutter:
             message = int(np.searchsorted(self.edges, position, "right")) - 1
             room = self.rule.row_length - 1
             size = int(self.edges[message + 1]) - int(self.edges[message])
-            # a message that fits a row stays whole: its context is what it leaves room for
+            # a message that fits a row is not split; context gets the remaining room
             stays_whole = position == self.edges[message] and size <= room
             most = room - size if stays_whole else room - _LEAST_NEW
             repeated = self._context(position, message, most)
@@ -96,8 +97,8 @@ class _Cutter:
         return documents
 
     def _end(self, position: int, furthest: int) -> int:
-        """Where a document that begins at `position` ends: at the last edge that is not beyond `furthest`, or inside
-        a message."""
+        """The end of a document that begins at `position`: the last edge up to `furthest`, or a position inside a
+        message."""
         edge = int(self.edges[np.searchsorted(self.edges, furthest, "right") - 1])
         if edge > position:
             return edge
@@ -106,7 +107,7 @@ class _Cutter:
         return furthest
 
     def _context(self, position: int, message: int, most: int) -> list[tuple[int, int]]:
-        """The spans, in all at most `most` tokens, that a document repeats whose own tokens begin at `position`."""
+        """The spans of at most `most` tokens in total that a document repeats whose new tokens begin at `position`."""
         if position == 1:
             return []
         most = min(most, 3 * self.rule.row_length // 4)
@@ -116,9 +117,9 @@ class _Cutter:
         return self._tail(1, position, message, most)
 
     def _tail(self, tail_from: int, position: int, message: int, most: int) -> list[tuple[int, int]]:
-        """The newest whole messages between `tail_from` and `position` that fit; where not even the newest does, who
-        writes it and the end of its text. The rest of a message, which its beginning comes before, needs what the
-        message answers too: the beginning gets half of the room."""
+        """The newest whole messages between `tail_from` and `position` that fit; if not even the newest fits, its
+        header and the end of its text. If the document continues a message, the beginning of that message gets half of
+        the room and the messages that it answers the rest."""
         if position <= tail_from:
             return []
         budget, start = max(0, min(most, self.rule.context_tokens)), int(self.edges[message])
@@ -132,7 +133,7 @@ class _Cutter:
         text_start = int(self.encoded.text_starts[message])
         header = text_start - start
         if start < tail_from or text_start > position or header > (most if is_inside else budget // 2):
-            return []  # nothing is before, or a name that leaves no room for a text
+            return []  # nothing precedes, or the name leaves no room for text
         room = budget // 2 if is_inside and start > tail_from else budget
         text_from = max(text_start, position - max(0, room - header))
         while text_from < position and self.rule.inside_character_V[self.encoded.tokens[text_from]]:

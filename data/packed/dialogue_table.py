@@ -1,5 +1,5 @@
-"""The dialogues that packed documents come from: which they are, and who took part, for intervals that take dialogues
-with a person in common as what they are. Row n is the dialogue that documents call n."""
+"""The dialogues of packed documents and their participants, for confidence intervals of dialogues that share
+participants. Row n is the dialogue with number n in documents."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,19 +12,19 @@ from recipes.files import atomic_file
 
 DIALOGUES_FILE = "dialogues.parquet"
 SCHEMA = pa.schema([("id", pa.string()), ("participants", pa.list_(pa.int32()))])
-"""`participants`: those who took part, as the split by participant sees them, numbered within the side."""
+"""`participants`: numbered within the side, as used by the split by participant."""
 
 
 def dialogue_table(ids: Sequence[str], participants: Sequence[Sequence[int]]) -> pa.Table:
-    """A table of some dialogues."""
+    """A table of dialogues."""
     return pa.table({"id": list(ids), "participants": [list(of_one) for of_one in participants]}, SCHEMA)
 
 
 def table_of_columns(
     id_bytes: np.ndarray, ids_B: np.ndarray, n_participants: np.ndarray, participants: np.ndarray, is_kept: np.ndarray
 ) -> pa.Table:
-    """A table of some of many dialogues (a mask), from the bytes of their ids and the numbers of their participants,
-    one after the other, and how many of either each has."""
+    """A table of the dialogues of a mask, from the concatenated bytes of ids and numbers of participants, and their
+    counts per dialogue."""
     id_edges, person_edges = (np.append(0, np.cumsum(n)).astype(np.int64) for n in (id_bytes, n_participants))
     text, edges = pa.py_buffer(np.ascontiguousarray(ids_B)), pa.py_buffer(id_edges)
     ids = pa.Array.from_buffers(pa.large_string(), len(id_bytes), [None, edges, text])
@@ -33,7 +33,7 @@ def table_of_columns(
 
 
 def write_dialogue_table(path: Path, tables: Iterable[pa.Table]) -> int:
-    """Write tables one after the other as one Parquet file; how many dialogues it holds."""
+    """Write tables as one Parquet file; returns the number of dialogues."""
     n_dialogues = 0
     with atomic_file(path) as file, pq.ParquetWriter(file, SCHEMA) as writer:
         for table in tables:
@@ -43,5 +43,5 @@ def write_dialogue_table(path: Path, tables: Iterable[pa.Table]) -> int:
 
 
 def read_dialogue_table(path: Path) -> pa.Table:
-    """The whole table."""
+    """Read the whole table."""
     return pq.read_table(path, schema=SCHEMA)

@@ -1,8 +1,8 @@
-"""Several data directories as one, each with a share of the tokens: `data: {kind: mixture, parts: [...]}`.
+"""Several data directories mixed by token shares: `data: {kind: mixture, parts: [...]}`.
 
-The order stays a pure function of (seed, rows consumed), and needs no table: of the first t rows, floor(t * share)
-belong to the first part, of what remains floor(t' * share') to the second, and so on (Bresenham's line, part by part).
-So no part is ever further from its share than one row for each part before it.
+The order is a pure function of (seed, rows consumed) and needs no table: of the first t rows, floor(t * share) belong
+to the first part, of the remaining t' rows floor(t' * share') to the second, and so on (Bresenham's line, part by
+part). A part deviates from its share by at most one row for each part before it.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from recipes.loader import Section
 from recipes.run_identity import Location
 
 _UNIT = 1 << 31
-"""Shares are whole multiples of 1/_UNIT, so that every product of a place and a share is exact in 64 bits."""
+"""Shares are multiples of 1/_UNIT, so that products of position and share are exact in 64 bits."""
 _MAX_PLACES = 1 << 32
 
 
 class MixturePart(Section):
-    """A directory that data.prepare wrote, and how much of it there is to be."""
+    """A directory of data.prepare and its weight."""
 
     path: Location
-    # Of the tokens; the weights of all parts need not add up to one.
+    # By tokens; the weights need not sum to one.
     weight: float = Field(gt=0, allow_inf_nan=False)
 
 
 class MixtureData(Section):
-    """Training data of several parts, each read epoch after epoch in an order of its own."""
+    """Training data of several parts, each read epoch after epoch in its own order."""
 
     kind: Literal["mixture"]
     parts: Annotated[tuple[MixturePart, ...], Field(min_length=2)]
@@ -52,7 +52,7 @@ class MixtureData(Section):
 
 
 class MixtureRows:
-    """The rows of all parts, numbered one part after the other. `shares` are of rows, from weights of tokens."""
+    """The rows of all parts, numbered consecutively. `shares` are of rows, computed from token weights."""
 
     def __init__(self, parts: Sequence[PackedDataset], weights: Sequence[float]):
         self.parts = tuple(parts)
@@ -72,18 +72,18 @@ class MixtureRows:
         self._starts = np.cumsum([0] + [part.n_rows for part in self.parts])
         self._first_dialogues = np.cumsum([0] + [part.manifest["n_dialogues"] for part in self.parts])
         self.n_rows = int(self._starts[-1])
-        # a row of a part that is packed less densely holds fewer tokens, so that more of them are needed
+        # rows of a less densely packed part hold fewer tokens, so it needs more rows
         rows = [weight * part.n_rows / part.n_tokens for weight, part in zip(weights, self.parts, strict=True)]
         self.shares = tuple(share / sum(rows) for share in rows)
 
     @property
     def fingerprint(self) -> str:
-        """Of the parts and of the order in which they are read."""
+        """A hash of the parts and of their order."""
         described = [f"{part.fingerprint} {threshold}" for part, threshold in zip(self.parts, _thresholds(self.shares))]
         return hashlib.sha256("\n".join(["mixture", *described]).encode()).hexdigest()
 
     def gather(self, row_indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """As PackedDataset.gather, rows in the order asked; dialogues are numbered one part after the other."""
+        """As PackedDataset.gather, rows in the requested order; dialogues are numbered consecutively over the parts."""
         numbers = np.asarray(row_indices, dtype=np.int64)
         owners = np.searchsorted(self._starts, numbers, side="right") - 1
         runs = np.split(np.arange(len(numbers)), np.flatnonzero(np.diff(owners)) + 1) if len(numbers) else []
@@ -99,7 +99,7 @@ class MixtureRows:
         return streams[0], streams[1], streams[2], documents
 
     def spread(self, wanted: int) -> np.ndarray:
-        """About `wanted` rows for evaluation: of each part its share, at least one, evenly spread over it."""
+        """About `wanted` rows for evaluation: each part's share, at least one row, evenly spaced."""
         chosen = []
         for start, part, share in zip(self._starts, self.parts, self.shares):
             count = min(part.n_rows, max(1, round(share * wanted)))
@@ -108,7 +108,7 @@ class MixtureRows:
 
 
 class MixtureOrder:
-    """The rows of a mixture in training order. Like RowOrder, it remembers nothing but permutations."""
+    """The row order of a mixture. As in RowOrder, the only state is cached permutations."""
 
     def __init__(self, n_rows: Sequence[int], shares: Sequence[float], seed: int) -> None:
         self.seed = seed
@@ -123,7 +123,7 @@ class MixtureOrder:
         return cls([part.n_rows for part in rows.parts], rows.shares, seed)
 
     def rows(self, start: int, count: int) -> np.ndarray:
-        """Row numbers (int64) at places [start, start + count) of the endless order."""
+        """Row numbers (int64) at positions [start, start + count) of the infinite order."""
         owners = self.parts(start, count)
         found = np.empty(count, np.int64)
         for number, (first, order) in enumerate(zip(self.counts(start), self._orders, strict=True)):
@@ -132,7 +132,7 @@ class MixtureOrder:
         return found
 
     def parts(self, start: int, count: int) -> np.ndarray:
-        """The part (int64) that each of these places belongs to."""
+        """The part (int64) of each of these positions."""
         if start + count > _MAX_PLACES:
             raise DataPositionError(f"a mixture has an order for {_MAX_PLACES:,} rows; use longer rows")
         owners = np.full(count, len(self._thresholds) - 1)
@@ -145,7 +145,7 @@ class MixtureOrder:
         return owners
 
     def counts(self, n_places: int) -> list[int]:
-        """How many of the first `n_places` places belong to each part."""
+        """The number of the first `n_places` positions that belong to each part."""
         counts = []
         for threshold in self._thresholds[:-1]:
             counts.append(int(_taken(np.uint64(n_places), threshold)))
@@ -153,7 +153,7 @@ class MixtureOrder:
         return [*counts, n_places]
 
     def epoch(self, n_places: int) -> int:
-        """How often every row of every part has been seen."""
+        """How many times every row of every part has been seen."""
         return min(count // order.n_rows for count, order in zip(self.counts(n_places), self._orders, strict=True))
 
 
@@ -162,7 +162,7 @@ def _taken(places: np.ndarray | np.uint64, threshold: int) -> np.ndarray | np.ui
 
 
 def _thresholds(shares: Sequence[float]) -> list[int]:
-    """For each part its share of what the parts before it have left, in units; the last takes all that is left."""
+    """Each part's share of what the parts before it leave, in units; the last part takes the rest."""
     thresholds, left = [], 1.0
     for share in shares[:-1]:
         thresholds.append(min(_UNIT, round(share / left * _UNIT)))
@@ -171,11 +171,11 @@ def _thresholds(shares: Sequence[float]) -> list[int]:
 
 
 def training_order(rows: Rows, seed: int) -> RowOrder | MixtureOrder:
-    """The order in which rows are trained on."""
+    """The order of training rows."""
     return MixtureOrder.of(rows, seed) if isinstance(rows, MixtureRows) else RowOrder(rows.n_rows, seed)
 
 
 def open_mixture(data: MixtureData, side: str, verify: Literal["hashes", "sizes"] = "hashes") -> MixtureRows:
-    """One side (train, heldout) of all parts. Raises ShardError naming the part that is missing or does not fit."""
+    """One side (train, heldout) of all parts. Raises ShardError naming a part that is missing or does not match."""
     parts = [PackedDataset(Path(part.path) / side, verify) for part in data.parts]
     return MixtureRows(parts, [part.weight for part in data.parts])

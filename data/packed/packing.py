@@ -1,4 +1,4 @@
-"""Packing of documents, dialogues or pieces of them (data/packed/cut.py), into rows of one length, by best fit."""
+"""Best-fit packing of documents (dialogues or pieces of them, data/packed/cut.py) into rows of equal length."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -6,17 +6,17 @@ from dataclasses import dataclass
 import numpy as np
 
 DOCUMENT = np.dtype([("length", "<i4"), ("dialogue", "<i4"), ("first_message", "<i4"), ("n_repeated", "<i4")])
-"""What is known of a document beside its tokens: how many there are; its dialogue, numbered from 0 within its side; the
-number (from 0, in the dialogue) of the message that its first token of its own belongs to; and how many tokens at its
-start repeat what an earlier document of the dialogue trains: they are read and never trained or scored."""
+"""A document: its number of tokens; its dialogue, numbered from 0 within the side; the number of the message (from 0 in
+the dialogue) of its first new token; and how many tokens at its start repeat an earlier document as context, without
+loss or score."""
 NO_DIALOGUE = -1
-"""The dialogue of a row's padding."""
+"""The dialogue number of a row's padding."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A dialogue, or a piece of one, that fits in a row: tokens int64, loss_mask uint8, label int8, all of length n;
-    the other fields as in DOCUMENT."""
+    """A dialogue or a piece of one that fits a row: tokens int64, loss_mask uint8, label int8, all of length n; the
+    other fields as in DOCUMENT."""
 
     tokens: np.ndarray
     loss_mask: np.ndarray
@@ -28,7 +28,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class EncodedCorpus:
-    """Documents one after the other: `tokens`, `loss_mask`, `label` of length n_tokens, and `documents` (DOCUMENT)."""
+    """Concatenated documents: `tokens`, `loss_mask`, `label` of length n_tokens, and `documents` (DOCUMENT)."""
 
     tokens: np.ndarray
     loss_mask: np.ndarray
@@ -54,11 +54,11 @@ class EncodedCorpus:
 
     @property
     def lengths(self) -> np.ndarray:
-        """The tokens of each document, int32."""
+        """The number of tokens of each document, int32."""
         return np.asarray(self.documents["length"])
 
     def of_documents(self, is_kept: np.ndarray) -> "EncodedCorpus":
-        """Some of the documents (a mask), in the same order."""
+        """The documents of a mask, in the same order."""
         if is_kept.all():
             return self
         token_is_kept = np.repeat(is_kept, self.lengths)
@@ -77,18 +77,18 @@ class EncodedCorpus:
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
-    """The smallest type on disk that holds every id."""
+    """The smallest integer type for every id."""
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
 def best_fit(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[list[int]]:
-    """Rows of document numbers, by best fit decreasing: each document, longest first, goes to the fullest row that
-    still has room. Depends on the lengths and their order alone."""
+    """Rows of document numbers by best-fit decreasing: each document, longest first, goes to the fullest row with
+    enough room. Depends only on the lengths and their order."""
     lengths = np.asarray(lengths, dtype=np.int64)
     assert lengths.size == 0 or (lengths.min() > 0 and lengths.max() <= row_length), "cut documents before packing"
     rows: list[list[int]] = []
     rows_with_room: list[list[int]] = [[] for _ in range(row_length + 1)]
-    rooms = 0  # bit r is set when some row has exactly r tokens of room
+    rooms = 0  # bit r: some row has exactly r tokens of room
     for number in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[number])
         fitting = rooms >> length

@@ -1,4 +1,4 @@
-"""What can be told of a data directory before a stage reads it: from its manifest, or from the recipe that makes it."""
+"""What is known of a data directory before a stage reads it: from its manifest, or from the recipe that makes it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from data.pipeline.tokenizer_stage import TOKENIZER, TrainedTokenizer
 from data.prepare import prepare_until
 
 READ_AT_MOST_BYTES = 256 << 20
-"""Larger sources are not read for a plan: they hold enough, and preparation tells of their bad records soon enough."""
+"""Larger sources are not read for a plan: they have enough data, and preparation reports bad records early."""
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """Of one data directory. What is None cannot be told yet."""
+    """Facts of one data directory; None where unknown."""
 
     run_dir: str
     vocab_size: int | None
@@ -38,7 +38,7 @@ class DataFacts:
     prompt_template: str | None = None
 
     def misfits(self, vocab_size: int, max_length: int) -> list[str]:
-        """Why a model of these sizes cannot be trained on it or evaluated with it, and what would fit."""
+        """Why a model of these sizes cannot be trained or evaluated on it, and what would fit."""
         found = []
         if self.vocab_size is not None and self.vocab_size != vocab_size:
             found.append(
@@ -55,7 +55,7 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class Selected:
-    """What preparation would keep of the sources of a recipe."""
+    """The dialogues that preparation would keep."""
 
     ledgers: dict[str, Ledger]
     train: list[Dialogue]
@@ -63,7 +63,7 @@ class Selected:
 
 
 def facts_of_run(run_dir: str) -> DataFacts | None:
-    """Of a prepared directory; None where there is none."""
+    """Facts of a prepared directory; None if there is none."""
     path = Path(run_dir)
     if not (path / MANIFEST_FILE).is_file():
         return None
@@ -76,7 +76,7 @@ def facts_of_run(run_dir: str) -> DataFacts | None:
 
 
 def facts_of_recipe(recipe: DataRecipe) -> DataFacts:
-    """Of a directory that is still to be prepared, from its recipe alone."""
+    """Facts of a directory that is not prepared yet, from its recipe alone."""
     vocab_size: int | None
     if isinstance(recipe.tokenizer, TrainedTokenizer):
         vocab_size = recipe.tokenizer.vocab_size
@@ -88,8 +88,8 @@ def facts_of_recipe(recipe: DataRecipe) -> DataFacts:
 
 
 def heldout_of_recipe(recipe: DataRecipe) -> tuple[list[Dialogue] | None, list[str]]:
-    """The held-out dialogues of a directory that is still to be prepared, and all errors that preparation would end in,
-    one after the other. The dialogues are None where the sources are too large, or no dialogues come of them."""
+    """The held-out dialogues of a directory that is not prepared yet, and the errors that preparation would raise. The
+    dialogues are None if the sources are too large or give none."""
     if _size(recipe) > READ_AT_MOST_BYTES:
         return None, []
     last = TOKENIZER if isinstance(recipe.tokenizer, TrainedTokenizer) else SELECT
@@ -109,8 +109,8 @@ def _size(recipe: DataRecipe) -> int:
 
 
 def select_dialogues(recipe: DataRecipe, until: str = SELECT) -> Selected:
-    """Read, clean, deduplicate and split the sources as preparation does, in a folder that goes again. `until`: the
-    last stage that is run."""
+    """Read, clean, deduplicate and split the sources with the steps of preparation, in a temporary folder. `until`: the
+    last stage to run."""
     with TemporaryDirectory() as folder:
         run_dir = Path(folder) / "data"
         run_dir.mkdir()

@@ -1,4 +1,4 @@
-"""The order of training rows as a pure function of (seed, rows consumed), and the position that a checkpoint keeps."""
+"""The order of training rows as a pure function of (seed, rows consumed), and the data position in a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class DataPositionError(ValueError):
-    """A checkpoint's data position that does not belong to the data at hand."""
+    """A checkpoint's data position that does not match the data."""
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser: a bijection on uint64, the same under every NumPy version (its Generator's is not)."""
+    """splitmix64's finalizer, a bijection on uint64. NumPy's Generator is not stable across versions."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def permutation(n_rows: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of 0..n_rows-1 (int64) that depends on (seed, epoch) alone."""
+    """A permutation of 0..n_rows-1 (int64) that depends only on (seed, epoch)."""
     with np.errstate(over="ignore"):
         key = _mix(np.array([seed], dtype=np.int64).view(np.uint64) * _GOLDEN + np.uint64(1))
         key = _mix(key ^ _mix(np.array([epoch], dtype=np.uint64) * _GOLDEN + np.uint64(2)))
@@ -43,7 +43,7 @@ class Rows(Protocol):
 
 
 class Order(Protocol):
-    """Rows in training order, epoch after epoch: a function of the seed that needs to remember nothing."""
+    """The row order, epoch after epoch: a stateless function of the seed."""
 
     @property
     def seed(self) -> int: ...
@@ -52,7 +52,7 @@ class Order(Protocol):
 
 
 class RowOrder:
-    """Rows in training order, epoch after epoch. Its only memory is a cache of the current epoch's permutation."""
+    """The row order, epoch after epoch. The only state is a cache of the current epoch's permutation."""
 
     def __init__(self, n_rows: int, seed: int) -> None:
         if n_rows <= 0:
@@ -69,11 +69,11 @@ class RowOrder:
         return self._cached[1]
 
     def epoch(self, n_places: int) -> int:
-        """How often every row has been seen."""
+        """How many times every row has been seen."""
         return n_places // self.n_rows
 
     def rows(self, start: int, count: int) -> np.ndarray:
-        """Row numbers (int64) at places [start, start + count) of the endless order."""
+        """Row numbers (int64) at positions [start, start + count) of the infinite order."""
         assert min(start, count) >= 0, (start, count)
         parts = []
         while count:
@@ -85,16 +85,14 @@ class RowOrder:
 
 
 def rows_of_rank(rows: np.ndarray, rows_per_micro_batch: int, rank: int, world_size: int) -> list[np.ndarray]:
-    """A rank's micro-batches of a step's rows. The ranks' first micro-batches are the step's first rows, and so on,
-
-    so the step's rows, and their order, are the same for every number of ranks.
-    """
+    """A rank's micro-batches of a step. The ranks' first micro-batches are the first rows of the step, and so on, so
+    the rows of a step and their order do not depend on the number of ranks."""
     return list(rows.reshape(-1, world_size, rows_per_micro_batch)[:, rank])
 
 
 @dataclass(frozen=True, slots=True)
 class DataPosition:
-    """All the state of the training data. `tokens_consumed` counts whole rows, padding included."""
+    """The whole state of the training data. `tokens_consumed` counts whole rows, padding included."""
 
     seed: int
     epoch: int
@@ -115,5 +113,5 @@ class DataPosition:
 
 
 def position_after(n_rows: int, rows: Rows, order: Order) -> DataPosition:
-    """The whole state of the data order after `n_rows` consumed rows."""
+    """The data position after `n_rows` consumed rows."""
     return DataPosition(order.seed, order.epoch(n_rows), n_rows * rows.row_length, rows.fingerprint)

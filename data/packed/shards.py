@@ -1,9 +1,9 @@
-"""Packed rows on disk, memory-mapped: shards of tokens, masks and labels under a manifest that is written last.
+"""Memory-mapped shards of packed rows: tokens, loss masks and labels, under a manifest that is written last.
 
-A directory holds, for each shard, `shard_00000.tokens.bin` (uint16, or uint32 above 65,536 pieces), `.trained.bin`
-(the loss mask, uint8), `.label.bin` (int8), each n_rows x row_length, and `.documents.bin` (n_rows + 1 offsets into the
-documents, int32, then the documents as DOCUMENT; a row's padding is its last document). Little-endian throughout. Rows
-may be written in groups, by several processes, that are joined in order. `dialogues.parquet` lists the dialogue of each
+For each shard a directory holds `shard_00000.tokens.bin` (uint16, or uint32 above 65,536 pieces), `.trained.bin` (the
+loss mask, uint8) and `.label.bin` (int8), each n_rows x row_length, and `.documents.bin` (n_rows + 1 offsets into the
+documents, int32, then the documents as DOCUMENT; a row's padding is its last document), all little-endian. Several
+processes may write groups of rows, which are then joined in order. `dialogues.parquet` lists the dialogue of each
 document number.
 """
 
@@ -34,16 +34,17 @@ _ROWS_AT_ONCE = 512
 
 
 class ShardError(ValueError):
-    """Packed data that is missing, half-written, truncated or altered; the message names the file."""
+    """Packed data that is missing, incomplete or altered; the message names the file."""
 
 
 class FormatError(ShardError):
-    """Packed data of another version of the format."""
+    """Packed data of another format version."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackedRow:
-    """One row: `tokens_L`, `loss_mask_L` uint8, `label_L` int8, its documents (DOCUMENT), whose lengths sum to L."""
+    """One row: `tokens_L`, `loss_mask_L` uint8, `label_L` int8, and its documents (DOCUMENT), whose lengths sum to
+    L."""
 
     tokens_L: np.ndarray
     loss_mask_L: np.ndarray
@@ -52,18 +53,18 @@ class PackedRow:
 
     @property
     def document_lengths(self) -> np.ndarray:
-        """The tokens of each document, int32."""
+        """The number of tokens of each document, int32."""
         return np.asarray(self.documents["length"])
 
     @property
     def n_padding(self) -> int:
-        """How many positions at its end are padding."""
+        """The number of padding positions at its end."""
         last = self.documents[-1]
         return int(last["length"]) if last["dialogue"] == NO_DIALOGUE else 0
 
 
 def packed_rows(corpus: EncodedCorpus, rows: Iterable[Sequence[int]], row_length: int) -> Iterator[PackedRow]:
-    """Lay the documents of each row one after the other and pad its tail, which is a document of its own."""
+    """Concatenate the documents of each row and pad the end, as a document of its own."""
     starts = np.concatenate([[0], np.cumsum(corpus.lengths, dtype=np.int64)])
     for numbers in rows:
         documents = corpus.documents[list(numbers)]
@@ -82,7 +83,7 @@ def packed_rows(corpus: EncodedCorpus, rows: Iterable[Sequence[int]], row_length
 def write_group(
     directory: Path, rows: Iterable[PackedRow], *, row_length: int, vocab_size: int, rows_per_shard: int
 ) -> dict[str, Any]:
-    """Write rows as shards for `join_groups`, to which the figures returned are given. Some rows are held in memory."""
+    """Write rows as shards for `join_groups`, which takes the returned figures. Holds some rows in memory."""
     contents = {stream: hashlib.sha256() for stream in STREAMS}
     shards: list[dict[str, Any]] = []
     n_padding = 0
@@ -104,7 +105,7 @@ def write_group(
 def _write_shard(
     directory: Path, number: int, rows: Iterator[PackedRow], vocab_size: int, contents: Mapping[str, Any]
 ) -> tuple[dict[str, Any], int]:
-    """Write a shard, and add what it holds to the digests `contents`; its entry of the manifest, and its padding."""
+    """Write a shard and update the digests `contents`; returns its manifest entry and its padding."""
     n_padding = 0
     n_documents: list[int] = []  # of each row
     documents: list[np.ndarray] = []
@@ -126,7 +127,7 @@ def _write_shard(
             n_padding += sum(row.n_padding for row in chunk)
             n_documents += [len(row.documents) for row in chunk]
             documents += [row.documents for row in chunk]
-            # without offsets, which depend on the shard; the lengths say where a row ends
+            # without the shard-specific offsets; the lengths imply them
             contents["documents"].update(_raw(np.concatenate([row.documents for row in chunk])).data)
         write("documents", np.cumsum([0, *n_documents]).astype("<i4"))
         write("documents", _raw(np.concatenate(documents)))
@@ -138,7 +139,7 @@ def _write_shard(
 
 
 def _raw(documents: np.ndarray) -> np.ndarray:
-    """DOCUMENTs as plain int32, which hashes and files take."""
+    """DOCUMENT records as plain int32, for hashing and writing."""
     return np.ascontiguousarray(documents).view("<i4")
 
 
@@ -153,9 +154,8 @@ def join_groups(
     tokenizer_sha256: str,
     statistics: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Move the shards of groups (where they are, and what `write_group` returned) into one directory, in order, and
-    write the table of their dialogues and the manifest, which is returned. Interrupted, it is repeated: what has been
-    moved is left where it is."""
+    """Move the shards of groups (their folders, and what `write_group` returned) into one directory, in order, and
+    write the table of their dialogues and the manifest, which is returned. Can be repeated after an interruption."""
     directory.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Any]] = []
     for folder, group in groups:
@@ -195,7 +195,7 @@ def _shard_name(number: int, stream: str) -> str:
 
 
 def _token_streams(rows: Sequence[PackedRow], vocab_size: int) -> dict[str, np.ndarray]:
-    """What is stored of every token of the rows."""
+    """The stored arrays, one value a token."""
     dtype = np.dtype(token_dtype(vocab_size)).newbyteorder("<")
     return {
         "tokens": np.concatenate([row.tokens_L for row in rows]).astype(dtype, copy=False),
@@ -209,8 +209,8 @@ def _fingerprint(tokenizer_sha256: str, row_length: int, digests: Sequence[str])
 
 
 class PackedDataset:
-    """Read access to a directory of shards. `verify="hashes"` reads every file once; `"sizes"` reads only the manifest,
-    for data too large to hash at each start."""
+    """Read access to a directory of shards. `verify="hashes"` hashes every file once; `"sizes"` reads only the
+    manifest, for large data."""
 
     def __init__(self, directory: Path | str, verify: Literal["hashes", "sizes"] = "hashes") -> None:
         self.directory = Path(directory)
@@ -246,13 +246,13 @@ class PackedDataset:
         return self.n_rows
 
     def documents(self) -> np.ndarray:
-        """All documents (DOCUMENT) in the order of the rows, without the rows' padding."""
+        """All documents (DOCUMENT) in row order, without padding."""
         found = np.concatenate([np.zeros(0, DOCUMENT), *(np.asarray(shard["documents"]) for shard in self._shards)])
         return np.asarray(found[found["dialogue"] != NO_DIALOGUE])
 
     @cached_property
     def dialogues(self) -> pa.Table:
-        """What data/packed/dialogue_table.py says of the dialogues that documents name."""
+        """The table of data/packed/dialogue_table.py."""
         return read_dialogue_table(self.directory / DIALOGUES_FILE)
 
     def row(self, i: int) -> PackedRow:
@@ -261,8 +261,8 @@ class PackedDataset:
         return PackedRow(tokens[0], loss_mask[0], label[0], documents)
 
     def gather(self, row_indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Rows in the order asked: tokens (R, L) int64, loss_mask (R, L) uint8, label (R, L) int8, and the documents
-        (DOCUMENT) of all of them one after the other, each row's padding as its last."""
+        """Rows in the requested order: tokens (R, L) int64, loss_mask (R, L) uint8, label (R, L) int8, and their
+        concatenated documents (DOCUMENT), with each row's padding as its last document."""
         indices = np.asarray(row_indices, dtype=np.int64)
         if indices.size and not 0 <= int(indices.min()) <= int(indices.max()) < self.n_rows:
             raise IndexError(f"row {indices.min()} or {indices.max()} is outside 0..{self.n_rows - 1}")
@@ -279,8 +279,8 @@ class PackedDataset:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a directory of shards. Raises ShardError when it is missing, i.e. the data is not whole, and
-    FormatError when another version wrote it."""
+    """The manifest of a directory of shards. Raises ShardError if it is missing or incomplete, and FormatError for
+    another format version."""
     path = directory / MANIFEST_FILE
     if not directory.is_dir():
         raise ShardError(f"{directory}: no such directory; make it with: python -m data.prepare <recipe>")

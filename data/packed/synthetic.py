@@ -1,4 +1,4 @@
-"""Rows of random tokens in documents of uneven length: for measuring speed, where there is nothing to learn."""
+"""Rows of random tokens in documents of random lengths, for speed measurements."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from data.packed.packing import DOCUMENT
 from recipes.loader import Section
 
 _FIRST_TEXT_ID = 8
-"""Below it lie the control pieces, which would be taken for padding and speakers."""
+"""lower ids are control tokens"""
 
 
 class SyntheticData(Section):
-    """A token source that needs no files: `data: {kind: synthetic, ...}` in place of a directory."""
+    """A token source without files: `data: {kind: synthetic, ...}` in place of a directory."""
 
     kind: Literal["synthetic"]
     row_length: Annotated[int, Field(ge=16)]
     median_document_length: PositiveInt | None
-    """Lengths are log-normal around it (as conversations' are), sigma 1; null: one document fills a row."""
+    """Log-normal document lengths with this median and sigma 1; null: one document per row."""
     n_rows: PositiveInt = 100_000
     seed: NonNegativeInt = 0
 
 
 class SyntheticRows:
-    """The rows of a SyntheticData: a pure function of their numbers, so that resuming sees the same ones."""
+    """The rows of a SyntheticData: a pure function of their numbers, so that a resumed run sees the same rows."""
 
     def __init__(self, settings: SyntheticData, vocab_size: int):
         self._settings, self.vocab_size = settings, vocab_size
@@ -37,8 +37,8 @@ class SyntheticRows:
         self.fingerprint = f"{stable_hash(settings.model_dump_json()):016x}"
 
     def gather(self, row_indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """tokens_RL int64, loss_mask_RL uint8 (all), label_RL int8 (none), and documents, as shards give them; a row is
-        one dialogue."""
+        """tokens_RL int64, loss_mask_RL uint8 (ones), label_RL int8 (none), and documents, as shards give them; a row
+        is one dialogue."""
         rows = [self._row(int(number)) for number in row_indices]
         tokens_RL = np.stack([tokens_L for tokens_L, _ in rows])
         documents = np.concatenate([np.zeros(len(lengths), DOCUMENT) for _, lengths in rows])

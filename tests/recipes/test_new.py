@@ -132,7 +132,7 @@ def test_the_recipes_fit_the_data(work: Path, capfd: pytest.CaptureFixture[str])
     assert "asked for" not in output, "no count has to be lowered"
     # what is there is not written over
     assert main(["runs/mine", "--data", "logs"]) == 2
-    assert "runs/mine is there already" in capfd.readouterr().err
+    assert "runs/mine exists and is not empty" in capfd.readouterr().err
 
 
 def test_with_times_all_seven_stages_are_written(work: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -412,7 +412,7 @@ def test_other_bytes_of_the_same_size_are_told_by_the_stage_that_reads_them(upst
     later, inputs = tmp_path / "later", {"init_from": str(upstream)}
     assert state_of(later, recipe_of(later), inputs) is RunState.NEW
     (upstream / "model" / "a.bin").write_text("012345678X")
-    with pytest.raises(MissingInputError, match="the bytes of model are not those that its run wrote"):
+    with pytest.raises(MissingInputError, match="the bytes of model differ from what its run wrote"):
         state_of(later, recipe_of(later), inputs)
     (upstream / "model" / "a.bin").write_text("0123456789")
     with prepare_run_directory(later, recipe_of(later), inputs):

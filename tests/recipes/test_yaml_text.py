@@ -77,7 +77,7 @@ def test_every_path_knows_its_line_and_an_absent_one_its_section() -> None:
         ("a: [1\n", "f:2: not readable as YAML: expected"),
         ("a: 1\n b: 2\n", "f:2: not readable as YAML: mapping values"),
         ("a: 1\nb: \0\n", "f:2: not readable as YAML: unacceptable character"),
-        ('a: "\\ud800"\n', "f:1: a: half of a surrogate pair"),
+        ('a: "\\ud800"\n', "f:1: a: a lone surrogate"),
         ("[" * 1_000, "f:1: nested too deeply"),
     ],
 )
