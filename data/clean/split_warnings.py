@@ -63,7 +63,7 @@ def is_too_large(link: Link, rule: TimeSplit | FractionSplit) -> bool:
 def side_measures(
     n_speakers: np.ndarray, n_messages: np.ndarray, n_characters: np.ndarray, n_stay: np.ndarray, n_leave: np.ndarray
 ) -> tuple[Measure, ...]:
-    """What is held against each other, from arrays with a number for each dialogue."""
+    """The compared measures, from one number for each dialogue."""
     one = np.ones(len(n_speakers))
     return (
         Measure("dialogues of more than two speakers", (n_speakers > 2).astype(float), one, True),
@@ -74,7 +74,7 @@ def side_measures(
 
 
 def side_warnings(measures: tuple[Measure, ...], sides: np.ndarray) -> list[str]:
-    """A sentence for each measure in which the held-out side differs grossly from the training side, beyond chance."""
+    """A warning for each measure in which the sides differ strongly and significantly."""
     told = []
     for measure in measures:
         figures = _figures(measure, sides)
@@ -88,7 +88,7 @@ def side_warnings(measures: tuple[Measure, ...], sides: np.ndarray) -> list[str]
 
 
 def _figures(measure: Measure, sides: np.ndarray) -> Mapping[str, float] | None:
-    """The measure of both sides, and their difference in standard errors of dialogues drawn from one population."""
+    """The measure of both sides, and their difference in standard errors if dialogues came from one population."""
     both = np.isin(sides, (TRAIN, HELDOUT))
     total = measure.denominator[both].sum()
     if not total:

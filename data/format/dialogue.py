@@ -23,13 +23,13 @@ LABEL_KEY, TRAINED_KEY = "engagement_label", "trained"  # of a message's metadat
 
 
 class DialogueError(ValueError):
-    """A record that cannot be a message or a dialogue; the message says which value and what was expected."""
+    """An invalid message or dialogue; the message names the value and what was expected."""
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message. `time` is in unix seconds, None when the source has no clock; `metadata` is what the source knows
-    of this message beside its text, such as a rating."""
+    """One message. `time` is in unix seconds, None without a clock; `metadata` is other information of the source, such
+    as a rating."""
 
     speaker: str
     text: str
@@ -51,12 +51,12 @@ class Message:
 
     @property
     def is_supervised(self) -> bool:
-        """Whether the metadata says how the message is supervised."""
+        """Whether the metadata overrides the supervision."""
         metadata = self.metadata or {}
         return any(metadata.get(key) is not None for key in (LABEL_KEY, TRAINED_KEY))
 
     def without_label(self) -> "Message":
-        """The same message, with no engagement label unless its metadata gives one."""
+        """The message without an inferred engagement label: only one in its metadata counts."""
         metadata = self.metadata or {}
         if metadata.get(LABEL_KEY) is not None:
             return self
@@ -64,14 +64,14 @@ class Message:
 
     @property
     def is_trained(self) -> bool:
-        """Whether SFT trains it, if the character wrote it."""
+        """Whether SFT trains it if the character wrote it."""
         return not self.metadata or self.metadata.get(TRAINED_KEY) is not False
 
 
 @dataclass(frozen=True, slots=True)
 class Dialogue:
     """A conversation. `character` is the speaker whose replies SFT trains; `participants` are the source's ids of the
-    people who wrote; `source` is the name of the source in its recipe."""
+    people in it; `source` is the name of the source in the recipe."""
 
     id: str
     messages: tuple[Message, ...]
@@ -100,7 +100,7 @@ class Dialogue:
 
 
 def check_speaker(name: object) -> None:
-    """Raise DialogueError unless `name` can stand before ':' in a message."""
+    """Raise DialogueError for an invalid speaker's name."""
     if not isinstance(name, str):
         raise DialogueError(f"speaker is {name!r}: expected a non-empty name")
     _check_name(name)
@@ -116,7 +116,7 @@ def _check_name(name: str) -> None:
 
 
 def check_times(messages: Sequence[Message]) -> None:
-    """Raise DialogueError where a message is older than one before it."""
+    """Raise DialogueError for a message that is older than an earlier one."""
     latest = -math.inf
     for number, message in enumerate(messages):
         if message.time is None:
@@ -156,18 +156,17 @@ def _check_encodable(what: str, text: str) -> None:
 
 
 def n_opening_messages(messages: Sequence[Message]) -> int:
-    """How many messages of the narrator stand before anybody else's: a scene or a definition of the character."""
+    """The number of the narrator's messages before the first other message: a scene or character definition."""
     return next((i for i, message in enumerate(messages) if message.speaker != NARRATOR), len(messages))
 
 
 def continuation_labels(dialogue: Dialogue, within_seconds: float | None = None) -> list[int]:
-    """For each message: does the partner write again after it? 1, 0, or -1 where the question is not asked.
+    """For each message: does the partner write again after it? 1, 0, or -1 for no label.
 
-    It is asked at the last message of each turn of the character; narrator messages are nobody's turn. That nothing
-    follows the last message means that the partner left: where the source does not know that, the message says so
-    (`without_end_label`). With `within_seconds`, a partner who answers later than that counts as gone, and an unknown
-    time leaves -1, at the last message too. A message whose metadata holds an `engagement_label` has that one, whatever
-    follows it.
+    Labels are at the last message of each turn of the character; narration is not a turn. If nothing follows the last
+    message, the partner left, unless the source's records end for other reasons (`without_end_label`). With
+    `within_seconds`, a partner who answers later counts as gone, and an unknown time gives -1, also at the last
+    message. An `engagement_label` in a message's metadata overrides all of this.
     """
     labels = [NO_LABEL] * len(dialogue.messages)
     following: Message | None = None
@@ -194,8 +193,8 @@ def _continues(message: Message, following: Message | None, within_seconds: floa
 
 
 def without_end_label(dialogue: Dialogue) -> Dialogue:
-    """The dialogue of a source whose records end for other reasons than that the partner left: no label is inferred at
-    the character's last message where nobody writes after it."""
+    """The dialogue of a source whose records do not end because the partner left: no label is inferred at the
+    character's last message if nobody writes after it."""
     last = next((i for i in range(len(dialogue.messages) - 1, -1, -1) if _is_turn(dialogue, i)), None)
     if last is None or dialogue.messages[last].speaker != dialogue.character:
         return dialogue
@@ -205,11 +204,11 @@ def without_end_label(dialogue: Dialogue) -> Dialogue:
 
 
 def _is_turn(dialogue: Dialogue, number: int) -> bool:
-    """Whether a message is part of somebody's turn, as the narrator's is not unless it is the character."""
+    """Whether a message is part of a turn: narration is not, unless the narrator is the character."""
     return dialogue.character == NARRATOR or dialogue.messages[number].speaker != NARRATOR
 
 
 def supervision(dialogue: Dialogue, within_seconds: float | None = None) -> tuple[list[bool], list[int]]:
-    """For each message: whether SFT trains it, and its continuation label."""
+    """Whether SFT trains each message, and its continuation label."""
     is_trained = [message.speaker == dialogue.character and message.is_trained for message in dialogue.messages]
     return is_trained, continuation_labels(dialogue, within_seconds)

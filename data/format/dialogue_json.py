@@ -1,4 +1,4 @@
-"""Dialogues and messages as JSON: records, and lines of files."""
+"""Dialogues and messages as JSON records and JSON lines."""
 
 import json
 from collections.abc import Iterator
@@ -12,9 +12,9 @@ from data.sources.chat_message import RoleNames, read_messages, supervised
 
 
 def to_json(dialogue: Dialogue) -> bytes:
-    """One line of JSON in UTF-8, without its line break; `from_json` gives an equal dialogue.
+    """One line of JSON in UTF-8 without line break; the inverse of `from_json`.
 
-    Raises TypeError where metadata holds what JSON has no form for, or an integer of more than 64 bits.
+    Raises TypeError for metadata that JSON cannot represent, or an integer of more than 64 bits.
     """
     record = {
         "id": dialogue.id,
@@ -28,7 +28,7 @@ def to_json(dialogue: Dialogue) -> bytes:
 
 
 def from_json(line: str | bytes) -> Dialogue:
-    """The dialogue of a line written by `to_json`. Raises DialogueError saying what is wrong with the line."""
+    """The dialogue of a line written by `to_json`. Raises DialogueError that says what is wrong with the line."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -49,7 +49,7 @@ def from_json(line: str | bytes) -> Dialogue:
 
 
 def message_to_record(message: Message) -> dict[str, Any]:
-    """The JSON object of a message; an unknown time and absent metadata are left out."""
+    """The JSON object of a message, without an unknown time or absent metadata."""
     record: dict[str, Any] = {"speaker": message.speaker, "text": message.text}
     if message.time is not None:
         record["time"] = message.time
@@ -59,9 +59,8 @@ def message_to_record(message: Message) -> dict[str, Any]:
 
 
 def messages_from_records(records: object, character: str) -> tuple[Message, ...]:
-    """Messages from a JSON list of {"speaker", "text", "time"?, "metadata"?}, with the other names of these keys and
-    the flags of training (data/sources/record_keys.py); `character` is the assistant. Raises DialogueError with the
-    number."""
+    """Messages from a JSON list of {"speaker", "text", "time"?, "metadata"?}, or their aliases and training flags
+    (data/sources/record_keys.py); `character` is the assistant. Raises DialogueError with the message's number."""
     read = read_messages(records, RoleNames("User", character), needs_role=False, keeps_other_keys=False)
     return supervised(read, character, None)
 

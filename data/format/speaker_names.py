@@ -1,4 +1,4 @@
-"""Who speaks in a set of dialogues, by how often: the names that a model of them has seen."""
+"""Counts of the speakers in a set of dialogues: the names that a model trained on them has seen."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -9,19 +9,20 @@ from pathlib import Path
 from data.format.dialogue import NARRATOR, Dialogue
 from data.format.dialogue_json import read_dialogues
 
-_DIALOGUES_AT_MOST = 50_000  # enough to know the commonest names
+_DIALOGUES_AT_MOST = 50_000  # enough for the most frequent names
 
 
 @dataclass(frozen=True)
 class SpeakerNames:
-    """How many dialogues each speaker is in as the character, and in how many each other speaker writes to whom."""
+    """The number of dialogues of each character, and for each character the number of dialogues with each other
+    speaker."""
 
     characters: Counter[str]
     partners: dict[str, Counter[str]]
 
     def commonest(self) -> tuple[str, str] | None:
-        """(partner, character): the commonest character, and who speaks to it in most dialogues; None where nobody
-        speaks to anybody."""
+        """(partner, character): the most frequent character and its most frequent partner; None if there is no
+        partner."""
         for character, _ in sorted(self.characters.items(), key=lambda item: (-item[1], item[0])):
             partners = self.partners.get(character)
             if partners:
@@ -30,7 +31,7 @@ class SpeakerNames:
 
 
 def count_names(dialogues: Iterable[Dialogue]) -> SpeakerNames:
-    """The names in these dialogues; the narrator is nobody."""
+    """Count the names in dialogues, without the narrator."""
     characters: Counter[str] = Counter()
     partners: dict[str, Counter[str]] = {}
     for dialogue in dialogues:
@@ -41,6 +42,6 @@ def count_names(dialogues: Iterable[Dialogue]) -> SpeakerNames:
 
 
 def names_trained_on(data: str | Path) -> SpeakerNames:
-    """The names on the training side of a data directory; none where it has no such file."""
+    """The names on the training side of a data directory; empty if it has no dialogues file."""
     path = Path(data) / "dialogues" / "train.jsonl"
     return count_names(islice(read_dialogues(path), _DIALOGUES_AT_MOST) if path.is_file() else ())

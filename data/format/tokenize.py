@@ -1,4 +1,4 @@
-"""Many texts to token ids at once: every distinct word is encoded once, and the rest is arithmetic on arrays."""
+"""Bulk tokenization: every distinct word is encoded once, the rest is array arithmetic."""
 
 import re
 from collections.abc import Sequence
@@ -10,16 +10,16 @@ import pyarrow as pa
 from data.format.tokenizer import DialogueTokenizer
 
 _SPACE = ord(" ")
-_MAX_REMEMBERED = 1 << 18  # words, and
-_MAX_REMEMBERED_BYTES = 1 << 24  # of them; more are forgotten and encoded again
+_MAX_REMEMBERED = 1 << 18  # cached words,
+_MAX_REMEMBERED_BYTES = 1 << 24  # and their total size; the cache is cleared when it is full
 
 
 class BulkEncoder:
-    """Gives the ids of `tokenizer.encode` for many texts together.
+    """`tokenizer.encode` for many texts at once.
 
-    A piece that holds a space begins with it (spaces alone are pieces too), so no merge of the BPE ever joins what
-    stands before a space to that space: a text's ids are those of its words, each with the spaces before it. That
-    is looked up in the vocabulary; with one that has other pieces, texts are encoded whole.
+    In a vocabulary trained here, spaces are only at the beginning of a piece (or are the whole piece), so BPE never
+    merges across the beginning of spaces: the ids of a text are those of its words, each with the preceding spaces.
+    With other vocabularies, texts are encoded whole.
     """
 
     def __init__(self, tokenizer: DialogueTokenizer) -> None:
@@ -28,8 +28,8 @@ class BulkEncoder:
         self._forget()
 
     def encode(self, texts_B: np.ndarray, n_bytes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`texts_B`: UTF-8 of all texts, one after the other, uint8; `n_bytes` of each text. Returns their token ids
-        one after the other, int32, and the number of each text's."""
+        """`texts_B`: the concatenated texts in UTF-8, uint8; `n_bytes` of each text. Returns the concatenated token
+        ids, int32, and the number of ids of each text."""
         text_ends = np.cumsum(n_bytes, dtype=np.int64)
         edges = self._word_edges(texts_B, text_ends)
         words = pa.Array.from_buffers(
@@ -45,7 +45,8 @@ class BulkEncoder:
         return self._ids[places], np.diff(text_token_ends, prepend=0)
 
     def _word_edges(self, texts_B: np.ndarray, text_ends: np.ndarray) -> np.ndarray:
-        """Where words begin, and the end of the last, int32: at every text's edge, and where spaces begin."""
+        """The start of every word and the end of the last, int32: at the edges of texts and at the first of several
+        spaces."""
         is_edge = np.zeros(len(texts_B) + 1, bool)
         if self._splits_at_spaces and len(texts_B):
             is_space = texts_B == _SPACE
@@ -57,11 +58,11 @@ class BulkEncoder:
     def _forget(self) -> None:
         self._number_of_word: dict[bytes, int] = {}
         self._n_bytes = 0
-        # of the word of each number: where its ids begin among all, and how many it has
+        # for each word number: the position of its ids, and how many there are
         self._ids, self._starts, self._n_ids = np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64)
 
     def _numbers_of(self, words: Sequence[bytes]) -> np.ndarray:
-        """The numbers of distinct words, int64; those that are new are encoded and get one."""
+        """The numbers of distinct words, int64; new words are encoded and numbered."""
         known = self._number_of_word
         new = [word for word in words if word not in known]
         n_bytes = self._n_bytes + sum(map(len, new))

@@ -1,5 +1,5 @@
-"""The tokenizer: SentencePiece BPE whose decode(encode(text)) is the text for every Unicode string, and whose control
-tokens no text can produce. It is trained, loaded and listed for the exporter here."""
+"""The tokenizer: lossless SentencePiece BPE (decode(encode(text)) == text for every Unicode string) whose control
+tokens no text can produce. Trains, loads and lists vocabularies."""
 
 import io
 import re
@@ -22,9 +22,9 @@ PieceKind = Literal["normal", "control", "byte"]
 
 
 class TokenizerError(ValueError):
-    """A tokenizer file that is missing, foreign or damaged, or one that cannot be trained as asked.
+    """A tokenizer file that is missing, foreign or damaged, or a vocabulary that cannot be trained.
 
-    `largest_vocab_size`: where a smaller vocabulary could be trained on the same texts.
+    `largest_vocab_size`: the largest vocabulary that the texts support, if that is the problem.
     """
 
     largest_vocab_size: int | None = None
@@ -32,8 +32,8 @@ class TokenizerError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One entry of the vocabulary. A space is a plain space; a byte piece is written `<0x0A>`. Merge order is by score,
-    highest first."""
+    """One vocabulary entry. Spaces are plain spaces; a byte piece is written `<0x0A>`. Merges are by descending
+    score."""
 
     text: str
     score: float
@@ -41,7 +41,7 @@ class Piece:
 
 
 class DialogueTokenizer:
-    """Encodes text (never to a control id) and decodes ids. Use `load`; the constructor takes the model's bytes."""
+    """Encodes text, never to control ids, and decodes ids. Use `load`; the constructor takes the model's bytes."""
 
     pad_id = 0
     unk_id = 1
@@ -56,7 +56,7 @@ class DialogueTokenizer:
         self.model_bytes = model_bytes
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
-        except Exception as error:  # SentencePiece raises RuntimeError, OSError or its own, by version
+        except Exception as error:  # RuntimeError, OSError or SentencePiece's own, depending on the version
             raise TokenizerError(f"{source}: not a SentencePiece model, or damaged ({error})") from None
         self.vocab_size: int = self._processor.vocab_size()
         found = tuple(self._processor.id_to_piece(i) for i in range(min(_FIRST_BYTE_ID, self.vocab_size)))
@@ -81,7 +81,7 @@ class DialogueTokenizer:
         return cls(model_bytes, source=str(file))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; control ids never appear, whatever the text says."""
+        """Token ids of `text`, without control ids."""
         return self._processor.encode(text)
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
@@ -94,14 +94,14 @@ class DialogueTokenizer:
         for i in ids:
             if not 0 <= i < self.vocab_size:
                 raise TokenizerError(f"token id {i} is outside the vocabulary of {self.vocab_size} pieces")
-        # A control token separates even when it is dropped: bytes on its two sides are not one character.
+        # Control tokens separate runs even if dropped: bytes on both sides of one are not one character.
         shown = CONTROL_SURFACES if show_control else ("",) * _FIRST_BYTE_ID
         return "".join(
             self._processor.decode(run) if isinstance(run, list) else shown[run] for run in _runs_of_text(ids)
         )
 
     def pieces(self) -> list[Piece]:
-        """The whole vocabulary in the order of ids, for exporters."""
+        """The whole vocabulary in id order, for exporters."""
         processor = self._processor
         kinds: list[PieceKind] = [
             "control" if i < _FIRST_BYTE_ID else "byte" if processor.is_byte(i) else "normal"
@@ -110,7 +110,7 @@ class DialogueTokenizer:
         return [Piece(processor.id_to_piece(i), processor.get_score(i), kind) for i, kind in enumerate(kinds)]
 
     def inside_character(self) -> np.ndarray:
-        """True for each id of the vocabulary that continues a character: the byte pieces <0x80> to <0xBF> of UTF-8."""
+        """True for each id that continues a UTF-8 character: the byte pieces <0x80> to <0xBF>."""
         bytes_of = (int(piece.text[3:5], 16) if piece.kind == "byte" else 0 for piece in self.pieces())
         return np.array([byte & 0xC0 == 0x80 for byte in bytes_of])
 
@@ -121,7 +121,7 @@ class DialogueTokenizer:
 
 
 def _runs_of_text(ids: Sequence[int]) -> Iterator[list[int] | int]:
-    """Maximal runs of text ids, and each control id alone."""
+    """Maximal runs of text ids, and single control ids."""
     run: list[int] = []
     for i in ids:
         if i >= _FIRST_BYTE_ID:
@@ -136,7 +136,7 @@ def _runs_of_text(ids: Sequence[int]) -> Iterator[list[int] | int]:
 
 
 def _check_exact(processor: Any, source: str) -> None:
-    """Refuse a foreign model that would lose text: one probe for each way SentencePiece can."""
+    """Reject a foreign model that loses text: one probe for each way in which SentencePiece can."""
     probes = ("a  b ", " a", "\u2581", "\uff21", "\u2581 \n\t", *CONTROL_SURFACES)
     for probe in probes:
         if processor.decode(processor.encode(probe)) != probe:
@@ -153,8 +153,8 @@ def train_tokenizer(
 ) -> DialogueTokenizer:
     """Train a BPE vocabulary of exactly `vocab_size` pieces on the first `sample_characters` of `texts`.
 
-    The model depends on the texts alone, not on the machine's cores. Written to `out_path` unless it is None.
-    Raises TokenizerError when the texts cannot fill the vocabulary.
+    The model depends only on the texts, not on the number of cores. Written to `out_path` unless it is None. Raises
+    TokenizerError if the texts cannot fill the vocabulary.
     """
     import sentencepiece
 
@@ -174,7 +174,7 @@ def train_tokenizer(
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
-            max_sentence_length=1 << 24,  # bytes; longer ones would be skipped in silence
+            max_sentence_length=1 << 24,  # bytes; SentencePiece silently skips longer texts
             pad_id=0,
             unk_id=1,
             bos_id=2,
@@ -187,7 +187,7 @@ def train_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as error:
-        if failures:  # of whoever gives the texts, Ctrl-C too: SentencePiece makes a text of it
+        if failures:  # raised by the iterator (Ctrl-C too); SentencePiece converts it to a RuntimeError
             raise failures[0] from None
         failure = TokenizerError(_training_failure(vocab_size, str(error)))
         if largest := _LARGEST.search(str(error)):
@@ -215,7 +215,7 @@ def _training_failure(vocab_size: int, reason: str) -> str:
 
 
 def _with_literal_spaces(model_bytes: bytes) -> bytes:
-    """The model with spaces stored as spaces, so that a U+2581 in a text is an ordinary character of its own."""
+    """The model with spaces stored as spaces, so that U+2581 in a text is an ordinary character."""
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
@@ -235,7 +235,7 @@ def _noting_failure(texts: Iterator[str], failures: list[BaseException]) -> Iter
 
 
 def _sample(texts: Iterable[str], sample_characters: int | None) -> Iterator[str]:
-    """Texts up to a number of characters, without those SentencePiece refuses (it would stop at a NUL)."""
+    """Texts up to a number of characters, without those that SentencePiece rejects (it stops at a NUL)."""
     characters = 0
     for text in texts:
         if sample_characters is not None and characters >= sample_characters:
