@@ -1,1 +1,1 @@
-"""One small module a corpus: each turns raw records into `Dialogue` records."""
+"""Readers of corpora and log formats, one module each: raw records to `Dialogue` records."""

@@ -1,4 +1,4 @@
-"""CaSiNo (CC-BY-4.0): two campsite neighbors negotiate for food, water and firewood, each with aims of their own."""
+"""CaSiNo (CC-BY-4.0): two campsite neighbors with different goals negotiate for food, water and firewood."""
 
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
@@ -9,15 +9,15 @@ from data.sources.corpus_file import CorpusFile
 from data.sources.corpus_source import RecordSource, json_of
 from data.sources.first_names import first_names
 
-_OF_A_PERSON = ("value2issue", "value2reason", "outcomes", "personality")  # not their demographics
+_OF_A_PERSON = ("value2issue", "value2reason", "outcomes", "personality")  # without demographics
 _PRIORITIES = ("High", "Medium", "Low")
 
 
 class CasinoSource(RecordSource):
-    """The two get first names, by a hash of the dialogue's id. The character is one of them; the narrator tells the
-    character's aims and reasons alone, for that is what one knows when serving. A deal is a message that spells it out.
-    Aims, outcomes and personality are in the metadata, by name; demographics are not read. Who the people were is
-    unknown, so there are no participants."""
+    """The speakers get first names by a hash of the dialogue's id. The character is one of them; the narrator gives
+    only the character's goals and reasons, because a serving prompt has no others. A deal is a message that spells it
+    out. Goals, outcomes and personality are in the metadata, by name; demographics are not read. The corpus does not
+    identify its participants."""
 
     suffixes: ClassVar = (".json",)
 

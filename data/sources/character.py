@@ -1,4 +1,4 @@
-"""Whom of a conversation to train, where the corpus has no character of its own."""
+"""The character to train of a conversation, for corpora without one."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,14 +9,15 @@ from data.sources.record import RecordError
 
 
 def any_speaker(identity: str, speakers: Sequence[str]) -> str:
-    """One of equals, chosen by a hash of the dialogue's id."""
+    """One of equal speakers, chosen by a hash of the dialogue's id."""
     if not speakers:
         raise RecordError("nobody speaks")
     return speakers[stable_hash("character", identity) % len(speakers)]
 
 
 def most_talkative(messages: Sequence[Message], besides: str | None = None) -> str:
-    """Who writes most messages, the narrator left aside; of several the first to speak. `besides` only if alone."""
+    """The speaker with the most messages, not the narrator; of equals the first to speak. `besides` only if there is no
+    other."""
     counts = Counter(message.speaker for message in messages if message.speaker != NARRATOR)
     if not counts:
         raise RecordError("nobody but the narrator writes")

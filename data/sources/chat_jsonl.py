@@ -15,17 +15,16 @@ _KEYS = (*RECORD_ALIASES, "character", "participants", "metadata")
 
 
 class ChatJsonlFormat(JsonFormat):
-    """One dialogue a record; its keys have other names too (data/sources/record_keys.py). `participants` are ids of
-    the people who wrote, for splits by participant: a list, or an object of speakers and their ids, and the
-    character's own id is not one of them. `time` is in unix seconds or ISO 8601; a scene or a character definition is
-    a message by the speaker narrator."""
+    """One dialogue per record, with the keys and aliases of data/sources/record_keys.py. `participants` are ids of the
+    people in it, for splits by participant: a list, or an object from speaker to id, without the character's own id.
+    `time` is in unix seconds or ISO 8601; a scene or a character definition is a message by the speaker narrator."""
 
     kind: Literal["chat_jsonl"]
-    # The character of records that name none: this speaker; null takes the assistant where messages have roles, and
-    # else one of the speakers by a hash of the id.
+    # The character of records that name none. null: the assistant if messages have roles, else one of the speakers,
+    # chosen by a hash of the id.
     character: str | None = None
-    # Whether a dialogue ends because the partner wrote no more. false, for excerpts and logs that are cut off: then the
-    # last reply has no engagement label.
+    # Whether a dialogue ends because the partner stopped writing. Set false for excerpts and truncated logs: the last
+    # reply then has no engagement label.
     ends_when_partner_leaves: bool = True
 
     @property
@@ -51,7 +50,7 @@ class ChatJsonlFormat(JsonFormat):
 
 
 class ChatJsonlSource(ChatJsonlFormat, JsonSource):
-    """Files with one dialogue a line."""
+    """Files with one dialogue per line."""
 
     suffixes: ClassVar = (".jsonl",)
 

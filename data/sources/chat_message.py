@@ -1,4 +1,4 @@
-"""Chat messages as objects of JSON: the one reader of them, for every source of records and for the server."""
+"""The reader of chat messages as JSON objects, for every source of records and for the server."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from data.sources.unix_time import TimeError, unix_seconds
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 OPENAI_ROLES = {"system": SYSTEM, "developer": SYSTEM, "user": USER, "assistant": ASSISTANT}
 ROLES = {**OPENAI_ROLES, "human": USER, "gpt": ASSISTANT, "chatgpt": ASSISTANT}
-"""What a role is called: what it is."""
+"""The meaning of each role's name."""
 TOOL_ROLES = ("tool", "function", "observation", "function_call", "tool_call", "tool_response", "ipython")
 
 _MESSAGE_KEYS = frozenset({"speaker", "text", "time", "metadata"})
@@ -27,20 +27,19 @@ _MESSAGE_KEYS = frozenset({"speaker", "text", "time", "metadata"})
 
 @dataclass(frozen=True, slots=True)
 class RoleNames:
-    """The speakers of messages that have a role and no name; the system's is the narrator."""
+    """Default speakers of messages with a role and no name; the system's is the narrator."""
 
     user: str
     assistant: str
 
     def of(self, role: str) -> str:
-        """The name of SYSTEM, USER or ASSISTANT."""
+        """The speaker of SYSTEM, USER or ASSISTANT."""
         return {SYSTEM: NARRATOR, USER: self.user, ASSISTANT: self.assistant}[role]
 
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """A message that was read: its role, None where it has a speaker only, and whether its record says that it is
-    trained."""
+    """A message with its role (None if it has only a speaker), and its training flag."""
 
     message: Message
     role: str | None = None
@@ -48,14 +47,14 @@ class ChatMessage:
 
 
 def openai_message(record: Mapping[str, Any], names: RoleNames) -> Message:
-    """The message of OpenAI's role, name and content. Raises DialogueError saying which of them is wrong."""
+    """The message of an OpenAI role, name and content. Raises DialogueError that names the invalid one."""
     role, name = record.get("role"), record.get("name")
     return Message(_speaker(_known_role(role, "role", OPENAI_ROLES), name, names), read_text(record.get("content")))
 
 
 def read_text(content: object, key: str = "content") -> str:
-    """A message's text; several text parts are lines of it, as vLLM joins them, and of no part it is empty. `key` is
-    what an error calls it."""
+    """A message's text; text parts are joined by line breaks, as in vLLM, and no parts give an empty text. Errors call
+    it `key`."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list | tuple):
@@ -68,16 +67,16 @@ def read_text(content: object, key: str = "content") -> str:
 
 
 READ_AS: dict[str, Callable[[Any], Any]] = {"text": read_text, "time": unix_seconds}
-"""Keys of a message: what two values of them are compared by, where a message has two."""
+"""For keys of a message: the value by which two values of aliases are compared."""
 
 
 def read_messages(
     given: object, names: RoleNames, *, needs_role: bool, keeps_other_keys: bool
 ) -> tuple[ChatMessage, ...]:
-    """The messages of a list of objects, with the keys of MESSAGE_ALIASES, `metadata` and the flags of training.
+    """The messages of a list of objects, with the keys of MESSAGE_ALIASES, `metadata` and the training flags.
 
-    Without `needs_role` a message may have a speaker only, and a role that is none of ROLES is one. Other keys become
-    metadata with `keeps_other_keys`, and are an error without. Raises DialogueError naming the number of a message.
+    Without `needs_role` a message may have only a speaker, and an unknown role is a speaker. Other keys become metadata
+    with `keeps_other_keys`, and are an error otherwise. Raises DialogueError with the number of the message.
     """
     if not isinstance(given, list):
         raise DialogueError(f"messages is {type(given).__name__}: expected a list of objects")
@@ -92,9 +91,9 @@ def read_messages(
 
 
 def supervised(read: Sequence[ChatMessage], character: str, trained: bool | None) -> tuple[Message, ...]:
-    """The messages, those of the character with what their flags say, or else the record's flag `trained`.
+    """The messages, with the training flag of each reply or else that of the record.
 
-    Raises DialogueError where a flag says to train anybody else, and where another role has the character's name.
+    Raises DialogueError for a flag to train another speaker, and for another role with the character's name.
     """
     roles = {one.role: number for number, one in reversed(list(enumerate(read))) if one.message.speaker == character}
     if len(roles) > 1 and ASSISTANT in roles:
@@ -120,7 +119,7 @@ def _read(record: object, names: RoleNames, needs_role: bool, keeps_other_keys: 
     if not isinstance(record, dict):
         raise DialogueError(f"expected an object with {_expected(needs_role)}, found {str(record)[:80]}")
     if not needs_role and _is_own(record):
-        return ChatMessage(Message(**record))  # most logs, quickly
+        return ChatMessage(Message(**record))  # the fast path of most logs
     record = dict(record)
     refuse(record, REFUSED_IN_MESSAGE)
     trained = take_trained(record)
@@ -133,7 +132,7 @@ def _read(record: object, names: RoleNames, needs_role: bool, keeps_other_keys: 
 
 
 def _is_own(record: dict[str, Any]) -> bool:
-    """Whether the object has the keys of a Message, and their types as far as the general way would convert them."""
+    """Whether the object has only a Message's keys with types that need no conversion."""
     if not {"speaker", "text"} <= record.keys() <= _MESSAGE_KEYS:
         return False
     metadata = record.get("metadata")
@@ -143,8 +142,8 @@ def _is_own(record: dict[str, Any]) -> bool:
 
 
 def take_speaker(record: dict[str, Any], names: RoleNames, needs_role: bool = False) -> tuple[str, str | None]:
-    """Remove the speaker and the role from a message's object: who speaks, and as SYSTEM, USER or ASSISTANT, None where
-    only the speaker is known. Raises DialogueError where it cannot be told."""
+    """Remove the speaker and the role from a message's object; returns the speaker, and SYSTEM, USER, ASSISTANT, or
+    None if only the speaker is known. Raises DialogueError if neither is."""
     key = name_in(record, "role", MESSAGE_ALIASES)
     speaker, role = take(record, "speaker", MESSAGE_ALIASES), take(record, "role", MESSAGE_ALIASES)
     if role is None and speaker is None:
@@ -169,7 +168,7 @@ def _known_role(role: object, key: str, roles: Mapping[str, str]) -> str:
 
 def _speaker(role: str | None, name: Any, names: RoleNames) -> str:
     if name is not None:
-        return name  # Message says whether it can be one
+        return name  # Message validates it
     assert role is not None
     return names.of(role)
 
@@ -182,7 +181,7 @@ def _time(value: object, key: str) -> float | None:
 
 
 def _metadata(record: dict[str, Any], keeps_other_keys: bool) -> dict[str, Any] | None:
-    """What is left of a message's object: its `metadata`, and other keys beside it."""
+    """The metadata of a message's object: its `metadata`, and its other keys."""
     metadata = record.pop("metadata", None)
     if metadata is not None and not isinstance(metadata, dict):
         raise DialogueError(f"metadata is {type(metadata).__name__}: expected an object")
@@ -195,5 +194,5 @@ def _metadata(record: dict[str, Any], keeps_other_keys: bool) -> dict[str, Any] 
 
 
 def untrained(message: Message) -> Message:
-    """The message, kept out of the loss of SFT."""
+    """The message, excluded from SFT's loss."""
     return replace(message, metadata={**(message.metadata or {}), TRAINED_KEY: False})

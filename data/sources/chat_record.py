@@ -1,4 +1,4 @@
-"""What the formats of chat messages share: from the object of a record to its messages, and what else it says."""
+"""Common parts of the chat formats: the messages and the other fields of a record's object."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,13 +13,13 @@ from data.sources.record_keys import RECORD_ALIASES, REFUSED_IN_RECORD, name_in,
 
 @dataclass(frozen=True, slots=True)
 class ChatRecord:
-    """`messages` of a record, the system's first; `trained`: whether the record says that its replies are."""
+    """`messages` of a record, the system's first; `trained`: the record's training flag."""
 
     messages: tuple[ChatMessage, ...]
     trained: bool | None
 
     def last_assistant(self) -> str | None:
-        """The name of the last assistant who writes, if one does."""
+        """The speaker of the assistant's last message, or None."""
         names = [one.message.speaker for one in self.messages if one.role == ASSISTANT]
         return names[-1] if names else None
 
@@ -27,10 +27,10 @@ class ChatRecord:
 def take_messages(
     record: dict[str, Any], names: RoleNames, *, needs_role: bool = True, keeps_other_keys: bool = True
 ) -> ChatRecord:
-    """Remove what says which messages a record has, and which are trained; other keys stay in it.
+    """Remove the keys of messages and training flags; other keys remain in the record.
 
-    `prompt` and `completion` may stand in place of messages, as lists of them: the replies in the prompt are then not
-    trained. Raises RecordError or DialogueError for what cannot be read.
+    `prompt` and `completion`, lists of messages, may replace `messages`; replies in the prompt are then not trained.
+    Raises RecordError or DialogueError for an invalid record.
     """
     given = take(record, "messages", RECORD_ALIASES)
     n_prompt = 0
@@ -53,8 +53,8 @@ def take_messages(
 
 
 def participant_ids(given: Any, character: str | None) -> tuple[str, ...]:
-    """The ids of the people: all but that of the character, where the record or the recipe says who that is. A null or
-    blank one is absent: it would make one person of all who have it."""
+    """The ids of the people, without the character's if the record or the recipe names it. Null and blank ids are
+    ignored: they would link everybody who has one."""
     ids = list(given.values()) if isinstance(given, dict) else given
     if not isinstance(ids, list) or not all(one is None or isinstance(one, str) for one in ids):
         raise RecordError(f"participants is {given!r}: expected a list of strings, or an object of speakers and ids")
@@ -63,7 +63,7 @@ def participant_ids(given: Any, character: str | None) -> tuple[str, ...]:
 
 
 def _system(given: Any, key: str, read: Sequence[ChatMessage]) -> tuple[ChatMessage, ...]:
-    """The narrator's message of the record's system, which it calls `key`, unless it is the first message already."""
+    """The narrator's message of the record's system prompt (its `key`), unless it repeats the first message."""
     if given is None or given in ("", []):
         return ()
     text = read_text(given, key)

@@ -15,20 +15,20 @@ from data.sources.record import RecordError, SourceError
 from data.sources.unix_time import TimeError, unix_seconds
 from recipes.run_identity import Location
 
-_SLIDER_DEFAULT = 5  # a rating of 5 says nothing: the slider stood there
+_SLIDER_DEFAULT = 5  # 5 is the slider's default
 
 
 class ChitchatSource(RecordSource):
-    """Sessions as they are; consecutive messages of one sender stay separate. The character is one of the senders,
-    chosen by a hash of the session's id. The participants are the senders, hashed."""
+    """One dialogue per session; consecutive messages of one sender are not merged. The character is one of the senders,
+    chosen by a hash of the session's id. The participants are the hashed senders."""
 
     suffixes: ClassVar = (".json",)
 
     kind: Literal["chitchat"]
     path: Location | None = None  # type: ignore[assignment]  # a dataset.json; null takes the installed package's
-    # Senders are ids: first_names gives each a stable first name, ids the hash that stands for the participant.
+    # Senders are ids: first_names gives each a stable first name, ids the hash of the participant.
     names: Literal["first_names", "ids"] = "first_names"
-    topic_as_scene: bool = True  # the topic shown to the two becomes a first message by the narrator
+    topic_as_scene: bool = True  # the topic shown to both becomes a first message by the narrator
 
     @property
     def end_means_partner_left(self) -> bool:

@@ -1,4 +1,5 @@
-"""The files of a corpus as it is distributed: plain, compressed, or inside a tar or zip archive, read in place."""
+"""The files of a corpus as distributed: plain, compressed, or in a tar or zip archive, read without unpacking to
+disk."""
 
 import lzma
 import tarfile
@@ -14,15 +15,15 @@ from data.sources.line_reader import open_unpacked
 from data.sources.record import SourceError
 from data.sources.source import find_files
 
-MAX_PACKED_BYTES = 1 << 30  # of a packed file that is read whole: a small archive may unpack to fill the memory
+MAX_PACKED_BYTES = 1 << 30  # limit for packed files that are read whole (zip bombs)
 _ARCHIVES = (".tar.xz", ".tar.gz", ".tgz", ".tar", ".zip")
 _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True, slots=True)
 class OpenFile:
-    """A file of a corpus: `place` is what a message calls it, `name` its path in the archive, or its name on disk. The
-    stream is open until the next file is asked for."""
+    """A file of a corpus: `place` is its name in messages, `name` its path in the archive or its name on disk. The
+    stream is valid until the next file is requested."""
 
     place: str
     name: str
@@ -30,7 +31,7 @@ class OpenFile:
     is_packed: bool
 
     def read(self) -> "CorpusFile":
-        """The whole file. Raises SourceError where it is larger than MAX_PACKED_BYTES once it is unpacked."""
+        """The content of the file. Raises SourceError if it unpacks to more than MAX_PACKED_BYTES."""
         content = self.stream.read(MAX_PACKED_BYTES + 1 if self.is_packed else -1)
         if self.is_packed and len(content) > MAX_PACKED_BYTES:
             raise SourceError(
@@ -42,7 +43,7 @@ class OpenFile:
 
 @dataclass(frozen=True, slots=True)
 class CorpusFile:
-    """A file of a corpus, read: `place` and `name` as of OpenFile."""
+    """The content of a file of a corpus; `place` and `name` as in OpenFile."""
 
     place: str
     name: str
@@ -50,28 +51,28 @@ class CorpusFile:
 
     @property
     def stem(self) -> str:
-        """Its name without folders and without what follows the first full stop."""
+        """Its name without folders and suffixes."""
         return self.name.rsplit("/", 1)[-1].split(".", 1)[0]
 
     def text(self) -> str:
-        """Its content as UTF-8 (a byte order mark goes). A byte that is none becomes a lone surrogate, which no
-        dialogue may hold: so the record is rejected that has it, and no other."""
+        """Its content as UTF-8 without byte order mark. An invalid byte becomes a lone surrogate, which dialogues
+        reject, so that only the record with the byte is rejected."""
         return self.content.decode("utf-8-sig", "surrogateescape")
 
 
 def find_corpus_files(path: str, suffixes: tuple[str, ...]) -> list[Path]:
-    """The file `path`, or what lies under the directory `path`: archives and, compressed or not, files so named."""
+    """The file `path`, or the archives and matching files (compressed or not) below the directory `path`."""
     return find_files(path, (*suffixes, *(f"{suffix}.gz" for suffix in suffixes), *_ARCHIVES), pattern="**/*")
 
 
 def is_plain(path: Path) -> bool:
-    """Whether a file's bytes are those of its records: not compressed, and no archive."""
+    """Whether the file's bytes are its records: not compressed and not an archive."""
     return path.suffix != ".gz" and not path.name.endswith(_ARCHIVES)
 
 
 def read_corpus_files(paths: list[Path], suffixes: tuple[str, ...]) -> Iterator[CorpusFile]:
-    """Every file with one of these suffixes, archives in their own order. Raises SourceError where one is damaged, or
-    larger than MAX_PACKED_BYTES once it is unpacked."""
+    """Every file with one of these suffixes, in the order of each archive. Raises SourceError for a file that is
+    damaged or unpacks to more than MAX_PACKED_BYTES."""
     for path in paths:
         with damage_told(path):
             for file in open_corpus_files(path, suffixes):
@@ -80,7 +81,7 @@ def read_corpus_files(paths: list[Path], suffixes: tuple[str, ...]) -> Iterator[
 
 @contextmanager
 def damage_told(path: Path) -> Iterator[None]:
-    """Raises SourceError naming the file where reading it fails inside the block."""
+    """Raise SourceError that names the file if reading it fails inside the block."""
     try:
         yield
     except _DAMAGE as error:
@@ -88,7 +89,7 @@ def damage_told(path: Path) -> Iterator[None]:
 
 
 def open_corpus_files(path: Path, suffixes: tuple[str, ...]) -> Iterator[OpenFile]:
-    """The file itself, unpacked, or those of an archive with one of these suffixes; read them inside `damage_told`."""
+    """The unpacked file, or the files of an archive with one of these suffixes; read them inside `damage_told`."""
     if not path.name.endswith(_ARCHIVES):
         with open_unpacked(path) as stream:
             yield OpenFile(str(path), path.name.removesuffix(".gz"), stream, not is_plain(path))

@@ -1,4 +1,4 @@
-"""What the sources of published corpora share: a path to the corpus as it is distributed, read record by record."""
+"""Base of the published corpora: a path to the corpus as distributed, read record by record."""
 
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -13,22 +13,22 @@ from data.sources.source import DialogueSource
 from data.sources.strict_json import parse_json
 from recipes.run_identity import Location
 
-WHOLE_FILE = "whole file"  # the place of a bad record that is a file
+WHOLE_FILE = "whole file"  # the place of a bad record that is a whole file
 
 
 class CorpusSource(DialogueSource):
-    """A subclass says which files it reads."""
+    """Base of sources with a path; a subclass reads the files."""
 
     suffixes: ClassVar[tuple[str, ...]]
 
-    path: Location  # the corpus as it is distributed: a file, an archive, or a directory of either
+    path: Location  # the corpus as distributed: a file, an archive, or a directory of either
 
     def files(self) -> list[Path]:
         return find_corpus_files(self.path, self.suffixes)
 
 
 class RecordSource(CorpusSource):
-    """A subclass says also how each file falls into records, and what dialogue a record is."""
+    """Base of sources that split files into records, and turn records into dialogues."""
 
     def read_file(self, path: Path, part: int = 0, n_parts: int = 1) -> Iterator[Dialogue | LeftOut | Rejected]:
         if part == 0:
@@ -45,16 +45,16 @@ class RecordSource(CorpusSource):
 
     @abstractmethod
     def records(self, file: CorpusFile) -> Iterator[tuple[int | str, Any]]:
-        """The records of a file, each with its place: a line or a key. Raises RecordError where the rest of the
-        file cannot be taken apart: it is then one bad record."""
+        """The records of a file, each with its place: a line or a key. Raises RecordError if the rest of the file
+        cannot be parsed, which counts as one bad record."""
 
     @abstractmethod
     def dialogue(self, file: CorpusFile, place: int | str, record: Any) -> Dialogue | LeftOut:
-        """The dialogue of a record. Raises RecordError or DialogueError saying why it is none."""
+        """The dialogue of a record. Raises RecordError or DialogueError for an invalid record."""
 
 
 def json_of(file: CorpusFile, expected: type[list] | type[dict]) -> Any:
-    """The JSON document of a file. Raises RecordError when it is none, or not of the expected type."""
+    """The JSON document of a file. Raises RecordError for invalid JSON or an unexpected type."""
     document = parse_json(file.text())
     if not isinstance(document, expected):
         raise RecordError(f"the file holds a {type(document).__name__}, expected a {expected.__name__} of records")

@@ -1,4 +1,4 @@
-"""The rows of a CSV file by the names of their columns."""
+"""The rows of a CSV file as dictionaries by column."""
 
 import csv
 import io
@@ -10,9 +10,9 @@ from data.sources.record import RecordError
 
 
 def csv_rows(file: CorpusFile, columns: Sequence[str], first_number: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Every row with its number. Raises RecordError where one of `columns` is missing, or where it is not CSV."""
+    """Every row with its number. Raises RecordError for invalid CSV or a missing column."""
     text = file.text()
-    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # all of it is in memory already
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # all of it is already in memory
     reader = csv.DictReader(io.StringIO(text, newline=""))
     try:
         names = reader.fieldnames or []

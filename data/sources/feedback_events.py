@@ -1,4 +1,4 @@
-"""A product's feedback events (data/feedback/event.py) as a source: the conversations as they ended, without labels."""
+"""A product's feedback events (data/feedback/event.py) as a source: the final conversations, without labels."""
 
 from collections.abc import Iterator
 from itertools import repeat
@@ -16,16 +16,16 @@ from recipes.run_identity import Location
 
 
 class FeedbackEventsSource(DialogueSource):
-    """One dialogue a conversation, of the turns that led to its end, each with the reply that was kept, as edited; for
-    pre-training and SFT. Turns that were taken back are left out, counted by line like the bad ones. The conversations
-    are put together in memory; labels, and a log too large for that, are what data.feedback is for."""
+    """One dialogue per conversation, for pre-training and SFT: the turns that lead to its end, each with the kept
+    reply, as edited. Undone turns are left out and counted by line like bad ones. Conversations are joined in memory;
+    use data.feedback for labels and larger logs."""
 
     kind: Literal["feedback_events"]
     path: Location  # a .jsonl or .jsonl.gz file, or a directory of them
 
     def files(self) -> list[Path]:
         self.inputs()
-        return [Path(self.path)]  # as one: the lines of a conversation may be spread over several
+        return [Path(self.path)]  # read as one: the lines of a conversation may be in several files
 
     def inputs(self) -> list[Path]:
         return find_files(self.path)

@@ -1,4 +1,4 @@
-"""Common first names for speakers whom a corpus knows by an id alone."""
+"""Common first names for speakers that a corpus identifies by ids."""
 
 from collections.abc import Iterable
 
@@ -18,8 +18,8 @@ FIRST_NAMES = tuple(_NAMES.split())
 
 
 def first_names(participants: Iterable[str]) -> dict[str, str]:
-    """A name for each participant: by a hash of the id, so mostly the same in every dialogue, and distinct in this one
-    (of two who would share a name, the one whose id sorts later takes the next free name)."""
+    """A name for each participant, by a hash of the id: mostly the same in every dialogue, and unique within one (on a
+    collision, the id that sorts later takes the next free name)."""
     given: dict[str, str] = {}
     taken: set[str] = set()
     for participant in sorted(set(participants)):

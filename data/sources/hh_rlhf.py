@@ -1,4 +1,4 @@
-"""hh-rlhf: JSON lines with two "Human: ... Assistant: ..." transcripts. As a source, the chosen side's dialogues."""
+"""hh-rlhf: JSON lines with two "Human: ... Assistant: ..." transcripts. As a source, the chosen side."""
 
 import re
 from typing import Any, ClassVar, Literal, Self
@@ -20,7 +20,7 @@ class HhRlhfFormat(JsonFormat):
     """The transcript `chosen` of a record. The character is the assistant. Other keys become metadata."""
 
     kind: Literal["hh_rlhf"]
-    human: str = HUMAN  # the names the two speakers get
+    human: str = HUMAN  # names of the two speakers
     assistant: str = ASSISTANT
 
     @model_validator(mode="after")
@@ -40,7 +40,7 @@ class HhRlhfFormat(JsonFormat):
 
 
 class HhRlhfSource(HhRlhfFormat, JsonSource):
-    """Files with a pair of transcripts a line."""
+    """Files with a pair of transcripts per line."""
 
     suffixes: ClassVar = (".jsonl",)
 
@@ -48,7 +48,7 @@ class HhRlhfSource(HhRlhfFormat, JsonSource):
 
 
 def transcript_of(record: dict[str, Any], side: str) -> str:
-    """The text of one side. Raises RecordError when it is missing."""
+    """The text of one side. Raises RecordError if it is missing."""
     transcript = record.get(side)
     if not isinstance(transcript, str):
         raise RecordError(f"{side} is {type(transcript).__name__}, expected a transcript; found keys {sorted(record)}")
@@ -56,7 +56,7 @@ def transcript_of(record: dict[str, Any], side: str) -> str:
 
 
 def parse_transcript(transcript: str, names: dict[str, str] | None = None) -> tuple[Message, ...]:
-    """Messages of a "\\n\\nHuman: ...\\n\\nAssistant: ..." text, white space around each text removed."""
+    """Messages of a "\\n\\nHuman: ...\\n\\nAssistant: ..." text, each stripped of surrounding white space."""
     parts = _TURN.split(transcript)
     if len(parts) < 3 or parts[0].strip():
         raise RecordError(f"expected a transcript that begins with 'Human:', found {transcript[:60]!r}")

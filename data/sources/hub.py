@@ -1,4 +1,4 @@
-"""Any data set of the Hugging Face Hub, streamed by `datasets`; local Parquet and JSON lines, whatever the columns."""
+"""Data sets of the Hugging Face Hub, streamed by `datasets`, and local Parquet and JSON lines with any columns."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -31,19 +31,19 @@ Format = Annotated[
 
 
 class HubDataset(Section):
-    """A data set of the Hub as it was at one commit."""
+    """A data set of the Hub at one commit."""
 
     name: str = Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")
-    # The commit: what is read stays the same, whatever becomes of the data set. Left out, an error tells the newest.
+    # The commit, so that the data cannot change. Without it, an error names the newest commit.
     revision: str | None = Field(default=None, pattern=r"^[0-9a-f]{40}$")
     split: str
-    config: str | None = None  # null is the only one
+    config: str | None = None  # null if it is the only one
 
 
 class DatasetsSource(JsonSource):
-    """Rows of `hub`, or of the files in `path`, each read as a record of `format`. A part of a file is some row groups
-    of Parquet, lines of JSON; of a data set some of its shards. Parquet and what the Hub streams is never in memory
-    whole. A bad row is rejected; where a file of the Hub breaks off, reading ends in an error."""
+    """Rows of `hub` or of the files in `path`, each read as a record of `format`. A part of a file is a range of row
+    groups of Parquet or of JSON lines; of a data set, some of its shards. Parquet and streamed data are never fully in
+    memory. A bad row is rejected; a failing download ends with an error."""
 
     suffixes: ClassVar = (_PARQUET, ".jsonl")
 
@@ -51,8 +51,8 @@ class DatasetsSource(JsonSource):
     path: Location | None = None  # type: ignore[assignment]  # a file, or a directory of .parquet, .jsonl and .jsonl.gz
     hub: HubDataset | None = None
     format: Format
-    # Key of the format: name of the column. Only these are read; null reads all columns under their own names. A row
-    # of JSON lines may lack a column, as it may have null there; one of Parquet may not.
+    # Key of the format: name of the column. Only these are read; null reads all columns under their own names. A
+    # column may be missing in a row of JSON lines (the same as null there), but not in Parquet.
     columns: dict[str, str] | None = None
 
     @model_validator(mode="after")
@@ -68,7 +68,7 @@ class DatasetsSource(JsonSource):
         return [Path(self.hub.name)]
 
     def inputs(self) -> list[Path]:
-        return self.files() if self.hub is None else []  # the recipe has the commit
+        return self.files() if self.hub is None else []  # part of the recipe
 
     def n_parts(self, path: Path, part_bytes: int) -> int:
         if self.hub is not None:
@@ -105,7 +105,7 @@ class DatasetsSource(JsonSource):
             raise RecordError(f"{error}; {lacking}" if lacking else str(error)) from None
 
     def _lacking(self, record: dict[str, Any]) -> str:
-        """Which of the columns a record does not have; empty where it has all."""
+        """The columns that a record lacks."""
         lacking = [column for column in (self.columns or {}).values() if column not in record]
         return f"no column {lacking[0]!r}; found {', '.join(map(repr, record))[:300]}" if lacking else ""
 
@@ -117,7 +117,7 @@ class DatasetsSource(JsonSource):
         return self._of_object(place, row)
 
     def _of_hub(self, hub: HubDataset, part: int, n_parts: int) -> Iterator[Dialogue | LeftOut | Rejected]:
-        """Shard after shard, so that an id does not depend on the parts."""
+        """Shard by shard, so that ids do not depend on the parts."""
         stream = _stream(hub)
         for shard in range(*share(stream.num_shards, part, n_parts)):
             rows = _rows(hub, stream.shard(stream.num_shards, shard), shard)
@@ -128,12 +128,12 @@ class DatasetsSource(JsonSource):
 
 
 def _look_up(hub: HubDataset) -> None:
-    """Raise SourceError unless the data set is there, at the commit."""
+    """Raise SourceError unless the data set exists at the commit."""
     from huggingface_hub import HfApi
 
     try:
         newest = HfApi().dataset_info(hub.name, revision=hub.revision, timeout=LOOK_UP_SECONDS).sha
-    except Exception as error:  # of the library's own kinds, and of those of its HTTP client
+    except Exception as error:  # of the library, and of its HTTP client
         raise SourceError(
             f"hub data set {hub.name}{f' at {hub.revision}' if hub.revision else ''}: cannot be looked up "
             f"({type(error).__name__}: {_first_line(error)}); check the name, the revision and the network, or "

@@ -1,4 +1,4 @@
-"""#ubuntu IRC logs (CC-BY-4.0) with annotated reply links, which take the conversations of a channel apart."""
+"""#ubuntu IRC logs (CC-BY-4.0) with annotated reply links that separate the conversations of a channel."""
 
 import re
 from collections import defaultdict
@@ -18,18 +18,17 @@ from data.sources.record import LeftOut, RecordError, Rejected, SourceError, rea
 _LOG, _LINKS = ".ascii.txt", ".annotation.txt"
 _SAID = re.compile(r"\[([01]\d|2[0-3]):([0-5]\d)\] (?:<([^>]+)> ?(.*)| \* (\S+) ?(.*))", re.DOTALL)
 _LINK = re.compile(r"(\d{1,9}) (\d{1,9}) -\s*", re.ASCII)
-_OF_SERVER = ("===", "[")  # "=== ann has joined"; "[05:12] -service:#ubuntu- a notice", which is not said
+_OF_SERVER = ("===", "[")  # "=== ann has joined"; "[05:12] -service:#ubuntu- a notice", which is not a message
 _DAY = 86_400
 
 
 class IrcUbuntuSource(CorpusSource):
-    """Lines that reply links connect are a dialogue of everybody who writes in it; lines that no link names are left
-    out, one by one, and the server's ("=== ann has joined") are no records. The character is who writes most besides
-    the one who began: the one who helps. An action ("* ann waves") is written as it was typed, "/me waves". Times are
-    the minutes of the log's clock, which shows 12 hours in some logs: right between messages of a log, not to be
-    compared across logs. The participants are the nicknames, hashed with the log's date: nothing says who has a
-    nickname on another day. Where a log and its links are files in a folder, the log is read with its links, and the
-    links alone give nothing."""
+    """Lines connected by reply links are a dialogue; lines without links are left out and counted, and the server's
+    lines ("=== ann has joined") are not records. The character is who writes most besides the one who began: the
+    helper. An action ("* ann waves") is written as typed, "/me waves". Times are minutes of the log's clock, 12-hour in
+    some logs: valid within a log, not across logs. The participants are nicknames hashed with the log's date, since
+    another person may have a nickname on another day. If a log and its links are files in a folder, the log is read
+    with its links, and the links give nothing by themselves."""
 
     suffixes: ClassVar = (_LOG, _LINKS)
 
@@ -39,7 +38,7 @@ class IrcUbuntuSource(CorpusSource):
         beside = _other_file(path)
         if part > 0 or (beside and _LINKS in path.name):
             return
-        waiting: dict[str, CorpusFile] = {}  # of a log and its links, the one that came first
+        waiting: dict[str, CorpusFile] = {}  # of a log and its links, the first one found
         for file in read_corpus_files([path, *([beside] if beside else [])], self.suffixes):
             name = file.name.removesuffix(_LOG).removesuffix(_LINKS)
             other = waiting.pop(name, None)
@@ -53,7 +52,7 @@ class IrcUbuntuSource(CorpusSource):
 
 
 def _other_file(path: Path) -> Path | None:
-    """The links of a log, or the log of links, where they lie unpacked in one folder."""
+    """The links of a log, or the log of links, if unpacked in the same folder."""
     name = path.name.removesuffix(".gz")
     end, other = (_LOG, _LINKS) if name.endswith(_LOG) else (_LINKS, _LOG)
     stem = name.removesuffix(end)
@@ -89,8 +88,8 @@ def _conversations(log: CorpusFile, links: CorpusFile) -> Iterator[Dialogue | Le
 
 
 def _messages(log: CorpusFile, lines: list[str]) -> dict[int, Message | RecordError]:
-    """What people write, by the number of its line (from 0, as links count), or why a line is nothing that anybody can
-    write. The server's lines are not among them."""
+    """The messages by line number (from 0, as in links), or the reason why a line is not a message; without server
+    lines."""
     try:
         day = datetime.fromisoformat(log.stem[:10]).replace(tzinfo=UTC).timestamp()
     except ValueError:
@@ -101,7 +100,7 @@ def _messages(log: CorpusFile, lines: list[str]) -> dict[int, Message | RecordEr
         if matched := _SAID.fullmatch(line):
             hour, minute, writer, text, actor, action = matched.groups()
             time = day + int(hour) * 3600 + int(minute) * 60
-            while time < latest - _DAY / 4:  # 23:59 to 00:00, or 12:59 to 01:00 on a clock of 12 hours
+            while time < latest - _DAY / 4:  # 23:59 to 00:00, or 12:59 to 01:00 on a 12-hour clock
                 day += _DAY / 2
                 time += _DAY / 2
             latest = time
@@ -115,7 +114,7 @@ def _messages(log: CorpusFile, lines: list[str]) -> dict[int, Message | RecordEr
 
 
 def _connected(pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
-    """The lines of each conversation in order, the conversations in the order of their first lines."""
+    """The lines of each conversation in order, ordered by their first lines."""
     root: dict[int, int] = {}
 
     def find(line: int) -> int:

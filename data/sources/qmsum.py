@@ -10,14 +10,14 @@ from data.sources.character import most_talkative
 from data.sources.corpus_file import CorpusFile
 from data.sources.corpus_source import RecordSource, json_of
 
-_MARK = re.compile(r" *\{[a-z]+\} *")  # {vocalsound}, {disfmarker}, ...: the transcriber's, nobody says them
+_MARK = re.compile(r" *\{[a-z]+\} *")  # {vocalsound}, {disfmarker}, ...: the transcriber's annotations
 _SERIES = re.compile(r"([A-Z]{2}\d{4})[a-z]|([A-Za-z]+?)_?\d+")  # ES2002a, Bro011, covid_9
 
 
 class QmsumSource(RecordSource):
-    """A meeting is a dialogue of everybody who speaks in it, by name or role; the narrator begins with its topics. The
-    character is who speaks most often. A participant is a name in a series of meetings (ES2002a to d, all of Bro): the
-    same role elsewhere is another person. Queries and summaries are in the metadata."""
+    """One dialogue per meeting, with speakers by name or role; the narrator begins with its topics. The character
+    speaks most often. A participant is a name in a series of meetings (ES2002a to d, all of Bro), since the same role
+    elsewhere is another person. Queries and summaries are in the metadata."""
 
     suffixes: ClassVar = (".json",)
 

@@ -1,4 +1,4 @@
-"""What reading a source gives: dialogues that can be written, records left out, and records rejected with a reason."""
+"""The results of reading a source: valid dialogues, records left out, and records rejected with a reason."""
 
 import json
 import math
@@ -8,35 +8,35 @@ from typing import Any
 
 from data.format.dialogue import Dialogue, DialogueError
 
-MAX_CHARACTERS = 8 * 2**20  # of a message: a longer one is no message
-MAX_DEPTH = 64  # of metadata: JSON's own readers and writers give up at about a thousand
+MAX_CHARACTERS = 8 * 2**20  # largest message
+MAX_DEPTH = 64  # of metadata: JSON readers and writers fail at about a thousand
 _SHOWN_CHARACTERS = 500  # of a bad record, and of the reason
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 _BESIDE_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _DIGITS = bytes(ord("0") if chr(byte).isdigit() and byte < 128 else ord(" ") for byte in range(256))
 _LONG_NUMBER = b"0" * 19
-# What a record raises that has not the form its source expects.
+# What a malformed record raises.
 _MALFORMED = (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError, RecursionError)
 
 
 class SourceError(ValueError):
-    """A source that cannot be read at all; the message names the file or package and says what to do."""
+    """A source that cannot be read at all; the message names the file or package and what to do."""
 
 
 class RecordError(ValueError):
-    """One record that cannot be a dialogue; the message says why. The record is quarantined."""
+    """A record that cannot be a dialogue, with the reason. It is quarantined."""
 
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """A whole record that is not to be trained on; counted by its reason, a few words."""
+    """A record that is excluded from training on purpose; counted by its reason."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A record that could not become a dialogue: where it stands, why, and how it begins."""
+    """A record that could not become a dialogue: its place, the reason, and its beginning."""
 
     file: str
     line: int | str  # the line of a text file, or the key of the record
@@ -47,7 +47,7 @@ class Rejected:
 def read_record(
     make: Callable[[], Dialogue | LeftOut], file: str, line: Callable[[], int | str], record: Any
 ) -> Dialogue | LeftOut | Rejected:
-    """What `make` makes of a record, or why it is no dialogue; where it stands is asked for only then."""
+    """The result of `make`, or the rejection; its place and text are only computed then."""
     try:
         made = make()
         if isinstance(made, Dialogue):
@@ -62,13 +62,13 @@ def read_record(
 
 
 def rejected(file: str, line: int | str, reason: str, record: Any) -> Rejected:
-    """A record's rejection, as text that can be written."""
+    """A record's rejection as writable text."""
     place = beginning(line) if isinstance(line, str) else line
     return Rejected(_writable(file), place, beginning(reason), beginning(record))
 
 
 def beginning(record: Any) -> str:
-    """The start of a bad record, for the quarantine file."""
+    """The beginning of a bad record, for the quarantine file."""
     if isinstance(record, bytes):
         text = record[: 4 * _SHOWN_CHARACTERS].decode("utf-8", "replace")
     elif isinstance(record, str):
@@ -82,7 +82,7 @@ def beginning(record: Any) -> str:
 
 
 def check_dialogue(dialogue: Dialogue) -> None:
-    """Raise RecordError unless the dialogue can be written as JSON in UTF-8, and its lengths can be true."""
+    """Raise RecordError unless the dialogue can be written as UTF-8 JSON and has plausible sizes."""
     for number, message in enumerate(dialogue.messages):
         if len(message.text) > MAX_CHARACTERS:
             raise RecordError(f"message {number}: {len(message.text):,} characters; the limit is {MAX_CHARACTERS:,}")
@@ -99,7 +99,7 @@ def check_dialogue(dialogue: Dialogue) -> None:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether the value is for sure one that `_check_value` passes; it is what that would take too long to say."""
+    """A fast check that implies `_check_value`."""
     try:
         written = _ENCODER.encode(value).encode()
     except (TypeError, ValueError, RecursionError):
@@ -108,7 +108,7 @@ def _is_plain(value: Any) -> bool:
     for _ in range(MAX_DEPTH):
         if not brackets:
             break
-        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")  # those of the innermost level
+        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")  # of the innermost level
     return not brackets and _LONG_NUMBER not in written.translate(_DIGITS)
 
 

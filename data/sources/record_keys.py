@@ -1,4 +1,4 @@
-"""The keys of a record and of its messages, by the names that logs and published formats give them."""
+"""The keys of records and messages, with their aliases in logs and published formats."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ RECORD_ALIASES: dict[str, tuple[str, ...]] = {
     "messages": ("conversations", "conversation"),
     "system": ("system_prompt", "system_message"),
 }
-"""Key of a record: its other names."""
+"""Key of a record: its aliases."""
 
 MESSAGE_ALIASES: dict[str, tuple[str, ...]] = {
     "speaker": ("name",),
@@ -19,11 +19,11 @@ MESSAGE_ALIASES: dict[str, tuple[str, ...]] = {
     "text": ("content", "value"),
     "time": ("timestamp", "created_at"),
 }
-"""Key of a message: its other names."""
+"""Key of a message: its aliases."""
 
 TRAINED_FLAGS = ("trained", "weight", "train", "training", "trainable", "loss")
-"""Keys of a record or a message, or of its metadata, that say, as 0 or 1, false or true, whether it is trained."""
-_NOT_TRAINED_FLAG = "masked"  # the same, the other way round
+"""Keys of a record, a message or its metadata that say (0 or 1, false or true) whether it is trained."""
+_NOT_TRAINED_FLAG = "masked"  # the same, inverted
 
 _EMPTY: tuple[Any, ...] = (None, "", [], {}, ())
 _TOOLS = "tools are not rendered"
@@ -38,7 +38,7 @@ REFUSED_IN_MESSAGE = {
     "refusal": "a refusal is not rendered; write it as content",
     **_PART_OF_MESSAGE,
 }
-"""Keys that change what a message means, and why they are not read; they may be null or empty."""
+"""Unsupported keys that change the meaning of a message, with the reason; they may be null or empty."""
 
 _PAIR = "a preference pair, which train.dpo reads, is no dialogue"
 _LISTED = "it takes the place of messages; give one of them"
@@ -51,7 +51,7 @@ REFUSED_IN_RECORD = {
     "train_on_inputs": "only the character is trained",
     "completion": _LISTED,
 }
-"""Keys that change what a record means, and why they are not read; they may be null or empty."""
+"""Unsupported keys that change the meaning of a record, with the reason; they may be null or empty."""
 
 
 def take(
@@ -60,10 +60,10 @@ def take(
     aliases: Mapping[str, tuple[str, ...]],
     read: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """Remove a key of `aliases` and its other names from the record; its value, None where it has none.
+    """Remove a key of `aliases` and its aliases from the record; returns its value, or None.
 
-    Raises DialogueError where two of the names have different values. They are compared as `read` reads them, and those
-    that it refuses with a ValueError, or all without it, with their types: 0 is neither false nor 0.0.
+    Raises DialogueError if two of them have different values. They are compared as converted by `read`; values that it
+    rejects with a ValueError, and all values without `read`, are compared with their types: 0 is neither false nor 0.0.
     """
     found: dict[str, Any] = {}
     for name in (key, *aliases[key]):
@@ -78,7 +78,7 @@ def take(
 
 
 def _meaning(value: Any, read: Callable[[Any], Any] | None) -> tuple[bool, Any]:
-    """What a value is compared by, and whether it was read."""
+    """The value to compare by, and whether `read` accepted it."""
     if read is not None:
         try:
             return True, read(value)
@@ -92,29 +92,29 @@ def rename(
     keys: Mapping[str, Callable[[Any], Any]],
     aliases: Mapping[str, tuple[str, ...]],
 ) -> None:
-    """Give some keys of `aliases` that stand under other names in the record their own; `keys` maps each to what `take`
-    compares its values by. Raises DialogueError as `take`."""
+    """Rename aliases in the record to their keys; `keys` maps each key to the `read` of `take`. Raises DialogueError as
+    `take` does."""
     for key, read in keys.items():
         if not record.keys().isdisjoint(aliases[key]) and (value := take(record, key, aliases, read)) is not None:
             record[key] = value
 
 
 def name_in(record: Mapping[str, Any], key: str, aliases: Mapping[str, tuple[str, ...]]) -> str:
-    """What the record calls a key of `aliases`; the key itself where it does not have it."""
+    """The name under which the record has a key of `aliases`; the key itself if it is absent."""
     return next((name for name in (key, *aliases[key]) if record.get(name) is not None), key)
 
 
 def speaks_of_training(metadata: Mapping[str, Any]) -> bool:
-    """Whether some key of a record's or a message's metadata says what is trained."""
+    """Whether a key of a record's or a message's metadata is a training flag."""
     return not metadata.keys().isdisjoint(_OF_TRAINING)
 
 
 def take_trained(record: dict[str, Any]) -> bool | None:
-    """Remove the flags of TRAINED_FLAGS from a record or a message and from its metadata: whether it is trained, None
-    where none says so. The metadata is replaced, not changed; TRAINED_KEY, as true or false, stays in it.
+    """Remove the TRAINED_FLAGS from a record or a message and from its metadata; returns whether it is trained, or None
+    without a flag. The metadata is replaced, not modified; TRAINED_KEY as a boolean stays in it.
 
-    Raises DialogueError where a flag is no yes or no, where two differ, or where the metadata says that a part is
-    trained.
+    Raises DialogueError for a flag that is not a boolean, for contradictory flags, and for partial training in the
+    metadata.
     """
     found = _take_flags(record, "")
     metadata = record.get("metadata")
@@ -133,7 +133,7 @@ _OF_TRAINING = frozenset((*TRAINED_FLAGS, _NOT_TRAINED_FLAG, *_PART_OF_MESSAGE))
 
 
 def _take_flags(record: dict[str, Any], place: str) -> dict[str, bool]:
-    """By the name of each flag, after its place, whether it says that something is trained."""
+    """The meaning of each training flag, by its name."""
     found: dict[str, bool] = {}
     for name in (*TRAINED_FLAGS, _NOT_TRAINED_FLAG):
         value = record.pop(name, None)
@@ -148,8 +148,7 @@ def _take_flags(record: dict[str, Any], place: str) -> dict[str, bool]:
 
 
 def refuse(record: dict[str, Any], refused: Mapping[str, str], place: str = "") -> None:
-    """Remove the keys that may be there without a value. Raises DialogueError naming the first that has one, after its
-    place."""
+    """Remove unsupported keys without a value. Raises DialogueError with the first that has one."""
     for key in [key for key in refused if key in record]:
         if record[key] not in _EMPTY:
             raise DialogueError(f"{place}{key} is not read: {refused[key]}; found {repr(record[key])[:40]}")

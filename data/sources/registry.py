@@ -1,4 +1,4 @@
-"""The sources a recipe can name. A new corpus: a module with a DialogueSource, and a line here."""
+"""The sources that a recipe can name. A new corpus is a module with a DialogueSource, and a line here."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -50,7 +50,7 @@ else:
 
 
 def named_sources(sources: Iterable[DialogueSource]) -> dict[str, DialogueSource]:
-    """The sources of a recipe by name: the kind, and for the second of a kind `kind_2`."""
+    """The sources of a recipe by name: the kind, and `kind_2` for the second of a kind."""
     named: dict[str, DialogueSource] = {}
     kinds: Counter[str] = Counter()
     for source in sources:

@@ -1,4 +1,4 @@
-"""What the formats share whose speakers are roles: OpenAI's messages and ShareGPT's conversations."""
+"""Base of the formats whose speakers are roles: OpenAI's messages and ShareGPT's conversations."""
 
 from typing import Any, Self
 
@@ -12,12 +12,12 @@ from data.sources.record import RecordError
 
 
 class RoleFormat(JsonFormat):
-    """What the system says is the narrator's; a message's `name`, where given, is its speaker. The character is the
-    last assistant. Keys of data/sources/record_keys.py say what is trained, and are read or refused there; what is not
-    text (tool calls and results, images) makes a bad record. `participants` are those of chat_jsonl; other keys become
-    metadata, of the record or the message."""
+    """The system prompt is narration; a message's `name`, if given, is its speaker. The character is the last
+    assistant. data/sources/record_keys.py lists the keys that are read or rejected; content that is not text (tool
+    calls, images) makes a bad record. `participants` are as in chat_jsonl; other keys become metadata of the record or
+    the message."""
 
-    user: str = "User"  # the names of the speakers that have none
+    user: str = "User"  # default names of the speakers
     assistant: str = "Assistant"
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""The Self-dialogue Corpus (BSD-3): conversations on 23 topics whose two sides one crowd worker wrote."""
+"""The Self-dialogue Corpus (BSD-3): conversations on 23 topics, both sides written by one crowd worker."""
 
 import os
 from collections.abc import Iterator
@@ -17,13 +17,13 @@ from data.sources.first_names import first_names
 from data.sources.record import LeftOut, RecordError
 
 _COLUMNS = ("WorkerId", "WorkTimeInSeconds", "Answer.sentence1")
-_BLOCKED = "blocked_workers.txt"  # the corpus's own list of those whose work is not to be used
+_BLOCKED = "blocked_workers.txt"  # the corpus's own list of workers to exclude
 
 
 class SelfDialogueSource(RecordSource):
-    """A row is a dialogue; the two speakers get first names, by a hash of the row, and the narrator says the topic. The
-    character is one of the two. The participant is the worker, hashed. Rows of blocked workers are left out: their
-    list is the one file that every other is read with."""
+    """One dialogue per row. The speakers get first names by a hash of the row, and the narrator gives the topic. The
+    character is one of the two. The participant is the hashed worker. Rows of blocked workers are left out; their list
+    is read with every other file."""
 
     suffixes: ClassVar = (".csv", _BLOCKED)
 
@@ -31,7 +31,7 @@ class SelfDialogueSource(RecordSource):
 
     @cached_property
     def blocked_workers(self) -> frozenset[str]:
-        """The ids in blocked_workers.txt; none where the path does not have that file."""
+        """The ids in blocked_workers.txt; empty if the path does not have that file."""
         paths = [path for path in self.files() if not path.name.endswith((".csv", ".csv.gz"))]
         lists = filter(_is_list, read_corpus_files(paths, self.suffixes))
         return frozenset(worker for file in lists for worker in file.text().split())
@@ -65,7 +65,7 @@ def _is_list(file: CorpusFile) -> bool:
 
 
 def _sentences(record: dict[str, str]) -> list[str]:
-    """The columns Answer.sentence1, 2, ... as far as they are filled."""
+    """The columns Answer.sentence1, 2, ... up to the first empty one."""
     columns = (f"Answer.sentence{number}" for number in count(1))
     said = []
     for column in columns:

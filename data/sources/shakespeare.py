@@ -18,9 +18,9 @@ _SPEECH = re.compile(r"([^\n:]+):(?:\n(.*))?", re.DOTALL)
 
 
 class ShakespeareSource(RecordSource):
-    """A scene is a dialogue; the narrator tells title, act and scene, what the list of persons says of those who speak,
-    and the stage directions. Plain text has no scenes, so its dialogues are passages of 64 speeches. The character is
-    who speaks most often. There are no participants: one author wrote them all."""
+    """One dialogue per scene; the narrator gives title, act and scene, the list of persons who speak, and the stage
+    directions. Plain text has no scenes, so its dialogues are passages of 64 speeches. The character speaks most often.
+    There are no participants, since one author wrote them all."""
 
     suffixes: ClassVar = (".xml", ".md", ".txt")
 
@@ -64,7 +64,7 @@ def _speech(block: str) -> Message:
 
 
 def _scenes(file: CorpusFile) -> Iterator[tuple[str, Any]]:
-    """(heading, persons, scene) of every scene, prologue and epilogue; a file that is no play is left out."""
+    """(heading, persons, scene) of every scene, prologue and epilogue; a file that is not a play is left out."""
     try:
         play = ElementTree.fromstring(file.content)
     except (ElementTree.ParseError, LookupError, ValueError) as error:
@@ -73,7 +73,7 @@ def _scenes(file: CorpusFile) -> Iterator[tuple[str, Any]]:
         yield play.tag, LeftOut("not a play")
         return
     described = [" ".join((person.text or "").split()) for person in play.iter("PERSONA")]
-    persons = {text.split(",")[0].upper(): text for text in described if "," in text}  # not those of a bare name
+    persons = {text.split(",")[0].upper(): text for text in described if "," in text}  # without names only
     for act in play:
         for scene in act if act.tag == "ACT" else [act]:
             if scene.find("SPEECH") is not None:
@@ -94,7 +94,7 @@ def _performed(heading: str, persons: dict[str, str], scene: ElementTree.Element
 
 
 def _spoken(speech: ElementTree.Element) -> Message:
-    """A speech of one, or of several at once: "A and B". Directions inside it stand in square brackets."""
+    """A speech of one speaker, or of several ("A and B"). Directions inside it are in square brackets."""
     speaker = " and ".join(" ".join((name.text or "").split()) for name in speech.iter("SPEAKER"))
     said = [element for element in speech if element.tag != "SPEAKER"]
     lines = (_text(element) if element.tag == "LINE" else f"[{_text(element)}]" for element in said)

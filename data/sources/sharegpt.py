@@ -7,12 +7,12 @@ from data.sources.role_format import RoleFormat
 
 
 class SharegptFormat(RoleFormat):
-    """A conversation a record."""
+    """One conversation per record."""
 
     kind: Literal["sharegpt"]
 
 
 class SharegptSource(SharegptFormat, JsonSource):
-    """Files with a conversation a line, or a .json list of them."""
+    """Files with one conversation per line, or a .json list of them."""
 
     kind: Literal["sharegpt"]

@@ -1,4 +1,4 @@
-"""What a source of dialogues is: a recipe section that finds its files and reads them as records, good and bad."""
+"""The interface of a source of dialogues: a recipe section that finds files and reads them as good and bad records."""
 
 import difflib
 import zlib
@@ -15,45 +15,45 @@ from recipes.loader import Section
 
 
 class DialogueSource(Section, ABC):
-    """Base of the sources. A new corpus is a subclass in a module of its own, and one line in registry.py.
+    """Base of the sources. A new corpus is a subclass in its own module, and one line in registry.py.
 
-    Files can be read in any order and by several processes: what a file gives, ids included, does not depend on the
-    other files. (A source that needs one file to read another says so.)
+    Files can be read in any order and by several processes: the records of a file, ids included, do not depend on other
+    files. (A source that needs another file to read one says so.)
     """
 
-    splittable: ClassVar[bool] = False  # whether `read_file` can share out one big file
+    splittable: ClassVar[bool] = False  # whether `read_file` can split a large file into parts
 
-    kind: str  # a subclass narrows it to its one name
+    kind: str  # a subclass narrows it to its own name
 
     @property
     def end_means_partner_left(self) -> bool:
-        """Whether a dialogue ends because the partner wrote no more, which labels the last reply (engagement). Not so
-        where a record ends by construction: in a reply that was judged, at a task's end, at the end of an excerpt."""
+        """Whether a dialogue ends because the partner stopped writing, which gives the last reply an engagement label.
+        False if a record ends by construction: at a rated reply, at the end of a task, at the end of an excerpt."""
         return False
 
     @abstractmethod
     def files(self) -> list[Path]:
-        """What `read_file` takes, in order. Raises SourceError when a file is missing."""
+        """The arguments of `read_file`, in order. Raises SourceError if a file is missing."""
 
     @abstractmethod
     def read_file(self, path: Path, part: int = 0, n_parts: int = 1) -> Iterator[Dialogue | LeftOut | Rejected]:
-        """Every record of one of the files, or of one part of it.
+        """Every record of a file, or of one part of it.
 
-        The parts one after the other are the whole, whatever their number; of a file that cannot be shared out, part 0
-        is the whole and the others are empty.
+        The concatenated parts are the whole file for any number of parts; if a file cannot be split, part 0 is the
+        whole and the others are empty.
         """
 
     def read(self) -> Iterator[Dialogue | LeftOut | Rejected]:
-        """Every record in the order of the files: a Dialogue, or why it is none."""
+        """Every record in file order: a Dialogue, or the reason why it is none."""
         for path in self.files():
             yield from self.read_file(path)
 
     def inputs(self) -> list[Path]:
-        """The files on this machine that the records come from: a run records their digests."""
+        """The local files that the records come from, whose digests identify a run."""
         return self.files()
 
     def n_parts(self, path: Path, part_bytes: int) -> int:
-        """Into how many parts of about `part_bytes` one of the files is worth sharing out."""
+        """The number of parts of about `part_bytes` into which to split a file."""
         return max(1, -(-path.stat().st_size // part_bytes)) if self.splittable else 1
 
 
@@ -74,7 +74,7 @@ def find_files(path: str, suffixes: tuple[str, ...] = (".jsonl", ".jsonl.gz"), p
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines of a file, gzip or plain, blank ones left out. Raises SourceError where it cannot be read."""
+    """Numbered non-blank lines of a file, gzip or plain. Raises SourceError if it cannot be read."""
     number = 0
     try:
         with open_unpacked(path) as file:
@@ -88,7 +88,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def parse_object(line: bytes) -> dict[str, Any]:
-    """The JSON object of a line. Raises RecordError saying what the line is instead."""
+    """The JSON object of a line. Raises RecordError that says what it is instead."""
     if isinstance(line, LongLine):
         raise RecordError(f"a line of {line.n_bytes:,} bytes; the limit is {MAX_LINE_BYTES:,}")
     try:

@@ -1,4 +1,4 @@
-"""STAR (MIT): task dialogues of a user and a wizard who plays the assistant, with times, and who broke off."""
+"""STAR (MIT): task dialogues of a user and a wizard who plays the assistant, with times, and who disconnected."""
 
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
@@ -14,11 +14,11 @@ _SPEAKING = ("utter", "pick_suggestion")
 
 
 class StarSource(RecordSource):
-    """What the user and the wizard say to each other; the character is the wizard, whose task the narrator tells. Most
-    of the wizard's lines are picked suggestions: each message's metadata has the action and the suggestion's label.
-    The participant is the user alone: the same workers play either part, but the wizard's words are a flow chart's.
-    Workers are hashed. Completion level (a disconnect can be either's), scenario, questionnaires and who the wizard was
-    are in the metadata. Dialogues that end before anybody speaks are left out."""
+    """The messages of user and wizard; the character is the wizard, whose task the narrator gives. Most of the wizard's
+    messages are selected suggestions: the message's metadata has the action and the suggestion's label. Only the user
+    is a participant: the same workers play both roles, but the wizard's words come from a flow chart. Workers are
+    hashed. Completion level (either may have disconnected), scenario, questionnaires and the wizard's id are in the
+    metadata. Dialogues without messages are left out."""
 
     suffixes: ClassVar = (".json",)
 

@@ -1,4 +1,4 @@
-"""JSON as its standard has it: no NaN or Infinity, no number beyond a float's range, no key twice in an object."""
+"""Standard JSON: no NaN or Infinity, no number beyond a float's range, no duplicate keys."""
 
 import json
 import math
@@ -9,20 +9,20 @@ from data.sources.record import RecordError
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text. Raises RecordError saying why it is none, or cannot be trusted."""
+    """The value of a JSON text. Raises RecordError for invalid or ambiguous JSON."""
     try:
         return _DECODER.decode(text)
     except RecordError:
         raise
     except RecursionError:
         raise RecordError("not JSON: nested too deeply") from None
-    except ValueError as error:  # a JSONDecodeError, or an integer of more digits than Python reads
+    except ValueError as error:  # a JSONDecodeError, or an integer with too many digits
         raise RecordError(f"not JSON: {error}") from None
 
 
 def without_nulls(value: Any) -> Any:
-    """The value without the keys of its objects that are null: in a record these mean what absent keys mean. Parquet,
-    which fills absent keys with null, is then read as JSON is."""
+    """The value without null keys, which mean the same as absent keys in a record: Parquet fills absent keys with
+    null."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value

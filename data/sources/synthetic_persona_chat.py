@@ -13,16 +13,16 @@ from data.sources.first_names import first_names
 from data.sources.record import RecordError
 
 _TURN = re.compile(r"[*\s]*(User [12])[*\s]*:[*\s]*(.*?)[*\s]*")  # some rows have Markdown stars around names and texts
-_SCENE = re.compile(r"\[.*\]|\(.*\)")  # "[Later]", on a line of its own
+_SCENE = re.compile(r"\[.*\]|\(.*\)")  # "[Later]", on its own line
 _CALLED = re.compile(r"\[user ([12])(?:'s)? name\]|\buser ([12])\b", re.IGNORECASE)
 _COLUMNS = ("user 1 personas", "user 2 personas", "Best Generated Conversation")
 _USERS = ("User 1", "User 2")
 
 
 class SyntheticPersonaChatSource(RecordSource):
-    """The two users get first names, by a hash of the row, also where they call each other "User 1". The character is
-    one of them; the narrator begins with the character's persona alone, for that is what one knows when serving, and
-    tells what stands in brackets on a line of its own. Both personas are in the metadata."""
+    """The speakers get first names by a hash of the row, also in texts that say "User 1". The character is one of them;
+    the narrator begins with only the character's persona, because a serving prompt has no other, and gives what is in
+    brackets on its own line. Both personas are in the metadata."""
 
     suffixes: ClassVar = (".csv",)
 
@@ -45,7 +45,7 @@ class SyntheticPersonaChatSource(RecordSource):
 
 
 def _messages(conversation: str, names: dict[str, str]) -> list[Message]:
-    """A message for each "User 1: ..." with the lines after it, and the narrator's for each line in brackets."""
+    """One message for each "User 1: ..." and the lines after it, and the narrator's for each line in brackets."""
     written: list[tuple[str, str]] = []
     for line in conversation.split("\n"):
         if turn := _TURN.fullmatch(line):

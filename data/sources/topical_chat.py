@@ -13,9 +13,9 @@ _OF_A_TURN = ("sentiment", "knowledge_source", "turn_rating")
 
 
 class TopicalChatSource(RecordSource):
-    """The two agents get first names, by a hash of the conversation's id; the character is one of them. Sentiment,
-    knowledge source and rating stand in each message's metadata, the ratings of the whole in the dialogue's. The corpus
-    does not say who the people were, so there are no participants."""
+    """The two agents get first names by a hash of the conversation's id; the character is one of them. Sentiment,
+    knowledge source and rating are in each message's metadata, the ratings of the conversation in the dialogue's. The
+    corpus does not identify people, so there are no participants."""
 
     suffixes: ClassVar = (".json",)
 

@@ -1,21 +1,21 @@
-"""Times as unix seconds: the one check of every time that a record gives, as a number or as ISO 8601."""
+"""Times as unix seconds: validation of every time in a record, given as a number or as ISO 8601."""
 
 import re
 from datetime import UTC, datetime
 
-EARLIEST, LATEST = -62_135_596_800, 7_258_118_400  # the years 1 to 2199: any date after March 1970 in ms lies beyond
+EARLIEST, LATEST = -62_135_596_800, 7_258_118_400  # years 1 to 2199; milliseconds since March 1970 are larger
 _ISO_8601 = re.compile(r"\d{4}-\d\d-\d\d([Tt ]\d\d:\d\d.*)?", re.ASCII)
 _FINER = {"milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
 
 
 class TimeError(ValueError):
-    """A value that is no time; the message says what it is and what was expected, without the name of its key."""
+    """An invalid time; the message says what it is and what was expected, without the name of its key."""
 
 
 def unix_seconds(value: object) -> float:
-    """A number of unix seconds as it is, an ISO 8601 date or time as unix seconds (UTC where it has no zone).
+    """A number of unix seconds unchanged, or an ISO 8601 date or time as unix seconds (UTC without a zone).
 
-    Raises TimeError for anything else, milliseconds among them.
+    Raises TimeError for anything else, such as milliseconds.
     """
     if isinstance(value, str):
         return _of_text(value)
