@@ -1,4 +1,5 @@
-"""What the entry points data.prepare and data.feedback share: from the command line to a finished run directory."""
+"""The common part of the entry points data.prepare and data.feedback: from the command line to a finished run
+directory."""
 
 import shutil
 import time
@@ -17,7 +18,8 @@ from recipes.stage_errors import run_entry
 
 
 class Made(NamedTuple):
-    """What a run made: its key figure, the figures of done.json, and what prints the report, given its seconds."""
+    """The result of a run: its key figure, the figures of done.json, and a function that prints the report, given its
+    seconds."""
 
     key_figure: str
     figures: dict[str, Any]
@@ -26,20 +28,20 @@ class Made(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry point. After one of `recipe_errors` all `files` are removed, so that a corrected recipe can use the
+    """An entry point. After one of `recipe_errors`, all `files` are removed so that a corrected recipe can use the
     directory."""
 
     schema: type[Section]
     description: str | None
-    make: Callable[[Any, Steps], Made]  # writes all files but done.json
+    make: Callable[[Any, Steps], Made]  # writes all files except done.json
     dry_run: Callable[[Any, Console], None]
     files: tuple[str, ...]  # everything that it writes, folders too
-    outputs: tuple[str, ...]  # of these what later stages read,
-    by_size: tuple[str, ...]  # and those that are too large to hash
+    outputs: tuple[str, ...]  # read by later stages
+    by_size: tuple[str, ...]  # outputs that are too large to hash
     recipe_errors: tuple[type[Exception], ...]
     other_errors: tuple[type[Exception], ...] = ()
-    is_whole: Callable[[Path], bool] = lambda run_dir: True  # of outputs that have their sizes
-    remove_work: Callable[[Path], None] = lambda run_dir: None  # what an interrupted run continues from
+    is_whole: Callable[[Path], bool] = lambda run_dir: True  # of outputs whose sizes match
+    remove_work: Callable[[Path], None] = lambda run_dir: None  # the state that an interrupted run resumes from
 
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Run the command; the exit code is 0, 2 for a user error, 130 for Ctrl-C."""
@@ -59,11 +61,11 @@ class Entry:
         console.print("dry run: nothing was written")
 
     def run(self, recipe: Any, console: Console) -> None:
-        """Make the outputs of a recipe unless they are there."""
+        """Make the outputs of a recipe, unless they are finished."""
         run_dir, inputs = Path(recipe.run_dir), recipe.inputs()
         with prepare_run_directory(run_dir, recipe, inputs) as state:
             if state is RunState.FINISHED and self.is_whole(run_dir):
-                self.remove_work(run_dir)  # where the run was killed after its end
+                self.remove_work(run_dir)  # left if the run was killed at its end
                 done = read_done(run_dir) or {}
                 console.print(f"{run_dir}: already done ({done['key_figure']})", highlight=False)
                 return

@@ -34,16 +34,16 @@ from recipes.run_directory import RunDirectoryError
 
 
 def prepare(recipe: DataRecipe, steps: Steps) -> dict[str, Any]:
-    """Write everything of the recipe under its run_dir but done.json, and return the manifest.
+    """Write all outputs of the recipe below its run_dir, except done.json; returns the manifest.
 
-    What a run that was interrupted has finished is not done again: the result is the same, to the byte.
+    An interrupted run is resumed, with byte-identical results.
     """
     prepare_until(recipe, steps)
     return read_manifest_of(Path(recipe.run_dir))
 
 
 def prepare_until(recipe: DataRecipe, steps: Steps, last: str | None = None) -> tuple[WorkFolder, int]:
-    """Run the stages, or those up to the one called `last`; their results, and the number of units."""
+    """Run the stages up to `last`, or all; returns their results, and the number of units."""
     work = WorkFolder(Path(recipe.run_dir))
     units = units_of(named_sources(recipe.sources), recipe.unit_bytes)
     write_units(work.path / UNITS_FILE, units)
@@ -60,7 +60,7 @@ def prepare_until(recipe: DataRecipe, steps: Steps, last: str | None = None) -> 
 
 
 def _progress(stage: DataStage, work: WorkFolder, logs: Path) -> tuple[str, Callable[[], int], Callable[[], int]]:
-    """What is counted of a stage, how much of it is done, and how much there is."""
+    """The counted items of a stage, a function for the number done, and one for the total."""
     first = stage.pipeline[0]
     if isinstance(first, ItemStep):
         return first.counted, lambda: work.n_done(stage.name), first.n_items
@@ -112,8 +112,8 @@ def _dry_run(recipe: DataRecipe, console: Console) -> None:
 
 
 def _is_whole(run_dir: Path) -> bool:
-    """Whether the outputs of a finished run are still as they were written. Raises RunDirectoryError where another
-    version wrote them: what they are made of may be gone, so they are not made again unasked."""
+    """Whether the outputs of a finished run are intact. Raises RunDirectoryError if another version wrote them: its
+    inputs may be gone, so they are not made again without confirmation."""
     try:
         for side in ("train", "heldout"):
             PackedDataset(run_dir / side)

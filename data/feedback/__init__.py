@@ -1,1 +1,1 @@
-"""What a product logs of its users, as preference pairs and scorer labels: python -m data.feedback."""
+"""Preference pairs and scorer labels from a product's feedback log: python -m data.feedback."""

@@ -1,11 +1,11 @@
-"""Turn what a product logged into preference pairs and scorer labels.
+"""Convert a product's feedback log to preference pairs and scorer labels.
 
 python -m data.feedback recipes/feedback/feedback.yaml
 
-`data/feedback/event.py` says what a line of the log holds. Into run_dir go `pairs.jsonl`, which train.dpo reads;
-`dialogues.jsonl`, the conversations as they ended, and `replies.jsonl`, replies that were not kept, both with a label
-for the scorer in their messages' metadata, which data.prepare reads as chat_jsonl; `report.json`; `quarantine.jsonl`.
-What the rules are: data/feedback/pairs.py and data/feedback/labels.py.
+data/feedback/event.py documents the log, data/feedback/pairs.py and data/feedback/labels.py the rules. Writes into
+run_dir: `pairs.jsonl` for train.dpo; `dialogues.jsonl` (the final conversations) and `replies.jsonl` (replies that were
+not kept), with labels for the scorer in the metadata of messages, for data.prepare (kind chat_jsonl); `report.json`;
+`quarantine.jsonl`.
 """
 
 import json
@@ -66,27 +66,27 @@ class FeedbackRecipe(Section):
     stage: Literal["feedback"]
     run_dir: Location
     seed: int
-    # A .jsonl or .jsonl.gz file, or a directory of them; the lines of a conversation may be spread over several.
+    # A .jsonl or .jsonl.gz file, or a directory of them; the lines of a conversation may be in several files.
     events: Location
     pairs: PairSettings
     labels: LabelSettings
-    # Of what stood before a pair's or a reply's text: the narrator's opening, and the last so many messages; null: all.
+    # Context of a pair or reply: the narrator's opening and this many newest messages; null: all.
     max_context_messages: int | None = Field(default=None, ge=1)
-    # Personal data in texts, names and ids become placeholders and hashes; null: they stay.
+    # Replace personal data in texts, names and ids by placeholders and hashes; null: keep it.
     scrub: Scrub | None = None
-    # More quarantined lines than this is an error.
+    # A larger fraction of quarantined lines is an error.
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
-    # The log is worked on in so many parts, whole users each; memory is that of the largest.
+    # The log is processed in this many parts, by user; the largest determines the memory.
     parts: int = Field(default=16, ge=1, le=256)
 
     def inputs(self) -> dict[str, Path]:
-        """The files that it reads. Raises SourceError where there are none."""
+        """The files that it reads. Raises SourceError if there are none."""
         return names_below("events", self.events, find_files(self.events))
 
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """The files being written."""
+    """The open output files."""
 
     pairs: IO[str]
     dialogues: IO[str]
@@ -95,7 +95,7 @@ class Outputs:
 
 
 def convert(recipe: FeedbackRecipe, steps: Steps) -> Counts:
-    """Write everything of the recipe under its run_dir but done.json; a killed run is repeated, not continued."""
+    """Write all outputs of the recipe below its run_dir except done.json. A killed run starts over."""
     run_dir = Path(recipe.run_dir)
     files = find_files(recipe.events)
     counts = Counts(pairs={rule.kind: RuleCounts() for rule in recipe.pairs.rules})
@@ -122,7 +122,7 @@ def convert(recipe: FeedbackRecipe, steps: Steps) -> Counts:
 
 
 def _divide(files: Sequence[Path], parts: UserParts, outputs: Outputs, lines: Ledger) -> None:
-    """Sort the lines by user into parts; those that are no JSON objects go to quarantine."""
+    """Distribute the lines to parts by user; lines that are not JSON objects go to quarantine."""
     for file_number, path in enumerate(files):
         for number, content in read_lines(path):
             lines.read += 1
@@ -133,7 +133,7 @@ def _divide(files: Sequence[Path], parts: UserParts, outputs: Outputs, lines: Le
 
 
 def _convert_user(user: str, lines: Sequence[Line], recipe: FeedbackRecipe, outputs: Outputs, counts: Counts) -> None:
-    """Write what one user's lines give."""
+    """Write the pairs, dialogues and replies of one user."""
     logged = list(_events(lines, outputs.quarantine))
     if recipe.scrub:
         replaced: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""Logged turns put together to conversations: which turn continues which, and what stood before each candidate."""
+"""Joins logged turns to conversations: the order of turns, and the context of each candidate."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ NO_CONTEXT = "what it continues is not in the log, or is quarantined"
 
 @dataclass(frozen=True, slots=True)
 class LoggedTurn:
-    """An event and where it was logged."""
+    """An event and its place in the log."""
 
     event: FeedbackEvent
     file: str
@@ -22,8 +22,8 @@ class LoggedTurn:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Turn:
-    """A turn whose whole context is known. `before` is the turn that it continues, `edited_before` the nearest earlier
-    one whose reply was edited; `opening` is what the narrator says before anybody else in the conversation."""
+    """A turn with complete context. `before` is the turn that it continues, `edited_before` the nearest earlier one
+    with an edited reply; `opening` is the narrator's opening of the conversation."""
 
     event: FeedbackEvent
     messages: tuple[Message, ...]
@@ -32,8 +32,8 @@ class Turn:
     opening: tuple[Message, ...]
 
     def edits_seen(self, time: float) -> int:
-        """How many edits of earlier replies were made by `time`: two candidates of a turn answer the same context
-        exactly where this number is the same."""
+        """The number of edits of earlier replies by `time`: two candidates of a turn have the same context if and only
+        if this number is equal."""
         count, turn = 0, self.edited_before
         while turn is not None:
             assert turn.event.edit is not None
@@ -42,7 +42,7 @@ class Turn:
         return count
 
     def context(self, time: float, max_messages: int | None) -> tuple[Message, ...]:
-        """The messages before this turn's reply as they read at `time`: the opening, and the last `max_messages`."""
+        """The messages before this turn's reply as of `time`: the opening, and the last `max_messages`."""
         limit = None if max_messages is None else max_messages + len(self.opening)
         backwards: list[Message] = []
         turn: Turn | None = self
@@ -57,7 +57,7 @@ class Turn:
         return (*self.opening, *messages[len(messages) - max_messages :])
 
     def kept_reply(self, time: float) -> Message:
-        """The reply with which the conversation went on, as it read at `time`."""
+        """The reply that the conversation continued with, as of `time`."""
         event = self.event
         kept = event.candidates[event.kept]
         is_edited = event.edit is not None and event.edit.time <= time
@@ -73,8 +73,7 @@ class Conversation:
     turns: tuple[Turn, ...]
 
     def path(self) -> list[Turn]:
-        """The turns of the conversation as it stands at the end: those that lead to the latest one. The others were
-        taken back."""
+        """The turns of the final conversation: those that lead to the latest one. Others were undone."""
         turn: Turn | None = max(self.turns, key=lambda turn: (turn.event.candidates[-1].time, turn.event.turn))
         path = []
         while turn is not None:
@@ -85,7 +84,7 @@ class Conversation:
 
 @dataclass(slots=True)
 class Joined:
-    """The conversations of a log, and what became of the lines that are in none."""
+    """The conversations of a log, and the lines that are in none."""
 
     conversations: list[Conversation] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
@@ -94,8 +93,8 @@ class Joined:
 
 
 def join_turns(logged: Iterable[LoggedTurn]) -> Joined:
-    """Conversations in the order of users and ids, whatever the order of the lines. Of a turn that was logged twice
-    with different content the first line counts, and the others are rejected."""
+    """Conversations sorted by user and id, independent of the order of the lines. If a turn is logged twice with
+    different content, the first line is used and the others are rejected."""
     joined = Joined()
     groups: dict[tuple[str, str], list[LoggedTurn]] = defaultdict(list)
     for turn in logged:
@@ -121,7 +120,7 @@ def _distinct(lines: Sequence[LoggedTurn], joined: Joined) -> dict[str, LoggedTu
 
 
 def _tree(lines: dict[str, LoggedTurn], joined: Joined) -> list[Turn]:
-    """The turns that can be reached from a first one; all others are counted."""
+    """The turns that can be reached from a first one; others are counted."""
     following: dict[str | None, list[LoggedTurn]] = defaultdict(list)
     for line in sorted(lines.values(), key=lambda line: (line.event.candidates[0].time, line.event.turn)):
         following[line.event.after].append(line)
@@ -159,8 +158,8 @@ def _problem(event: FeedbackEvent, before: Turn | None) -> str | None:
 
 
 def _in_circles(following: dict[str | None, list[LoggedTurn]], lines: dict[str, LoggedTurn]) -> list[LoggedTurn]:
-    """The lines that continue themselves, taken out of `following`, which holds those not reached from a first one."""
-    state: dict[str, bool] = {}  # of the turns looked at: whether they are in a circle
+    """Remove from `following` (the lines not reached from a first turn) and return those that continue themselves."""
+    state: dict[str, bool] = {}  # of visited turns: whether they are in a cycle
     for start in [line.event.turn for group in following.values() for line in group]:
         walk: list[str] = []
         at: str | None = start

@@ -1,7 +1,7 @@
-"""What a product logs of one turn, as a JSON line: the format, and the strict reader of a line.
+"""The log format of one turn, a JSON line, and its strict reader.
 
-A turn is a reply of the character: what was written since the turn before, the candidates that were shown, and what
-became of them. A line refers to the turn that it continues, so no log repeats a conversation's text:
+A turn is a reply of the character: the messages since the previous turn, the candidates that were shown, and how the
+user reacted. A line refers to the turn that it continues, so the text of a conversation is logged once:
 
     {"conversation": "c81", "user": "u17", "turn": "t2", "after": "t1", "character": "Mia",
      "messages": [{"speaker": "Tom", "text": "where were you?", "time": 1700000000}],
@@ -11,25 +11,25 @@ became of them. A line refers to the turn that it continues, so no log repeats a
 
 | key            | holds                                                                                              |
 |----------------|----------------------------------------------------------------------------------------------------|
-| `conversation` | id of the conversation, which belongs to one user; distinct for each conversation of a user        |
+| `conversation` | id of the conversation, which belongs to one user; unique among the conversations of a user         |
 | `user`         | id of the person to whom the candidates were shown                                                 |
-| `turn`         | id of this turn, distinct within its conversation                                                  |
+| `turn`         | id of this turn, unique in its conversation                                                        |
 | `after`        | the turn whose kept reply this one continues; null for the first of a conversation                 |
 | `character`    | the speaker of the candidates; it may change between turns, in a chat with several characters      |
-| `messages`     | written since the turn `after`, each with `speaker`, `text` and `time`: the user's messages, those |
-|                | of others, at the beginning scene and definition (speaker `narrator`) and greeting; may be empty   |
-| `candidates`   | the replies shown, in order: another follows each time that the user swiped or regenerated. Each   |
-|                | has `text`, `model` (name and version), `time` (when it was shown whole), and `stars`, 1 to 5,     |
-|                | where the user gave any (thumbs: 5 is up, 1 is down)                                               |
+| `messages`     | since the turn `after`, each with `speaker`, `text` and `time`: the user's, those of others, and   |
+|                | at the beginning scene, definition (speaker `narrator`) and greeting; may be empty                 |
+| `candidates`   | the replies shown, in order; each swipe or regeneration adds one. Each has `text`, `model` (name   |
+|                | and version), `time` (when it was completely shown), and optionally the user's `stars`, 1 to 5     |
+|                | (thumbs: 5 is up, 1 is down)                                                                       |
 | `kept`         | the candidate, counted from 0, on display when the user wrote again or the line was written        |
-| `edit`         | `text` and `time`, where the user rewrote the kept reply; the conversation goes on with that text  |
+| `edit`         | `text` and `time`, if the user rewrote the kept reply; the conversation continues with that text   |
 | `wrote_again`  | when the user next wrote after this reply; null: not until `closed`                                |
-| `closed`       | until when the product watched, i.e. when the line was written                                     |
+| `closed`       | end of observation: when the line was written                                                      |
 
-Times are unix seconds or ISO 8601. Messages, candidates and edits may have their keys under other names, as those of
-every record (data/sources/record_keys.py). Once the user has written on, the candidates of a turn are settled: who
-goes back to swipe an earlier reply, or to write something else, makes a new turn with the same `after`, and so does a
-user who changes a message of their own, since the candidates before and after answer different things.
+Times are unix seconds or ISO 8601. Messages, candidates and edits can have aliases of their keys, as every record
+(data/sources/record_keys.py). Once the user has written again, the candidates of a turn are final: going back to swipe
+an earlier reply, or to write or edit a message, starts a new turn with the same `after`, since its candidates answer
+another context.
 """
 
 import json
@@ -49,7 +49,7 @@ from data.sources.unix_time import unix_seconds
 from recipes.loader import Section
 
 Time = Annotated[float, BeforeValidator(unix_seconds)]
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # where a lone one can come from
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # where lone surrogates can occur
 
 
 class LoggedMessage(Section):
@@ -70,17 +70,17 @@ class Candidate(Section):
 
 
 class Edit(Section):
-    """What the user made of the kept reply."""
+    """The user's edit of the kept reply."""
 
     text: str
     time: Time
 
 
 class FeedbackEvent(Section):
-    """One turn as it was logged; the module's table says what each key holds."""
+    """One logged turn; the module's docstring documents the keys."""
 
     conversation: str = Field(min_length=1)
-    user: str = Field(pattern=r"\S")  # a blank one would make one person of all who have it
+    user: str = Field(pattern=r"\S")  # a blank id would merge all users who have it
     turn: str = Field(min_length=1)
     after: str | None
     character: str
@@ -92,14 +92,14 @@ class FeedbackEvent(Section):
     closed: Time
 
     def seen_seconds(self, number: int) -> float | None:
-        """How long a candidate was on display before the next one; None for the last one shown."""
+        """Seconds until the next candidate was shown; None for the last one."""
         if number + 1 == len(self.candidates):
             return None
         return self.candidates[number + 1].time - self.candidates[number].time
 
 
 def read_event(line: bytes) -> FeedbackEvent:
-    """The event of a line. Raises RecordError saying what the line is instead."""
+    """The event of a line. Raises RecordError that says what the line is instead."""
     record = parse_object(line)
     if _SURROGATE.search(line):
         _check_encodable(record)
@@ -116,7 +116,7 @@ def read_event(line: bytes) -> FeedbackEvent:
 
 
 def _rename(record: dict[str, Any]) -> None:
-    """Give the keys of messages, candidates and the edit their own names."""
+    """Rename aliases of the keys of messages, candidates and the edit."""
     names = RoleNames("User", record.get("character", ""))
     parts = {f"{key}.{i}": part for key in ("messages", "candidates") for i, part in _numbered(record.get(key))}
     for place, part in [*parts.items(), ("edit", record.get("edit"))]:
@@ -144,7 +144,7 @@ def _check_encodable(record: dict[str, Any]) -> None:
 
 
 def _check(event: FeedbackEvent) -> None:
-    """What no type says: the speakers can be rendered, `kept` exists, and nothing happens before its cause."""
+    """Checks beyond types: valid speakers, `kept` exists, and nothing precedes its cause."""
     check_speaker(event.character)
     for message in event.messages:
         check_speaker(message.speaker)
@@ -162,7 +162,7 @@ def _check(event: FeedbackEvent) -> None:
 
 
 def _times(event: FeedbackEvent) -> Iterator[tuple[str, float]]:
-    """What cannot happen before what precedes it here."""
+    """Check the order of times."""
     yield from ((f"message {number}", message.time) for number, message in enumerate(event.messages))
     yield from ((f"candidate {number}", candidate.time) for number, candidate in enumerate(event.candidates))
     if event.wrote_again is not None:
@@ -171,7 +171,7 @@ def _times(event: FeedbackEvent) -> Iterator[tuple[str, float]]:
 
 
 def _explain(error: ValidationError) -> str:
-    """The first problem in the words of a recipe's: key, what was found, what was expected."""
+    """The first problem: key, what was found, what was expected."""
     first: Any = error.errors(include_url=False)[0]
     key = ".".join(map(str, first["loc"]))
     if first["type"] == "missing":

@@ -1,7 +1,7 @@
-"""Labels for the engagement scorer from what users did after a reply, and the dialogues that carry them.
+"""Engagement labels for the scorer from what users did after a reply, and the dialogues with these labels.
 
-Every reply that was shown gets a verdict: 1, 0, or none with its reason. A reply that stands in the conversation as it
-ended carries its label there; one that was swiped away, or rewritten, becomes a short dialogue of its own.
+Every shown reply gets a verdict: 1, 0, or no label with a reason. A reply in the final conversation has its label
+there; one that was swiped away or rewritten becomes a short dialogue of its own.
 """
 
 from collections import Counter
@@ -26,27 +26,27 @@ _EVER = float("inf")
 
 
 class LabelSettings(Section):
-    """When a reply is positive: it was kept without asking for another, and the user wrote on."""
+    """A reply is positive if the user kept it without asking for another, and wrote again."""
 
-    # Who writes after a longer time has begun a new session; who has not written for so long is gone.
+    # A later message begins a new session; without a message for this time the user is gone.
     within_seconds: float = Field(gt=0)
-    # A reply is positive when at least so many messages of the user follow it in its session, so that the last ones of
-    # each session are not (Chai, arXiv 2303.06135, tried 1 and 2).
+    # A reply is positive if at least this many messages of the user follow it in its session, so that the last ones of
+    # a session are not (Chai, arXiv 2303.06135, used 1 and 2).
     last_replies: int = Field(default=1, ge=1)
     last_replies_are: Unwanted = "negative"
-    # Replies that were swiped away, or passed over for an earlier one; one swiped away sooner than `min_seen_seconds`
-    # was not read and has no label.
+    # Replies that were swiped away, or rejected for an earlier one. One swiped away before `min_seen_seconds` was not
+    # read and has no label.
     not_kept_are: Unwanted = "negative"
     min_seen_seconds: float = Field(default=0.0, ge=0)
     # Replies that the user rewrote.
     edited_are: Unwanted = "negative"
-    # Of more, those with the smallest hash.
+    # If there are more, those with the smallest hash.
     max_per_user: int | None = Field(default=None, ge=1)
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of a reply that was shown: its label, or the reason why it has none."""
+    """The label of a shown reply, or the reason why it has none."""
 
     turn: Turn
     number: int
@@ -60,7 +60,7 @@ class Verdict:
 
 @dataclass(slots=True)
 class LabelCounts:
-    """Where the replies that were shown went, and the characters of those with each label."""
+    """Counts of shown replies by outcome, and the characters of those with each label."""
 
     ledger: Ledger = field(default_factory=Ledger)
     n_by_label: Counter[int] = field(default_factory=Counter)
@@ -81,7 +81,7 @@ class LabelCounts:
 
 
 def continues(event: FeedbackEvent, within_seconds: float) -> bool | None:
-    """Whether the user wrote on in time; None where the product did not watch for so long."""
+    """Whether the user wrote again in time; None if observation ended earlier."""
     shown = event.candidates[-1].time
     if event.wrote_again is not None:
         return event.wrote_again - shown <= within_seconds
@@ -89,7 +89,7 @@ def continues(event: FeedbackEvent, within_seconds: float) -> bool | None:
 
 
 def session_label(path: Sequence[Turn], number: int, settings: LabelSettings) -> tuple[int | None, str]:
-    """Of the turn `path[number]`, by what follows in its session: a label, or None and the reason."""
+    """The label of the turn `path[number]` by what follows in its session, or None and the reason."""
     for turn in path[number : number + settings.last_replies]:
         outcome = continues(turn.event, settings.within_seconds)
         if outcome is None:
@@ -103,7 +103,7 @@ def session_label(path: Sequence[Turn], number: int, settings: LabelSettings) ->
 
 
 def kept_label(path: Sequence[Turn], number: int, settings: LabelSettings) -> tuple[int | None, str]:
-    """Of the reply with which the conversation went on at `path[number]`."""
+    """The verdict on the reply that the conversation continued with at `path[number]`."""
     turn = path[number]
     event = turn.event
     if event.edit is not None:
@@ -116,7 +116,7 @@ def kept_label(path: Sequence[Turn], number: int, settings: LabelSettings) -> tu
 
 
 def other_label(event: FeedbackEvent, number: int, settings: LabelSettings) -> tuple[int | None, str]:
-    """Of a reply that was shown and not kept."""
+    """The verdict on a reply that was shown and not kept."""
     if settings.not_kept_are == "unlabeled":
         return None, "not kept"
     if visible(event.candidates[number].text) == visible(event.candidates[event.kept].text):
@@ -128,7 +128,7 @@ def other_label(event: FeedbackEvent, number: int, settings: LabelSettings) -> t
 
 
 def verdicts(conversation: Conversation, settings: LabelSettings) -> Iterator[Verdict]:
-    """One for each reply shown in the conversation."""
+    """One verdict for each shown reply of the conversation."""
     path = conversation.path()
     places = {id(turn): number for number, turn in enumerate(path)}
     character = _character(path)
@@ -151,7 +151,7 @@ def verdicts(conversation: Conversation, settings: LabelSettings) -> Iterator[Ve
 
 
 def capped(given: Sequence[Verdict], most: int | None, user: str, seed: int) -> list[Verdict]:
-    """The verdicts of a user with at most `most` labels, chosen by a hash; the other replies lose theirs."""
+    """A user's verdicts with at most `most` labels, chosen by a hash; other replies become unlabeled."""
     labeled = [number for number, verdict in enumerate(given) if verdict.label is not None]
     if most is None or len(labeled) <= most:
         return list(given)
@@ -171,9 +171,9 @@ def capped(given: Sequence[Verdict], most: int | None, user: str, seed: int) -> 
 def conversation_dialogue(
     conversation: Conversation, participant: str, labels: Mapping[tuple[str, int], int] | None
 ) -> Dialogue:
-    """The conversation as it ended. With `labels` of the turns' kept replies, by (turn, candidate), each message of the
-    character carries its label, or that it has none, so that nothing is inferred; an edited reply reads as edited and
-    has none. Without, messages carry no labels at all."""
+    """The final conversation. With `labels` of the kept replies, by (turn, candidate), each message of the character
+    has its label or an explicit absence of one, so that none is inferred; an edited reply has the edited text and no
+    label. Without `labels`, messages have no label metadata."""
     path = conversation.path()
     character = _character(path)
     messages: list[Message] = []
@@ -192,8 +192,7 @@ def conversation_dialogue(
 
 
 def reply_dialogue(verdict: Verdict, participant: str, max_context_messages: int | None) -> Dialogue:
-    """A reply that does not stand in the conversation, after what stood before it; the scorer learns its label, and
-    nothing in it is trained by SFT."""
+    """A reply that is not in the final conversation, with its context: labeled for the scorer, excluded from SFT."""
     event, number = verdict.turn.event, verdict.number
     candidate = event.candidates[number]
     context = verdict.turn.context(candidate.time, max_context_messages)
@@ -205,14 +204,14 @@ def reply_dialogue(verdict: Verdict, participant: str, max_context_messages: int
 
 
 def stands_alone(verdict: Verdict) -> bool:
-    """Whether a labeled reply needs a dialogue of its own, because the conversation did not go on with its text."""
+    """Whether a labeled reply needs its own dialogue, because the conversation continued with another text."""
     return verdict.label is not None and (
         verdict.number != verdict.turn.event.kept or verdict.turn.event.edit is not None
     )
 
 
 def _labeled(message: Message, character: str, label: int | None, trained: bool = True) -> Message:
-    """The message with its label, where the character wrote it."""
+    """The message with its label, if the character wrote it."""
     if message.speaker != character:
         return message
     untrained = {} if trained else {TRAINED_KEY: False}
@@ -226,5 +225,5 @@ def _known_of(event: FeedbackEvent, number: int) -> dict[str, Any]:
 
 
 def _character(path: Sequence[Turn]) -> str:
-    """Who replies most in the conversation as it ended; of several the first."""
+    """Who replies most in the final conversation; of equals the first."""
     return Counter(turn.event.character for turn in path).most_common(1)[0][0]

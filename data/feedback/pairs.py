@@ -1,7 +1,7 @@
-"""Preference pairs from what users did at a turn: the rules, what excludes a pair, and caps that no order changes.
+"""Preference pairs from what users did at a turn: rules, exclusions, and caps that do not depend on the order.
 
-Whatever a rule says, both replies of a pair were shown for the same context, letter for letter. Every comparison that a
-rule finds is counted: as a pair, or under the reason why it is none.
+Both replies of a pair were shown for exactly the same context. Every comparison that a rule finds is counted, as a pair
+or by the reason of its exclusion.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,18 +21,18 @@ from recipes.loader import Section
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """A reply as one side of a comparison. `name` is its number among the candidates, or "edit"; `context` is equal for
-    two replies of a turn exactly where what stood before them was the same."""
+    """One side of a comparison. `name` is the candidate's number, or "edit"; two replies of a turn have equal `context`
+    if and only if their contexts are the same."""
 
     name: str
     text: str
-    model: str | None  # None: the user's own words
+    model: str | None  # None: the user's edit
     context: int
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What a rule found at a turn; `excluded` says why it is no pair after all."""
+    """A comparison that a rule found at a turn; `excluded` is the reason why it is not a pair."""
 
     rule: str
     turn: Turn
@@ -42,7 +42,7 @@ class Comparison:
 
     @property
     def id(self) -> str:
-        """Distinct among the comparisons of a user."""
+        """Unique among the comparisons of a user."""
         event = self.turn.event
         return f"{event.conversation}/{event.turn}/{self.rule}/{self.chosen.name}>{self.rejected.name}"
 
@@ -52,10 +52,10 @@ class Comparison:
 
 
 class KeptOverRegenerated(Section):
-    """The reply that the user kept over each of the others shown at the turn."""
+    """The kept reply over each of the others shown at the turn."""
 
     kind: Literal["kept_over_regenerated"]
-    # The user must have written on within this time, for who leaves need not have liked what was on display; null: no.
+    # The user must have written again within this time (who left may not have liked the reply); null: no limit.
     wrote_again_within_seconds: float | None = Field(gt=0)
     # A reply swiped away sooner was not read.
     min_seen_seconds: float = Field(default=0.0, ge=0)
@@ -76,7 +76,7 @@ class KeptOverRegenerated(Section):
 
 
 class EditOverOriginal(Section):
-    """The kept reply as the user rewrote it over what the model had written."""
+    """The kept reply as edited by the user over the model's."""
 
     kind: Literal["edit_over_original"]
 
@@ -88,7 +88,7 @@ class EditOverOriginal(Section):
 
 
 class MoreStars(Section):
-    """Of two replies of a turn that both got stars, the one with more over the one with fewer."""
+    """Of two replies of a turn with stars, the one with more over the one with fewer."""
 
     kind: Literal["more_stars"]
     min_difference: int = Field(ge=1, le=4)
@@ -108,16 +108,16 @@ PairRule = Annotated[KeptOverRegenerated | EditOverOriginal | MoreStars, Field(d
 
 
 class PairSettings(Section):
-    """Which rules make pairs, and which of these are kept. Lengths are in characters."""
+    """The rules, and which of their pairs are kept. Lengths are in characters."""
 
-    # Where two rules find the same pair, the first of them has it.
+    # If two rules find the same pair, it belongs to the first.
     rules: tuple[PairRule, ...] = Field(min_length=1)
-    # Only replies of the same model against each other (an edit passes), lest the pair tell models apart.
+    # Only replies of the same model are compared (edits are exempt), so that pairs do not identify models.
     same_model: bool = False
-    # The longer reply over the shorter: keeps "longer" from standing in for "better".
+    # The ratio of the longer reply to the shorter: prevents learning length instead of quality.
     max_length_ratio: float | None = Field(default=None, ge=1)
     max_length_difference: int | None = Field(default=None, ge=0)
-    # Of more, those with the smallest hash: neither the first nor those of who writes most.
+    # If there are more, those with the smallest hash: neither the first, nor those of the most active users.
     max_per_turn: int | None = Field(default=None, ge=1)
     max_per_user: int | None = Field(default=None, ge=1)
 
@@ -132,7 +132,7 @@ class PairSettings(Section):
 
 @dataclass(slots=True)
 class LengthOnly:
-    """How often the chosen reply is the longer one: what a policy can learn without reading."""
+    """How often the chosen reply is the longer one: the length baseline of the pairs."""
 
     longer: int = 0
     shorter: int = 0
@@ -146,7 +146,7 @@ class LengthOnly:
         self.same += chosen == rejected
 
     def to_dict(self) -> dict[str, Any]:
-        """The counts, and the accuracy of always taking the longer one (a tie is half right); None without pairs."""
+        """The counts, and the accuracy of choosing the longer reply (a tie counts half); None without pairs."""
         n = self.longer + self.shorter + self.same
         share = round((self.longer + self.same / 2) / n, 4) if n else None
         return {"longer": self.longer, "shorter": self.shorter, "same": self.same, "longer_is_chosen": share}
@@ -154,7 +154,7 @@ class LengthOnly:
 
 @dataclass(slots=True)
 class RuleCounts:
-    """Where the comparisons of a rule went, and the lengths of its pairs before and after the length filters."""
+    """Counts of a rule's comparisons, and the lengths of its pairs before and after the length filters."""
 
     ledger: Ledger = field(default_factory=Ledger)
     before_length_filters: LengthOnly = field(default_factory=LengthOnly)
@@ -178,7 +178,7 @@ def select_pairs(
     counts: PairCounts,
     max_context_messages: int | None = None,
 ) -> list[Comparison]:
-    """The comparisons of one user's turns that become pairs of contexts of so many messages; all are counted in
+    """The pairs of one user's turns, with contexts of at most this many messages; counts all comparisons in
     `counts`."""
     selected: list[Comparison] = []
     for turn in turns:
@@ -196,7 +196,7 @@ def select_pairs(
 
 
 def reason_against(comparison: Comparison, same_model: bool, max_context_messages: int | None) -> str | None:
-    """Why these two replies cannot be a pair, whatever their lengths; None where they can."""
+    """Why these two replies are not a pair, apart from lengths; None if they are."""
     chosen, rejected = comparison.chosen, comparison.rejected
     if chosen.context != rejected.context:
         return "an earlier reply was edited between the two: not one context"
@@ -212,7 +212,7 @@ def reason_against(comparison: Comparison, same_model: bool, max_context_message
 
 
 def to_pair(comparison: Comparison, participant: str, max_context_messages: int | None) -> PreferencePair:
-    """The record that train.dpo reads; `participant` stands for the user."""
+    """The record for train.dpo; `participant` is the user's pseudonym."""
     event, chosen, rejected = comparison.turn.event, comparison.chosen, comparison.rejected
     assert chosen.context == rejected.context, "a pair of different contexts"
     return PreferencePair(
@@ -232,7 +232,7 @@ def to_pair(comparison: Comparison, participant: str, max_context_messages: int 
 
 
 def _context(comparison: Comparison, max_messages: int | None) -> tuple[Message, ...]:
-    """What both sides answered."""
+    """The context that both sides answered."""
     shown_at = comparison.turn.event.candidates[int(comparison.rejected.name)].time
     return comparison.turn.context(shown_at, max_messages)
 
@@ -277,7 +277,7 @@ def _has_similar_lengths(pair: Comparison, settings: PairSettings, counts: PairC
 def _capped(
     pairs: Sequence[Comparison], most: int | None, reason: str, salt: tuple[int, str], counts: PairCounts
 ) -> list[Comparison]:
-    """At most `most` of the pairs, in their order, chosen by a hash of their ids."""
+    """At most `most` of the pairs, in order, chosen by a hash of their ids."""
     if most is None or len(pairs) <= most:
         return list(pairs)
     chosen = smallest_hashes(["/".join(map(str, ("pair", *salt, pair.id))) for pair in pairs], most)
@@ -288,6 +288,6 @@ def _capped(
 
 
 def smallest_hashes(identities: Sequence[str], most: int) -> set[int]:
-    """Numbers of the `most` identities with the smallest hashes: a choice in which no order has a part."""
+    """The numbers of the `most` identities with the smallest hashes, independent of their order."""
     ranked = sorted(range(len(identities)), key=lambda number: (stable_hash(identities[number]), identities[number]))
     return set(ranked[:most])

@@ -1,4 +1,4 @@
-"""A log of events in parts on disk, whole users each, so that memory is that of one part however long the log is."""
+"""Partitions a log on disk by user, so that memory is that of one part however long the log is."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from data.clean.stable_hash import stable_hash
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line of the log and its place; `order` is that of its user among all."""
+    """A line of the log and its place; `order` is the sort key of its user."""
 
     order: tuple[int, str]
     file: str
@@ -23,7 +23,7 @@ class Line:
 
 
 class UserParts:
-    """The lines of a log by user, while inside `with`: first `add` them all, then ask for the `users` of each part."""
+    """The lines of a log by user, as a context manager: first `add` all lines, then read the `users` of each part."""
 
     def __init__(self, directory: Path, n_parts: int) -> None:
         self._directory, self._n_parts = directory, n_parts
@@ -44,7 +44,7 @@ class UserParts:
         return self._directory / f"{part:03d}"
 
     def add(self, user: str, file_number: int, number: int, content: bytes) -> None:
-        """Append a line, its user and its place to the part of the user."""
+        """Append a line, with user and place, to the user's part."""
         part = _order(user)[0] * self._n_parts >> 64
         fields = (json.dumps(user).encode(), file_number, number, content.rstrip(b"\r\n"))
         self._files[part].write(b"%s\t%d\t%d\t%s\n" % fields)
@@ -57,14 +57,14 @@ class UserParts:
             for stored in file:
                 user, file_number, number, content = stored.rstrip(b"\n").split(b"\t", 3)
                 lines.append(Line(_order(json.loads(user)), str(files[int(file_number)]), int(number), content))
-        lines.sort(key=_order_of)  # stable: a user's lines stay in the order of the log
+        lines.sort(key=_order_of)  # stable: a user's lines stay in log order
         for (_, name), group in groupby(lines, key=_order_of):
             yield name, list(group)
         self._path(part).unlink()
 
 
 def user_of(record: dict[str, Any]) -> str:
-    """The user of a record; "" where it names none, which makes it no event."""
+    """The user of a record, or "" if it names none, which is not a valid event."""
     user = record.get("user")
     return user if isinstance(user, str) else ""
 

@@ -1,4 +1,4 @@
-"""What a run of data.feedback counted, and how it says so."""
+"""The counts of a run of data.feedback, and its report."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ _LABELS = {1: "positive", 0: "negative"}
 
 @dataclass(slots=True)
 class Counts:
-    """Where the lines of the log went, the comparisons of each rule, and the replies that were shown."""
+    """Counts of the log's lines, the comparisons of each rule, and the shown replies, by outcome."""
 
     lines: Ledger = field(default_factory=Ledger)
     pairs: PairCounts = field(default_factory=dict)
@@ -64,7 +64,7 @@ def to_report(counts: Counts) -> dict[str, Any]:
 
 
 def key_figure(counts: Counts) -> str:
-    """The line of the pipeline's table, e.g. "1,204 pairs, 9,310 labels (71% positive)"."""
+    """The key figure, such as "1,204 pairs, 9,310 labels (71% positive)"."""
     n_pairs = sum(rule.ledger.kept for rule in counts.pairs.values())
     n_labels, n_positive = counts.labels.ledger.kept, counts.labels.n_by_label[1]
     share = f" ({n_positive / n_labels:.0%} positive)" if n_labels else ""
@@ -72,7 +72,7 @@ def key_figure(counts: Counts) -> str:
 
 
 def print_report(counts: Counts, console: Console) -> None:
-    """Where every line, comparison and reply went."""
+    """Print the outcomes of all lines, comparisons and replies."""
     console.print(
         _count_table(f"lines of {counts.n_users:,} users, {counts.n_conversations:,} conversations", _lines(counts))
     )
@@ -117,7 +117,7 @@ def _count_table(title: str, rows: list[tuple[str, int]]) -> Table:
 
 
 def _length_line(before: LengthOnly, written: LengthOnly) -> str:
-    """Length alone against the pairs: what a policy could learn without reading a word."""
+    """The length baseline: how often the chosen reply is the longer one."""
     shares = (figures.to_dict()["longer_is_chosen"] for figures in (before, written))
     was, is_now = ("-" if share is None else f"{share:.1%}" for share in shares)
     return (

@@ -1,5 +1,4 @@
-"""Feedback events without personal data: what data/clean/scrub.py does to dialogues, before turns become pairs and
-labels."""
+"""Scrubs feedback events as data/clean/scrub.py scrubs dialogues, before turns become pairs and labels."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -12,8 +11,8 @@ from data.feedback.event import FeedbackEvent
 
 
 def scrub_turns(logged: Iterable[LoggedTurn], settings: Scrub, counts: Counter[str]) -> list[LoggedTurn]:
-    """One user's turns with texts, speakers and ids as the settings want them; in a conversation a speaker keeps one
-    name. The user's own id, which nothing that is written holds, stays. What was replaced is added to `counts`."""
+    """One user's turns with scrubbed texts, speakers and ids; a speaker keeps one name in a conversation. The user's
+    own id is not written anywhere and stays. Adds replacements to `counts`."""
     scrubbed = []
     for _, turns in groupby(sorted(logged, key=_conversation), key=_conversation):
         conversation = list(turns)

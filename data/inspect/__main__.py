@@ -1,5 +1,5 @@
-"""Look at prepared data: its figures, the lengths of its documents, rows as text with boundaries, loss masks and labels
-marked, and why records were quarantined.
+"""Show prepared data: figures, document lengths, rows as text with boundaries, loss masks and labels, and the reasons
+of quarantined records.
 
 python -m data.inspect runs/demo/data                                  # ten random rows of the training side
 python -m data.inspect runs/demo/data --side heldout --rows 0 17
@@ -36,7 +36,7 @@ _LABELS = {0: (" [label 0]", "bold red"), 1: (" [label 1]", "bold blue")}
 
 
 def row_as_text(row: PackedRow, tokenizer: DialogueTokenizer) -> Text:
-    """The row's documents one below the other: trained text green, control tokens dim, labels where they stand."""
+    """The documents of a row, with trained text in green, dim control tokens, and labels."""
     text = Text()
     start = 0
     for number, (length, dialogue, first_message, n_repeated) in enumerate(row.documents.tolist()):
@@ -64,7 +64,7 @@ def _append_document(
     changes = np.flatnonzero((np.diff(loss_mask.astype(int)) != 0) | is_control[1:] | is_control[:-1]) + 1
     for first, last in zip([0, *changes], [*changes, len(tokens)], strict=True):
         is_trained = bool(loss_mask[first])
-        # a trained control token is a target too: the <|end|> of the character's own messages
+        # trained control tokens are targets too: the <|end|> of the character's messages
         style = (f"{_CONTROL} {_ANSWER}" if is_trained else _CONTROL) if is_control[first] else ""
         style = style or (_ANSWER if is_trained else _OTHER)
         text.append(visible(tokenizer.decode(tokens[first:last].tolist(), show_control=True)), style)
@@ -75,7 +75,7 @@ def _append_document(
 
 
 def read_figures(run_dir: Path) -> dict[str, Any]:
-    """The manifest of prepared data. Raises ShardError when the directory is not finished."""
+    """The manifest of prepared data. Raises ShardError if the directory is not finished."""
     path = run_dir / MANIFEST_FILE
     if not run_dir.is_dir():
         beside = [str(found.parent) for found in run_dir.parent.glob(f"*/{MANIFEST_FILE}")]
@@ -94,8 +94,8 @@ def read_figures(run_dir: Path) -> dict[str, Any]:
 
 
 def pick_rows(asked: Sequence[int] | None, count: int, seed: int, n_rows: int, side: str) -> list[int]:
-    """The rows asked for, or `count` others drawn by the seed, in their order. Raises ShardError for one that is not
-    there."""
+    """The requested rows, or `count` random ones by the seed, sorted. Raises ShardError for a row that does not
+    exist."""
     if asked is None:
         return sorted(np.random.default_rng(seed).choice(n_rows, min(count, n_rows), replace=False).tolist())
     for number in asked:
@@ -105,7 +105,7 @@ def pick_rows(asked: Sequence[int] | None, count: int, seed: int, n_rows: int, s
 
 
 def show(arguments: argparse.Namespace, console: Console) -> None:
-    """Print everything. Raises ShardError or TokenizerError for data that cannot be read, OSError for the plot."""
+    """Print everything. Raises ShardError or TokenizerError for unreadable data, OSError for the plot."""
     run_dir: Path = arguments.run_dir
     manifest = read_figures(run_dir)
     sides = {side: PackedDataset(run_dir / side, verify="sizes") for side in SIDES}
@@ -133,7 +133,7 @@ def show(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The entry point; the exit code is 0, 2 for data that cannot be read, 130 for Ctrl-C."""
+    """The entry point; the exit code is 0, 2 for a user error, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path, help="the run_dir of a data recipe")
     parser.add_argument("--side", choices=SIDES, default="train")

@@ -1,4 +1,4 @@
-"""What lies in a folder of conversations: which reader reads it, what that gives, and what can be learned from it."""
+"""Inspects a folder of conversations: which reader fits, and what its records support."""
 
 import statistics
 from collections import Counter
@@ -20,22 +20,22 @@ from data.sources.record import LeftOut, Rejected, SourceError
 from data.sources.registry import SOURCES, AnySource
 from data.sources.source import DialogueSource
 
-_TRIED = 200  # records that a reader is tried on
-_SAMPLE = 20_000  # records that are read of sources too large to be read for a look
+_TRIED = 200  # records that each reader is tried on
+_SAMPLE = 20_000  # records read of large sources
 _TOKENIZER_CHARACTERS = 2_000_000
 _OWN_FORMATS = ("chat_jsonl", "openai_messages", "sharegpt", "preference_pairs", "hh_rlhf", "feedback_events")
-"""Before the published corpora, whose readers are laxer about what they take."""
+"""Tried before the published corpora, whose readers accept more."""
 PAIRS = {"preference_pairs": "jsonl", "hh_rlhf": "hh_rlhf"}
-"""Kinds of sources that train.dpo reads too, and the name of their format there."""
+"""Source kinds that train.dpo reads too, with its names of their formats."""
 
 
 class LookError(ValueError):
-    """Data that no reader reads, or that nothing can be learned from."""
+    """Data that no reader accepts, or that is insufficient."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A source, and what became of its records. `is_sample`: only the first records were read."""
+    """A source and the outcomes of its records. `is_sample`: only the first records were read."""
 
     source: dict[str, Any]
     files: list[Path]
@@ -48,23 +48,23 @@ class Found:
 
     @property
     def kind(self) -> str:
-        """The kind of the records: of files in columns, their format's."""
+        """The kind of the records; for files in columns, that of their format."""
         return str(self.source.get("format", self.source)["kind"])
 
     @property
     def has_times(self) -> bool:
-        """Whether most dialogues say when each message was written."""
+        """Whether most dialogues have a time for each message."""
         timed = sum(all(message.time is not None for message in dialogue.messages) for dialogue in self.dialogues)
         return timed > len(self.dialogues) / 2
 
     @property
     def names(self) -> SpeakerNames:
-        """Who speaks."""
+        """The speakers."""
         return count_names(self.dialogues)
 
 
 def find_source(path: Path) -> Found:
-    """The source that reads most of `path`. Raises LookError, with what each reader says, where none reads half."""
+    """The source that reads most of `path`. Raises LookError with each reader's error if none reads half."""
     if not path.exists():
         raise SourceError(f"--data {path}: no such file or directory")
     tried: list[tuple[float, Found]] = []
@@ -80,7 +80,7 @@ def find_source(path: Path) -> Found:
         share = len(found.dialogues) / max(1, found.n_records)
         tried.append((share, found))
         if found.n_records > 1 and (share == 1.0 or (share >= 0.5 and found.n_bytes > READ_AT_MOST_BYTES)):
-            break  # the readers of published corpora, which come last, may hold a whole file in memory
+            break  # readers of published corpora come last; they may read a whole file into memory
     best = max(tried, key=lambda one: one[0], default=None)
     if best is None or best[0] < 0.5:
         told = [f"{f.kind}: {f.bad[0].file}:{f.bad[0].line}: {f.bad[0].reason}" for _, f in tried if f.bad]
@@ -130,7 +130,7 @@ class Sides:
 
 
 def split_found(found: Found, recipe: DataRecipe) -> Sides:
-    """Both sides as preparation makes them. Raises the errors that it would end in."""
+    """Both sides, as preparation makes them. Raises the errors that it would raise."""
     if found.is_sample:
         n_heldout = max(2, len(found.dialogues) // 50)
         return Sides(found.dialogues[n_heldout:], found.dialogues[:n_heldout])
@@ -139,12 +139,12 @@ def split_found(found: Found, recipe: DataRecipe) -> Sides:
 
 
 def count_labels(dialogues: Iterable[Dialogue], within_seconds: float | None) -> Counter[int]:
-    """How many turns have each continuation label."""
+    """The number of turns with each continuation label."""
     return Counter(label for d in dialogues for label in continuation_labels(d, within_seconds) if label >= 0)
 
 
 def fit_tokenizer(dialogues: Sequence[Dialogue], vocab_size: int) -> DialogueTokenizer:
-    """A tokenizer of these dialogues with at most `vocab_size` pieces, fewer where the texts support no more."""
+    """A tokenizer of these dialogues with at most `vocab_size` pieces, or as many as the texts support."""
     texts = texts_of(dialogues)
     while True:
         try:
@@ -153,25 +153,25 @@ def fit_tokenizer(dialogues: Sequence[Dialogue], vocab_size: int) -> DialogueTok
             largest = error.largest_vocab_size
             if largest is None or largest >= vocab_size:
                 raise
-            vocab_size = int(largest * 0.95)  # the sample of a run may support a few less
+            vocab_size = int(largest * 0.95)  # a run's sample may support slightly fewer
 
 
 def token_lengths(dialogues: Sequence[Dialogue], tokenizer: DialogueTokenizer) -> list[int]:
-    """Tokens of each dialogue."""
+    """The number of tokens of each dialogue."""
     return [len(encode_dialogue(tokenizer, dialogue).tokens) for dialogue in dialogues]
 
 
 def quantile(values: Sequence[int], share: float) -> int:
-    """The smallest of `values` that at least this share of them does not exceed."""
+    """The smallest value that is not exceeded by at least this share of `values`."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 def median(values: Sequence[int]) -> float:
-    """Of a sequence that is not empty."""
+    """Of a non-empty sequence."""
     return statistics.median(values)
 
 
 def labels_of_metadata(dialogues: Iterable[Dialogue]) -> int:
-    """How many messages say their label themselves."""
+    """The number of messages with an explicit label."""
     return sum((m.metadata or {}).get(LABEL_KEY) is not None for d in dialogues for m in d.messages)

@@ -1,4 +1,4 @@
-"""Why records were quarantined: the reasons in groups, each with its count and examples."""
+"""The reasons of quarantined records, in groups with counts and examples."""
 
 import json
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ class ReasonGroup:
 
 
 def group_reasons(path: Path) -> list[ReasonGroup]:
-    """The groups of a quarantine file, the largest first. Raises ShardError naming the line that is no record."""
+    """The groups of a quarantine file, the largest first. Raises ShardError with the line of an invalid record."""
     groups: dict[tuple[str, str], ReasonGroup] = {}
     for record in _records(path):
         source, reason = str(record["source"]), general_reason(str(record["reason"]))

@@ -1,4 +1,4 @@
-"""Text of strangers on a terminal: what would move the cursor, recolor or reorder is shown instead of obeyed."""
+"""Untrusted text on a terminal: control characters that move the cursor, recolor or reorder text are made visible."""
 
 _CONTROLS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {127: "\u2421"}
 _CONTROLS |= {code: f"\\x{code:02x}" for code in range(0x80, 0xA0)}
@@ -7,6 +7,6 @@ _SHOWN = _CONTROLS | _DIRECTIONS
 
 
 def visible(text: str) -> str:
-    """The text with control characters as pictures (an escape is U+241B) and those of writing direction as escapes;
-    line feeds and tabs stay."""
+    """The text with control characters as symbols (an escape is U+241B) and directional formatting characters as
+    escapes; line feeds and tabs stay."""
     return text.translate(_SHOWN)

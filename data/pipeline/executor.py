@@ -1,4 +1,4 @@
-"""Runs stages with the datatrove executor that the recipe names, until every task has left its completion marker."""
+"""Runs stages with the datatrove executor of the recipe, until every task has its completion marker."""
 
 import json
 import logging
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from datatrove.pipeline.base import PipelineStep
 
 RECIPE_ERRORS = (SourceError, CleanError, SplitError, TokenizerError, ShardError)
-"""Errors that a change of the recipe or of its inputs repairs."""
-_ROOT = Path(__file__).resolve().parents[2]  # what `data` is imported from
+"""Errors that can be fixed in the recipe or its inputs."""
+_ROOT = Path(__file__).resolve().parents[2]  # the root that `data` is imported from
 _SECONDS_BETWEEN_LOOKS = 2.0
-_SECONDS_UNTIL_MISSED = 30.0  # a shared file system may show a marker later than the queue loses the job
+_SECONDS_UNTIL_MISSED = 30.0  # a shared file system may show a marker later than the job leaves the queue
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class DataStage:
 
 
 Runner = Callable[[DataStage, Path], "PipelineExecutor"]
-"""Runs the incomplete tasks of a stage with logs in a folder. It need not raise where some fail."""
+"""Runs the incomplete tasks of a stage with a folder of logs. Need not raise if some fail."""
 
 
 class LocalSettings(Section):
@@ -70,29 +70,29 @@ class LocalSettings(Section):
 
 
 class _ClusterSettings(Section):
-    """Settings of datatrove's cluster executors, which explain these names. All machines share the file system of the
+    """Settings of datatrove's cluster executors, which document these names. All machines share the file system of the
     run_dir and the sources."""
 
     tasks_per_job: int = Field(default=1, ge=1)
     cpus_per_task: int = Field(default=1, ge=1)
 
     def arguments(self, stage: DataStage, logs: Path) -> dict[str, Any]:
-        """Arguments that both executors take."""
+        """Arguments of both executors."""
         names = ("tasks_per_job", "cpus_per_task", "mem_per_cpu_gb")
         same = {name: getattr(self, name) for name in names}
         return {"pipeline": stage.pipeline, "tasks": stage.n_tasks, "logging_dir": str(logs), **same}
 
 
 class SlurmSettings(_ClusterSettings):
-    """Slurm (datatrove's SlurmPipelineExecutor): a job array for each stage, submitted when the one before is done."""
+    """Slurm (datatrove's SlurmPipelineExecutor): a job array for each stage, submitted after the previous stage."""
 
     kind: Literal["slurm"]
-    time: str  # limit of a job, as Slurm writes it: "08:00:00"
+    time: str  # time limit of a job in Slurm's format: "08:00:00"
     partition: str
-    workers: int | None = Field(default=None, ge=1)  # jobs that run at once; null: no limit
+    workers: int | None = Field(default=None, ge=1)  # concurrent jobs; null: no limit
     mem_per_cpu_gb: int = Field(default=2, ge=1)
     qos: str | None = None
-    # Shell commands that set up this Python's environment on a node; null: it has the same path there.
+    # Shell commands that set up Python's environment on a node; null: it has the same path there.
     env_command: str | None = None
     sbatch_args: dict[str, str] = Field(default_factory=dict)
 
@@ -128,8 +128,7 @@ class SlurmSettings(_ClusterSettings):
 
 
 def _await_job(executor: Any) -> None:
-    """Wait until a job array has left the queue or all its tasks are complete. The job is cancelled if this is
-    interrupted."""
+    """Wait until a job array has left the queue or all its tasks are complete. Cancels the job on an exception."""
     missed_since: float | None = None
     try:
         while executor.get_incomplete_ranks(skip_completed=True):
@@ -150,8 +149,8 @@ class RaySettings(_ClusterSettings):
     """Ray (datatrove's RayPipelineExecutor)."""
 
     kind: Literal["ray"]
-    address: str | None = None  # of the cluster; null starts one on this machine for the run
-    workers: int = Field(ge=1)  # tasks that run at once
+    address: str | None = None  # of the cluster; null starts Ray on this machine for the run
+    workers: int = Field(ge=1)  # concurrent tasks
     mem_per_cpu_gb: float = Field(default=2, gt=0)
 
     @contextmanager
@@ -189,7 +188,7 @@ Executor = Annotated[LocalSettings | SlurmSettings | RaySettings, Field(discrimi
 
 
 def run_stage(run: Runner, stage: DataStage, logs: Path) -> None:
-    """Run what is left of a stage. Raises the error of a task, or StageError where tasks ended without an error.
+    """Run the incomplete tasks of a stage. Raises the error of a task, or StageError for tasks that ended without one.
 
     datatrove's messages are written to executor.log in `logs`.
     """
@@ -206,7 +205,7 @@ def run_stage(run: Runner, stage: DataStage, logs: Path) -> None:
 
 
 def _failure_of(stage: DataStage, logs: Path, n_left: int) -> Exception:
-    """The first error that a task of the stage has written, if any."""
+    """The first error written by a task of the stage."""
     for path in sorted((logs / FAILURES).glob("*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         for error in RECIPE_ERRORS:

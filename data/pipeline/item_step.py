@@ -1,4 +1,4 @@
-"""The base of our datatrove steps: numbered items of work. A task does its share, and no item is done twice."""
+"""Base of our datatrove steps: numbered items of work, each done once by one of the tasks."""
 
 import os
 from abc import abstractmethod
@@ -12,8 +12,8 @@ from recipes.files import write_json
 
 
 class ItemStep(PipelineStep):
-    """The task of rank r of w does the items r, r + w, r + 2w, ... that are not finished yet. A step leaves files and
-    passes nothing on; its results depend neither on w nor on the order."""
+    """The task of rank r of w does the unfinished items among r, r + w, r + 2w, ... A step only writes files; its
+    results depend neither on w nor on the order."""
 
     stage: str  # names its folder of results
     counted: str = "units"
@@ -23,10 +23,10 @@ class ItemStep(PipelineStep):
         super().__init__()
         self.name = self.stage
         self.work = work
-        self.directory = Path.cwd()  # relative paths of the recipe start here, on whatever machine a task runs
+        self.directory = Path.cwd()  # base of the recipe's relative paths, also for tasks on other machines
 
     def n_items(self) -> int:
-        """How many items there are; called when the stages before are finished."""
+        """The number of items; called after the previous stages are finished."""
         return 1
 
     @abstractmethod
@@ -34,7 +34,7 @@ class ItemStep(PipelineStep):
         """Write the results of an item into its new folder."""
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        """Do this task's items. An error is also written to FAILURES, for the submitter of a cluster's job."""
+        """Do this task's items. An error is also written to FAILURES, for the process that submitted the job."""
         if data:
             yield from data
         os.chdir(self.directory)

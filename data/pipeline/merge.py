@@ -1,4 +1,4 @@
-"""Stage merge: the results of all units and groups become the outputs of the run, the manifest last."""
+"""Stage merge: write the outputs of the run from the results of all units and groups, the manifest last."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ DIALOGUES = "dialogues"
 
 
 class MergeResults(ItemStep):
-    """One item. Interrupted, it is repeated: shards that have been moved already stay where they are."""
+    """One item, repeated after an interruption: shards that were already moved are kept."""
 
     stage = MERGE
     counted = "step"
@@ -69,7 +69,7 @@ class MergeResults(ItemStep):
     def _merge_side(
         self, side: str, source_of_unit: Sequence[str], tokenizer: DialogueTokenizer, selection: Selection
     ) -> dict[str, Any]:
-        """Shards and manifest of one side; its figures, as they stand in the run's manifest."""
+        """Write shards and manifest of one side; returns its figures for the run's manifest."""
         total = Figures()
         of_source: dict[str, Figures] = {}
         for unit, source in enumerate(source_of_unit):
@@ -103,7 +103,7 @@ class MergeResults(ItemStep):
 
 
 def _people(units: Sequence[UnitResults], is_ours: Sequence[np.ndarray]) -> np.ndarray:
-    """The hashes of all who take part in these rows (a mask for each unit), sorted."""
+    """The sorted hashes of all participants in these rows (a mask for each unit)."""
     hashes = [np.zeros(0, np.uint64)]
     for unit, is_kept in zip(units, is_ours, strict=True):
         n_participants, participants = unit.participants()
@@ -123,7 +123,7 @@ def _statistics(figures: Figures, n_positions: int) -> dict[str, Any]:
 
 
 def _copy_lines(unit: UnitResults, is_kept: np.ndarray, file: IO[bytes]) -> None:
-    """Append the lines of some rows; neighbors are copied together."""
+    """Append the lines of the rows of a mask; adjacent ones are copied together."""
     edges = np.append(0, np.cumsum(unit.column("rows")["line_bytes"]))
     with open(unit.dialogues, "rb") as lines:
         for first, end in _runs(is_kept):
@@ -146,6 +146,6 @@ def _sha256(tokenizer: DialogueTokenizer) -> str:
 
 
 def read_manifest_of(run_dir: Path) -> dict[str, Any]:
-    """The manifest of a run whose merge is done."""
+    """The manifest of a run after its merge."""
     manifest: dict[str, Any] = json.loads((run_dir / MANIFEST_FILE).read_text(encoding="utf-8"))
     return manifest

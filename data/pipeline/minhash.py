@@ -1,5 +1,5 @@
-"""Stages minhash_signatures and minhash_clusters: which rows say almost what an earlier row says. The signatures are
-datatrove's; the result depends on the texts, their order and the settings only."""
+"""Stages minhash_signatures and minhash_clusters: find near-duplicates of earlier rows. Signatures are datatrove's; the
+result depends only on the texts, their order and the settings."""
 
 import hashlib
 import re
@@ -25,20 +25,20 @@ from data.pipeline.work_folder import WorkFolder
 SIGNATURES, CLUSTERS = "minhash_signatures", "minhash_clusters"
 TextsOfUnit = Callable[[int], Iterable[str]]
 _KEYS_FILE, _DROPPED_FILE = "keys.npy", "dropped.npy"
-_NO_KEY = 0  # of a text without shingles
+_NO_KEY = 0  # for a text without shingles
 
-# Scripts that put no spaces between words (Thai, Lao, Tibetan, Burmese, Khmer, kana, Han): a character is a word.
+# Scripts without spaces between words (Thai, Lao, Tibetan, Burmese, Khmer, kana, Han): a character is a word.
 _UNSPACED = re.compile(
     "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 )
-_AS_ASCII = TextNormConfig(norm_unicode_diacritics=False)  # of ASCII the same, in half the time
-_MERSENNE_PRIME = np.uint64((1 << 61) - 1)  # datatrove's permutations are modulo this
-_SHINGLES_AT_ONCE = 256  # their products with all hash functions stay in the cache, and the memory of a long text flat
+_AS_ASCII = TextNormConfig(norm_unicode_diacritics=False)  # the same for ASCII, twice as fast
+_MERSENNE_PRIME = np.uint64((1 << 61) - 1)  # modulus of datatrove's permutations
+_SHINGLES_AT_ONCE = 256  # keeps the products with all hash functions in the cache, and memory constant for long texts
 
 
 class UnicodeWords(WordTokenizer):
-    """Words by spaces. datatrove's own splitters need spaCy or downloaded models; its MinHash has already put spaces in
-    the place of punctuation when it asks for words."""
+    """Splits words at spaces. datatrove's own splitters need spaCy or downloaded models, and its MinHash has already
+    replaced punctuation by spaces."""
 
     def word_tokenize(self, text: str) -> list[str]:
         return (text if text.isascii() else _UNSPACED.sub(r" \g<0> ", text)).split()
@@ -51,25 +51,25 @@ class UnicodeWords(WordTokenizer):
 
 
 def minhash_config(settings: NearDuplicates) -> MinhashConfig:
-    """The recipe's section as datatrove's settings (64-bit hashes; case, punctuation, accents and digits ignored)."""
+    """The recipe section as datatrove's settings (64-bit hashes; ignores case, punctuation, accents and digits)."""
     return MinhashConfig(
         n_grams=settings.n_grams,
         num_buckets=settings.buckets,
         hashes_per_bucket=settings.hashes_per_bucket,
         seed=settings.seed,
-        hash_config=HashConfig(precision=64, hash_fc="sha1"),  # sha1 is not called; xxhash would have to be below 4
+        hash_config=HashConfig(precision=64, hash_fc="sha1"),  # sha1 is not called; xxhash is limited to 32 bits
     )
 
 
 class DialogueSignature(MinhashDedupSignature):
-    """datatrove's signatures of the same words and the same hash functions, computed over arrays: over twice as fast,
-    and in memory that does not grow with the longest text."""
+    """datatrove's signatures (same words, same hash functions) computed on arrays: over twice as fast, with memory
+    independent of the text length."""
 
     def __init__(self, folder: Path, config: MinhashConfig) -> None:
         super().__init__(str(folder), config, language=UnicodeWords())
 
     def get_shingles(self, text: str) -> np.ndarray:
-        """The 64-bit hash of every `n_grams` words in a row, shape (n, 1)."""
+        """The 64-bit hash of every `n_grams` consecutive words, shape (n, 1)."""
         text = simplify_text(text, _AS_ASCII if text.isascii() else self.config.norm_config)
         words = np.array([_word_hash(word) for word in self.word_tokenizer.word_tokenize(text)], dtype=np.uint64)
         n = max(0, len(words) - self.config.n_grams + 1)
@@ -77,12 +77,12 @@ class DialogueSignature(MinhashDedupSignature):
         for i in range(self.config.n_grams):
             hashes *= np.uint64(0x9E3779B97F4A7C15)
             hashes += words[i : i + n]
-        hashes ^= hashes >> np.uint64(32)  # mixed, for the permutations are linear too
+        hashes ^= hashes >> np.uint64(32)  # mixed, because the permutations are linear too
         hashes *= np.uint64(0xD6E8FEB86659FD93)
         return (hashes ^ (hashes >> np.uint64(32))).reshape(-1, 1)
 
     def get_signature(self, shingles: np.ndarray) -> list[list[int]]:
-        """For each bucket the minima over the shingles under its hash functions."""
+        """For each bucket, the minima over the shingles of its hash functions."""
         factors, offsets = self.parameters
         smallest = np.full(self.num_hashes, _MERSENNE_PRIME)
         for start in range(0, len(shingles), _SHINGLES_AT_ONCE):
@@ -93,8 +93,8 @@ class DialogueSignature(MinhashDedupSignature):
         return [bucket.tolist() for bucket in np.split(smallest, self.config.num_buckets)]
 
     def keys(self, text: str) -> list[int]:
-        """A 64-bit hash of the signature in each bucket; _NO_KEY for a text without shingles. In 100 million rows two
-        different signatures of a bucket get one key with a chance of 3e-4."""
+        """A 64-bit hash of the signature in each bucket; _NO_KEY for a text without shingles. The probability of a
+        collision in a bucket of 100 million rows is 3e-4."""
         shingles = self.get_shingles(text)
         if not len(shingles):
             return [_NO_KEY] * self.config.num_buckets
@@ -108,7 +108,7 @@ def _word_hash(word: str) -> int:
 
 
 class SignUnits(ItemStep):
-    """An item is a unit: for each of its rows and buckets, a key that is equal where the signatures are equal."""
+    """Items are units: a key for each row and bucket, equal for equal signatures."""
 
     stage = SIGNATURES
 
@@ -126,13 +126,11 @@ class SignUnits(ItemStep):
 
 
 class KeepFirst(ItemStep):
-    """One item. Row by row in the order of the units, a row that shares a bucket's key with a row that is kept is left
-    out.
+    """One item: drop each row that shares a bucket's key with an earlier row that is kept.
 
-    datatrove's own last step keeps one row of each connected cluster, not the first. In a chain a ~ b ~ c that leaves
-    out c, which may be unlike a; here everything that is left out was found similar to something that is kept, and no
-    two that are kept were found similar. It holds about 40 bytes a row in memory, and
-    150 for each key that a row shares with another.
+    datatrove's last step keeps one row of each connected cluster, and not the first. In a chain a ~ b ~ c that drops c,
+    which may be unlike a; here every dropped row is similar to a kept row, and no two kept rows were found similar.
+    Uses about 40 bytes of memory per row, and 150 for each key that a row shares with another.
     """
 
     stage = CLUSTERS
@@ -158,8 +156,7 @@ class KeepFirst(ItemStep):
 
 
 def repeated_rows(rows: np.ndarray, groups: np.ndarray) -> list[int]:
-    """Of rows that each belong to some groups (as many pairs), those that share a group with an earlier row that is
-    kept. Ascending."""
+    """`rows` and `groups` are pairs; the rows that share a group with an earlier kept row, ascending."""
     order = np.argsort(rows, kind="stable")
     claimed: set[int] = set()
     dropped = []
@@ -175,8 +172,8 @@ def repeated_rows(rows: np.ndarray, groups: np.ndarray) -> list[int]:
 def minhash_stages(
     work: WorkFolder, texts_of_unit: TextsOfUnit, n_units: int, settings: NearDuplicates, n_tasks: int
 ) -> list[DataStage]:
-    """The stages in order; `texts_of_unit(unit)` gives the text of every row of a unit, and is sent to other processes.
-    When they are done, `near_duplicates` has the result."""
+    """The stages in order; `texts_of_unit(unit)` yields the text of every row of a unit, and is pickled.
+    `near_duplicates` returns the result."""
     return [
         DataStage(SIGNATURES, [SignUnits(work, texts_of_unit, n_units, settings)], n_tasks),
         DataStage(CLUSTERS, [KeepFirst(work, n_units, settings)], 1),
@@ -184,7 +181,7 @@ def minhash_stages(
 
 
 def texts_read(work: WorkFolder) -> TextsOfUnit:
-    """The compared texts of the units as stage read has left them."""
+    """The compared texts of units, from the results of stage read."""
     return partial(_texts_of_unit, work)
 
 
@@ -193,6 +190,6 @@ def _texts_of_unit(work: WorkFolder, unit: int) -> Iterator[str]:
 
 
 def near_duplicates(work: WorkFolder) -> np.ndarray:
-    """Which rows of all units, one after the other, to leave out, bool."""
+    """A mask of the rows to drop, over the concatenated rows of all units, bool."""
     found: np.ndarray = np.load(work.item(CLUSTERS, 0) / _DROPPED_FILE)
     return found

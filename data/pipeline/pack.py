@@ -1,4 +1,4 @@
-"""Stage pack: groups of documents to packed rows in shards. A group is bounded, so is the memory."""
+"""Stage pack: pack groups of documents into rows of shards. Groups have a limited size, which limits memory."""
 
 import json
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ _GROUP_FILE = "group.json"
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Documents of a side that are packed together: those whose first token is one of a range of the side's tokens."""
+    """Documents of a side that are packed together: those whose first token is in a range of the side's tokens."""
 
     side: str
     first: int
@@ -33,7 +33,7 @@ class Group:
 
 
 def groups_of(n_tokens: dict[str, int], pack_tokens: int) -> list[Group]:
-    """The groups of each side, all of about `pack_tokens` tokens."""
+    """The groups of each side, of about `pack_tokens` tokens each."""
     groups = []
     for side, total in n_tokens.items():
         n_groups = max(1, round(total / pack_tokens))
@@ -43,25 +43,25 @@ def groups_of(n_tokens: dict[str, int], pack_tokens: int) -> list[Group]:
 
 
 class TokenCounts:
-    """How many tokens of each side each unit holds."""
+    """The number of tokens of each side of each unit."""
 
     def __init__(self, work: WorkFolder, n_units: int) -> None:
         figures = [figures_of(work, unit) for unit in range(n_units)]
         self._edges = {side: np.cumsum([0, *(unit[side].n_tokens for unit in figures)]) for side in SIDES}
 
     def groups(self, pack_tokens: int) -> list[Group]:
-        """The groups of the run: they depend on the tokens alone."""
+        """The groups of the run; they depend only on the tokens."""
         return groups_of({side: int(edges[-1]) for side, edges in self._edges.items()}, pack_tokens)
 
     def units_of(self, group: Group) -> Iterator[tuple[int, int]]:
-        """The units that hold some of a group's range, and where in the side's tokens they begin."""
+        """The units that overlap a group's range, with the position of their first token in the side."""
         edges = self._edges[group.side]
         for unit in np.flatnonzero((edges[:-1] < group.end) & (edges[1:] > group.first)).tolist():
             yield unit, int(edges[unit])
 
 
 class PackGroups(ItemStep):
-    """An item is a group."""
+    """Items are groups."""
 
     stage = PACK
     counted = "groups"
@@ -73,7 +73,7 @@ class PackGroups(ItemStep):
 
     @cached_property
     def counts(self) -> TokenCounts:
-        """Read once by each task."""
+        """Cached for each task."""
         return TokenCounts(self.work, self.n_units)
 
     def n_items(self) -> int:
@@ -99,14 +99,14 @@ class PackGroups(ItemStep):
 
 
 def _documents_from(corpus: EncodedCorpus, begin: int, group: Group) -> EncodedCorpus:
-    """The documents of a unit, whose tokens begin at `begin`, that begin in the group's range."""
+    """The documents of a unit that begin in the group's range; the unit's tokens begin at `begin`."""
     starts = begin + np.cumsum(corpus.lengths, dtype=np.int64) - corpus.lengths
     first, end = np.searchsorted(starts, [group.first, group.end]).tolist()
     return corpus.of_span(first, end)
 
 
 def packed_groups(work: WorkFolder, side: str) -> list[tuple[Path, dict[str, Any]]]:
-    """The folders of a side's groups in order, and what `write_group` said of each."""
+    """The folders of a side's groups in order, with the result of `write_group` for each."""
     found = []
     for number in range(work.n_done(PACK)):
         folder = work.item(PACK, number)

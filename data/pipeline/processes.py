@@ -1,7 +1,7 @@
-"""Worker processes of this machine for the tasks of a stage.
+"""Local worker processes for the tasks of a stage.
 
-datatrove's LocalPipelineExecutor.run waits forever for a worker that was killed, leaves its workers running when it is
-killed itself, and starts new processes for every stage. Its executor is kept; only the calls of its ranks are ours.
+datatrove's LocalPipelineExecutor.run hangs if a worker is killed, leaves its workers running when it is killed itself,
+and starts new processes for every stage. So its tasks are called from our pool.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ from loguru import logger
 
 from data.pipeline.work_folder import StageError
 
-_PRELOADED = ["data.pipeline.processes", "data.pipeline.merge"]  # imported once, not by every process
+_PRELOADED = ["data.pipeline.processes", "data.pipeline.merge"]  # imported once, in the fork server
 
 
 @contextlib.contextmanager
 def process_pool(n_workers: int) -> Iterator[ProcessPoolExecutor | None]:
-    """A pool whose processes end with this one, even when it is killed; None for one worker, which is this process."""
+    """A pool whose processes exit with this one, even if it is killed; None for one worker, which is this process."""
     if n_workers == 1:
         yield None
         return
@@ -44,12 +44,11 @@ def process_pool(n_workers: int) -> Iterator[ProcessPoolExecutor | None]:
 
 
 def run_ranks(executor: LocalPipelineExecutor, pool: ProcessPoolExecutor | None) -> None:
-    """Run the incomplete ranks. Raises the first exception of one as soon as it happens, StageError when a process
-    dies."""
+    """Run the incomplete ranks. Raises the first exception immediately, StageError if a process dies."""
     ranks = executor.get_incomplete_ranks()
     if pool is None:
         for rank in ranks:
-            run_rank(copy.deepcopy(executor), rank)  # a copy has statistics of its own
+            run_rank(copy.deepcopy(executor), rank)  # each rank needs its own statistics
         return
     try:
         futures = _submit(pool, executor, ranks)
@@ -63,7 +62,7 @@ def run_ranks(executor: LocalPipelineExecutor, pool: ProcessPoolExecutor | None)
 
 
 def run_rank(executor: LocalPipelineExecutor, rank: int) -> None:
-    """Run one task. It logs to its file only: datatrove also logs to the terminal."""
+    """Run one task with logs in its file only: datatrove also logs to the terminal."""
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
             executor._run_for_rank(rank)

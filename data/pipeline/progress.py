@@ -1,4 +1,4 @@
-"""The progress display of data.prepare and data.feedback: one line for each step."""
+"""The progress display of data.prepare and data.feedback: one line per step."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 
 class Steps(Progress):
-    """The display; nothing where the console is no terminal."""
+    """The display; disabled if the console is not a terminal."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(
@@ -24,7 +24,7 @@ class Steps(Progress):
         )
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """Called at each refresh, which asks the running step how much is done."""
+        """Called at each refresh; updates the running step."""
         for task in self.tasks:
             if not task.finished:
                 self.update(task.id, completed=task.fields["n_done"]())
@@ -34,7 +34,7 @@ class Steps(Progress):
     def following(
         self, name: str, unit: str, n_done: Callable[[], int], total: Callable[[], int] | None = None
     ) -> Iterator[None]:
-        """Show a step for as long as the block runs."""
+        """Show a step while the block runs."""
         task = self.add_task(name, total=total() if total else None, unit=unit, n_done=n_done)
         yield
         done = n_done()

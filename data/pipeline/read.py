@@ -1,4 +1,4 @@
-"""Stage read: records to clean dialogues, what is known of them in numbers, and the texts to encode."""
+"""Stage read: parse and clean records; write dialogues, their numeric columns, and the texts to encode."""
 
 import gc
 import json
@@ -44,18 +44,18 @@ _DIALOGUES_AT_ONCE = 512
 
 @dataclass(frozen=True, slots=True)
 class ReadSettings:
-    """What the dialogues of a unit depend on beside its files."""
+    """What the dialogues of a unit depend on besides its files."""
 
     filters: Filters
     scrub: Scrub | None
     prompt_template: TrainingTemplate | None
     seed: int
     continue_within_seconds: float | None
-    characters: tuple[str, ...]  # participants that link no dialogues
+    characters: tuple[str, ...]  # participants that do not link dialogues
 
 
 class ReadUnits(ItemStep):
-    """An item is a unit."""
+    """Items are units."""
 
     stage = READ
 
@@ -84,7 +84,7 @@ class ReadUnits(ItemStep):
         write_json(folder / _LEDGER, {"source": unit.source, **ledger.to_dict()})
 
     def _people(self, dialogue: Dialogue, ledger: Ledger) -> tuple[str, ...]:
-        """The participants but for the characters, which are counted."""
+        """The participants without the characters, which are counted."""
         if not self.settings.characters:
             return dialogue.participants
         for name in {*dialogue.participants} & {*self.settings.characters}:
@@ -94,7 +94,7 @@ class ReadUnits(ItemStep):
 
 @contextmanager
 def _rare_collections() -> Iterator[None]:
-    """Python's collector looks for cycles after every 700 new objects: dialogues are many, and none has a cycle."""
+    """Collect garbage less often: the many new dialogues have no reference cycles."""
     before = gc.get_threshold()
     gc.set_threshold(50_000, *before[1:])
     try:
@@ -104,7 +104,7 @@ def _rare_collections() -> Iterator[None]:
 
 
 def _write(folder: Path, dialogues: Iterable[Dialogue], quarantine: Quarantine, settings: ReadSettings) -> None:
-    """All files of a unit but its quarantine and its ledger, some dialogues at a time."""
+    """Write all files of a unit except quarantine and ledger, a batch of dialogues at a time."""
     with ExitStack() as opened:
         lines_file = opened.enter_context(open(folder / _DIALOGUES, "wb"))
         columns = {name: opened.enter_context(open(folder / f"{name}.bin", "wb")) for name in _COLUMNS}
@@ -143,7 +143,7 @@ def _batches(dialogues: Iterable[Dialogue]) -> Iterator[list[Dialogue]]:
 
 
 def _cleaned(dialogue: Dialogue, settings: ReadSettings, quarantine: Quarantine) -> Dialogue | None:
-    """The dialogue as it is kept, or None when it was counted as left out or bad."""
+    """The cleaned dialogue, or None if it was counted as left out or bad."""
     ledger = quarantine.ledger
     clean = scrubbed([dialogue], settings.scrub, ledger) if settings.scrub else [dialogue]
     kept = next(passing(clean, settings.filters, ledger), None)
@@ -157,14 +157,14 @@ def _cleaned(dialogue: Dialogue, settings: ReadSettings, quarantine: Quarantine)
 
 
 class UnitResults:
-    """What reading has left of a unit; arrays are memory-mapped."""
+    """The results of reading a unit; arrays are memory-mapped."""
 
     def __init__(self, work: WorkFolder, number: int) -> None:
         self._folder = work.item(READ, number)
         self.quarantine, self.dialogues = self._folder / _QUARANTINE, self._folder / _DIALOGUES
 
     def ledger(self) -> tuple[str, Ledger]:
-        """The name of its source, and what became of its records."""
+        """The name of its source, and the counts of its records."""
         counts = json.loads((self._folder / _LEDGER).read_text(encoding="utf-8"))
         return counts.pop("source"), Ledger.from_dict(counts)
 
@@ -176,7 +176,7 @@ class UnitResults:
         return np.memmap(path, _COLUMNS[name], mode="r")
 
     def rendered(self, text_bytes_at_once: int) -> Iterator[tuple[slice, RenderedDialogues]]:
-        """Its rows some at a time: which, and as they are rendered."""
+        """Its rows in batches: a slice, and the rendered dialogues."""
         rows, messages, texts = self.column("rows"), self.column("messages"), self.column("texts")
         text_edges = np.append(0, np.cumsum(rows["text_bytes"]))
         message_edges = np.append(0, np.cumsum(rows["n_messages"]))
@@ -194,29 +194,29 @@ class UnitResults:
             first = end
 
     def participants(self) -> tuple[np.ndarray, np.ndarray]:
-        """How many each row has, and the hashes of all of them, row by row."""
+        """The number of participants of each row, and the concatenated hashes of all."""
         records, participants = self.column("records"), self.column("participants")
         of_row = np.repeat(records["is_kept"], records["n_participants"])
         return records["n_participants"][records["is_kept"]], participants[of_row]
 
     def dialogue_table(self, is_kept: np.ndarray, people: np.ndarray) -> pa.Table:
-        """Ids and participants of some rows (a mask); a participant's number is its hash's place in `people`."""
+        """Ids and participants of the rows of a mask; a participant's number is its hash's index in `people`."""
         rows, (n_participants, participants) = self.column("rows"), self.participants()
         numbers = np.minimum(np.searchsorted(people, participants), len(people) - 1)
         return table_of_columns(rows["id_bytes"], self.column("ids"), n_participants, numbers, is_kept)
 
     def texts(self) -> "RowTexts":
-        """Its rendered texts, row by row in any order."""
+        """Random access to the rendered texts of its rows."""
         return RowTexts(self.column("rows"), self.column("messages"), self.column("texts"))
 
     def read_dialogues(self) -> Iterator[Dialogue]:
-        """Its rows."""
+        """The dialogues of its rows."""
         with open(self.dialogues, encoding="utf-8") as file:
             yield from map(from_json, file)
 
 
 class RowTexts:
-    """The rendered texts of single rows."""
+    """Random access to the rendered texts of rows."""
 
     def __init__(self, rows: np.ndarray, messages: np.ndarray, texts: np.ndarray) -> None:
         self._messages, self._texts = messages, texts

@@ -1,4 +1,4 @@
-"""The recipe of data.prepare. (It is no part of the entry point, whose classes other processes cannot find.)"""
+"""The recipe of data.prepare. Not part of the entry point, so that other processes can unpickle its classes."""
 
 from pathlib import Path
 from typing import Literal, Self
@@ -21,7 +21,7 @@ from recipes.run_inputs import names_below
 
 
 class DataRecipe(Section):
-    """A recipe of data.prepare. The result depends neither on the executor nor on the number of tasks."""
+    """A recipe of data.prepare. The result does not depend on the executor or the number of tasks."""
 
     stage: Literal["data"]
     run_dir: Location
@@ -30,46 +30,46 @@ class DataRecipe(Section):
     split: SplitRule
     tokenizer: TokenizerRule
     row_length: int = Field(ge=16)
-    # A dialogue longer than a row is several documents. Each later one begins with the narrator's opening and with the
-    # newest messages before it, at most this part of a row; they are read again, never trained again. 0: none.
+    # A dialogue longer than a row becomes several documents. Later ones begin with context without loss: the narrator's
+    # opening and the newest messages before the split, up to this fraction of a row. 0: none.
     context_fraction: float = Field(default=0.25, ge=0, le=0.5)
     filters: Filters = Filters()
-    # Personal data in texts, names, ids and metadata become placeholders and hashes; null: they stay.
+    # Replace personal data in texts, names, ids and metadata by placeholders and hashes; null: keep it.
     scrub: Scrub | None = None
-    # Exact duplicates always go; null keeps the near ones.
+    # Exact duplicates are always removed; null keeps near-duplicates.
     near_duplicates: NearDuplicates | None = None
-    # A template that says the dialogues as its prompts will; null: as they are, which is the default template.
+    # A template that renders the dialogues as prompts will be; null: the default template.
     prompt_template: TrainingTemplate | None = None
-    # A partner who has not written after this time is gone (the engagement label 0); null: any later message counts.
+    # A partner who has not written after this time is gone (engagement label 0); null: any later message counts.
     continue_within_seconds: float | None = Field(gt=0)
-    # More quarantined records than this, of any one source, is an error.
+    # A larger fraction of quarantined records of any one source is an error.
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
-    # Who runs the stages: processes of this machine, Slurm or Ray.
+    # Local processes, Slurm or Ray.
     executor: MayChange[Executor] = LocalSettings(kind="local")
-    # Into how many tasks each stage is shared out; null: as many as workers.
+    # Tasks of each stage; null: as many as workers.
     tasks: MayChange[int | None] = Field(default=None, ge=1)
-    # What is read and tokenized at a time, and not done again after an interruption: so much of the files.
+    # Size of a unit, which is read and tokenized at once, and not repeated after an interruption.
     unit_bytes: int = Field(default=64 << 20, ge=1)
-    # Tokens that are packed at a time; they bound the memory of a task.
+    # Tokens that are packed at once; limits the memory of a task.
     pack_tokens: int = Field(default=16_000_000, ge=1)
     rows_per_shard: int = Field(default=65_536, ge=1)
 
     @property
     def n_tasks(self) -> int:
-        """How many tasks a stage has that can be shared out."""
+        """The number of tasks of a parallel stage."""
         return self.tasks or self.executor.workers or 1
 
     @property
     def context_tokens(self) -> int:
-        """The most tokens that a document repeats of the messages before it."""
+        """The maximum number of context tokens that a document repeats."""
         return int(self.context_fraction * self.row_length)
 
     def inputs(self) -> dict[str, Path]:
-        """The files that it reads. Raises SourceError where a source is missing."""
+        """The files that it reads. Raises SourceError if a source is missing."""
         found: dict[str, Path] = {}
         for number, source in enumerate(self.sources):
             key, files = f"sources.{number}", source.inputs()
-            location = getattr(source, "path", None)  # None: what an installed package brings
+            location = getattr(source, "path", None)  # None for an installed package
             found |= names_below(key, location, files) if location else {f"{key}: {path.name}": path for path in files}
         if isinstance(self.tokenizer, TokenizerFile):
             path = Path(self.tokenizer.path)
@@ -80,7 +80,7 @@ class DataRecipe(Section):
         return found
 
     def check_plan(self, plan: PlanCheck) -> None:
-        """Bad records, and a side without a dialogue, are found before anything runs."""
+        """Raise errors of the sources, and of an empty side, before anything runs."""
         plan.data(self.run_dir)
 
     @model_validator(mode="after")

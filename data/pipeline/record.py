@@ -1,4 +1,4 @@
-"""What is kept in memory of every dialogue while it is decided which ones stay: numbers and hashes, never texts."""
+"""The in-memory columns of dialogues for selection: numbers and hashes, no texts."""
 
 from collections.abc import Sequence
 
@@ -12,15 +12,15 @@ from data.format.dialogue import NARRATOR, Dialogue
 RECORD = np.dtype(
     [("start_time", "<f8"), ("end_time", "<f8"), ("heldout_hash", "<u8"), ("n_participants", "<u4"), ("is_kept", "?")]
 )
-"""A dialogue that was read, those the filters drop too: whoever takes part in it may be held out. No time is nan."""
+"""A dialogue that was read, including filtered ones: their participants may be held out. Missing times are nan."""
 
 ROW = np.dtype(
     [
         ("content_key", "<u8", 2),
-        ("sample_hash", "<u8"),  # the order in which the tokenizer's sample takes them
+        ("sample_hash", "<u8"),  # the order of the tokenizer's sample
         ("n_characters", "<i8"),
         ("n_messages", "<i8"),
-        ("n_speakers", "<i4"),  # but for the narrator
+        ("n_speakers", "<i4"),  # without the narrator
         ("id_bytes", "<i4"),
         ("text_bytes", "<i8"),  # rendered
         ("line_bytes", "<i8"),
@@ -41,13 +41,13 @@ def records_of(dialogues: Sequence[Dialogue], is_kept: Sequence[bool], seed: int
 
 
 def participants_of(dialogues: Sequence[Dialogue]) -> np.ndarray:
-    """The hashed participants of all of them, one after the other, uint64."""
+    """The concatenated hashes of the participants of all dialogues, uint64."""
     hashes = [stable_hash("participant", p) for dialogue in dialogues for p in dialogue.participants]
     return np.array(hashes, "<u8")
 
 
 def rows_of(dialogues: Sequence[Dialogue], seed: int) -> np.ndarray:
-    """Dialogues as ROWs, but for their bytes."""
+    """Dialogues as ROWs, without their byte counts."""
     rows = np.zeros(len(dialogues), ROW)
     keys = b"".join(content_key(dialogue) for dialogue in dialogues)
     rows["content_key"] = np.frombuffer(keys, "<u8").reshape(-1, 2)

@@ -1,4 +1,4 @@
-"""What data.prepare prints at its end, and its key figure."""
+"""The final report of data.prepare, and its key figure."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ Figures = Mapping[str, Mapping[str, Any]]
 
 
 def key_figure(splits: Figures) -> str:
-    """The line of the pipeline's table, e.g. "1.9M tokens, density 99.2%"; repeated context is not counted."""
+    """The key figure, such as "1.9M tokens, density 99.2%"; repeated context is not counted."""
     train = splits["train"]
     return f"{short_number(train['n_tokens'] - train['n_repeated_tokens'])} tokens, density {train['density']:.1%}"
 
@@ -28,7 +28,7 @@ def short_number(n: int) -> str:
 
 
 def print_report(run_dir: Path, manifest: Mapping[str, Any], seconds: float, console: Console) -> None:
-    """Where every record went, and what each side holds, from the run's manifest."""
+    """Print the outcomes of all records, and the contents of each side, from the run's manifest."""
     ledgers = {name: Ledger.from_dict(counts) for name, counts in manifest["sources"].items()}
     sides = {side: manifest[side] for side in ("train", "heldout")}
     ledger = Ledger.total(ledgers.values())
@@ -81,7 +81,7 @@ def record_table(ledger: Ledger) -> Table:
 
 
 def _source_table(ledgers: Mapping[str, Ledger], splits: Figures) -> Table:
-    """A row a source: read = quarantined + left out + duplicates + kept, and what of it each side holds."""
+    """One row per source: read = quarantined + left out + duplicates + kept, and its contents in each side."""
     heads = ("source", "read", "bad", "left out", "twice", "kept", "held out", "tokens")
     table = Table(*heads, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="(tokens are the training side's)")
     for column in table.columns[1:]:
@@ -99,7 +99,7 @@ def _source_table(ledgers: Mapping[str, Ledger], splits: Figures) -> Table:
 
 
 def side_table(splits: Figures) -> Table:
-    """What each side holds, from its figures in the manifest."""
+    """The contents of each side, from its figures in the manifest."""
     rows = {
         "dialogues": "n_dialogues",
         "messages": "n_messages",

@@ -1,4 +1,4 @@
-"""Stage select: which of the dialogues stay, and on which side. It reads numbers and hashes, no texts."""
+"""Stage select: choose the dialogues to keep, and the side of each, from numbers and hashes."""
 
 import json
 from collections.abc import Sequence
@@ -27,10 +27,10 @@ _LEFT_OUT = -1
 
 
 class SelectDialogues(ItemStep):
-    """One item: of duplicates the first in the order of the sources stays; then the split.
+    """One item: keep the first of duplicates in source order, then split.
 
-    The split sees every dialogue that was read, so that nobody trains who takes part in a held-out session, be it one
-    that the filters drop. A record is counted under the first reason that it is left out for.
+    The split sees every dialogue that was read, so that participants of a held-out session are not trained on, even if
+    filters drop that session. A record is counted under the first reason to leave it out.
     """
 
     stage = SELECT
@@ -93,7 +93,7 @@ class SelectDialogues(ItemStep):
         return ledgers, np.array([self.source_names.index(source) for source, _ in parts], np.int64)
 
     def _check_quarantine(self, units: Sequence[UnitResults], ledgers: dict[str, Ledger]) -> None:
-        """Put the quarantine together; raises CleanError, and keeps it, where it holds too much of a source."""
+        """Concatenate the quarantine; raises CleanError, and keeps the file, if too much of a source is in it."""
         path = self.work.run_dir / QUARANTINE_FILE
         with atomic_file(path) as file:
             for unit in units:
@@ -109,7 +109,7 @@ class SelectDialogues(ItemStep):
             )
 
     def _split(self, units: Sequence[UnitResults], source_of_unit: np.ndarray) -> tuple[np.ndarray, list[str]]:
-        """The sides of all rows, and what is to be said of who links them."""
+        """The sides of all rows, and warnings about participants that link too many."""
         records = [unit.column("records") for unit in units]
         columns = {name: np.concatenate([part[name] for part in records]) for name in records[0].dtype.names or ()}
         is_kept = columns.pop("is_kept")
@@ -125,7 +125,7 @@ class SelectDialogues(ItemStep):
             raise SplitError(f"{error}; {told}" if told and not is_undated else str(error)) from None
 
     def _name_of(self, participant: int, units: Sequence[UnitResults]) -> str:
-        """The participant with this hash as its dialogues name it, and where one of them is: scrubbing hashes names."""
+        """The participant with this hash as named in its dialogues, and the place of one: scrubbing hashes names."""
         for unit, results in zip(read_units(self.work.path / UNITS_FILE), units, strict=True):
             if found := _first_kept(participant, results):
                 name, dialogue = found
@@ -135,7 +135,7 @@ class SelectDialogues(ItemStep):
 
 
 def _first_kept(participant: int, unit: UnitResults) -> tuple[str, str] | None:
-    """The participant with this hash as the unit's first dialogue of it has it, and that dialogue's id."""
+    """The name of the participant with this hash in the unit's first dialogue with it, and that dialogue's id."""
     records, participants = unit.column("records"), unit.column("participants")
     edges = np.append(0, np.cumsum(records["n_participants"], dtype=np.int64))
     for place in np.flatnonzero(participants == participant):
@@ -148,7 +148,7 @@ def _first_kept(participant: int, unit: UnitResults) -> tuple[str, str] | None:
 
 
 def _measures(units: Sequence[UnitResults], rows: Sequence[np.ndarray]) -> tuple[Measure, ...]:
-    """What the two sides should have alike, of all rows."""
+    """The measures in which the two sides should agree, of all rows."""
     labels = [np.zeros((0, 2), np.int64)]
     for unit, own in zip(units, rows, strict=True):
         of_message, number = unit.column("messages")["label"], np.repeat(np.arange(len(own)), own["n_messages"])
@@ -160,14 +160,14 @@ def _measures(units: Sequence[UnitResults], rows: Sequence[np.ndarray]) -> tuple
 
 
 def _n_before(sides: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """How many dialogues of each of SIDES stand before each unit, (units + 1, sides)."""
+    """The number of dialogues of each of SIDES before each unit, (units + 1, sides)."""
     of_side = [np.append(0, np.cumsum(sides == side))[edges] for side in SIDES.values()]
     return np.stack(of_side, axis=1)
 
 
 def _repeats(keys: np.ndarray) -> np.ndarray:
-    """Which keys (n, 2) an earlier one is equal to."""
-    order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: of equal ones the first comes first
+    """A mask of the keys (n, 2) that repeat an earlier one."""
+    order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable, so that the first of equal keys comes first
     ordered = keys[order]
     is_repeat = np.zeros(len(keys), bool)
     is_repeat[order[1:]] = (ordered[1:] == ordered[:-1]).all(axis=1)
@@ -191,7 +191,7 @@ def _check_sides(sides: np.ndarray, total: Ledger) -> None:
 
 
 class Selection:
-    """What was selected."""
+    """The results of stage select."""
 
     def __init__(self, work: WorkFolder) -> None:
         self._folder = work.item(SELECT, 0)
@@ -200,11 +200,11 @@ class Selection:
         self._n_before = np.load(self._folder / _N_BEFORE_FILE)
 
     def sides(self, unit: int) -> np.ndarray:
-        """The side of each row of a unit, or another number where it is left out."""
+        """The side of each row of a unit, or another number if it is left out."""
         return np.array(self._sides[self._edges[unit] : self._edges[unit + 1]])
 
     def numbers(self, unit: int) -> np.ndarray:
-        """The number of each row of a unit among all of its side, i.e. its line in dialogues/<side>.jsonl; int32."""
+        """The number of each row of a unit in its side, i.e. its line in dialogues/<side>.jsonl; int32."""
         of_unit, numbers = self.sides(unit), np.full(len(self.sides(unit)), -1, np.int32)
         for place, side in enumerate(SIDES.values()):
             is_ours = of_unit == side
@@ -212,17 +212,17 @@ class Selection:
         return numbers
 
     def rows_of(self, side: str) -> tuple[np.ndarray, np.ndarray]:
-        """Of all rows of a side, in order: the unit, and the number in it."""
+        """For all rows of a side in order: the unit, and the row number in it."""
         places = np.flatnonzero(self._sides == SIDES[side])
         unit = np.searchsorted(self._edges, places, "right") - 1
         return unit, places - self._edges[unit]
 
     def warnings(self) -> list[str]:
-        """What the report says of the split."""
+        """Warnings about the split, for the report."""
         told: list[str] = json.loads((self._folder / _WARNINGS_FILE).read_text(encoding="utf-8"))
         return told
 
     def ledgers(self) -> dict[str, Ledger]:
-        """Where the records of each source went."""
+        """The counts of the records of each source."""
         counts = json.loads((self._folder / _LEDGERS_FILE).read_text(encoding="utf-8"))
         return {name: Ledger.from_dict(ledger) for name, ledger in counts.items()}

@@ -1,4 +1,4 @@
-"""Stage tokenize: the texts of each unit to documents of tokens, each side's in files of its own."""
+"""Stage tokenize: texts of each unit to documents of tokens, in separate files for each side."""
 
 import json
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ _TEXT_BYTES_AT_ONCE = 2 << 20
 
 @dataclass
 class Figures:
-    """What a side of a unit holds; of several units they add up."""
+    """Counts of a side of a unit; addable."""
 
     n_dialogues: int = 0
     n_messages: int = 0
@@ -39,16 +39,16 @@ class Figures:
     n_answer_tokens: int = 0
     n_partner_leaves: int = 0
     n_partner_continues: int = 0
-    n_openings_not_repeated: int = 0  # dialogues that are cut, with an opening longer than half a row
+    n_openings_not_repeated: int = 0  # dialogues that are split and have an opening longer than half a row
 
     def add(self, other: "Figures") -> None:
-        """Add those of another."""
+        """Add the counts of another."""
         for field in fields(self):
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
 
 class TokenizeUnits(ItemStep):
-    """An item is a unit."""
+    """Items are units."""
 
     stage = TOKENIZE
 
@@ -124,7 +124,7 @@ def _counts(corpus: EncodedCorpus) -> Figures:
 
 
 def figures_of(work: WorkFolder, unit: int) -> dict[str, Figures]:
-    """What each side of a unit holds."""
+    """The counts of each side of a unit."""
     counts = json.loads((work.item(TOKENIZE, unit) / _FIGURES).read_text(encoding="utf-8"))
     return {side: Figures(**of_side) for side, of_side in counts.items()}
 
@@ -140,6 +140,6 @@ def encoded_unit(work: WorkFolder, unit: int, side: str, vocab_size: int) -> Enc
     arrays = {}
     for name in _ARRAYS:
         path = _array(work.item(TOKENIZE, unit), side, name)
-        is_empty = path.stat().st_size == 0  # which cannot be mapped
+        is_empty = path.stat().st_size == 0  # empty files cannot be mapped
         arrays[name] = np.zeros(0, dtypes[name]) if is_empty else np.memmap(path, dtypes[name], mode="r")
     return EncodedCorpus(**arrays)

@@ -1,4 +1,4 @@
-"""Stage tokenizer: a tokenizer is trained on a sample of the training side, or one that exists is taken over."""
+"""Stage tokenizer: train a tokenizer on a sample of the training side, or load an existing one."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,14 +23,14 @@ class TrainedTokenizer(Section):
 
     kind: Literal["train"]
     vocab_size: int = Field(gt=261)
-    # Characters of dialogues, chosen by a hash, that it learns from.
+    # Characters of the sample, dialogues in hash order.
     sample_characters: int = Field(default=10_000_000, gt=0)
-    # Share of the characters that get a piece of their own; the rest are written in bytes.
+    # Share of the characters that get their own piece; others are encoded as bytes.
     character_coverage: float = Field(default=0.9995, ge=0.98, le=1)  # SentencePiece's range
 
 
 class TokenizerFile(Section):
-    """Use a tokenizer that an earlier data.prepare made."""
+    """Use a tokenizer made by an earlier data.prepare."""
 
     kind: Literal["file"]
     path: Location
@@ -65,12 +65,12 @@ class MakeTokenizer(ItemStep):
 
 
 def made_tokenizer(work: WorkFolder) -> DialogueTokenizer:
-    """The tokenizer of the run, once the stage is done."""
+    """The tokenizer of the run, after the stage."""
     return DialogueTokenizer.load(work.item(TOKENIZER, 0) / MODEL_FILE)
 
 
 def _texts_in_hash_order(work: WorkFolder) -> Iterator[str]:
-    """The rendered texts of the training side, whole dialogues in the order of a hash; read one by one from disk."""
+    """The rendered texts of the training side, whole dialogues in hash order, read from disk one by one."""
     unit_of, row_of = Selection(work).rows_of("train")
     units = {unit: UnitResults(work, unit) for unit in np.unique(unit_of).tolist()}
     hashes = np.concatenate(

@@ -1,5 +1,5 @@
-"""What of the sources is read at a time. Units depend on the sources and `unit_bytes` alone, not on how many tasks
-share them."""
+"""Units: what is read of the sources at a time. They depend only on the sources and `unit_bytes`, not on the number of
+tasks."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ from recipes.files import write_json
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Some files of a source one after the other, or one of `n_parts` parts of one file."""
+    """Consecutive files of a source, or one of `n_parts` parts of one file."""
 
     source: str  # its name in the recipe
     files: tuple[str, ...]
@@ -27,8 +27,8 @@ class Unit:
 
 
 def units_of(sources: Mapping[str, DialogueSource], unit_bytes: int) -> list[Unit]:
-    """All records in order: files that can be shared out in parts of at most `unit_bytes`, of the others as many
-    together as have that size. Raises SourceError where a file is missing."""
+    """All records in order: large files that can be split in parts of at most `unit_bytes`, and groups of other files
+    up to that size. Raises SourceError if a file is missing."""
     units: list[Unit] = []
     for name, source in sources.items():
         together: list[str] = []
@@ -49,16 +49,16 @@ def units_of(sources: Mapping[str, DialogueSource], unit_bytes: int) -> list[Uni
 
 
 def _size(path: Path, unit_bytes: int) -> int:
-    """Bytes of a file; what is no file of this machine counts as a unit."""
+    """Bytes of a file; a name that is not a local file counts as a whole unit."""
     return path.stat().st_size if path.is_file() else unit_bytes
 
 
 def write_units(path: Path, units: Sequence[Unit]) -> None:
-    """Write them for the tasks to read."""
+    """Write units for the tasks."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, [asdict(unit) for unit in units])
 
 
 def read_units(path: Path) -> list[Unit]:
-    """What `write_units` wrote."""
+    """The inverse of `write_units`."""
     return [Unit(**{**unit, "files": tuple(unit["files"])}) for unit in json.loads(path.read_text(encoding="utf-8"))]

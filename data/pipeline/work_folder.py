@@ -1,4 +1,4 @@
-"""Where the stages leave their results for each other: a folder for each item, which exists only when complete."""
+"""The results of stages: one folder for each item, which exists only when complete."""
 
 import os
 import shutil
@@ -10,12 +10,12 @@ from pathlib import Path
 from recipes.files import sync_path
 
 WORK = "work"  # inside the run_dir
-FAILURES = "failures"  # inside the logs of a stage: the error of each task that failed
+FAILURES = "failures"  # inside the logs of a stage: the errors of failed tasks
 _LOGS = "logs"
 
 
 class StageError(RuntimeError):
-    """A stage that did not end through no fault of the recipe; the message says where to look. Run it again."""
+    """A stage that failed for other reasons than the recipe; the message says where to look. Can be run again."""
 
 
 class WorkFolder:
@@ -26,27 +26,27 @@ class WorkFolder:
         self.path = self.run_dir / WORK
 
     def item(self, stage: str, number: int) -> Path:
-        """The folder of an item; it exists only when the item is finished."""
+        """The folder of an item; it exists only if the item is finished."""
         return self.path / stage / f"{number:06d}"
 
     def n_done(self, stage: str) -> int:
-        """How many items of a stage are finished."""
+        """The number of finished items of a stage."""
         try:
             return sum(name[0] != "." for name in os.listdir(self.path / stage))
         except FileNotFoundError:
             return 0
 
     def logs(self, stage: str, n_tasks: int) -> Path:
-        """datatrove's logs and completion markers, which hold for one number of tasks."""
+        """datatrove's logs and completion markers, which are valid for one number of tasks."""
         return self.path / _LOGS / f"{stage}_{n_tasks}_tasks"
 
     def remove_leftovers(self) -> None:
-        """Remove what killed processes have left half-written; only while no task runs."""
+        """Remove the partial results of killed processes; only while no task runs."""
         for leftover in self.path.glob("*/.*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
     def remove(self) -> None:
-        """Remove it: first its name, so that what is there is never a part of it."""
+        """Remove the folder atomically, by renaming it first."""
         going = self.path.with_name(f".{WORK}.removed")
         shutil.rmtree(going, ignore_errors=True)
         if self.path.exists():
@@ -56,9 +56,9 @@ class WorkFolder:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A new folder that is written under a name of this process and gets its own only when the block ends well.
+    """A new folder, written under a temporary name and renamed when the block succeeds.
 
-    Two processes may write the same one, as when a job runs on after its submitter was killed: the first stays.
+    If two processes write the same folder, such as a job that outlives its submitter, the first one is kept.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")

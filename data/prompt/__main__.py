@@ -1,7 +1,7 @@
-"""Prompt templates: Prompt Poet files to the tokens of the dialogue format. Two commands:
+"""Prompt templates: Prompt Poet files to tokens of the dialogue format. Two commands:
 
-python -m data.prompt check recipes/templates/group_chat.yml.j2   # what in it breaks a prefix cache?
-python -m data.prompt reuse chitchat: qmsum:corpora/qmsum         # what truncation leaves of a prefix cache
+python -m data.prompt check recipes/templates/group_chat.yml.j2   # what breaks the prefix cache?
+python -m data.prompt reuse chitchat: qmsum:corpora/qmsum         # prefix cache reuse under truncation
 """
 
 import argparse
@@ -22,7 +22,7 @@ from recipes.stage_errors import USER_ERROR, print_os_error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The entry point; the exit code is 0, 1 when the template breaks the prefix, 2 for what cannot be used."""
+    """The entry point; the exit code is 0, 1 if the template breaks the prefix cache, 2 for a user error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("check", help="find values before the conversation that change from turn to turn")
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         return _check(arguments) if arguments.command == "check" else _reuse(arguments)
-    except ValueError as error:  # what a user can get wrong; all of it names what was found
+    except ValueError as error:  # a user error
         print_error(error)
     except OSError as error:
         print_os_error(error, Path())

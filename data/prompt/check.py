@@ -1,8 +1,7 @@
-"""What in a template breaks a prefix cache: values that change from turn to turn and stand before the conversation.
+"""Finds what in a template breaks a prefix cache: values before the conversation that change from turn to turn.
 
-The template is rendered as the conversation grows and with one value changed at a time, and the parts are compared. A
-template does not say which values change during a conversation: those named like a clock or a counter are taken to, and
-`varying` names others.
+The template is rendered as the conversation grows and with one value changed at a time, and the parts are compared.
+Values named like a clock or a counter are assumed to change during a conversation; `varying` names others.
 """
 
 import random
@@ -29,7 +28,7 @@ _MESSAGE_FIELDS = frozenset({"text", "content", "speaker", "author"})
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that breaks the prefix."""
+    """One cause of prefix cache misses."""
 
     place: str  # file:line
     part: str
@@ -40,8 +39,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class Check:
-    """What was found, the parts behind the conversation, which every turn computes, and the values that must not change
-    during it."""
+    """The findings, the parts after the conversation (recomputed every turn), and the values that must stay
+    constant."""
 
     findings: tuple[Finding, ...]
     trailing: tuple[str, ...]
@@ -55,9 +54,9 @@ class _Rendered:
 
 
 def check(template: PromptTemplate, values: Mapping[str, Any], varying: Sequence[str] = ()) -> Check:
-    """Findings for a template with `values` like those of a conversation under way.
+    """Findings for a template with example `values` of a conversation.
 
-    Raises PromptError when the template cannot be rendered with them, or has no conversation that grows.
+    Raises PromptError if the template cannot be rendered with them, or has no conversation that grows.
     """
     lists = _conversations(values)
     if not lists:
@@ -108,7 +107,7 @@ def check(template: PromptTemplate, values: Mapping[str, Any], varying: Sequence
 
 
 def _render(template: PromptTemplate, values: Mapping[str, Any], seed: int = 0) -> _Rendered:
-    """The parts, with the random choices (the filter `random`) of `seed`."""
+    """Render the parts; `seed` determines the filter `random`."""
     spans: list[list[tuple[str, int, str]]] = []
     state = random.getstate()
     random.seed(seed)
@@ -119,8 +118,8 @@ def _render(template: PromptTemplate, values: Mapping[str, Any], seed: int = 0) 
 
 
 def _n_trailing(before: Sequence[TemplatePart], after: Sequence[TemplatePart]) -> int:
-    """How many parts follow the last that may be cut; where none may be cut, those at the end that a new message leaves
-    unchanged."""
+    """The number of parts after the last one that may be cut; if none may be cut, of the last parts that a new message
+    does not change."""
     cut = [i for i, part in enumerate(before) if part.truncation_priority > 0]
     if cut:
         return len(before) - 1 - cut[-1]
@@ -131,7 +130,7 @@ def _n_trailing(before: Sequence[TemplatePart], after: Sequence[TemplatePart]) -
 
 
 def _first_difference(a: _Rendered, b: _Rendered) -> int | None:
-    """The first part of which something else reaches the model."""
+    """The number of the first part that differs in what the model reads."""
     said = [[(part.role, part.content, part.speaker, part.text) for part in each.parts] for each in (a, b)]
     for number, (one, other) in enumerate(zip(*said)):
         if one != other:
@@ -142,7 +141,7 @@ def _first_difference(a: _Rendered, b: _Rendered) -> int | None:
 def _chance_findings(
     template: PromptTemplate, values: Mapping[str, Any], first: _Rendered, n_leading: int
 ) -> list[Finding]:
-    """At most one: a part of the first `n_leading` that differs with the same values."""
+    """At most one finding: one of the first `n_leading` parts that differs with the same values."""
     for seed in range(1, 9):
         again = _render(template, values, seed)
         changed = _first_difference(first, again)
@@ -160,7 +159,7 @@ def _chance_findings(
 
 
 def _place(template: PromptTemplate, before: _Rendered, after: _Rendered, part: int, names: Sequence[str]) -> str:
-    """file:line of the first value that differs in a part, else of what uses one of `names`."""
+    """file:line of the first value that differs in a part, or else of the first use of one of `names`."""
     if part < len(before.spans) and part < len(after.spans):
         for (where, line, text), (_, _, other) in zip(before.spans[part], after.spans[part]):
             if text != other:
@@ -179,7 +178,7 @@ def _part_name(rendered: _Rendered, number: int) -> str:
 
 
 def _conversations(values: Mapping[str, Any]) -> list[str]:
-    """The values that are lists of messages; where some are named so, only those."""
+    """The values that are lists of messages; if some have "message" in their names, only those."""
     lists = [
         key
         for key, value in values.items()
@@ -191,7 +190,7 @@ def _conversations(values: Mapping[str, Any]) -> list[str]:
 
 
 def _grown(values: Mapping[str, Any], lists: Sequence[str], n: int) -> dict[str, Any]:
-    """The values `n` messages later; new messages take turns in the form of those there are."""
+    """The values after `n` more messages, modeled on the existing ones."""
     grown = dict(values)
     for key in lists:
         said = list(values[key])
@@ -204,7 +203,7 @@ def _grown(values: Mapping[str, Any], lists: Sequence[str], n: int) -> dict[str,
 
 
 def _changed(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
-    """Every single value in `value`: its path, it, and `value` with another in its place."""
+    """For every scalar in `value`: its path, the scalar, and a copy of `value` with another scalar in its place."""
     if isinstance(value, Mapping):
         for name, item in value.items():
             for at, old, changed in _changed(item, (*path, str(name))):

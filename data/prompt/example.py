@@ -1,4 +1,4 @@
-"""Example values for a template, made from how its syntax uses each: looped over, looked into, printed, called."""
+"""Example values for a template, inferred from its syntax: loops, attributes, prints and calls."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,12 +11,12 @@ _NAMES = frozenset({"speaker", "author", "name"})
 
 
 def example_values(template: PromptTemplate) -> dict[str, Any]:
-    """A value for every name that the template takes from outside."""
+    """A value for every undeclared name of the template."""
     return _uses(template).examples(template.environment.globals)
 
 
 def called_functions(template: PromptTemplate) -> list[str]:
-    """The functions that the template calls and that neither it nor Jinja has."""
+    """The functions that the template calls and that neither it nor Jinja defines."""
     uses = _uses(template)
     return sorted(uses.called - uses.own - set(template.environment.globals))
 
@@ -29,18 +29,18 @@ def _uses(template: PromptTemplate) -> "_Uses":
 
 
 class _Uses:
-    """How templates use their values, as far as their syntax shows it."""
+    """The uses of values in the syntax of templates."""
 
     def __init__(self) -> None:
         self.called: set[str] = set()
-        self.own: set[str] = {"loop", "caller", "varargs", "kwargs", "super", "self"}  # of Jinja, or set by a template
+        self.own: set[str] = {"loop", "caller", "varargs", "kwargs", "super", "self"}  # defined by Jinja or a template
         self._lists: set[str] = set()
         self._loops: dict[str, str] = {}  # loop variable -> name of the list
         self._fields: dict[str, set[str]] = {}  # name -> attributes of it, or of its items
-        self._open: list[tuple[set[str], set[str]]] = []  # of each template: names from outside, names it sets
+        self._open: list[tuple[set[str], set[str]]] = []  # of each template: undeclared names, names it sets
 
     def add(self, tree: nodes.Template) -> None:
-        """Take in the tree of a template, or of one that it includes."""
+        """Add the tree of a template, or of one that it includes."""
         set_here = {macro.name for macro in tree.find_all(nodes.Macro)}
         set_here.update(module.target for module in tree.find_all(nodes.Import))
         for imported in tree.find_all(nodes.FromImport):
@@ -64,13 +64,13 @@ class _Uses:
                 self._lists.add(item.node.name)
 
     def examples(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """A value for every name that a template takes from outside."""
+        """A value for every undeclared name."""
         for variable, name in self._loops.items():
             self._fields.setdefault(name, set()).update(self._fields.get(variable, ()))
         names: set[str] = set()
         for number, (outside, _) in enumerate(self._open):
             elsewhere = [set_there for other, (_, set_there) in enumerate(self._open) if other != number]
-            names |= outside.difference(*elsewhere)  # what the including template sets is not from outside
+            names |= outside.difference(*elsewhere)  # without names that the including template sets
         return {name: self._example(name) for name in sorted(names - set(given) - self.called - {"token_limit"})}
 
     def _example(self, name: str) -> Any:
@@ -91,7 +91,7 @@ class _Uses:
 
 
 def _looped_over(loop: nodes.For) -> str | None:
-    """The name of the value that a loop goes over, through filters, slices and functions."""
+    """The name that a loop iterates over, through filters, slices and functions."""
     source: Any = loop.iter
     while isinstance(source, nodes.Filter | nodes.Getitem | nodes.Call):
         source = source.args[0] if isinstance(source, nodes.Call) and source.args else source.node

@@ -1,13 +1,13 @@
-"""One rule for every prompt that must not exceed a number of tokens: DPO, SFT, evaluation, sampling and serving.
+"""The truncation rule of every prompt with a token limit: DPO, SFT, evaluation, sampling and serving.
 
-1. The narrator's messages before anybody else's set the scene and define the characters. They are pinned.
-2. The newest message, and a narrator's note that follows it, are what the reply answers. They are pinned too.
-3. Of what lies between, the newest messages that fit are kept, without gaps. A narrator's message in the middle of a
-   conversation tells an event, and goes with the messages of its age.
+1. The narrator's opening (scene and character definitions) is pinned.
+2. The newest message, and narration after it, are pinned: the reply answers them.
+3. Between them, the newest messages that fit are kept, without gaps. Narration inside a conversation is treated like
+   other messages.
 
-Where the pinned messages do not fit, there is no prompt, but a reason, which names the part that is too long. A prompt
-whose context was cut away whole, or whose newest message was cut short, would ask the model to answer something else.
-(A prompt template marks pinned parts itself, and cuts in rare deep steps: data/prompt/truncation.py.)
+If the pinned messages do not fit, there is no prompt but a reason that names the part that is too long: with no
+context, or a truncated newest message, the model would answer something else. (A prompt template pins its own parts and
+truncates in rare deep steps: data/prompt/truncation.py.)
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ TOGETHER_TOO_LONG = "the narrator's opening messages and the newest message are 
 
 @dataclass(frozen=True, slots=True)
 class FittedPrompt:
-    """The messages that are kept, the tokens to generate from, and how many messages were cut."""
+    """The kept messages, the tokens to generate from, and the number of messages that were cut."""
 
     messages: tuple[Message, ...]
     tokens: list[int]
@@ -40,12 +40,11 @@ def fit_prompt(
     max_tokens: int,
     reply_tokens: int = 0,
 ) -> FittedPrompt | LeftOut:
-    """The prompt for `character`'s reply to `messages`, with at most `max_tokens` tokens less the reply's, or why there
-    is none.
+    """The prompt for `character`'s reply to `messages`, of at most `max_tokens` tokens less the reply's, or the reason
+    why there is none.
 
-    Each message is encoded once, from the newest back, and none beyond the first that does not fit; where there is no
-    prompt, the newest is encoded again to say why. Without
-    messages the prompt is `<bos><|message|>character:`. Raises DialogueError for a bad name.
+    Each message is encoded once, from the newest back, up to the first that does not fit. Without messages the prompt
+    is `<bos><|message|>character:`. Raises DialogueError for an invalid name.
     """
     encoder = tokenizer if isinstance(tokenizer, MessageEncoder) else MessageEncoder(tokenizer)
     reply = encoder.opening(character)
@@ -89,8 +88,9 @@ def _fits(encoder: MessageEncoder, messages: Sequence[Message], room: int) -> bo
 
 
 def _n_newest(conversation: Sequence[Message], character: str) -> int:
-    """How many messages at the end must stay: the newest, and with the narrator's after it the newest of others."""
-    if character == NARRATOR:  # its messages are replies here
+    """The number of pinned messages at the end: the newest one and, if that is narration, back to the newest of
+    others."""
+    if character == NARRATOR:  # narration is its own messages
         return min(1, len(conversation))
     notes = next((i for i, message in enumerate(reversed(conversation)) if message.speaker != NARRATOR), None)
     return 0 if notes is None else notes + 1

@@ -1,4 +1,5 @@
-"""The Jinja2 of prompt templates: Prompt Poet's settings, in a sandbox, every printed value behind a placeholder."""
+"""The Jinja2 environment of prompt templates: Prompt Poet's settings in a sandbox, with placeholders for printed
+values."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from data.prompt.values import IndentedText, TemplateText, Texts, Undefined, current_texts, plain
 
 ESCAPE = "escape_special_characters"
-RESERVED = ("token_limit", ESCAPE)  # Prompt Poet gives these to every template
+RESERVED = ("token_limit", ESCAPE)  # Prompt Poet passes these to every template
 _PRINT, _PRINT_ESCAPED, _LITERAL, _CAPTURE = "_print", "_print_escaped", "_template_text", "_capture"  # filters
 _DICT_METHODS = frozenset(dir(dict))
 
@@ -20,8 +21,8 @@ _DICT_METHODS = frozenset(dir(dict))
 class TemplateEnvironment(ImmutableSandboxedEnvironment):
     """Wraps every expression that a template prints.
 
-    White space is kept as Prompt Poet keeps it (Jinja's defaults): the same file gives the same YAML. `functions` are
-    what a template may call; they get plain values, and what they return is a value like any other.
+    White space is handled as in Prompt Poet (Jinja's defaults), so the same file gives the same YAML. `functions` can
+    be called by the template, with plain values; their results are values.
     """
 
     def __init__(self, directory: Path | None, functions: Mapping[str, Callable[..., Any]]) -> None:
@@ -34,17 +35,17 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         self.filters[_CAPTURE] = _capture
         self.filters["trim"] = _of_template_text(self.filters["trim"])
         self.filters["indent"] = _indenting(_of_template_text(self.filters["indent"]))
-        self.globals[ESCAPE] = lambda text: str(text) if isinstance(text, str) else text  # a value needs no escape
+        self.globals[ESCAPE] = lambda text: str(text) if isinstance(text, str) else text  # values need no escaping
         for name, function in functions.items():
             self.globals[name] = _of_plain_values(name, function)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 (as in Jinja)
-        """Call from a template. What macros, blocks and recursive loops return is the template's own text."""
+        """Call from a template. Macros, blocks and recursive loops return template text."""
         result = super().call(__context, __obj, *args, **kwargs)
         return TemplateText(result) if isinstance(__obj, Macro | BlockReference | LoopContext) else result
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        """As in Jinja; a value of a plain mapping is found without asking whether it is a safe attribute."""
+        """As in Jinja, with a fast path for keys of plain mappings."""
         if type(obj) is dict and attribute not in _DICT_METHODS and attribute in obj:
             return obj[attribute]
         return super().getattr(obj, attribute)
@@ -54,7 +55,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         where = filename or name or "template"
         for choice in tree.find_all(nodes.CondExpr):
             if choice.expr2 is None:
-                choice.expr2 = nodes.Const("", lineno=choice.lineno)  # no else: nothing, which is no missing value
+                choice.expr2 = nodes.Const("", lineno=choice.lineno)  # prints nothing, not an undefined value
         for output in tree.find_all(nodes.Output):
             output.nodes = [
                 child if isinstance(child, nodes.TemplateData) else self._printed(child, where)
@@ -81,7 +82,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         return nodes.Filter(_with_literals(node), _PRINT, [place], [], None, None, lineno=node.lineno)
 
 
-@jinja2.pass_context  # so that it is not computed when the template is compiled, which would lose the type
+@jinja2.pass_context  # prevents constant folding at compile time, which would lose the type
 def _template_text(_: Context, text: str) -> str:
     return TemplateText(text)
 
@@ -92,7 +93,7 @@ def _capture(_: Context, text: str) -> str:
 
 
 def _of_template_text(filter_function: Callable[..., str]) -> Callable[..., str]:
-    """A filter of white space whose result is template text where what it works on is."""
+    """A white space filter that returns template text for template text."""
 
     def apply(value: Any, *arguments: Any, **keywords: Any) -> str:
         result = filter_function(value, *arguments, **keywords)
@@ -102,7 +103,7 @@ def _of_template_text(filter_function: Callable[..., str]) -> Callable[..., str]
 
 
 def _indenting(indent: Callable[..., str]) -> Callable[..., str]:
-    """The filter `indent`, whose result for a value tells the lines of the value from what the filter adds."""
+    """The filter `indent`, whose result for a value separates the value's lines from the added indentation."""
 
     def apply(value: Any, *arguments: Any, **keywords: Any) -> str:
         result = indent(value, *arguments, **keywords)
@@ -131,7 +132,7 @@ def _expanded(argument: Any, texts: Texts) -> Any:
 
 
 def _with_literals(node: Any) -> Any:
-    """The expression with its string literals as template text, where they can be its result."""
+    """The expression with the string literals that can be its result as template text."""
     if isinstance(node, nodes.Const) and type(node.value) is str:
         return nodes.Filter(node, _LITERAL, [], [], None, None, lineno=node.lineno)
     if isinstance(node, nodes.CondExpr):
@@ -148,7 +149,7 @@ def _with_literals(node: Any) -> Any:
 
 
 def _captured(block: nodes.AssignBlock) -> nodes.Filter:
-    """The filters of a `{% set %}` block, of which ours is the first: what they work on is a value."""
+    """The filters of a `{% set %}` block with ours innermost, so that it receives the block's text."""
     ours = nodes.Filter(None, _CAPTURE, [], [], None, None, lineno=block.lineno)
     if block.filter is None:
         return ours

@@ -1,6 +1,6 @@
-"""The YAML that a template renders, as parts: Prompt Poet's level, which knows roles and contents but no tokens.
+"""The parts in the YAML that a template renders (Prompt Poet's level: roles and contents, no tokens).
 
-The YAML is parsed with marks in place of the values, which are filled in afterwards: no value can become structure.
+The YAML is parsed with marks in place of values, which are filled in afterwards, so values cannot add structure.
 """
 
 import re
@@ -16,7 +16,7 @@ from data.format.dialogue import NARRATOR
 from data.prompt.values import MARK, PromptError, Texts
 from data.prompt.yaml_parts import load_records
 
-SPACE_MARKER = "<|space|>"  # Prompt Poet's: keeps white space at the edge of a content, which is stripped
+SPACE_MARKER = "<|space|>"  # Prompt Poet's: keeps white space at the ends of a content, which is stripped
 NAME, ROLE, SPEAKER, CONTENT, SECTIONS = "name", "role", "speaker", "content", "sections"
 PRIORITY, EXPECTED = "truncation_priority", "expected_template_data_keys"
 PART_KEYS = (NAME, ROLE, SPEAKER, CONTENT, SECTIONS, PRIORITY, EXPECTED)
@@ -33,7 +33,7 @@ _INTEGER = re.compile("-?[0-9]{1,9}")
 
 
 class PartSection(NamedTuple):
-    """A named piece of a part's content. A priority of None is its part's."""
+    """A named piece of a part's content. A priority of None is the part's."""
 
     name: str
     content: str
@@ -41,11 +41,11 @@ class PartSection(NamedTuple):
 
 
 class TemplatePart(NamedTuple):
-    """One part as Prompt Poet has it, and who says it.
+    """One part as in Prompt Poet, and its speaker.
 
-    `content` is a text, or what else YAML makes of it (a number, a list of image parts, ...). `speaker` is the key of
-    that name, else the name that the content begins with ("Ann: hi"), else the narrator for the role system, else
-    None; `text` is what the speaker says, None where `content` is no text.
+    `content` is a text or other YAML (a number, a list of image parts, ...). `speaker` is the key of that name, else
+    the name at the beginning of the content ("Ann: hi"), else the narrator for the role system, else None; `text` is
+    what the speaker says, None if `content` is not a text.
     """
 
     name: str
@@ -58,7 +58,7 @@ class TemplatePart(NamedTuple):
 
 
 class PartReader:
-    """Reads what one template renders. `name` is the template's, for errors."""
+    """Reads the output of one template. `name` is the template's, for errors."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -66,9 +66,9 @@ class PartReader:
     def read(
         self, rendered: str, texts: Texts, known_values: frozenset[str], spans: list[list[int]] | None = None
     ) -> tuple[TemplatePart, ...]:
-        """The parts. Raises PromptError for YAML that is broken or holds something else, naming part and key.
+        """The parts. Raises PromptError for invalid YAML or content, naming part and key.
 
-        `spans`, when given, receives for each part the numbers in `texts` of the values in its YAML.
+        Appends to `spans`, for each part, the numbers in `texts` of the values in its YAML.
         """
         marked, numbers = texts.split(rendered)
         values = [texts.texts[number] for number in numbers]
@@ -108,8 +108,8 @@ class PartReader:
 
 
 def _chunks(marked: str) -> list[str]:
-    """The YAML of each part. Every line that begins a part begins an item of the top-level list, whatever precedes it
-    was; where that is not plain to see, all is one chunk."""
+    """The YAML of each part: split at the lines that begin an item of the top-level list. One chunk for all if that is
+    not certain."""
     begin = _FIRST_PART.match(marked)
     if begin is None or _DOCUMENT_MARK.search(marked):
         return [marked]
@@ -118,7 +118,7 @@ def _chunks(marked: str) -> list[str]:
     return [first, *(separator[1:] + other for other in others)]
 
 
-@lru_cache(1024)  # a template renders the same few chunks in every turn, with other values
+@lru_cache(1024)  # templates render the same few chunks every turn, with other values
 def _load(marked: str) -> Any:
     literals = marked.split(MARK)
     numbered = "".join(f"{literal}{MARK}{i}{_END}" for i, literal in enumerate(literals[:-1])) + literals[-1]
@@ -149,7 +149,7 @@ def _n_characters(parts: Sequence[TemplatePart]) -> int:
     return sum(_CHARACTERS_OF_AN_ENTRY + 2 * len(str(part.content)) for part in parts)
 
 
-@cached(LRUCache(_CACHED_CHARACTERS, _n_characters), lock=Lock())  # earlier messages come back in every turn
+@cached(LRUCache(_CACHED_CHARACTERS, _n_characters), lock=Lock())  # earlier messages are rendered again every turn
 def _parts(
     chunk: str, values: tuple[str, ...], known_values: frozenset[str], name: str, n_before: int
 ) -> list[TemplatePart]:
@@ -161,8 +161,8 @@ def _parts(
 
 
 def _part(record: Any, where: str, values: Sequence[str], known_values: frozenset[str]) -> TemplatePart:
-    """The part of a record in whose texts marks stand for `values`. What a content begins with, and so who says it, is
-    decided before the values are in it."""
+    """The part of a record in whose texts marks stand for `values`. The speaker at the beginning of a content is parsed
+    before values are filled in."""
     if not isinstance(record, dict):
         raise PromptError(f"{where}: found {type(record).__name__}, expected a mapping with name, role and content")
     name = _fill(_scalar(record.get(NAME, ""), where, NAME), values)
@@ -206,8 +206,8 @@ def _check_expected(expected: Any, where: str, values: Sequence[str], known_valu
 
 
 def _sections(record: dict[str, Any], where: str, values: Sequence[str]) -> tuple[PartSection, ...]:
-    """The sections, still with marks. Their contents are stripped of spaces and tabs only: line breaks separate them
-    once they are joined."""
+    """The sections, with marks. Only spaces and tabs are stripped from their contents, because line breaks separate
+    them when joined."""
     found = record[SECTIONS]
     if CONTENT in record:
         raise PromptError(f"{where}: has content and sections, expected one of them")
@@ -244,19 +244,19 @@ def _priority(text: str, where: str) -> int:
 
 
 def _unescaped(marked: str) -> str:
-    """Prompt Poet's escapes in the author's own text; values are put in later and stay as they are."""
+    """Apply Prompt Poet's escapes to the author's text; values are filled in later and not unescaped."""
     return marked.replace("\\n", "\n").replace("\\r", "\r")
 
 
 def _fill(marked: str, values: Sequence[str]) -> str:
-    """The text with the values in it, and spaces for Prompt Poet's markers of one."""
+    """Fill in the values, and spaces for Prompt Poet's space markers."""
     if MARK not in marked and SPACE_MARKER not in marked:
         return marked
     return _VALUE_OR_SPACE.sub(lambda found: " " if found[1] is None else values[int(found[1])], marked)
 
 
 def _fill_text(marked: str, values: Sequence[str]) -> str:
-    """As `_fill`; where the values at an edge are empty, the template's white space beside them goes too."""
+    """`_fill`, and strip the template's white space next to empty values at the ends."""
     while (first := _FIRST_VALUE.match(marked)) and not values[int(first[1])]:
         marked = marked[first.end() :].lstrip()
     while (last := _LAST_VALUE.search(marked)) and not values[int(last[1])]:
@@ -265,7 +265,7 @@ def _fill_text(marked: str, values: Sequence[str]) -> str:
 
 
 def _fill_all(content: Any, values: Sequence[str]) -> Any:
-    """A content that is no text, with the values in the texts of it."""
+    """Fill in the values of a content that is not a text."""
     if isinstance(content, str):
         return _fill(content, values)
     if isinstance(content, list):

@@ -1,7 +1,8 @@
-"""Prompt templates in the Prompt Poet dialect (Jinja2 that renders YAML parts), to the tokens of the dialogue format.
+"""Prompt templates in the Prompt Poet dialect (Jinja2 that renders YAML parts), rendered to tokens of the dialogue
+format.
 
-A template has two levels. `parts` is Prompt Poet's: any roles, any contents, no tokenizer. `render` takes the parts as
-messages of the dialogue format, and needs to know who says each and who is to reply.
+A template has two levels. `parts` is Prompt Poet's: any roles, any contents, no tokenizer. `render` converts parts to
+messages of the dialogue format, and requires a speaker for each and a last part that is the reply.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,7 +45,7 @@ DEFAULT_TEMPLATE = """\
 
 
 class PromptPart(NamedTuple):
-    """One message of a prompt. The last part is the reply to generate: its text is None."""
+    """One message of a prompt. The last part is the reply to generate, with text None."""
 
     name: str
     role: str
@@ -56,7 +57,7 @@ class PromptPart(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RenderedPrompt:
-    """The parts that remain, the tokens to generate from, and how many parts truncation removed."""
+    """The parts after truncation, the tokens to generate from, and the number of removed parts."""
 
     parts: tuple[PromptPart, ...]
     tokens: list[int]
@@ -64,30 +65,30 @@ class RenderedPrompt:
 
     @property
     def character(self) -> str:
-        """Who is to speak."""
+        """The speaker of the reply."""
         return self.parts[-1].speaker
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        """The conversation that remains, without the reply."""
+        """The conversation after truncation, without the reply."""
         return tuple(Message(part.speaker, part.text) for part in self.parts if part.text is not None)
 
 
 def conversation_values(messages: Sequence[Message], character: str, scene: str = "") -> dict[str, Any]:
-    """The values of the default template."""
+    """Values for the default template."""
     return {"messages": messages, "character": character, "scene": scene}
 
 
 class PromptTemplate:
     """A compiled template.
 
-    A part has `name`, `role` (user by default), `content` or `sections`, and optionally `truncation_priority` (0, the
-    default, is never cut; higher is cut first), `expected_template_data_keys` and `speaker`, which is ours. To be
-    rendered to tokens a part needs a role of system, user or assistant, and a speaker: the key, or the content says
-    it, as in "{{ user }}: {{ text }}", or the role system, which is the narrator. The last part then has no text after
-    its speaker, as in "{{ character }}:"; it is the reply to generate.
+    A part has `name`, `role` (default user), `content` or `sections`, and optionally `truncation_priority` (0, the
+    default, is never cut; higher is cut first), `expected_template_data_keys`, and our extension `speaker`. To render
+    tokens, a part needs the role system, user or assistant, and a speaker: the key, or the beginning of the content, as
+    in "{{ user }}: {{ text }}", or the narrator for the role system. The last part must have no text after its speaker,
+    as in "{{ character }}:"; it is the reply to generate.
 
-    `functions` are what the template may call beside Jinja's own. Not for several threads at once.
+    `functions` can be called by the template, in addition to Jinja's own. Not thread-safe.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class PromptTemplate:
 
     @classmethod
     def load(cls, path: Path | str, functions: Mapping[str, Callable[..., Any]] | None = None) -> "PromptTemplate":
-        """The template of a file; its `{% include %}`s are looked up in the file's directory."""
+        """The template in a file; `{% include %}` is relative to the file's directory."""
         path = Path(path)
         try:
             source = path.read_text(encoding="utf-8")
@@ -120,8 +121,8 @@ class PromptTemplate:
         return cls(source, str(path), path.parent, functions)
 
     def sources(self) -> Iterator[tuple[str, jinja2.nodes.Template]]:
-        """The name and the syntax tree of the template and of every file that it includes or imports by name. Raises
-        PromptError where one is not there or is no template."""
+        """Name and syntax tree of the template and of every file that it includes or imports by name. Raises
+        PromptError for a file that is missing or invalid."""
         try:
             yield from template_sources(self.environment, self.source, self.name)
         except jinja2.TemplateNotFound as error:
@@ -135,11 +136,10 @@ class PromptTemplate:
         token_limit: int | None = None,
         spans: list[list[tuple[str, int, str]]] | None = None,
     ) -> tuple[TemplatePart, ...]:
-        """The parts for `values` (text, numbers, Messages, lists and mappings), as Prompt Poet has them.
+        """The parts for `values` (text, numbers, Messages, lists and mappings), as in Prompt Poet.
 
-        `token_limit` is only told to the template (-1 for None). `spans`, when given, receives for each part the
-        values in it: the template that printed it, the line, the text. Raises PromptError for a template or values
-        that do not fit.
+        `token_limit` is only passed to the template (-1 for None). Appends to `spans`, for each part, the values in it:
+        the template that printed it, the line, the text. Raises PromptError for an invalid template or values.
         """
         reserved = [key for key in RESERVED if key in values]
         if reserved:
@@ -177,13 +177,12 @@ class PromptTemplate:
         truncation_step: int | None = None,
         context_cost: float | None = None,
     ) -> RenderedPrompt:
-        """The prompt for `values`, of at most `token_limit` tokens. A MessageEncoder kept from turn to turn tokenizes
+        """The prompt for `values`, of at most `token_limit` tokens. Keep a MessageEncoder from turn to turn to tokenize
         each message once.
 
-        Where parts must go, cuts are rare and deep, so that a cache of the prefix stays valid between them: planned to
-        cost `context_cost` of the context on average (default a quarter), or with `truncation_step` Prompt Poet's
-        steps of so many tokens. Raises PromptError for a template or values that do not fit, and when the parts that
-        are never cut exceed the limit.
+        Truncation cuts rarely and deeply, so that the prefix cache stays valid between cuts: either the average cost is
+        `context_cost` of the context (default a quarter), or cuts are Prompt Poet's `truncation_step` tokens. Raises
+        PromptError for an invalid template or values, and if the parts that are never cut exceed the limit.
         """
         encoder = tokenizer if isinstance(tokenizer, MessageEncoder) else MessageEncoder(tokenizer)
         _check_truncation(token_limit, truncation_step, context_cost)
@@ -210,12 +209,12 @@ class PromptTemplate:
         return RenderedPrompt(tuple(kept), tokens, len(parts) - len(kept))
 
     def dialogue(self, dialogue: Dialogue, values: Mapping[str, Any] | None = None) -> Dialogue:
-        """The dialogue as the template says it, for training and evaluation: `encode_dialogue` of it begins, up to
-        any reply, with the ids of the prompt that serving would render at that place.
+        """The dialogue as the template renders it, for training and evaluation: up to any reply, `encode_dialogue` of
+        it begins with the ids of the prompt that serving would render there.
 
-        The template gets `messages`, `character` and `values`. Raises PromptError when it leaves out or changes a
-        message, or lets another character reply; what it adds (definitions, say) has no time and is trained only where
-        the character says it.
+        The template gets `messages`, `character` and `values`. Raises PromptError if it omits or changes a message, or
+        ends with another character's reply. Parts that it adds (such as definitions) have no time, and are trained only
+        if the character says them.
         """
         given = conversation_values(dialogue.messages, dialogue.character) | dict(values or {})
         parts = self.parts(given)
@@ -261,7 +260,7 @@ class PromptTemplate:
         for number, part in enumerate(said):
             name, role, _, priority, _, speaker, text = part
             if not text or speaker is None or role not in ROLES:
-                self._message(part, number)  # raises, but for a message whose text is empty
+                self._message(part, number)  # raises, unless only the text is empty
                 assert speaker is not None and text is not None
             try:
                 tokens = encoder.message(speaker, text)

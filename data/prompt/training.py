@@ -1,4 +1,4 @@
-"""A prompt template as a recipe names it: dialogues are trained as a prompt of that template will show them."""
+"""A prompt template in a data recipe: dialogues are trained as prompts of that template."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -14,9 +14,9 @@ from recipes.run_identity import Location
 
 class TrainingTemplate(Section):
     """The template gets `messages`, `character`, `metadata` (the dialogue's, after scrubbing) and `values`. It may add
-    parts, such as a definition of the character; a dialogue of which it leaves out or changes a message is bad."""
+    parts, such as a character definition; a dialogue with a message that it omits or changes is bad."""
 
-    path: Location  # a Prompt Poet template; what it includes lies beside it
+    path: Location  # a Prompt Poet template; includes are relative to its folder
     values: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -25,11 +25,11 @@ class TrainingTemplate(Section):
         return self
 
     def apply(self, dialogue: Dialogue) -> Dialogue:
-        """The dialogue as the template says it. Raises PromptError where the two do not fit."""
+        """The dialogue as the template renders it. Raises PromptError if they do not match."""
         return _compiled(self.path).dialogue(dialogue, {"metadata": dialogue.metadata, **self.values})
 
     def files(self) -> list[Path]:
-        """The template's file and those that it includes. Raises PromptError where one is not there or is none."""
+        """The template's file and its includes. Raises PromptError for a missing or invalid file."""
         return [Path(name) for name, _ in _compiled(self.path).sources()]
 
 

@@ -1,7 +1,7 @@
-"""The values of a prompt while Jinja and YAML work: behind placeholders, so that no text can become structure.
+"""Values during Jinja rendering and YAML parsing: placeholders, so that no value can add structure.
 
-What a template prints is a placeholder; the text takes its place after the YAML is parsed. Only text that the
-template's author wrote, be it as a literal of an expression (`TemplateText`), is ever read as YAML.
+A template prints placeholders; texts replace them after the YAML is parsed. Only text by the template's author,
+including string literals in expressions (`TemplateText`), is parsed as YAML.
 """
 
 import dataclasses
@@ -13,48 +13,48 @@ from typing import Any
 
 import jinja2
 
-MARK = "\ue000"  # stands for a placeholder in the text that is parsed
+MARK = "\ue000"  # marks a placeholder in the text that is parsed
 _OPEN, _CLOSE = "\ue001", "\ue002"
 _NUMBER = re.compile(f"{MARK}([0-9]+){_CLOSE}")
 
 
 class PromptError(ValueError):
-    """A template or values that make no prompt; the message names the template, the part and what was expected."""
+    """An invalid template or values; the message names the template, the part and what was expected."""
 
 
 _CUT = "a filter block cuts a value after it is printed; cut the value itself"
 
 
 class TemplateText(str):
-    """A string literal of the template. It is printed as the author's own text; whatever is made of it is a value."""
+    """A string literal of the template, printed as template text; anything computed from it is a value."""
 
 
 class IndentedText(str):
-    """A value through the filter `indent`. Its line breaks and indentation are the template's, its lines are values: in
-    a `content: |` YAML takes the indentation away, as in Prompt Poet."""
+    """A value through the filter `indent`. Line breaks and indentation are template text and the lines are values, so
+    YAML removes the indentation in a `content: |`, as in Prompt Poet."""
 
     layout: Callable[[str], str]
     lines: list[str]
 
 
 class Undefined(jinja2.Undefined):
-    """A value that was not given: it can be tested and compared, as in Jinja; to print it, loop over it or look into
-    it is an error, where Jinja would go on with nothing."""
+    """A missing value: it can be tested and compared, as in Jinja, but printing, iterating or attribute access is an
+    error, where Jinja prints nothing."""
 
     __iter__ = __str__ = __len__ = jinja2.Undefined._fail_with_undefined_error
 
 
 class Texts:
-    """The texts that one rendering printed, in order, and where the template printed each (a number of a place)."""
+    """The printed values of one rendering in order, with the place in the template of each (a number)."""
 
     def __init__(self) -> None:
-        self._nonce = str(secrets.randbits(96))  # digits: filters like `upper` leave them alone
+        self._nonce = str(secrets.randbits(96))  # digits: filters like `upper` do not change them
         self._begin = f"{MARK}{self._nonce}{_OPEN}"
         self.texts: list[str] = []
         self.places: list[int] = []
 
     def printed(self, value: Any, place: int) -> str:
-        """What the template prints for a value: a placeholder, or a literal of its own as it is."""
+        """The output for a printed value: a placeholder, or a literal of the template as it is."""
         if type(value) is not str:
             if type(value) is TemplateText:
                 return value
@@ -66,15 +66,15 @@ class Texts:
         return f"{self._begin}{len(self.texts) - 1}{_CLOSE}"
 
     def printed_value(self, value: Any, place: int) -> str:
-        """As `printed`, and a literal of the template is a value too."""
+        """`printed`, with literals of the template as values too."""
         return self.printed(str(value) if type(value) is TemplateText else value, place)
 
     def captured(self, text: str) -> str:
-        """The value of a `{% set %}` block: template text where nothing was printed in it."""
+        """The value of a `{% set %}` block: template text if no value was printed in it."""
         return self.expand(text) if MARK in text else TemplateText(text)
 
     def expand(self, text: str) -> str:
-        """`text` with every placeholder exchanged, also those in the output of a macro that was printed as a value."""
+        """`text` with all placeholders replaced, also those in the output of a macro that was printed as a value."""
         first, *others = text.split(self._begin)
         expanded = [first]
         for other in others:
@@ -87,7 +87,7 @@ class Texts:
     def split(self, rendered: str) -> tuple[str, list[int]]:
         """The template's output with `MARK` for each placeholder, and the numbers of their texts, in order.
 
-        Raises PromptError when a placeholder was cut.
+        Raises PromptError if a placeholder was truncated.
         """
         whole = rendered.count(MARK) == rendered.count(self._begin)
         pieces = _NUMBER.split(rendered.replace(self._begin, MARK))
@@ -102,7 +102,7 @@ current_texts: ContextVar[Texts] = ContextVar("texts of the rendering in progres
 
 
 def plain(value: Any, key: str) -> Any:
-    """The value as plain data, so that a template can reach nothing but data; `key` names it in errors.
+    """The value as plain data, so that templates cannot reach other objects; `key` names it in errors.
 
     Text, numbers, None, lists and mappings of them; a dataclass (a Message) is a mapping of its fields.
     """
@@ -127,7 +127,7 @@ def plain(value: Any, key: str) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
         return plain(list(value), key)
     if isinstance(value, jinja2.Undefined):
-        str(value)  # raises, naming the variable
+        str(value)  # raises with the variable's name
     raise PromptError(f"value {key} is a {kind.__name__}; expected text, numbers, lists and mappings of them")
 
 
@@ -143,7 +143,7 @@ def _fields(kind: type) -> tuple[str, ...]:
 
 def _as_text(value: Any) -> str:
     if isinstance(value, jinja2.Undefined):
-        str(value)  # raises, naming the variable
+        str(value)  # raises with the variable's name
     if value is None or isinstance(value, bool | int | float):
         return str(value)
     if not isinstance(value, str):

@@ -1,4 +1,5 @@
-"""YAML of prompt parts: PyYAML's safe loader, as Prompt Poet's, but with unique keys, and names as they are written."""
+"""YAML of prompt parts: PyYAML's safe loader, as in Prompt Poet, but duplicate keys are errors and names are
+strings."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,20 +11,19 @@ _TYPED = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", 
 
 
 def load_records(text: str, word_keys: Sequence[str], list_keys: Sequence[str]) -> Any:
-    """The data of `text`. In the mappings of a list, values of `word_keys` are texts as written (a speaker called No is
-    no boolean), and so they are in the lists of `list_keys`. Raises yaml.YAMLError.
-    """
+    """The data of `text`. In mappings of a list, values of `word_keys` are strings as written (a speaker called No is
+    not a boolean), and so are the items of lists in `list_keys`. Raises yaml.YAMLError."""
     loader = _UniqueKeys(text)
     try:
         node = loader.get_single_node()
         _keep_words(node, word_keys, list_keys)
         return None if node is None else loader.construct_document(node)
-    except (ValueError, OverflowError) as error:  # a date or a number that is none
+    except (ValueError, OverflowError) as error:  # an invalid date or number
         raise yaml.YAMLError(str(error)) from None
 
 
 class _UniqueKeys(Loader):
-    """PyYAML's safe loader (Prompt Poet's), which refuses a key that is given twice instead of keeping the last."""
+    """PyYAML's safe loader that rejects duplicate keys instead of keeping the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -48,7 +48,7 @@ def _keep_words(node: yaml.Node | None, word_keys: Sequence[str], list_keys: Seq
 
 
 def _as_written(node: yaml.Node) -> yaml.Node:
-    """A copy: an alias elsewhere keeps its type."""
+    """A copy, because an alias elsewhere keeps its type."""
     if not isinstance(node, yaml.ScalarNode) or node.tag not in _TYPED:
         return node
     return yaml.ScalarNode("tag:yaml.org,2002:str", node.value, node.start_mark, node.end_mark, node.style)
