@@ -120,7 +120,7 @@ def _is_whole(run_dir: Path) -> bool:
         DialogueTokenizer.load(run_dir)
     except FormatError:
         raise RunDirectoryError(
-            f"{run_dir}: its data is whole, but of another format than this version reads and writes ({FORMAT}); set "
+            f"{run_dir}: its data is intact, but has another format than this version ({FORMAT}); set "
             "another run_dir, or remove this one to prepare it again"
         ) from None
     except (ShardError, TokenizerError):

@@ -250,7 +250,7 @@ def collect_pairs(
             pairs += sample_pairs(source, policy, Path(recipe.data), tokenizer, recipe.seed, folder, world, console)
         else:
             found = read_pair_file(source.path, source.format, source.max_bad_fraction)
-            console.print(found.told, highlight=False, markup=False, soft_wrap=True)
+            console.print(found.report, highlight=False, markup=False, soft_wrap=True)
             if source.max_pairs is not None and source.max_pairs < len(found.pairs):
                 console.print(f"the first {source.max_pairs:,} of them are used (max_pairs)", highlight=False)
             pairs += found.pairs[: source.max_pairs]

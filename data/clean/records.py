@@ -78,7 +78,7 @@ def passing(dialogues: Iterable[Dialogue], filters: Filters, ledger: Ledger) -> 
     """The dialogues that pass the filters, without their blank messages."""
     for given in dialogues:
         dialogue = _without_blanks(given, ledger)
-        reason = "nothing said" if dialogue is None else _reason_against(dialogue, filters)
+        reason = "nothing visible" if dialogue is None else _reason_against(dialogue, filters)
         if reason:
             ledger.filtered[reason] += 1
         elif dialogue:

@@ -15,8 +15,8 @@ from recipes.loader import Section
 
 TRAIN, HELDOUT, UNDATED, SPANNING, SHARED = range(5)
 DROPPED = {
-    UNDATED: "no time to split by",
-    SPANNING: "goes on when the held-out time has begun",
+    UNDATED: "no time",
+    SPANNING: "continues after heldout_from",
     SHARED: "participant is held out",
 }
 """dialogues on neither side, with the reason"""

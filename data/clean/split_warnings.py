@@ -31,7 +31,7 @@ class Link:
     n_linked: int
     n_all: int
 
-    def told(self, name: str) -> str:
+    def warning(self, name: str) -> str:
         """The warning; `name` identifies the participant."""
         return (
             f"participant {name} takes part in {self.n_dialogues:,} of {self.n_all:,} dialogues; with those that other "
@@ -75,16 +75,16 @@ def side_measures(
 
 def side_warnings(measures: tuple[Measure, ...], sides: np.ndarray) -> list[str]:
     """A warning for each measure in which the sides differ strongly and significantly."""
-    told = []
+    warnings = []
     for measure in measures:
         figures = _figures(measure, sides)
         if figures and _is_gross(measure, figures["train"], figures["heldout"]) and abs(figures["z"]) > _Z:
             heldout, train = (_shown(measure, figures[side]) for side in ("heldout", "train"))
-            told.append(
-                f"the held-out side is unlike the training side: {measure.name}: {heldout} held out, {train} in "
-                "training; figures on it say little of what was trained"
+            warnings.append(
+                f"the held-out side differs from the training side: {measure.name}: {heldout} held out, {train} in "
+                "training; held-out figures say little about the training data"
             )
-    return told
+    return warnings
 
 
 def _figures(measure: Measure, sides: np.ndarray) -> Mapping[str, float] | None:

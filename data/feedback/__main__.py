@@ -116,7 +116,7 @@ def convert(recipe: FeedbackRecipe, steps: Steps) -> Counts:
     check_bad_fraction({_SOURCE: counts.lines}, recipe.max_bad_fraction, run_dir / QUARANTINE_FILE, kept_quarantine)
     counts.balance()
     if not counts.lines.kept:
-        raise CleanError(f"{recipe.events}: no turn can be used of {counts.lines.read:,} lines; check the log")
+        raise CleanError(f"{recipe.events}: no usable turn in {counts.lines.read:,} lines; check the log")
     write_json(run_dir / REPORT_FILE, to_report(counts))
     return counts
 

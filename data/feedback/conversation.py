@@ -153,7 +153,7 @@ def _problem(event: FeedbackEvent, before: Turn | None) -> str | None:
     first = event.messages[0].time if event.messages else event.candidates[0].time
     last = before.event.candidates[-1].time
     if first < last:
-        return f"it begins at {first:.3f}, before the reply that it continues was shown, at {last:.3f}"
+        return f"it begins at {first:.3f}, before the previous reply was shown, at {last:.3f}"
     return None
 
 

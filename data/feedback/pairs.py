@@ -126,7 +126,7 @@ class PairSettings(Section):
     def _distinct(cls, rules: tuple[PairRule, ...]) -> tuple[PairRule, ...]:
         for number, rule in enumerate(rules):
             if rule.kind in [earlier.kind for earlier in rules[:number]]:
-                raise ValueError(f"{rule.kind} twice; each rule stands once")
+                raise ValueError(f"{rule.kind} twice; give each rule once")
         return rules
 
 
@@ -256,7 +256,7 @@ def _without_contradictions(pairs: Sequence[Comparison], counts: PairCounts) -> 
     texts = {pair.texts for pair in pairs}
     for pair in pairs:
         if pair.texts[::-1] in texts:
-            counts[pair.rule].ledger.filtered["the opposite was found at the same turn"] += 1
+            counts[pair.rule].ledger.filtered["the same turn has the opposite pair"] += 1
         else:
             yield pair
 

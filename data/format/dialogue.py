@@ -21,7 +21,6 @@ NO_LABEL = -1
 LABEL_KEY, TRAINED_KEY = "engagement_label", "trained"  # of a message's metadata
 
 
-
 class DialogueError(ValueError):
     """An invalid message or dialogue; the message names the value and what was expected."""
 

@@ -201,7 +201,7 @@ def train_tokenizer(
 
 def _training_failure(vocab_size: int, reason: str) -> str:
     if "sentences_.empty()" in reason:
-        return f"cannot train a tokenizer of {vocab_size} pieces: there is no text to train on"
+        return f"cannot train a tokenizer of {vocab_size} pieces: there is no text"
     largest = _LARGEST.search(reason)
     if largest:
         return f"vocab_size is {vocab_size}: these texts support at most {largest[1]} pieces; lower it or add text"

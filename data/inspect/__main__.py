@@ -118,8 +118,8 @@ def show(arguments: argparse.Namespace, console: Console) -> None:
     if rows:
         legend = Text("green", _ANSWER).append(": the character's text, which SFT and DPO train; ", "dim")
         legend.append("-- document", _BOUNDARY).append(": attention and targets do not cross; ", "dim")
-        legend.append("[label 1]", "bold blue").append(": the partner goes on, ", "dim")
-        legend.append("[label 0]", "bold red").append(": does not, as the scorer is to learn", "dim")
+        legend.append("[label 1]", "bold blue").append(": the partner writes again, ", "dim")
+        legend.append("[label 0]", "bold red").append(": does not (labels of the scorer)", "dim")
         console.print(legend, soft_wrap=True)
     console.rule("the whole data")
     console.print(record_table(Ledger.from_dict(manifest["records"])))
@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, nargs="+", help="numbers of the rows to show, instead of random ones")
     parser.add_argument("--count", type=int, default=10, help="how many random rows (default 10)")
     parser.add_argument("--seed", type=int, default=0, help="which random rows (default 0)")
-    parser.add_argument("--plot", type=Path, help=f"where the histogram goes (default RUN_DIR/{HISTOGRAM_FILE})")
+    parser.add_argument("--plot", type=Path, help=f"file of the histogram (default RUN_DIR/{HISTOGRAM_FILE})")
     arguments = parser.parse_args(argv)
     if arguments.count < 0 or arguments.seed < 0:
         parser.error("--count and --seed: expected numbers of at least 0")

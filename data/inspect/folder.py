@@ -83,15 +83,15 @@ def find_source(path: Path) -> Found:
             break  # readers of published corpora come last; they may read a whole file into memory
     best = max(tried, key=lambda one: one[0], default=None)
     if best is None or best[0] < 0.5:
-        told = [f"{f.kind}: {f.bad[0].file}:{f.bad[0].line}: {f.bad[0].reason}" for _, f in tried if f.bad]
+        errors = [f"{f.kind}: {f.bad[0].file}:{f.bad[0].line}: {f.bad[0].reason}" for _, f in tried if f.bad]
         files = path.rglob("*") if path.is_dir() else [path]
         suffixes = sorted({file.suffix for file in files if file.is_file()})
         if not suffixes:
             raise LookError(f"{path}: found no files; expected conversations, such as JSON lines (see the README)")
         raise LookError(
             f"{path}: no reader reads half of the records ({', '.join(suffixes)} found); each on its "
-            "first bad record:\n" + "\n".join(f"  {line[:200]}" for line in [*told, *reasons][:8])
-            + "\nthe README's table of kinds says what each reads"
+            "first bad record:\n" + "\n".join(f"  {line[:200]}" for line in [*errors, *reasons][:8])
+            + "\nthe README's table lists what each kind reads"
         )  # fmt: skip
     source = TypeAdapter(AnySource).validate_python(best[1].source)
     return _read(source, best[1].source, _SAMPLE if best[1].n_bytes > READ_AT_MOST_BYTES else None)

@@ -295,7 +295,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         kind = FormatError if str(found).startswith(FORMAT.rstrip("0123456789")) else ShardError
         raise kind(
             f"{path}: format is {found!r}, expected {FORMAT!r}: it was written by another version; run data.prepare "
-            "again, into another run_dir if trained models still name this one"
+            "again, into another run_dir if trained models use this one"
         )
     return manifest
 

@@ -38,22 +38,22 @@ def print_report(run_dir: Path, manifest: Mapping[str, Any], seconds: float, con
     console.print(record_table(ledger))
     if ledger.blank_messages:
         console.print(
-            f"{ledger.blank_messages:,} messages that say nothing were taken out of dialogues", soft_wrap=True
+            f"{ledger.blank_messages:,} blank messages were removed from dialogues", soft_wrap=True
         )
     if ledger.scrubbed:
         console.print(f"scrubbed: {ledger.scrubbed_text}", highlight=False, soft_wrap=True)
     if ledger.untrained_replies:
         console.print(
-            f"{ledger.untrained_replies:,} replies are not trained by SFT, as their records say", soft_wrap=True
+            f"{ledger.untrained_replies:,} replies are excluded from SFT by their records", soft_wrap=True
         )
     if n_openings := sum(side["n_openings_not_repeated"] for side in sides.values()):
         console.print(
-            f"{n_openings:,} dialogues are cut and begin with a narrator's opening longer than half a row: their later "
-            "documents do not repeat it; raise row_length, or shorten it",
+            f"{n_openings:,} dialogues are split and begin with a narrator's opening longer than half a row: their "
+            "later documents do not repeat it; raise row_length, or shorten it",
             style="yellow", soft_wrap=True,
         )  # fmt: skip
     for name, count in ledger.of_characters.items():
-        console.print(f"{name}: a character, in {count:,} dialogues; it links none", highlight=False, soft_wrap=True)
+        console.print(f"{name}: a character, in {count:,} dialogues; not linking", highlight=False, soft_wrap=True)
     console.print(side_table(sides))
     for warning in manifest["warnings"]:
         console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)

@@ -117,12 +117,12 @@ class SelectDialogues(ItemStep):
         participants = np.concatenate([unit.column("participants") for unit in units])
         all_records = SplitRecords(source=source, participants=participants, **columns)
         link = strongest_link(all_records) if self.rule.by_participant else None
-        told = link.told(self._name_of(link.participant, units)) if link and is_too_large(link, self.rule) else ""
+        warning = link.warning(self._name_of(link.participant, units)) if link and is_too_large(link, self.rule) else ""
         try:
-            return split(all_records, self.rule)[is_kept], [told] if told else []
+            return split(all_records, self.rule)[is_kept], [warning] if warning else []
         except SplitError as error:
             is_undated = isinstance(self.rule, TimeSplit) and bool(np.isnan(all_records.start_time).all())
-            raise SplitError(f"{error}; {told}" if told and not is_undated else str(error)) from None
+            raise SplitError(f"{error}; {warning}" if warning and not is_undated else str(error)) from None
 
     def _name_of(self, participant: int, units: Sequence[UnitResults]) -> str:
         """The participant with this hash as named in its dialogues, and the place of one: scrubbing hashes names."""
@@ -183,10 +183,10 @@ def _check_sides(sides: np.ndarray, total: Ledger) -> None:
                 "duplicates": total.duplicates,
                 "near-duplicates": total.near_duplicates,
             }
-            told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
+            counts = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
             raise CleanError(
-                f"no {'training' if name == 'train' else 'held-out'} dialogue is left of {total.read:,} records "
-                f"({told or 'the sources are empty'}); check sources and filters"
+                f"no {'training' if name == 'train' else 'held-out'} dialogue remains of {total.read:,} records "
+                f"({counts or 'the sources are empty'}); check sources and filters"
             )
 
 
@@ -219,8 +219,8 @@ class Selection:
 
     def warnings(self) -> list[str]:
         """Warnings about the split, for the report."""
-        told: list[str] = json.loads((self._folder / _WARNINGS_FILE).read_text(encoding="utf-8"))
-        return told
+        warnings: list[str] = json.loads((self._folder / _WARNINGS_FILE).read_text(encoding="utf-8"))
+        return warnings
 
     def ledgers(self) -> dict[str, Ledger]:
         """The counts of the records of each source."""

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     two.add_argument("--n", type=int, default=8, help="conversations of each kind, in even steps")
     two.add_argument("--min-turns", type=int, default=60, help="replies of the character, of a real conversation")
     two.add_argument("--stitched-turns", type=int, default=400, help="of dialogues joined one after the other")
-    two.add_argument("--plot", type=Path, default=Path("runs/prompt_reuse/reuse.png"), help="where the curve goes")
+    two.add_argument("--plot", type=Path, default=Path("runs/prompt_reuse/reuse.png"), help="file of the plot")
     arguments = parser.parse_args(argv)
     try:
         return _check(arguments) if arguments.command == "check" else _reuse(arguments)
@@ -65,18 +65,18 @@ def _check(arguments: argparse.Namespace) -> int:
             f"{error}\nThe values were made from the template's syntax; give an example of yours: --values values.json"
         ) from None
     if stand_ins:
-        console.print(f"stood in for, by what they are given first: {', '.join(sorted(stand_ins))}", style="dim")
+        console.print(f"replaced by their first argument: {', '.join(sorted(stand_ins))}", style="dim")
     for finding in found.findings:
         value = f", value {finding.value}" if finding.value else ""
         console.print(f"[bold red]{finding.place}[/]: {finding.part}{value}: {finding.problem}")
         console.print(f"    {finding.advice}", style="dim", markup=False)
     if found.constant:
         names = ", ".join(found.constant)
-        console.print(f"must stay the same during a conversation: {names}", style="dim", markup=False)
+        console.print(f"must be constant during a conversation: {names}", style="dim", markup=False)
     if len(found.trailing) > 1:
-        console.print(f"computed anew every turn, after the messages: {', '.join(found.trailing)}", style="dim")
+        console.print(f"recomputed every turn, after the messages: {', '.join(found.trailing)}", style="dim")
     if not found.findings:
-        console.print(f"[green]{arguments.template}: each prompt begins with the one before it[/]")
+        console.print(f"[green]{arguments.template}: each prompt extends the previous one[/]")
     return 1 if found.findings else 0
 
 

@@ -61,7 +61,7 @@ def check(template: PromptTemplate, values: Mapping[str, Any], varying: Sequence
     lists = _conversations(values)
     if not lists:
         raise PromptError(
-            f"{template.name}: no value is a list of messages, so no conversation grows; give values that hold one"
+            f"{template.name}: no value is a list of messages, so no conversation grows; give values with one"
         )
     turns = [_render(template, _grown(values, lists, n)) for n in range(4)]
     findings: list[Finding] = []
@@ -75,8 +75,8 @@ def check(template: PromptTemplate, values: Mapping[str, Any], varying: Sequence
                     _place(template, before, after, changed, lists),
                     _part_name(before, changed),
                     ", ".join(lists),
-                    "changes when a message is appended, and everything after it is computed anew every turn",
-                    "move the part behind the messages, or show every message in one form whatever follows it; leave "
+                    "changes when a message is appended, so everything after it is recomputed every turn",
+                    "move the part after the messages, or render every message independently of what follows it; leave "
                     "cutting old messages to truncation_priority",
                 )
             )
@@ -95,8 +95,8 @@ def check(template: PromptTemplate, values: Mapping[str, Any], varying: Sequence
                     _place(template, whole, rendered, changed, path[:1]),
                     _part_name(whole, changed),
                     name,
-                    "changes during a conversation, and everything after it is computed anew every time",
-                    "move the part behind the messages, right before the reply; or give a value that changes rarely "
+                    "changes during a conversation, so everything after it is recomputed each time",
+                    "move the part after the messages, right before the reply; or give a value that changes rarely "
                     "(the date instead of the time), or the time of the first message",
                 )
             )
@@ -152,7 +152,7 @@ def _chance_findings(
                     _part_name(first, changed),
                     "",
                     "differs from rendering to rendering with the same values",
-                    "leave chance out of the template; give its outcome as a value that stays",
+                    "do not use random choices in the template; give the choice as a constant value",
                 )
             ]
     return []

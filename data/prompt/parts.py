@@ -136,7 +136,7 @@ def _explained(error: yaml.YAMLError, name: str, marked: str, values: Sequence[s
     line = _with_values(lines[mark.line], values[n_before:]) if mark.line < len(lines) else ""
     return (
         f"{name}: the YAML that it renders is broken in line {mark.line + 1}, {line.strip()!r}: {problem}; text with "
-        "': ' or '#' in it stands below `content: |`"
+        "': ' or '#' in it belongs below `content: |`"
     )
 
 

@@ -203,7 +203,7 @@ class PromptTemplate:
             tokens += part.tokens
         if token_limit is not None and len(tokens) > token_limit:
             raise PromptError(
-                f"{self.name}: {len(tokens)} tokens remain when everything that may be cut is gone, token_limit is "
+                f"{self.name}: {len(tokens)} tokens remain after cutting everything that may be cut, token_limit is "
                 f"{token_limit}; raise it or give more parts a truncation_priority"
             )
         return RenderedPrompt(tuple(kept), tokens, len(parts) - len(kept))
@@ -236,7 +236,7 @@ class PromptTemplate:
             number = len(dialogue.messages) - len(unmatched)
             raise PromptError(
                 f"{self.name}: dialogue {dialogue.id!r}: message {number} ({unmatched[-1].speaker}: "
-                f"{unmatched[-1].text[:40]!r}) is left out or changed; training needs every message as it is"
+                f"{unmatched[-1].text[:40]!r}) is left out or changed; training needs every message unchanged"
             )
         return replace(dialogue, messages=tuple(messages))
 
@@ -247,7 +247,7 @@ class PromptTemplate:
         if part.text is None:
             raise PromptError(f"{where}: content is a {type(part.content).__name__}; only text can be tokens")
         if part.speaker is None:
-            raise PromptError(f'{where}: nobody says it; give it a speaker, or begin the content with "name: "')
+            raise PromptError(f'{where}: it has no speaker; give one, or begin the content with "name: "')
         try:
             return Message(part.speaker, part.text)
         except DialogueError as error:
@@ -279,9 +279,9 @@ class PromptTemplate:
 
 def _check_truncation(token_limit: int | None, step: int | None, cost: float | None) -> None:
     if token_limit is None and not (step is None and cost is None):
-        raise PromptError("truncation_step and context_cost say how a token_limit is kept; expected one")
+        raise PromptError("truncation_step and context_cost need a token_limit")
     if step is not None and cost is not None:
-        raise PromptError("found truncation_step and context_cost, expected one of them: they are two ways to cut")
+        raise PromptError("found truncation_step and context_cost, expected one of them")
     if (token_limit is not None and token_limit < 1) or (step is not None and step < 1):
         raise PromptError(f"token_limit {token_limit} and truncation_step {step}: expected 1 or more")
     if cost is not None and not 0 <= cost <= 0.5:

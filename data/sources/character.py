@@ -20,7 +20,7 @@ def most_talkative(messages: Sequence[Message], besides: str | None = None) -> s
     other."""
     counts = Counter(message.speaker for message in messages if message.speaker != NARRATOR)
     if not counts:
-        raise RecordError("nobody but the narrator writes")
+        raise RecordError("only the narrator writes")
     if len(counts) > 1:
         counts.pop(besides or "", None)
     return max(counts, key=counts.__getitem__)

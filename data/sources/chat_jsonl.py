@@ -43,10 +43,10 @@ class ChatJsonlFormat(JsonFormat):
             raise RecordError(f"unknown key {min(record)[:80]!r}; expected {', '.join(_KEYS)}")
         if not isinstance(metadata, dict):
             raise RecordError(f"metadata is {type(metadata).__name__}: expected an object")
-        told = character or chat.last_assistant()
-        character = told or _any_speaker(identity, chat)
+        named = character or chat.last_assistant()
+        character = named or _any_speaker(identity, chat)
         messages = supervised(chat.messages, character, chat.trained)
-        return Dialogue(identity, messages, character, participant_ids(participants, told), metadata)
+        return Dialogue(identity, messages, character, participant_ids(participants, named), metadata)
 
 
 class ChatJsonlSource(ChatJsonlFormat, JsonSource):
@@ -60,5 +60,5 @@ class ChatJsonlSource(ChatJsonlFormat, JsonSource):
 def _any_speaker(identity: str, chat: ChatRecord) -> str:
     speakers: Sequence[str] = sorted({one.message.speaker for one in chat.messages} - {NARRATOR})
     if not speakers:
-        raise RecordError("nobody but the narrator writes; name a character")
+        raise RecordError("only the narrator writes; name a character")
     return any_speaker(identity, speakers)

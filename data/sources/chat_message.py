@@ -108,7 +108,7 @@ def supervised(read: Sequence[ChatMessage], character: str, trained: bool | None
         if one.trained and not is_character:
             raise DialogueError(
                 f"message {number}: a flag says to train {one.message.speaker!r}; only the character {character!r} is "
-                "trained, so leave the flag out of other messages"
+                "trained, so remove the flag from other messages"
             )
         is_trained = trained if one.trained is None else one.trained
         messages.append(untrained(one.message) if is_character and is_trained is False else one.message)
@@ -147,7 +147,7 @@ def take_speaker(record: dict[str, Any], names: RoleNames, needs_role: bool = Fa
     key = name_in(record, "role", MESSAGE_ALIASES)
     speaker, role = take(record, "speaker", MESSAGE_ALIASES), take(record, "role", MESSAGE_ALIASES)
     if role is None and speaker is None:
-        raise DialogueError(f"nobody is named; expected an object with {_expected(needs_role)}")
+        raise DialogueError(f"no speaker; expected an object with {_expected(needs_role)}")
     is_role = needs_role or (isinstance(role, str) and (role in ROLES or role in TOOL_ROLES))
     if not is_role and (role is None or speaker is None):
         return speaker if role is None else role, None
@@ -189,7 +189,7 @@ def _metadata(record: dict[str, Any], keeps_other_keys: bool) -> dict[str, Any] 
         known = ", ".join([*MESSAGE_ALIASES, "metadata"])
         raise DialogueError(f"unknown key {min(record)[:80]!r}; expected {known}")
     if twice := sorted(record.keys() & (metadata or {}).keys()):
-        raise DialogueError(f"{twice[0]!r} stands in the message and in its metadata; give one of them")
+        raise DialogueError(f"{twice[0]!r} is in the message and in its metadata; give one of them")
     return {**(metadata or {}), **record} or metadata
 
 

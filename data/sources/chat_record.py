@@ -46,10 +46,10 @@ def take_messages(
         raise RecordError("label is not read: a rating of the reply; leave bad replies out by weight: 0")
     trained = take_trained(record)
     read = read_messages(given, names, needs_role=needs_role, keeps_other_keys=keeps_other_keys)
-    untold = [replace(one, trained=False) if one.trained is None else one for one in read[:n_prompt]]
+    context = [replace(one, trained=False) if one.trained is None else one for one in read[:n_prompt]]
     key = name_in(record, "system", RECORD_ALIASES)
     system = _system(take(record, "system", RECORD_ALIASES, read_text), key, read)
-    return ChatRecord((*system, *untold, *read[n_prompt:]), trained)
+    return ChatRecord((*system, *context, *read[n_prompt:]), trained)
 
 
 def participant_ids(given: Any, character: str | None) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ class OpenFile:
         if self.is_packed and len(content) > MAX_PACKED_BYTES:
             raise SourceError(
                 f"{self.place}: more than {MAX_PACKED_BYTES:,} bytes unpacked; unpack the file, or remove it if it is "
-                "no part of the corpus"
+                "not part of the corpus"
             )
         return CorpusFile(self.place, self.name, content)
 
@@ -74,13 +74,13 @@ def read_corpus_files(paths: list[Path], suffixes: tuple[str, ...]) -> Iterator[
     """Every file with one of these suffixes, in the order of each archive. Raises SourceError for a file that is
     damaged or unpacks to more than MAX_PACKED_BYTES."""
     for path in paths:
-        with damage_told(path):
+        with as_source_error(path):
             for file in open_corpus_files(path, suffixes):
                 yield file.read()
 
 
 @contextmanager
-def damage_told(path: Path) -> Iterator[None]:
+def as_source_error(path: Path) -> Iterator[None]:
     """Raise SourceError that names the file if reading it fails inside the block."""
     try:
         yield
@@ -89,7 +89,7 @@ def damage_told(path: Path) -> Iterator[None]:
 
 
 def open_corpus_files(path: Path, suffixes: tuple[str, ...]) -> Iterator[OpenFile]:
-    """The unpacked file, or the files of an archive with one of these suffixes; read them inside `damage_told`."""
+    """The unpacked file, or the files of an archive with one of these suffixes; read them inside `as_source_error`."""
     if not path.name.endswith(_ARCHIVES):
         with open_unpacked(path) as stream:
             yield OpenFile(str(path), path.name.removesuffix(".gz"), stream, not is_plain(path))
@@ -99,7 +99,7 @@ def open_corpus_files(path: Path, suffixes: tuple[str, ...]) -> Iterator[OpenFil
         found = True
         yield file
     if not found:
-        raise SourceError(f"{path}: an archive without any {' or '.join(suffixes)} file; is it of another corpus?")
+        raise SourceError(f"{path}: an archive without any {' or '.join(suffixes)} file; is it another corpus?")
 
 
 def _members(path: Path, suffixes: tuple[str, ...]) -> Iterator[OpenFile]:

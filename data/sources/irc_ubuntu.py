@@ -77,7 +77,7 @@ def _conversations(log: CorpusFile, links: CorpusFile) -> Iterator[Dialogue | Le
     linked = {number for pair in pairs for number in pair}
     for number, message in said.items():
         if number not in linked and isinstance(message, Message):
-            yield LeftOut("a line that no reply link names")
+            yield LeftOut("a line without reply links")
         elif number not in linked and lines[number]:
             yield rejected(log.place, number + 1, str(message), lines[number])
     for numbers in _connected(pairs):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from data.format.dialogue import Dialogue
-from data.sources.corpus_file import OpenFile, damage_told, is_plain, open_corpus_files
+from data.sources.corpus_file import OpenFile, as_source_error, is_plain, open_corpus_files
 from data.sources.corpus_source import WHOLE_FILE, CorpusSource, json_of
 from data.sources.line_reader import LineReader, share
 from data.sources.record import LeftOut, RecordError, Rejected, read_record, rejected
@@ -50,7 +50,7 @@ class JsonSource(JsonFormat, CorpusSource):
     suffixes: ClassVar[tuple[str, ...]] = (".jsonl", ".json")
 
     def read_file(self, path: Path, part: int = 0, n_parts: int = 1) -> Iterator[Dialogue | LeftOut | Rejected]:
-        with damage_told(path):
+        with as_source_error(path):
             if _is_lines(path.name) and is_plain(path):
                 begin, end = share(os.path.getsize(path), part, n_parts)
                 for file in open_corpus_files(path, self.suffixes):

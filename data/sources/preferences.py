@@ -25,12 +25,12 @@ from data.sources.record_keys import refuse, take_trained
 from data.sources.source import parse_object, read_lines
 from recipes.files import atomic_file
 
-SAYS_NOTHING = "a reply that says nothing"
-SAME_REPLY = "both replies say the same"
+SAYS_NOTHING = "a blank reply"
+SAME_REPLY = "both replies are the same"
 OTHER_CONTEXT = "the sides differ before the last reply"
-NO_CONTEXT = "nobody but the character and the narrator says anything before the reply"
-BLANK_NEWEST = "the message before the reply says nothing"
-NOT_TRAINED = "its record says that it is not trained"
+NO_CONTEXT = "only the character and the narrator write before the reply"
+BLANK_NEWEST = "the message before the reply is blank"
+NOT_TRAINED = "its record excludes it from training"
 REPEATED = "the same pair again"
 CONTRADICTED = "another pair of the same context prefers the other reply"
 _N_PLACES = 5  # rejected records shown
@@ -101,13 +101,13 @@ class PairFile:
             self.first_refused.append(f"{self.path}:{line}: {reason}")
 
     @property
-    def told(self) -> str:
+    def report(self) -> str:
         """The counts and the first places, as text."""
-        told = f"{self.path}: {len(self.pairs):,} pairs of {self.n_records:,} records"
+        text = f"{self.path}: {len(self.pairs):,} pairs of {self.n_records:,} records"
         if not self.refused:
-            return told
+            return text
         places = "".join(f"\n  {place}" for place in self.first_refused)
-        return f"{told}; left out: {reasons_text(self.refused)}. The first:{places}"
+        return f"{text}; left out: {reasons_text(self.refused)}. The first:{places}"
 
 
 def reason_against_pair(chosen: str, rejected: str) -> str | None:
@@ -190,11 +190,11 @@ def read_pair_file(path: Path | str, file_format: Literal["jsonl", "hh_rlhf"], m
             found.refuse(number, str(error))
     n_refused = found.n_records - len(found.pairs)
     if not found.pairs:
-        raise PreferenceError(f"no usable pair. {found.told}" if n_refused else f"{path}: no records, expected pairs")
+        raise PreferenceError(f"no usable pair. {found.report}" if n_refused else f"{path}: no records, expected pairs")
     if n_refused > max_refused_fraction * found.n_records:
         raise PreferenceError(
             f"{n_refused / found.n_records:.1%} of the records are left out, more than max_bad_fraction "
-            f"{max_refused_fraction:g}; mend them, or raise it. {found.told}"
+            f"{max_refused_fraction:g}; fix them, or raise it. {found.report}"
         )
     return found
 

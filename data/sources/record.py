@@ -136,7 +136,7 @@ def _check_value(what: str, value: Any, depth: int = 0) -> None:
         for item in value:
             _check_value(what, item, depth + 1)
     else:
-        raise RecordError(f"{what} holds a {type(value).__name__}, which JSON has no form for")
+        raise RecordError(f"{what} holds a {type(value).__name__}, which JSON cannot represent")
 
 
 def _writable(text: str) -> str:

@@ -30,7 +30,7 @@ class RoleFormat(JsonFormat):
         chat = take_messages(record, RoleNames(self.user, self.assistant))
         character = chat.last_assistant()
         if character is None:
-            raise RecordError("no message is the assistant's, whose replies are to be trained")
+            raise RecordError("no message is by the assistant, whose replies are trained")
         messages = supervised(chat.messages, character, chat.trained)
         people = participant_ids(record.pop("participants", []), character)
         return Dialogue(self._identity(place, record), messages, character, people, record)

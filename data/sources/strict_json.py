@@ -32,7 +32,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
         ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise RecordError(f"the key {twice[:80]!r} stands twice in an object")
+        raise RecordError(f"the key {twice[:80]!r} is twice in an object")
     return made
 
 

@@ -85,7 +85,7 @@ def test_filters_and_reasons() -> None:
         "fewer than 2 speakers": 1,
         "fewer than 3 messages": 1,
         "a message over 5 characters": 1,
-        "nothing said": 1,
+        "nothing visible": 1,
     }
     assert ledger.blank_messages == 2
 

@@ -71,7 +71,7 @@ def test_time_split_is_exact_and_drops_shared_participants() -> None:
     result = Sides(dialogues, BY_TIME, seed=0)
     assert (ids(result.train), ids(result.heldout)) == (["old"], ["new"])
     dropped = {reason: ids(dialogues) for reason, dialogues in result.dropped.items()}
-    assert dropped == {"no time to split by": ["undated"], "participant is held out": ["shared"]}
+    assert dropped == {"no time": ["undated"], "participant is held out": ["shared"]}
     kept = Sides(dialogues, BY_TIME.model_copy(update={"by_participant": False}), seed=0)
     assert ids(kept.train) == ["old", "shared"]
 
@@ -89,7 +89,7 @@ def test_what_goes_on_when_the_held_out_time_has_begun_is_on_neither_side() -> N
     result = Sides(dialogues, BY_TIME, seed=0)
     assert (ids(result.train), ids(result.heldout)) == (["old"], ["new"])
     dropped = {reason: ids(dialogues) for reason, dialogues in result.dropped.items()}
-    assert dropped == {"goes on when the held-out time has begun": ["both"]}
+    assert dropped == {"continues after heldout_from": ["both"]}
     assert np.isnan(time_span(spanning("undated", None))).all()
 
 

@@ -95,7 +95,7 @@ UNWATCHED, ENDS, LAST = "not watched long enough", "the log ends too early", "am
         (talk({"edit": {"text": "x", "time": 30}}, PLAIN), {}, [0, "an earlier reply was edited later"]),
         (talk({"character": "Rex"}, PLAIN, PLAIN), {}, ["by another character than the dialogue's", 1, 0]),
         (talk(PLAIN, PLAIN, {"after": "t0"}), {}, [1, "taken back", 0]),
-        (talk({"candidates": [{"text": "\n", "model": "m", "time": 1}]}, PLAIN), {}, ["a reply that says nothing", 0]),
+        (talk({"candidates": [{"text": "\n", "model": "m", "time": 1}]}, PLAIN), {}, ["a blank reply", 0]),
     ],
 )
 def test_rules(conversation: Conversation, settings: dict[str, Any], expected: list[Any]) -> None:

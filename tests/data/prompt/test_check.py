@@ -116,8 +116,8 @@ def test_the_command(clock: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["check", str(clock)]) == 1
     shown = capsys.readouterr().out
     assert f"{clock}:2: part 0 (bod), value now" in shown
-    assert "move the part behind the messages" in shown
-    assert "stood in for, by what they are given first: hour_of" in shown
+    assert "move the part after the messages" in shown
+    assert "replaced by their first argument: hour_of" in shown
     assert main(["check", str(TEMPLATES / "group_chat.yml.j2")]) == 0
     assert "characters.*.definition" in capsys.readouterr().out
     values = tmp_path / "values.json"

@@ -83,7 +83,7 @@ def test_a_log_without_links_is_an_error(tmp_path: Path) -> None:
 def test_every_line_that_somebody_writes_is_counted(tmp_path: Path) -> None:
     records = read_all(tmp_path, LOG + "garbage\n\n")
     left_out = [record for record in records if isinstance(record, LeftOut)]
-    assert left_out == [LeftOut("a line that no reply link names")], "dan's"
+    assert left_out == [LeftOut("a line without reply links")], "dan's"
     (bad,) = [record for record in records if isinstance(record, Rejected)]
     assert (bad.line, bad.record) == (10, "garbage")
 

@@ -54,8 +54,8 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, chosen: str, rejec
     ("change", "reason"),
     [
         ({"chosen": None}, "chosen is NoneType"),
-        ({"chosen": "bad"}, "both replies say the same"),
-        ({"chosen": "b ad\u200b"}, "both replies say the same"),
+        ({"chosen": "bad"}, "both replies are the same"),
+        ({"chosen": "b ad\u200b"}, "both replies are the same"),
         ({"rejected": "\u3164"}, "says nothing"),
         ({"character": "a:b"}, "contains ':'"),
         ({"messages": [{"text": "x"}]}, "message 0"),
@@ -135,7 +135,7 @@ def test_a_reply_must_answer_somebody(
     found = read_pair_file(tmp_path / "a.jsonl", "jsonl", 0.5)
     assert found.refused == ({reason: 1} if reason else {})
     if reason:
-        assert f"{tmp_path / 'a.jsonl'}:2: {reason}" in found.told
+        assert f"{tmp_path / 'a.jsonl'}:2: {reason}" in found.report
         with pytest.raises(PreferenceError, match="more than max_bad_fraction"):
             read_pair_file(tmp_path / "a.jsonl", "jsonl", 0.4)
     else:
@@ -179,7 +179,7 @@ def test_transcripts_refuse_what_dialogues_of_them_refuse(tmp_path: Path) -> Non
     good = {"chosen": transcript("q", "a"), "rejected": transcript("q", "b"), "lang": "en", "tools": []}
     (tmp_path / "a.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(good | {'tools': ['x']})}\n")
     found = read_pair_file(tmp_path / "a.jsonl", "hh_rlhf", 0.5)
-    assert len(found.pairs) == 1 and "2: tools is not read: tools are not rendered" in found.told
+    assert len(found.pairs) == 1 and "2: tools is not read: tools are not rendered" in found.report
 
 
 SAID = st.sampled_from(["a", "b", "b ", "c"])
@@ -231,7 +231,7 @@ def test_too_many_refused_records_are_an_error_with_counts_and_places(
     path.write_text("\n".join([good, "{", *([good] * 8)]))
     found = read_pair_file(path, file_format, 0.1)
     assert len(found.pairs) == 9 and sum(found.refused.values()) == 1
-    assert f"{path}:2: " in found.told
+    assert f"{path}:2: " in found.report
     with pytest.raises(PreferenceError, match=rf"(?s)10\.0% of the records.*max_bad_fraction 0\.05.*{path}:2: "):
         read_pair_file(path, file_format, 0.05)
     path.write_text("{}\n")
