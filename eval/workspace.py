@@ -11,7 +11,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from rich.console import Console
 from rich.table import Table
 
-from data.clean.ledger import reasons_told
+from data.clean.ledger import reasons_text
 from data.format.dialogue import Dialogue
 from data.format.dialogue_json import read_dialogues
 from data.format.tokenizer import MODEL_FILE, DialogueTokenizer
@@ -217,7 +217,7 @@ def heldout_contexts(
         dialogues, tokenizer, len(dialogues), seed, section.max_prompt_tokens, section.min_messages, left_out
     )
     told = f"{len(contexts)} contexts of at most {section.max_prompt_tokens} tokens from {len(dialogues)} dialogues"
-    console.print(f"{told}; none: {reasons_told(left_out)}" if left_out else told, highlight=False, soft_wrap=True)
+    console.print(f"{told}; none: {reasons_text(left_out)}" if left_out else told, highlight=False, soft_wrap=True)
     return contexts
 
 

@@ -19,7 +19,7 @@ from rich.progress import track
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from data.clean.ledger import reasons_told
+from data.clean.ledger import reasons_text
 from data.format.encode import encode_reply
 from data.format.message_encoder import MessageEncoder
 from data.format.tokenizer import DialogueTokenizer
@@ -257,7 +257,7 @@ def collect_pairs(
     distinct, left_out = distinct_pairs(pairs)
     told = f"{len(distinct):,} distinct pairs"
     if left_out:
-        told += f"; left out of {len(pairs):,}: {reasons_told(left_out)}"
+        told += f"; left out of {len(pairs):,}: {reasons_text(left_out)}"
     if n_continue := sum(pair.continues for pair in distinct):
         told += f"; in {n_continue:,} the character writes twice in a row"
     if not distinct:
@@ -288,7 +288,7 @@ def prepare(recipe: DPORecipe, world: World, console: Console) -> Job:
     encoded, left_out = encode_pairs(pairs, tokenizer, recipe.max_pair_tokens)
     fitting = f"{len(encoded)} of {len(pairs)} pairs fit max_pair_tokens {recipe.max_pair_tokens}"
     if left_out:
-        fitting += f"; left out: {reasons_told(left_out)}"
+        fitting += f"; left out: {reasons_text(left_out)}"
     console.print(fitting, highlight=False)
     sides = hold_out([pair.group for pair in encoded], recipe.heldout_fraction, recipe.seed)
     heldout, rows = (PairRows([encoded[i] for i in side]) for side in sides)

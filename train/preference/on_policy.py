@@ -13,7 +13,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from rich.console import Console
 from rich.progress import track
 
-from data.clean.ledger import reasons_told
+from data.clean.ledger import reasons_text
 from data.format.dialogue_json import read_dialogues
 from data.format.encode import decode_reply
 from data.format.tokenizer import DialogueTokenizer
@@ -118,9 +118,9 @@ def sample_pairs(
         f"({settings.n_contexts} contexts asked for, {len(dialogues)} dialogues in {data})"
     )
     if reasons:
-        told += f"; contexts without a pair: {reasons_told(reasons)}"
+        told += f"; contexts without a pair: {reasons_text(reasons)}"
     if without:
-        told += f"; dialogues without a context: {reasons_told(without)}"
+        told += f"; dialogues without a context: {reasons_text(without)}"
     if not pairs:
         raise NoPairsError(f"{told}. {_advice(reasons or without)}")
     console.print(told, highlight=False, soft_wrap=True)
