@@ -5,37 +5,42 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import types
 from collections.abc import Iterator
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, PlainSerializer, SerializationInfo, SerializerFunctionWrapHandler, WrapSerializer
 
 T = TypeVar("T")
+_IDENTITY = {"identity": True}  # serialization context
+_MAY_CHANGE, _LOCATION, _ABSENT = "(may change)", "(a location)", "absent"
 
 
-class _MayChange:
-    """Marks a key in a schema."""
+def _without_value(value: Any, handler: SerializerFunctionWrapHandler, info: SerializationInfo) -> Any:
+    return _MAY_CHANGE if info.context == _IDENTITY else handler(value)
 
 
-class _Location:
-    """Marks a key in a schema."""
+def _without_path(value: Any, info: SerializationInfo) -> Any:
+    return _LOCATION if info.context == _IDENTITY and isinstance(value, str) else value
 
 
-MayChange = Annotated[T, _MayChange()]
+MayChange = Annotated[T, WrapSerializer(_without_value)]
 """Type of a recipe key that may differ when an unfinished run is continued, because it does not affect the result."""
 
-Location = Annotated[str, _Location()]
+Location = Annotated[str, PlainSerializer(_without_path)]
 """Type of a recipe key that is a path. A run is identified by the content there (the digests of its inputs), not by the
 path."""
-
-_LOCATION = "(a location)"
-_ABSENT = "absent"
 
 
 def identity(recipe: BaseModel) -> dict[str, Any]:
     """The recipe as plain data without `MayChange` keys, and with a constant for every `Location`."""
-    return _known_by(recipe, recipe.model_dump(mode="json"), type(recipe))
+    plain: dict[str, Any] = _without_omitted(recipe.model_dump(mode="json", context=_IDENTITY))
+    return plain
+
+
+def _without_omitted(plain: Any) -> Any:
+    if isinstance(plain, dict):
+        return {key: _without_omitted(value) for key, value in plain.items() if value != _MAY_CHANGE}
+    return [_without_omitted(item) for item in plain] if isinstance(plain, list) else plain
 
 
 def recipe_digest(recipe: BaseModel) -> str:
@@ -67,48 +72,6 @@ def _number(plain: Any, key: str) -> float:
     for name in key.split("."):
         plain = plain.get(name) if isinstance(plain, dict) else None
     return plain if isinstance(plain, int | float) else math.inf
-
-
-def _known_by(value: Any, plain: Any, annotation: Any, marks: tuple[Any, ...] = ()) -> Any:
-    """`plain` (the JSON form of `value`) with locations replaced; `marks` are the metadata of its field."""
-    if isinstance(value, BaseModel):
-        return {
-            name: _known_by(getattr(value, name), plain[name], field.annotation, tuple(field.metadata))
-            for name, field in type(value).model_fields.items()
-            if name in plain and not any(isinstance(mark, _MayChange) for mark in field.metadata)
-        }
-    if isinstance(value, list | tuple):
-        inner = _item_type(annotation, (list, tuple))
-        return [_known_by(item, other, inner) for item, other in zip(value, plain, strict=True)]
-    if isinstance(value, dict):
-        inner = _item_type(annotation, (dict,))
-        return {name: _known_by(item, plain[name], inner) for name, item in value.items()}
-    if isinstance(value, str) and any(isinstance(mark, _Location) for mark in (*marks, *_marks(annotation))):
-        return _LOCATION
-    return plain
-
-
-def _members(annotation: Any) -> Iterator[tuple[Any, tuple[Any, ...]]]:
-    """(type, metadata) of every member of a union, or of the one type."""
-    if get_origin(annotation) is Annotated:
-        inner, *metadata = get_args(annotation)
-        yield from ((member, (*found, *metadata)) for member, found in _members(inner))
-    elif get_origin(annotation) in (Union, types.UnionType):
-        yield from (found for member in get_args(annotation) for found in _members(member))
-    else:
-        yield annotation, ()
-
-
-def _marks(annotation: Any) -> list[Any]:
-    return [mark for member, metadata in _members(annotation) if member is str for mark in metadata]
-
-
-def _item_type(annotation: Any, containers: tuple[type, ...]) -> Any:
-    """The type of the items of a list, tuple or dict."""
-    for member, _ in _members(annotation):
-        if get_origin(member) in containers and (arguments := get_args(member)):
-            return arguments[-1] if dict in containers else arguments[0]
-    return Any
 
 
 def _differences(stored: Any, ours: Any, written: Any, key: str) -> Iterator[str]:

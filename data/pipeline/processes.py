@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import active_children, connection, get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from typing import Any
 
 from datatrove.executor.local import LocalPipelineExecutor
@@ -32,7 +32,7 @@ def process_pool(n_workers: int) -> Iterator[ProcessPoolExecutor | None]:
     context = get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     others = set(active_children())
-    pool = ProcessPoolExecutor(n_workers, context, initializer=_end_with_parent)
+    pool = ProcessPoolExecutor(n_workers, context, initializer=_exit_with_parent)
     try:
         yield pool
     except BaseException:
@@ -81,13 +81,11 @@ def _submit(pool: ProcessPoolExecutor, executor: LocalPipelineExecutor, ranks: l
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None, "runs in worker processes only"
-    sentinel = parent.sentinel
-
+def _exit_with_parent() -> None:
     def wait_for_parent() -> None:
-        connection.wait([sentinel])
+        parent = parent_process()
+        assert parent is not None, "runs in worker processes only"
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=wait_for_parent, daemon=True).start()

@@ -8,7 +8,7 @@ import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 from jinja2 import nodes
@@ -23,6 +23,20 @@ _CLOCK_WORDS = {
     *("turn", "turns", "count", "counter"),
 }
 _CLOCK_TEXT = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d|\b\d\d?:\d\d(?::\d\d)?\b")
+_GROWS = (
+    "changes when a message is appended, so everything after it is recomputed every turn",
+    "move the part after the messages, or render every message independently of what follows it; leave "
+    "cutting old messages to truncation_priority",
+)
+_VARIES = (
+    "changes during a conversation, so everything after it is recomputed each time",
+    "move the part after the messages, right before the reply; or give a value that changes rarely "
+    "(the date instead of the time), or the time of the first message",
+)
+_RANDOM = (
+    "differs from rendering to rendering with the same values",
+    "do not use random choices in the template; give the choice as a constant value",
+)
 _MESSAGE_FIELDS = frozenset({"text", "content", "speaker", "author"})
 
 
@@ -63,44 +77,33 @@ def check(template: PromptTemplate, values: Mapping[str, Any], varying: Sequence
         raise PromptError(
             f"{template.name}: no value is a list of messages, so no conversation grows; give values with one"
         )
+
+    def compare(
+        before: _Rendered, after: _Rendered, n_leading: int, names: Sequence[str], value: str, why: tuple[str, str]
+    ) -> list[Finding]:
+        """A finding if one of the first `n_leading` parts differs."""
+        changed = _first_difference(before, after)
+        if changed is None or changed >= n_leading:
+            return []
+        place = _place(template, before, after, changed, names)
+        return [Finding(place, _part_name(before, changed), value, *why)]
+
     turns = [_render(template, _grown(values, lists, n)) for n in range(4)]
-    findings: list[Finding] = []
-    n_trailing = 0
+    grown, n_trailing = list[Finding](), 0
     for before, after in pairwise(turns):
         n_trailing = _n_trailing(before.parts, after.parts)
-        changed = _first_difference(before, after)
-        if not findings and changed is not None and changed < len(before.parts) - n_trailing:
-            findings.append(
-                Finding(
-                    _place(template, before, after, changed, lists),
-                    _part_name(before, changed),
-                    ", ".join(lists),
-                    "changes when a message is appended, so everything after it is recomputed every turn",
-                    "move the part after the messages, or render every message independently of what follows it; leave "
-                    "cutting old messages to truncation_priority",
-                )
-            )
+        grown += compare(before, after, len(before.parts) - n_trailing, lists, ", ".join(lists), _GROWS)
     whole, n_leading = turns[0], len(turns[0].parts) - n_trailing
-    findings += _chance_findings(template, values, whole, n_leading)
+    again = (_render(template, values, seed) for seed in range(1, 9))
+    random_choices = (found for other in again for found in compare(whole, other, n_leading, (), "", _RANDOM))
+    findings = [*grown[:1], *islice(random_choices, 1)]
     constant: dict[str, None] = {}
     for path, value, other in _changed({key: value for key, value in values.items() if key not in lists}):
-        rendered = _render(template, {**values, **other})
-        changed = _first_difference(whole, rendered)
-        if changed is None or changed >= n_leading:
-            continue
         name = ".".join(path)
+        found = compare(whole, _render(template, {**values, **other}), n_leading, path[:1], name, _VARIES)
         if _looks_varying(name, value) or path[0] in varying or name in varying:
-            findings.append(
-                Finding(
-                    _place(template, whole, rendered, changed, path[:1]),
-                    _part_name(whole, changed),
-                    name,
-                    "changes during a conversation, so everything after it is recomputed each time",
-                    "move the part after the messages, right before the reply; or give a value that changes rarely "
-                    "(the date instead of the time), or the time of the first message",
-                )
-            )
-        else:
+            findings += found
+        elif found:
             constant[".".join("*" if step.isdecimal() else step for step in path)] = None
     last = turns[-2].parts
     return Check(tuple(findings), tuple(part.name for part in last[len(last) - n_trailing :]), tuple(constant))
@@ -136,26 +139,6 @@ def _first_difference(a: _Rendered, b: _Rendered) -> int | None:
         if one != other:
             return number
     return None if len(a.parts) == len(b.parts) else min(len(a.parts), len(b.parts))
-
-
-def _chance_findings(
-    template: PromptTemplate, values: Mapping[str, Any], first: _Rendered, n_leading: int
-) -> list[Finding]:
-    """At most one finding: one of the first `n_leading` parts that differs with the same values."""
-    for seed in range(1, 9):
-        again = _render(template, values, seed)
-        changed = _first_difference(first, again)
-        if changed is not None and changed < n_leading:
-            return [
-                Finding(
-                    _place(template, first, again, changed, ()),
-                    _part_name(first, changed),
-                    "",
-                    "differs from rendering to rendering with the same values",
-                    "do not use random choices in the template; give the choice as a constant value",
-                )
-            ]
-    return []
 
 
 def _place(template: PromptTemplate, before: _Rendered, after: _Rendered, part: int, names: Sequence[str]) -> str:
