@@ -172,7 +172,8 @@ def _plan_run(path: Path, chosen: Sequence[tuple[str, str]], overrides: Sequence
 
 def slots_of(devices: Sequence[str], jobs: int) -> list[str | None]:
     """`jobs` slots on every device, devices alternating; without devices, `jobs` slots that choose none."""
-    return [device for _ in range(jobs) for device in (devices or [None])]
+    each: Sequence[str | None] = devices or [None]
+    return [device for _ in range(jobs) for device in each]
 
 
 def child_environment(device: str | None, n_slots: int) -> dict[str, str]:

@@ -50,7 +50,10 @@ class Ledger:
     @classmethod
     def from_dict(cls, counts: Mapping[str, Any]) -> "Ledger":
         """The inverse of `to_dict`."""
-        return cls(**{name: Counter(value) if isinstance(value, dict) else value for name, value in counts.items()})
+        values: dict[str, Any] = {
+            name: Counter(value) if isinstance(value, dict) else value for name, value in counts.items()
+        }
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, with sorted keys."""

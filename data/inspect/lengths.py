@@ -42,7 +42,7 @@ def write_histogram(path: Path, lengths: Mapping[str, np.ndarray], row_length: i
     for (side, values), color in zip(lengths.items(), _COLORS, strict=True):
         if len(values):
             label = f"{side}: {len(values):,} documents, median {int(np.median(values)):,}"
-            ax.hist(values, length_bins(row_length), histtype="step", log=True, color=color, label=label)
+            ax.hist(values, length_bins(row_length).tolist(), histtype="step", log=True, color=color, label=label)
     ax.axvline(row_length, color="gray", linewidth=1, linestyle="--", label=f"row length {row_length:,}")
     ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.grid(True, alpha=0.3)

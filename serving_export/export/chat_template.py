@@ -86,7 +86,7 @@ def chat_template(user: str, character: str) -> str:
     # What `escape` does. One surface at a time is the same as all at once: none is a part of another, escaped or not.
     steps = [(WORD_JOINER, WORD_JOINER * 2), *broken]
     filters = "".join(f" | replace({_literal(old)}, {_literal(new)})" for old, new in steps)
-    literals = {
+    literals: dict[str, str | list[str]] = {
         "BOS": BOS, "MESSAGE": MESSAGE, "SPEAKER_END": SPEAKER_END, "TEXT_START": TEXT_START, "END": END,
         "NARRATOR": NARRATOR, "ROLES": list(OPENAI_ROLES), "USER": user, "CHARACTER": character,
     }  # fmt: skip

@@ -115,7 +115,7 @@ def test_bad_pairs_are_told(logs: list[str], tmp_path: Path, capfd: pytest.Captu
     code, output = dry_run(capfd, *logs, given % "0.1")
     assert code == 2, output
     assert "50.0% of the records are left out, more than max_bad_fraction 0.1" in output
-    assert f"{path}:2: nobody but the character and the narrator says anything" in output
+    assert f"{path}:2: only the character and the narrator write before the reply" in output
     code, output = dry_run(capfd, *logs, given % "0.5")
     assert code == 0, output
 
