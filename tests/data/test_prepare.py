@@ -161,7 +161,7 @@ def test_data_of_an_older_format_are_not_taken_for_damaged(
     before = contents(tmp_path / "run")
     assert main([str(recipe_file)]) == 2
     printed = capsys.readouterr()
-    assert "of another format than this version reads" in printed.err
+    assert "has another format than this version" in printed.err
     assert "set another run_dir, or remove" in printed.err
     assert "damaged" not in printed.out and contents(tmp_path / "run") == before
     assert (tmp_path / "run" / "done.json").exists()
@@ -179,7 +179,7 @@ def test_openings_that_cut_dialogues_do_not_repeat_are_told(
             said += [{"speaker": WORDS[k % 2], "text": f"{number} {' '.join(WORDS[:6])}"} for k in range(n_said)]
             file.write(json.dumps({"id": f"s{number}", "messages": said}) + "\n")
     assert main([str(recipe_file)]) == 0
-    assert "2 dialogues are cut and begin with a narrator's opening longer than half a row" in " ".join(
+    assert "2 dialogues are split and begin with a narrator's opening longer than half a row" in " ".join(
         capsys.readouterr().out.split()
     )
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
@@ -192,7 +192,7 @@ def test_openings_that_cut_dialogues_do_not_repeat_are_told(
         ("sources.0.path=nowhere.jsonl", "nowhere.jsonl: no such file"),
         ("tokenizer.vocab_size=9000", "support at most"),
         ("tokenizer={kind: file, path: nowhere}", "nowhere"),
-        ("filters.min_messages=99", "no training dialogue is left of 40 records (40 fewer than 99 messages)"),
+        ("filters.min_messages=99", "no training dialogue remains of 40 records (40 fewer than 99 messages)"),
         ("split={kind: time, heldout_from: 2030-01-01}", "none is held-out"),
         ("executor={kind: slurm, workers: 2, partition: cpu, time: '1:00:00'}", "needs sbatch, which is not on PATH"),
     ],

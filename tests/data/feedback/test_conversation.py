@@ -117,7 +117,7 @@ def event(turn: str, after: str | None, time: float, **changes: Any) -> dict[str
     [
         ([event("a", None, 0), event("b", "a", 5)], ["a", "b"], [], 0),
         ([event("b", "a", 5), event("c", "b", 9)], [], [], 2),  # the log begins in the middle of the conversation
-        ([event("a", None, 0), event("b", "a", 0.5), event("c", "b", 9)], ["a"], ["before the reply that it"], 1),
+        ([event("a", None, 0), event("b", "a", 0.5), event("c", "b", 9)], ["a"], ["before the previous reply"], 1),
         ([event("a", None, 0), event("b", "c", 5), event("c", "b", 9)], ["a"], ["lead back to itself"] * 2, 0),
         ([event("b", "c", 5), event("c", "b", 9), event("d", "c", 12)], [], ["lead back to itself"] * 2, 1),
         ([event("a", None, 0), event("a", None, 0, user="v")], ["a", "a"], [], 0),

@@ -239,7 +239,7 @@ def test_a_log_without_a_usable_turn_is_an_error(
 ) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     assert main([str(recipe), f"events={tmp_path / 'empty.jsonl'}"]) == 2
-    assert "no turn can be used of 0 lines" in capsys.readouterr().err
+    assert "no usable turn in 0 lines" in capsys.readouterr().err
 
 
 def test_a_dry_run_writes_nothing(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], log: Any) -> None:

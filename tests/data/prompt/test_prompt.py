@@ -115,7 +115,7 @@ def test_truncation_keeps_pins_and_the_latest(tokenizer: DialogueTokenizer) -> N
         ("- role: x\n  content: 'A:'", {}, "role is 'x'"),
         ("a: b", {}, "expected a YAML list"),
         ("", {}, "expected a YAML list"),
-        ("- content: 'no speaker'", {}, "nobody says it"),
+        ("- content: 'no speaker'", {}, "it has no speaker"),
         ("- content: 'A: hi'", {}, "the last part has text"),
         ("- content: '{{ x }}:'", {"x": "a:b"}, "contains ':'"),
         ("- contnt: x", {}, "unknown key 'contnt'"),

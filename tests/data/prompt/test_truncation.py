@@ -158,8 +158,8 @@ def test_a_longer_name_at_the_end_moves_no_cut(tokenizer: DialogueTokenizer) -> 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"truncation_step": 5}, "expected one"),
-        ({"context_cost": 0.2}, "expected one"),
+        ({"truncation_step": 5}, "need a token_limit"),
+        ({"context_cost": 0.2}, "need a token_limit"),
         ({"token_limit": 90, "truncation_step": 5, "context_cost": 0.2}, "one of them"),
         ({"token_limit": 90, "context_cost": 0.7}, "from 0"),
         ({"token_limit": 90, "truncation_step": 0}, "1 or more"),

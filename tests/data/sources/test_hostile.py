@@ -99,7 +99,7 @@ HOSTILE: dict[str, tuple[str, str]] = {  # a JSON value in place of a message's 
     "huge integer": ("9" * 5000, "not JSON"),
     "nested bomb": (nested(100_000), "nested too deeply"),
     "object bomb": ('{"a":' * 50_000 + "1" + "}" * 50_000, "nested too deeply"),
-    "duplicate key": ('{"a": 1, "a": 2}', "'a' stands twice"),
+    "duplicate key": ('{"a": 1, "a": 2}', "'a' is twice"),
     "cut": ('"hi', "not JSON"),
 }
 
@@ -133,7 +133,7 @@ def test_a_hostile_value_is_rejected_with_its_place(tmp_path: Path, kind: str, n
         (b"\xff\xfe{\x00}\x00", "byte 0 is not UTF-8"),
         (b'{"id": "caf\xe9"}', "is not UTF-8"),
         (b'{"id": "\xed\xa0\x80"}', "is not UTF-8"),
-        (b'{"id": "1", "id": "2"}', "'id' stands twice"),
+        (b'{"id": "1", "id": "2"}', "'id' is twice"),
         (b"{'id': 1}", "not JSON"),
         (b'{"id": "' + b"m" * 10_000_000 + b'"}', "a line of 10,000,011 bytes; the limit is 8,388,608"),
     ],

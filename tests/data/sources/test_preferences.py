@@ -56,7 +56,7 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, chosen: str, rejec
         ({"chosen": None}, "chosen is NoneType"),
         ({"chosen": "bad"}, "both replies are the same"),
         ({"chosen": "b ad\u200b"}, "both replies are the same"),
-        ({"rejected": "\u3164"}, "says nothing"),
+        ({"rejected": "\u3164"}, "a blank reply"),
         ({"character": "a:b"}, "contains ':'"),
         ({"messages": [{"text": "x"}]}, "message 0"),
         ({"extra": 1}, "unknown key 'extra'"),

@@ -59,7 +59,7 @@ def test_sharegpt(tmp_path: Path) -> None:
         ("[]", "expected a JSON object"),
         ('{"mesages": []}', "no messages; expected messages or conversations, found keys ['mesages']"),
         ('{"messages": [{"role": "tool", "content": "x"}]}', "message 0: role is 'tool'"),
-        ('{"messages": [{"role": "user", "content": "x"}]}', "no message is the assistant's"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "no message is by the assistant"),
         ('{"messages": [{"role": "assistant", "content": null, "tool_calls": []}]}', "message 0: content is missing"),
         (
             '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
@@ -83,7 +83,7 @@ def test_bad_openai_records(tmp_path: Path, line: str, reason: str) -> None:
         (3, "expected a JSON object, found int"),
         ({"items": []}, "no messages; expected messages or conversations"),
         ({"conversations": [{"from": "tool", "value": "x"}]}, "message 0: from is 'tool'"),
-        ({"conversations": SHAREGPT[:2]}, "no message is the assistant's"),
+        ({"conversations": SHAREGPT[:2]}, "no message is by the assistant"),
         ({"conversations": [{"from": "gpt"}]}, "message 0: content is missing"),
     ],
 )
