@@ -192,7 +192,8 @@ def test_stages_that_the_data_cannot_support_are_left_out(work: Path, capfd: pyt
     output = capfd.readouterr().out
     assert "no engagement stage: the messages have no times and no labels" in output
     assert "no dpo stage: " in output
-    assert re.search(r"sft: loop.max_steps: 20 \(the minimum; 2 epochs of \d+ rows of 256 tokens would be \d+\)", output)
+    steps = r"sft: loop.max_steps: 20 \(the minimum; 2 epochs of \d+ rows of 256 tokens would be \d+\)"
+    assert re.search(steps, output)
     assert [entry["recipe"] for entry in recipe(work / "mine", "pipeline")["stages"]] == [
         "data.yaml", "pretrain.yaml", "sft.yaml", "eval.yaml", "export.yaml",
     ]  # fmt: skip
