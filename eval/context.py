@@ -1,4 +1,4 @@
-"""Held-out contexts to reply to and the replies models give: shared by ranking, preference, quality and samples."""
+"""Held-out contexts and the replies of models to them, for ranking, preference, quality and samples."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,26 +22,26 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class ReplyContext:
-    """What came before one reply of the character, as far as `fit_prompt` keeps it, and the human reply."""
+    """The messages before one reply of the character that `fit_prompt` keeps, and the human reply."""
 
     dialogue_id: str
     messages: tuple[Message, ...]
     character: str
     human_reply: str
-    turn: int  # number of the reply in the whole dialogue, counted from 1
+    turn: int  # 1-based number of the reply in the whole dialogue
     prompt: tuple[int, ...]
     human_tokens: tuple[int, ...]
-    dialogue: int  # its number among the held-out dialogues, as shards know it
+    dialogue: int  # its index among the held-out dialogues, as in the shards
 
 
 def dialogues_of(contexts: Sequence[ReplyContext]) -> NDArray[np.int64]:
-    """The dialogue of each context: what intervals are clustered by."""
+    """The dialogue of each context, the cluster of intervals."""
     return np.array([context.dialogue for context in contexts], dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A reply as text and as tokens with the closing <|end|>; `finished` is False where the token limit cut it."""
+    """A reply as text and as tokens with the final <|end|>; `finished` is False if the token limit cut it."""
 
     text: str
     tokens: tuple[int, ...]
@@ -57,10 +57,10 @@ def select_contexts(
     min_messages: int = 2,
     left_out: Counter[str] | None = None,
 ) -> list[ReplyContext]:
-    """Up to `n` contexts, at most one a dialogue (so that they are independent), drawn by `seed` alone.
+    """Up to `n` contexts, at most one a dialogue (so that they are independent), sampled with `seed`.
 
-    A context ends in a message of somebody else and holds at least `min_messages` messages before any cut. `left_out`,
-    when given, receives the number of dialogues that were looked at and gave no context, by reason.
+    A context ends with a message of another speaker and has at least `min_messages` messages before the oldest are
+    dropped. `left_out` receives the number of visited dialogues without a context, by reason.
     """
     rng = np.random.default_rng(seed)
     encoder = MessageEncoder(tokenizer)
@@ -69,7 +69,7 @@ def select_contexts(
     for number in rng.permutation(len(dialogues)):
         dialogue = dialogues[number]
         places = _reply_places(dialogue, min_messages)
-        # One draw a dialogue, used or not, keeps later draws the same when a limit changes.
+        # one random number a dialogue, used or not, so that a changed limit does not change later choices
         pick = float(rng.random())
         if not places:
             reasons[f"the character answers nobody after {min_messages} messages"] += 1
@@ -85,13 +85,13 @@ def select_contexts(
 
 
 def human_texts(dialogues: Sequence[Dialogue], min_messages: int) -> list[str]:
-    """A reply of each dialogue that has a context: how many contexts there are, before a tokenizer says which fit."""
+    """A reply of each dialogue with a context: an upper bound of contexts that needs no tokenizer."""
     places = ((dialogue, _reply_places(dialogue, min_messages)) for dialogue in dialogues)
     return [dialogue.messages[found[0]].text for dialogue, found in places if found]
 
 
 def _reply_places(dialogue: Dialogue, min_messages: int) -> list[int]:
-    """Indices of the character's messages that answer somebody; one kept out of the loss is no reply to learn from."""
+    """Indices of the character's messages that answer another speaker; untrained messages are not replies."""
     messages = dialogue.messages
     return [
         i
@@ -107,7 +107,7 @@ def _reply_places(dialogue: Dialogue, min_messages: int) -> list[int]:
 def _context_at(
     dialogue: Dialogue, number: int, place: int, encoder: MessageEncoder, max_prompt_tokens: int
 ) -> ReplyContext | LeftOut:
-    """The context before message `place`, or why it does not fit."""
+    """The context before message `place`, or the reason why it does not fit."""
     reply = dialogue.messages[place]
     fitted = fit_prompt(encoder, dialogue.messages[:place], dialogue.character, max_prompt_tokens)
     if isinstance(fitted, LeftOut):
@@ -127,7 +127,7 @@ def sample_replies(
     batch_size: int = 64,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Reply]:
-    """One reply a context. Context i is drawn with a seed of its own, the same for every model compared."""
+    """One reply a context. Each context has its own seed, the same for all models."""
     replies: list[Reply] = []
     for start in range(0, len(contexts), batch_size):
         batch = contexts[start : start + batch_size]
@@ -140,10 +140,10 @@ def sample_replies(
 
 def _reply(tokenizer: DialogueTokenizer, tokens: Sequence[int], finished: bool) -> Reply:
     kept = [token for token in tokens if token != tokenizer.end_id]
-    # A cut reply is closed too: the scorer reads its opinion at <|end|>.
+    # also closes a cut reply: the scorer's output is read at <|end|>
     return Reply(decode_reply(tokenizer, kept), (*kept, tokenizer.end_id), finished)
 
 
 def human_replies(contexts: Sequence[ReplyContext]) -> list[Reply]:
-    """What the human behind the character really wrote, in the form of model replies."""
+    """The replies in the data, in the form of model replies."""
     return [Reply(context.human_reply, context.human_tokens, True) for context in contexts]

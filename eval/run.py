@@ -1,36 +1,35 @@
-"""Evaluate the models of a pipeline, write report.html and report.json: `python -m eval.run recipes/demo/eval.yaml`."""
+"""Evaluate the models of a pipeline; write report.html and report.json: `python -m eval.run recipes/demo/eval.yaml`."""
 
 import sys
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 
 from eval.context import dialogues_of, human_replies, sample_replies
-from eval.parts.dialogue_quality import summarise_quality
-from eval.parts.engagement import score_turns, summarise_scorer, training_turns
+from eval.entry import Entry
+from eval.figure import HUMAN
+from eval.number_text import interval_text, number_text
+from eval.parts.dialogue_quality import summarize_quality
+from eval.parts.engagement import score_turns, summarize_scorer, training_turns
 from eval.parts.ngram import ngram_losses
-from eval.parts.perplexity import CHARACTER, paired_difference, score_dataset, summarise
-from eval.parts.preference import drift, score_replies, summarise_preference
+from eval.parts.perplexity import CHARACTER, paired_difference, score_dataset, summarize
+from eval.parts.preference import drift, score_replies, summarize_preference
 from eval.parts.ranking import evaluate_ranking
 from eval.parts.section import Part, run_parts
 from eval.parts.training_curve import training_curves
 from eval.parts.user_sensitivity import evaluate_user_sensitivity
-from eval.plots import HUMAN
-from eval.report import interval_text, number_text, to_json, write_report
-from eval.scoring import OnProgress, share_of, sigmoid, spread_rows
-from eval.workspace import EvalRecipe, Workspace, open_workspace, print_inputs
-from recipes.loader import dump_recipe, parse_command_line
-from recipes.run_directory import RunState, finish_run, prepare_run_directory, read_done
-from recipes.stage_errors import run_entry
+from eval.report import write_report
+from eval.scoring import OnProgress, reply_logprobs, share_of, sigmoid, spread_rows
+from eval.workspace import EvalRecipe, Workspace, open_workspace
+from model.weights import load_config
+from recipes.run_directory import read_done
 
 
 def perplexity_part(space: Workspace, on_progress: OnProgress) -> dict[str, Any] | None:
-    """Held-out loss of count models and models; each later model's change against the first on the same targets."""
+    """Held-out loss of count models and models; the difference of each later model to the first on the same targets."""
     section = space.recipe.perplexity
     if section is None:
         return None
@@ -43,18 +42,17 @@ def perplexity_part(space: Workspace, on_progress: OnProgress) -> dict[str, Any]
             share_of(on_progress, number, len(space.models)),
         )  # fmt: skip
     first, *later = scored
+    is_character_N = scored[first].role_N == CHARACTER
     return {
         "n_targets": int(scored[first].nats_N.size),
         "n_dialogues": int(np.unique(scored[first].dialogue_D).size),
         "ngrams": ngrams,
-        "models": {name: summarise(targets, space.bootstrap) for name, targets in scored.items()},
+        "models": {name: summarize(targets, space.bootstrap) for name, targets in scored.items()},
         "differences": [
             {
                 "model": name,
                 "against": first,
-                "character": paired_difference(
-                    scored[name], scored[first], scored[first].role_N == CHARACTER, space.bootstrap
-                ),
+                "character": paired_difference(scored[name], scored[first], is_character_N, space.bootstrap),
             }
             for name in later
         ],
@@ -77,16 +75,16 @@ def engagement_part(space: Workspace, on_progress: OnProgress) -> dict[str, Any]
     section = space.recipe.engagement
     if section is None:
         return None
-    assert space.scorer is not None
     message_id = space.tokenizer.message_id
     train = training_turns(space.train, message_id, section.training_rows)
     rows = spread_rows(space.heldout.n_rows, section.heldout_rows)
-    turns, logit_N = score_turns(space.scorer, space.heldout, message_id, rows, space.recipe.batch_tokens, on_progress)
-    return summarise_scorer(turns, logit_N, train, space.bootstrap)
+    scorer, batch_tokens = space.models.scorer(), space.recipe.batch_tokens
+    turns, logit_N = score_turns(scorer, space.heldout, message_id, rows, batch_tokens, on_progress)
+    return summarize_scorer(turns, logit_N, train, space.bootstrap)
 
 
 def quality_part(space: Workspace, on_progress: OnProgress) -> dict[str, Any]:
-    """Draw every model's replies, then compare what they are like; later parts judge the same replies."""
+    """Sample every model's replies and describe them; later parts score the same replies."""
     contexts = space.reply_contexts
     for number, (name, model) in enumerate(space.models.items()):
         space.replies[name] = sample_replies(
@@ -94,44 +92,42 @@ def quality_part(space: Workspace, on_progress: OnProgress) -> dict[str, Any]:
             on_progress=share_of(on_progress, number, len(space.models)),
         )  # fmt: skip
     space.replies[HUMAN] = human_replies(contexts)
-    return {"n_contexts": len(contexts), "systems": summarise_quality(contexts, space.replies, space.bootstrap)}
+    return {"n_contexts": len(contexts), "systems": summarize_quality(contexts, space.replies, space.bootstrap)}
 
 
 def preference_part(space: Workspace, on_progress: OnProgress) -> dict[str, Any] | None:
-    """The scorer's verdict on the replies of one model against another's, and the drift between the two."""
+    """The scorer's preference between the replies of two models, and the drift between the two."""
     section, batch_tokens = space.recipe.preference, space.recipe.batch_tokens
     if section is None:
         return None
-    assert space.scorer is not None
     contexts, replies, scores = space.reply_contexts, space.replies, space.reply_scores
-    n_steps = len(replies) + 2
+    model, against = section.model, section.against
+    n_steps = len(replies) + 4
+    scorer = space.models.scorer()
     for number, name in enumerate(replies):
         shown = share_of(on_progress, number, n_steps)
-        scores[name] = score_replies(space.scorer, contexts, replies[name], batch_tokens, shown)
-    model, against = section.model, section.against
+        scores[name] = score_replies(scorer, contexts, replies[name], batch_tokens, shown)
+    logprobs = {}
+    sides = [(name, source) for name in (model, against) for source in (model, against)]  # each model is loaded once
+    for number, (name, source) in enumerate(sides, start=len(replies)):
+        items = [(context.prompt, reply.tokens) for context, reply in zip(contexts, replies[source], strict=True)]
+        shown = share_of(on_progress, number, n_steps)
+        logprobs[name, source] = reply_logprobs(space.models[name], items, batch_tokens, shown)
+    dialogue_N = dialogues_of(contexts)
     drifts = {
-        key: drift(
-            space.models[model], space.models[against], contexts, replies[source], batch_tokens, space.bootstrap,
-            share_of(on_progress, len(replies) + number, n_steps),
-        )
-        for number, (key, source) in enumerate((("on_model", model), ("on_against", against)))
-    }  # fmt: skip
+        key: drift(logprobs[model, source], logprobs[against, source], replies[source], dialogue_N, space.bootstrap)
+        for key, source in (("on_model", model), ("on_against", against))
+    }
     sampling = space.recipe.replies
-    unbiased = sampling.temperature == 1 and sampling.top_p >= 1 and sampling.top_k == 0
-    verdict = summarise_preference(
-        scores[model],
-        scores[against],
-        scores[HUMAN],
-        replies[model],
-        replies[against],
-        dialogues_of(contexts),
-        space.bootstrap,
+    is_kl = sampling.temperature == 1 and sampling.top_p >= 1 and sampling.top_k == 0
+    figures = summarize_preference(
+        scores[model], scores[against], scores[HUMAN], replies[model], replies[against], dialogue_N, space.bootstrap
     )
-    return {"model": model, "against": against, **verdict, "drift": {**drifts, "is_kl": unbiased}}
+    return {"model": model, "against": against, **figures, "drift": {**drifts, "is_kl": is_kl}}
 
 
 def user_sensitivity_part(space: Workspace, on_progress: OnProgress) -> dict[str, Any] | None:
-    """Does a changed message change the next token?"""
+    """How much the next-token distribution changes when a message is replaced."""
     section = space.recipe.user_sensitivity
     if section is None:
         return None
@@ -154,7 +150,7 @@ PARTS: dict[str, Part[Workspace]] = {
 
 
 def sample_conversations(space: Workspace) -> list[dict[str, Any]]:
-    """The first contexts with every system's reply and the scorer's probability of it."""
+    """The first contexts with the replies of all systems and the scorer's probability for each."""
     shown = []
     for number, context in enumerate(space.reply_contexts[: space.recipe.replies.shown]):
         replies = []
@@ -171,26 +167,25 @@ def sample_conversations(space: Workspace) -> list[dict[str, Any]]:
     return shown
 
 
-def evaluate(space: Workspace, console: Console) -> dict[str, Any]:
-    """Run every part with a progress line each; the report's content."""
+def evaluate(recipe: EvalRecipe, console: Console) -> dict[str, Any]:
+    """Run every part, with a progress bar each; the content of the report."""
+    space = open_workspace(recipe, console)
     results, seconds = run_parts(PARTS, space, console)
+    space.models.release()
     return {**_described(space), **results, "seconds": seconds, "samples": sample_conversations(space)}
 
 
 def _described(space: Workspace) -> dict[str, Any]:
     recipe = space.recipe
 
-    def described(path: str, n_parameters: int) -> dict[str, Any]:
+    def described(path: str) -> dict[str, Any]:
         return {
             "run_dir": path,
-            "n_parameters": n_parameters,
+            "n_parameters": load_config(Path(path) / "model").n_parameters,
             "key_figure": (read_done(path) or {}).get("key_figure", ""),
         }
 
-    curves = {**recipe.models} | ({} if recipe.scorer is None else {"scorer": recipe.scorer})
-    scorer = None
-    if recipe.scorer is not None and space.scorer is not None:
-        scorer = described(recipe.scorer, space.scorer[0].config.n_parameters)
+    scorer = {} if recipe.scorer is None else {"scorer": recipe.scorer}
     return {
         "title": recipe.title,
         "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -198,15 +193,15 @@ def _described(space: Workspace) -> dict[str, Any]:
         "confidence_level": recipe.bootstrap.confidence_level,
         "bootstrap": recipe.bootstrap.model_dump(),
         "sampling": recipe.replies.model_dump(),
-        "models": {n: described(recipe.models[n], model.config.n_parameters) for n, model in space.models.items()},
-        "scorer": scorer,
+        "models": {name: described(path) for name, path in recipe.models.items()},
+        "scorer": described(recipe.scorer) if recipe.scorer else None,
         "data": {"run_dir": recipe.data, "n_dialogues": space.n_dialogues, "fingerprint": space.heldout.fingerprint},
-        "training_curves": training_curves(curves),
+        "training_curves": training_curves({**recipe.models, **scorer}),
     }
 
 
 def key_figure(report: dict[str, Any]) -> str:
-    """One line of the figures that matter, for the pipeline's table; `report` as plain JSON values."""
+    """One line with the main figures, for the pipeline's table; `report` as plain JSON values."""
     parts = []
     if report["perplexity"]:
         name, figures = next(iter(report["perplexity"]["models"].items()))
@@ -225,41 +220,23 @@ def key_figure(report: dict[str, Any]) -> str:
     return ", ".join(parts).strip() or "see report.html"
 
 
-def run(recipe: EvalRecipe, console: Console) -> None:
-    """Evaluate into recipe.run_dir, or say that it is done already."""
-    started = time.monotonic()
-    with prepare_run_directory(recipe.run_dir, recipe, recipe.inputs()) as state:
-        if state is RunState.FINISHED:
-            console.print(f"{recipe.run_dir} is finished: {(read_done(recipe.run_dir) or {}).get('key_figure')}")
-            return
-        if recipe.threads is not None:
-            torch.set_num_threads(recipe.threads)
-        report = to_json(evaluate(open_workspace(recipe, console), console))
-        paths = write_report(recipe.run_dir, report)
-        figure = key_figure(report)
-        finish_run(
-            recipe.run_dir, recipe, recipe.inputs(), figure, time.monotonic() - started,
-            by_size=("report.json", "report.html", "plots"),
-        )  # fmt: skip
-    console.print(f"[bold]{figure}[/]", highlight=False)
-    console.print(f"report: {paths['html'].resolve()}", highlight=False, soft_wrap=True)
+def write(run_dir: Path, report: dict[str, Any]) -> str:
+    """Write the report; what to print about it."""
+    html = write_report(run_dir, report)["html"]
+    return f"{key_figure(report)}\nreport: {html.resolve()}"
 
 
 def print_plan(recipe: EvalRecipe, console: Console) -> None:
-    """What a run would evaluate, and which of its inputs are there."""
-    console.print(dump_recipe(recipe), highlight=False, markup=False)
-    print_inputs(recipe.inputs(), console)
     console.print(f"parts: {', '.join(recipe.parts())}", highlight=False)
     console.print(f"report: {Path(recipe.run_dir) / 'report.html'}", highlight=False)
 
 
+ENTRY = Entry(EvalRecipe, __doc__, evaluate, key_figure, write, ("report.json", "report.html", "plots"), print_plan)
+
+
 def main() -> int:
-    """Entry point: 0 when the report is there, 2 for a problem the user can mend."""
-    command = parse_command_line(EvalRecipe, description=__doc__)
-    recipe: EvalRecipe = command.recipe
-    console = Console()
-    action = print_plan if command.dry_run else run
-    return run_entry(lambda: action(recipe, console), recipe.run_dir)
+    """Entry point: 0 when the report is written, 2 for a user error."""
+    return ENTRY.main()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Log-probabilities of replies and scores of conversations, batched by length so that little is spent on padding."""
+"""Log-probabilities of replies and scores of conversations, batched by length to reduce padding."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -7,6 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data.packed.batch import PackedBatch, collate
+from data.packed.shards import PackedDataset
 from model.attention_ops import Documents
 from model.scalar_head import ScalarHead
 from model.transformer import Transformer
@@ -16,14 +18,14 @@ OnProgress = Callable[[int, int], None]  # items done, items in all
 
 
 def share_of(on_progress: OnProgress, number: int, of: int) -> OnProgress:
-    """Progress of step `number` of `of` equal steps."""
+    """The progress callback of step `number` of `of` equal steps."""
     return lambda done, total: on_progress(number * total + done, of * total)
 
 
 def spread_rows(n_rows: int, wanted: int) -> NDArray[np.int64]:
-    """`wanted` row numbers evenly over a dataset, or all of them.
+    """`wanted` evenly spaced row numbers of a dataset, or all of them.
 
-    Packing puts long documents first, so the first rows are no fair sample; evenly spread ones are.
+    Packing puts long documents first, so the first rows are not a representative sample.
     """
     return np.unique(np.linspace(0, n_rows - 1, min(wanted, n_rows)).round().astype(np.int64))
 
@@ -32,7 +34,20 @@ LOGIT_ROWS = 4096  # positions whose logits are held at once: 4096 x 8192 float3
 
 
 def silent(done: int, total: int) -> None:
-    """No progress display."""
+    """A progress callback that does nothing."""
+
+
+def hidden_states(
+    model: Transformer, dataset: PackedDataset, rows: NDArray[np.int64], batch_tokens: int, on_progress: OnProgress
+) -> Iterator[tuple[PackedBatch, Tensor]]:
+    """Batches of these rows, each with hidden_TD."""
+    device = model.embed_tokens.weight.device
+    step = max(1, batch_tokens // dataset.row_length)
+    for start in range(0, len(rows), step):
+        batch = collate(dataset, rows[start : start + step])
+        documents = Documents.from_lengths(batch.document_lengths, batch.row_length, device)
+        yield batch, model(batch.tokens_T.to(device), documents)
+        on_progress(min(start + step, len(rows)), len(rows))
 
 
 def target_logprobs(model: Transformer, hidden_TD: Tensor, targets_T: Tensor) -> FloatArray:
@@ -46,7 +61,7 @@ def target_logprobs(model: Transformer, hidden_TD: Tensor, targets_T: Tensor) ->
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, each at most `batch_tokens` after padding (or a single sequence)."""
+    """Batches of indices with similar lengths, at most `batch_tokens` after padding (or a single sequence)."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
@@ -58,7 +73,7 @@ def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[lis
 
 
 def _pack(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Documents, int]:
-    """One row a sequence, padded to the longest with a document of its own: (tokens_T, documents, row length)."""
+    """(tokens_T, documents, row length): one row a sequence, the padding is a separate document."""
     row = max(len(sequence) for sequence in sequences)
     tokens = [[*sequence, *[0] * (row - len(sequence))] for sequence in sequences]
     lengths = [part for s in sequences for part in (len(s), row - len(s)) if part]
@@ -72,7 +87,7 @@ def reply_logprobs(
     batch_tokens: int,
     on_progress: OnProgress = silent,
 ) -> list[FloatArray]:
-    """For each (prompt, reply) the log-probability of every reply token given all that precedes it."""
+    """For each (prompt, reply) the log-probability of every reply token given the tokens before it."""
     assert all(prompt and reply for prompt, reply in items)
     device = model.embed_tokens.weight.device
     out: list[FloatArray] = [np.empty(0)] * len(items)
@@ -80,7 +95,7 @@ def reply_logprobs(
     for batch in batches_by_length([len(p) + len(r) for p, r in items], batch_tokens):
         tokens_T, documents, row = _pack([[*items[i][0], *items[i][1]] for i in batch], device)
         hidden_TD = model(tokens_T, documents)
-        # The token at position t - 1 predicts the one at t.
+        # position t - 1 predicts the token at t
         starts = [place * row + len(items[i][0]) for place, i in enumerate(batch)]
         target_T = torch.cat([torch.arange(s, s + len(items[i][1])) for s, i in zip(starts, batch)]).to(device)
         logprob_T = target_logprobs(model, hidden_TD[target_T - 1], tokens_T[target_T])
@@ -114,7 +129,7 @@ def score_conversations(
     batch_tokens: int,
     on_progress: OnProgress = silent,
 ) -> FloatArray:
-    """The scorer's logit at the last token (the reply's <|end|>) of each conversation."""
+    """The scorer's logit at the last token of each conversation (<|end|> of the reply)."""
     model, head = scorer
     out = np.zeros(len(conversations))
     done = 0
@@ -135,5 +150,5 @@ def _hidden_at_ends(model: Transformer, sequences: Sequence[Sequence[int]]) -> T
 
 
 def sigmoid(logits_N: FloatArray) -> FloatArray:
-    """Logits to probabilities, without overflow."""
+    """Sigmoid without overflow."""
     return np.asarray(0.5 * (1 + np.tanh(0.5 * logits_N)))

@@ -1,10 +1,10 @@
-"""How much wider an interval over dialogues is because people take part in several of them.
+"""How much wider an interval over dialogues becomes because people take part in several dialogues.
 
-Dialogues with a person in common depend on each other. Clusters of all that are linked would be one giant cluster as
-soon as most people know somebody who knows somebody; so dialogues are the units that are resampled, and the interval
-is widened by what the pairs of dialogues that share somebody add to the variance (Fafchamps & Gubert 2007; Aronow,
-Samii & Assenova 2015, "Cluster-robust variance estimation for dyadic data"; with one person a dialogue it is the
-ordinary cluster-robust variance). Somebody who is in all of the dialogues links nothing: the figure is about them.
+Dialogues with a person in common are dependent. Clustering all linked dialogues would often give one giant cluster, so
+dialogues are resampled, and the interval is widened by the covariance of pairs of dialogues with a person in common
+(Fafchamps & Gubert 2007; Aronow, Samii & Assenova 2015, "Cluster-robust variance estimation for dyadic data"; with one
+person a dialogue it is the ordinary cluster-robust variance). A person in all dialogues does not link them: the figure
+is conditional on that person.
 """
 
 import math
@@ -23,14 +23,14 @@ _PAIRS_AT_ONCE = 4_000_000
 
 @dataclass(frozen=True)
 class Dependence:
-    """Of a statistic: its variance as a multiple of that with independent dialogues (at least 1), and on how many
-    independent people it rests, by Kish's count (infinity where nobody is in two dialogues)."""
+    """A statistic's variance relative to that with independent dialogues (at least 1), and its effective number of
+    people (Kish; infinity if nobody is in two dialogues)."""
 
     variance_factor: float = 1.0
     n_people: float = math.inf
 
     def width_factor(self, confidence_level: float) -> float:
-        """How many times as wide the interval is; Student's t instead of the normal law where people are few."""
+        """The factor of the interval's width, with Student's t for a small number of people."""
         if math.isinf(self.n_people):
             return 1.0
         from scipy.stats import norm, t
@@ -41,7 +41,7 @@ class Dependence:
 
 
 class SharedParticipants:
-    """Who took part in each dialogue of a side: `participants[number]` are people's numbers."""
+    """The participants of each dialogue: `participants[dialogue]` holds indices of people."""
 
     def __init__(self, participants: Sequence[Sequence[int]]) -> None:
         counts = np.array([len(people) for people in participants], dtype=np.int64)
@@ -49,10 +49,10 @@ class SharedParticipants:
         rows = np.repeat(np.arange(len(participants)), counts)
         shape = (len(participants), int(people.max(initial=-1)) + 1)
         self._incidence_DP = csr_array((np.ones(len(people)), (rows, people)), shape=shape)
-        self._incidence_DP.data[:] = 1  # somebody listed twice is there once
+        self._incidence_DP.data[:] = 1  # a person listed twice counts once
 
     def dependence(self, influence_C: FloatArray, dialogue_C: IntArray) -> Dependence:
-        """Of a statistic of these dialogues, from how far each of them moves it."""
+        """Dependence of a statistic of these dialogues, from the influence of each dialogue on it."""
         incidence_CP = self._incidence_DP[dialogue_C]
         of_person_P = np.asarray(incidence_CP.sum(axis=0)).reshape(-1)
         linking_P = (of_person_P > 1) & (of_person_P < len(dialogue_C))
@@ -61,7 +61,7 @@ class SharedParticipants:
         shared_CP = incidence_CP[:, np.flatnonzero(linking_P)]
         alone = len(dialogue_C) - np.count_nonzero(np.diff(shared_CP.indptr))
         sizes = np.concatenate([of_person_P[linking_P], np.ones(alone)])
-        n_people = float(sizes.sum() ** 2 / (sizes**2).sum())  # more than 1: nobody here is in all dialogues
+        n_people = float(sizes.sum() ** 2 / (sizes**2).sum())  # more than 1, since nobody here is in all dialogues
         own = float((influence_C**2).sum())
         if own == 0:
             return Dependence(1.0, n_people)
@@ -69,7 +69,7 @@ class SharedParticipants:
         return Dependence(max(1.0, shared / own), n_people)
 
     def _shared_variance(self, influence_C: FloatArray, shared_CP: csr_array) -> float:
-        """Sum of the products of the influences of all ordered pairs that share somebody, each with itself too."""
+        """Sum of products of influences over all ordered pairs with a person in common, pairs (i, i) included."""
         largest = int(np.asarray(shared_CP.sum(axis=0)).max())
         step = max(1, _PAIRS_AT_ONCE // max(1, largest))
         total = float((influence_C**2).sum())

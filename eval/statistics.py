@@ -1,15 +1,15 @@
-"""Error bars: bootstrap over independent units, tests for paired replies and ranking statistics.
+"""Confidence intervals by clustered bootstrap, paired tests, AUC.
 
-Tokens and turns of a dialogue depend on each other, so every interval here resamples *clusters* (dialogues, never the
-pieces that a long one is cut into) and never the single values; where people take part in several dialogues it is
-widened (eval/shared_participants.py). A statistic is written once, as a function of how often each cluster was drawn,
-and `scipy.stats.bootstrap` does the resampling.
+Tokens and turns of a dialogue are dependent, so intervals resample *clusters* (whole dialogues, not the pieces of a
+long one), not single values; if people take part in several dialogues, intervals are widened
+(eval/shared_participants.py). A statistic is a function of the cluster weights (how often each cluster was drawn);
+`scipy.stats.bootstrap` does the resampling.
 """
 
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from eval.shared_participants import Dependence, SharedParticipants
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
-# Takes how often each cluster was drawn (R replicates, C clusters) and returns the statistic of each replicate (R).
+# From the weights of clusters (R replicates, C clusters) to the statistic of each replicate (R).
 WeightedStatistic = Callable[[FloatArray], FloatArray]
 
 BATCH_ELEMENTS = 4_000_000  # of one (replicates, values) array: bounds the memory of a bootstrap to about 100 MB
@@ -28,7 +28,7 @@ MAX_VALUES_HELD = 100_000  # statistics hold at most this many values per replic
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its interval. `low` and `high` are None where no interval can be given; `note` then says why."""
+    """A value with its interval. `low` and `high` are None if there is no interval; `note` says why."""
 
     value: float | None
     low: float | None
@@ -39,24 +39,13 @@ class Estimate:
     confidence_level: float = 0.95
     note: str = ""
     variance_factor: float = 1.0
-    """The variance as a multiple of that with clusters nobody of whom takes part in two."""
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @property
-    def has_interval(self) -> bool:
-        return self.low is not None and self.high is not None
-
-    def excludes(self, value: float) -> bool:
-        """Whether the interval lies wholly on one side of `value`."""
-        return self.low is not None and self.high is not None and not self.low <= value <= self.high
+    """The variance relative to that of clusters without shared participants."""
 
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """How intervals are made: `n_resamples` draws, `confidence_level` in (0, 1), the seed of the draws. With `people`,
-    clusters are the numbers of dialogues, and who is in several of them counts."""
+    """Settings of intervals: number of resamples, confidence level in (0, 1), seed. With `people`, clusters are indices
+    of dialogues, and intervals are widened for shared participants."""
 
     n_resamples: int = 2000
     confidence_level: float = 0.95
@@ -71,10 +60,10 @@ class Bootstrap:
         n: int,
         limits: tuple[float, float],
     ) -> Estimate:
-        """BCa interval of `statistic` over clusters; `n` is the number of single values (for the record), and the
-        statistic never lies outside `limits`.
+        """BCa interval of `statistic` over clusters. `n` is the number of single values, recorded in the estimate;
+        `limits` bound the statistic.
 
-        Where BCa is undefined (no spread on one side) the percentile interval takes its place, named in `method`.
+        If BCa is undefined (no spread on one side), the percentile interval is used, and `method` says so.
         """
         point = _finite(float(statistic(np.ones((1, n_clusters)))[0]))
         if point is None:
@@ -93,7 +82,7 @@ class Bootstrap:
         return Estimate(point, low, high, n, n_clusters, method, self.confidence_level, "", dependence.variance_factor)
 
     def _dependence(self, statistic: WeightedStatistic, clusters_C: NDArray[Any] | None, n_clusters: int) -> Dependence:
-        """What people in several of these clusters do to the statistic's variance, from the jackknife."""
+        """The effect of shared participants on the variance of the statistic, by the jackknife."""
         if self.people is None or clusters_C is None:
             return Dependence()
         left_out_C = np.empty(n_clusters)
@@ -107,11 +96,11 @@ class Bootstrap:
         return self.people.dependence(left_out_C.mean() - left_out_C, np.asarray(clusters_C, dtype=np.int64))
 
     def _limits(self, statistic: WeightedStatistic, n_clusters: int, n: int) -> tuple[float | None, float | None, str]:
-        """Lower and upper limit and the method, or (None, None, why there is none)."""
+        """Lower and upper limit and the method, or (None, None, the reason)."""
         from scipy.stats import DegenerateDataWarning, bootstrap
 
         with warnings.catch_warnings(), np.errstate(invalid="ignore", divide="ignore"):
-            warnings.simplefilter("ignore", DegenerateDataWarning)  # handled below, by name
+            warnings.simplefilter("ignore", DegenerateDataWarning)  # handled below
             result = bootstrap(
                 (np.arange(n_clusters),),
                 lambda index_RC, axis: statistic(_draw_counts(index_RC, n_clusters)).reshape(index_RC.shape[:-1]),
@@ -127,7 +116,7 @@ class Bootstrap:
         if usable_R.size < 0.9 * draws_R.size:
             return None, None, "too few resamples are defined"
         if np.ptp(usable_R) == 0:
-            return None, None, "all units are equal: the bootstrap cannot tell"
+            return None, None, "all units are equal: the bootstrap gives no interval"
         low, high = float(result.confidence_interval.low), float(result.confidence_interval.high)
         if math.isfinite(low) and math.isfinite(high):
             return low, high, "BCa bootstrap over clusters"
@@ -138,15 +127,15 @@ class Bootstrap:
     def mean(
         self, values_N: Sequence[float] | FloatArray, clusters: Sequence[object] | IntArray | None = None
     ) -> Estimate:
-        """Mean of `values_N`; `clusters` names the independent unit of each value (default: each its own)."""
+        """Mean of `values_N`; `clusters` is the cluster of each value (default: one each)."""
         values = np.asarray(values_N, dtype=np.float64)
         return self.ratio(values, np.ones_like(values), clusters)
 
     def share(
         self, values_N: Sequence[float] | FloatArray, clusters: Sequence[object] | IntArray | None = None
     ) -> Estimate:
-        """Mean of values from 0 to 1. Where all are 0 or all are 1, which leaves nothing to resample, the interval is
-        that of `proportion`."""
+        """Mean of values from 0 to 1. If all are 0 or all are 1, resampling shows no spread, and the interval is that
+        of `proportion`."""
         values = np.asarray(values_N, dtype=np.float64)
         is_constant = values.size > 0 and values[0] in (0, 1) and bool((values == values[0]).all())
         return self.proportion(values == 1, clusters) if is_constant else self.mean(values, clusters)
@@ -165,7 +154,7 @@ class Bootstrap:
         index, n_clusters, found = cluster_index(clusters, top.size)
         top_C = np.bincount(index, weights=top, minlength=n_clusters)
         bottom_C = np.bincount(index, weights=bottom, minlength=n_clusters)
-        present_C = bottom_C > 0  # a cluster without any observation of this kind is not a unit of the sample
+        present_C = bottom_C > 0  # a cluster without observations is not in the sample
         top_C, bottom_C = top_C[present_C], bottom_C[present_C]
         ratio_C = top_C / bottom_C
 
@@ -183,8 +172,8 @@ class Bootstrap:
     def proportion(
         self, successes_N: Sequence[bool] | NDArray[np.bool_], clusters: Sequence[object] | IntArray | None = None
     ) -> Estimate:
-        """Share of successes with the Wilson interval, which stays right at 0 and 1, on as many independent trials as
-        the clusters are worth."""
+        """Share of successes with the Wilson interval, which is valid at 0 and 1, on the effective number of
+        independent trials of the clusters."""
         successes = np.asarray(successes_N, dtype=np.float64)
         if successes.size == 0:
             return Estimate(None, None, None, 0, 0, "none", self.confidence_level, "no observations")
@@ -207,8 +196,11 @@ class Bootstrap:
     def paired_tests(
         self, differences_N: Sequence[float] | FloatArray, clusters: Sequence[object] | IntArray | None = None
     ) -> "PairedTests":
-        """Exact sign test and Wilcoxon signed-rank test of paired differences against zero, one a cluster; where people
-        take part in several, the tests' normal scores are divided by what that does to the mean sign's error."""
+        """Exact sign test and Wilcoxon signed-rank test of paired differences, one a cluster.
+
+        For shared participants, the normal scores of the p values are divided by the factor by which they increase the
+        standard error of the mean sign.
+        """
         tests = paired_tests(differences_N)
         sign = self.mean(np.sign(np.asarray(differences_N, dtype=np.float64)), clusters)
         if sign.variance_factor == 1 or tests.sign_p is None or tests.wilcoxon_p is None:
@@ -223,7 +215,7 @@ class Bootstrap:
         clusters: Sequence[object] | IntArray,
         minus_N: FloatArray | None = None,
     ) -> Estimate:
-        """Area under the ROC curve, ties counted half; with `minus_N` the AUC of `scores_N` less that of `minus_N`."""
+        """AUC with ties counted half; with `minus_N` the difference of the AUCs of `scores_N` and `minus_N`."""
         labels = np.asarray(labels_N)
         if len(set(labels.tolist())) < 2:
             note = "only one class is present: AUC is undefined"
@@ -240,12 +232,12 @@ class Bootstrap:
 
 
 class _WeightedAuc:
-    """Mann-Whitney AUC of scores whose clusters were drawn a given number of times."""
+    """Mann-Whitney AUC as a function of cluster weights."""
 
     def __init__(self, scores_N: FloatArray, labels_N: IntArray, index_N: IntArray) -> None:
         order_N = np.argsort(scores_N, kind="stable")
         sorted_N = np.asarray(scores_N, dtype=np.float64)[order_N]
-        # Where each group of equal scores begins.
+        # start of each group of equal scores
         self.starts_U = np.flatnonzero(np.concatenate([[True], sorted_N[1:] != sorted_N[:-1]]))
         self.positive_N = np.asarray(labels_N)[order_N] == 1
         self.index_N = index_N[order_N]
@@ -261,7 +253,7 @@ class _WeightedAuc:
 
 
 def wilson_interval(share: float, n_trials: float, confidence_level: float) -> tuple[float, float]:
-    """Wilson's score interval of a share of `n_trials` independent trials, which need be no whole number."""
+    """Wilson score interval of a share of `n_trials` independent trials (not necessarily an integer)."""
     from scipy.stats import norm
 
     z2 = float(norm.isf((1 - confidence_level) / 2)) ** 2
@@ -271,7 +263,7 @@ def wilson_interval(share: float, n_trials: float, confidence_level: float) -> t
 
 
 def _tempered(p: float, scale: float) -> float:
-    """The two-sided p value whose normal score is that of `p` divided by `scale`."""
+    """The two-sided p value with the normal score of `p` divided by `scale`."""
     from scipy.stats import norm
 
     return float(2 * norm.sf(norm.isf(p / 2) / scale))
@@ -279,7 +271,7 @@ def _tempered(p: float, scale: float) -> float:
 
 @dataclass(frozen=True)
 class PairedTests:
-    """Two-sided tests of paired differences. Ties are left out of the sign test and kept by Wilcoxon (Pratt)."""
+    """Two-sided tests of paired differences. The sign test omits ties, Wilcoxon's keeps them (Pratt)."""
 
     wins: int
     losses: int
@@ -287,12 +279,9 @@ class PairedTests:
     sign_p: float | None  # exact binomial
     wilcoxon_p: float | None
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def paired_tests(differences_N: Sequence[float] | FloatArray) -> PairedTests:
-    """Exact sign test and Wilcoxon signed-rank test of independent paired differences against zero."""
+    """Exact sign test and Wilcoxon signed-rank test of independent paired differences."""
     from scipy.stats import binomtest, wilcoxon
 
     differences = np.asarray(differences_N, dtype=np.float64)
@@ -310,8 +299,8 @@ def minimum_detectable_effect(
     significance: float = 0.05,
     variance_factor: float = 1.0,
 ) -> float | None:
-    """Smallest true shift of the mean that a two-sided z-test on `values_N` finds with probability `power`; the mean's
-    variance is that of independent values times `variance_factor`."""
+    """Smallest true shift of the mean that a two-sided z-test on `values_N` detects with probability `power`;
+    `variance_factor` multiplies the variance of the mean of independent values."""
     from scipy.stats import norm
 
     values = np.asarray(values_N, dtype=np.float64)
@@ -322,7 +311,7 @@ def minimum_detectable_effect(
 
 
 def cluster_index(clusters: Sequence[object] | IntArray | None, n: int) -> tuple[IntArray, int, NDArray[Any] | None]:
-    """Number the clusters 0..C-1: the index of each value's cluster, C, and the clusters in that order."""
+    """Number the clusters 0..C-1: (index of each value's cluster, C, the clusters in that order)."""
     if clusters is None:
         return np.arange(n), n, None
     assert len(clusters) == n
@@ -335,7 +324,7 @@ def cluster_index(clusters: Sequence[object] | IntArray | None, n: int) -> tuple
 
 
 def _draw_counts(index_RC: IntArray, n_clusters: int) -> FloatArray:
-    """How often each cluster occurs in each row of drawn cluster numbers."""
+    """How often each cluster occurs in each row of resampled cluster indices."""
     rows = index_RC.reshape(-1, index_RC.shape[-1])
     offset_R1 = np.arange(rows.shape[0])[:, None] * n_clusters
     flat = np.bincount((rows + offset_R1).reshape(-1), minlength=rows.shape[0] * n_clusters)

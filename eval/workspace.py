@@ -1,4 +1,4 @@
-"""What an evaluation works on: the recipe's schema; models, data and contexts, loaded; errors that name what lacks."""
+"""The recipe of an evaluation and its workspace: data, contexts and models, checked against each other."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from rich.console import Console
 from rich.table import Table
@@ -17,19 +16,18 @@ from data.format.dialogue_json import read_dialogues
 from data.format.tokenizer import MODEL_FILE, DialogueTokenizer
 from data.packed.shards import PackedDataset
 from eval.context import Reply, ReplyContext, human_texts, select_contexts
+from eval.figure import HUMAN
+from eval.models import Models
 from eval.parts.engagement import EngagementSection
 from eval.parts.perplexity import PerplexitySection
 from eval.parts.preference import PreferenceSection
 from eval.parts.ranking import RankingSection
 from eval.parts.user_sensitivity import UserSensitivitySection
-from eval.plots import HUMAN
 from eval.shared_participants import SharedParticipants
 from eval.statistics import Bootstrap
 from model.config import ModelConfig
 from model.inference.generate import Sampling
-from model.scalar_head import ScalarHead
-from model.transformer import Transformer
-from model.weights import load_config, load_model, load_scorer
+from model.weights import load_config
 from recipes.loader import Section
 from recipes.plan_check import PlanCheck
 from recipes.run_directory import RunDirectoryError, read_done
@@ -37,17 +35,17 @@ from recipes.run_identity import Location
 
 
 class EvalError(ValueError):
-    """Something the evaluation needs is missing or does not fit together."""
+    """Inputs of an evaluation are missing or do not match each other."""
 
 
 class BootstrapSection(Section):
-    """Resamples of an interval and the share of the truth it should cover."""
+    """Number of resamples and confidence level of the intervals."""
 
     n_resamples: PositiveInt = 2000
     confidence_level: PositiveFloat = 0.95
 
     def over(self, heldout: PackedDataset, seed: int) -> Bootstrap:
-        """Intervals over the dialogues of these shards, widened where people take part in several."""
+        """Intervals over the dialogues of these shards, widened if people take part in several."""
         people = SharedParticipants(heldout.dialogues["participants"].to_pylist())
         return Bootstrap(self.n_resamples, self.confidence_level, seed, people)
 
@@ -59,14 +57,14 @@ class BootstrapSection(Section):
 
 
 class ContextSection(Section):
-    """Contexts are cut to `max_prompt_tokens` at message borders and begin at least `min_messages` messages in."""
+    """Contexts have at least `min_messages`; the oldest are dropped to fit `max_prompt_tokens`."""
 
     max_prompt_tokens: PositiveInt
     min_messages: PositiveInt = 2
 
 
 class ReplySection(Section):
-    """How many replies each model gives, how they are drawn, and how many the report shows."""
+    """How many replies are sampled from each model, with which sampling, and how many the report shows."""
 
     n_contexts: PositiveInt
     max_new_tokens: PositiveInt
@@ -77,7 +75,7 @@ class ReplySection(Section):
 
 
 class EvalRecipe(Section):
-    """Models (name: run directory) to evaluate, the scorer, and the parts of the report; an absent part is skipped."""
+    """Models (name: run directory) to evaluate, the scorer, and the parts of the report; omitted parts are skipped."""
 
     stage: Literal["eval"]
     run_dir: Location
@@ -102,7 +100,7 @@ class EvalRecipe(Section):
         if not self.models:
             raise ValueError("models: found none, expected at least one line `name: run directory`")
         if HUMAN in self.models:
-            raise ValueError(f"models.{HUMAN}: this name is kept for the replies in the data; choose another")
+            raise ValueError(f"models.{HUMAN}: this name is reserved for the replies in the data; choose another")
         for part in ("engagement", "preference"):
             if getattr(self, part) is not None and self.scorer is None:
                 raise ValueError(f"{part}: needs a scorer; set `scorer: <run directory>` or remove this section")
@@ -114,12 +112,12 @@ class EvalRecipe(Section):
         return self
 
     def inputs(self) -> dict[str, str]:
-        """Every run directory that is read, by name."""
+        """The run directories that it reads, by name."""
         scorer = {} if self.scorer is None else {"scorer": self.scorer}
         return {"data": self.data, **{f"models.{name}": path for name, path in self.models.items()}, **scorer}
 
     def check_plan(self, plan: PlanCheck) -> None:
-        """Whether models, contexts and held-out dialogues fit each other, as far as it can be told already."""
+        """Check models, contexts and held-out dialogues against each other, as far as they are known."""
         facts = plan.data(self.data)
         scorer = [("scorer", self.scorer)] if self.scorer is not None else []
         for name, path in [*((f"models.{name}", path) for name, path in self.models.items()), *scorer]:
@@ -145,15 +143,14 @@ class EvalRecipe(Section):
 
 @dataclass
 class Workspace:
-    """Everything loaded once; `replies` and `reply_scores` are filled by the parts that draw and judge them."""
+    """What the parts work on. The quality part fills `replies`, the preference part `reply_scores`."""
 
     recipe: EvalRecipe
     tokenizer: DialogueTokenizer
     train: PackedDataset
     heldout: PackedDataset
     n_dialogues: int
-    models: dict[str, Transformer]
-    scorer: tuple[Transformer, ScalarHead] | None
+    models: Models
     contexts: list[ReplyContext]
     bootstrap: Bootstrap
     replies: dict[str, list[Reply]] = field(default_factory=dict)
@@ -161,12 +158,12 @@ class Workspace:
 
     @property
     def reply_contexts(self) -> list[ReplyContext]:
-        """The contexts that every model replies to."""
+        """The contexts that every model replies to, the first ones."""
         return self.contexts[: self.recipe.replies.n_contexts]
 
     @property
     def sampling(self) -> Sampling:
-        """How replies are drawn: only text and <|end|> can come out."""
+        """The sampling of replies: no control token but <|end|>."""
         section, tokenizer = self.recipe.replies, self.tokenizer
         return Sampling(
             max_new_tokens=section.max_new_tokens,
@@ -180,38 +177,32 @@ class Workspace:
 
 
 def open_workspace(recipe: EvalRecipe, console: Console) -> Workspace:
-    """Load data, models and contexts; print how many dialogues gave no context.
+    """Load data and contexts, check the models against them, print how many dialogues have no context.
 
-    Raises EvalError, or the errors of the readers, naming what is wrong.
+    Raises EvalError, or an error of the readers, naming what does not match.
     """
     for name, path in recipe.inputs().items():
         check_finished(name, path)
     data = Path(recipe.data)
     tokenizer = DialogueTokenizer.load(data)
     train, heldout = PackedDataset(data / "train"), PackedDataset(data / "heldout")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models = {}
-    for name, path in recipe.models.items():
-        check_fits(f"models.{name}", path, load_config(Path(path) / "model"), tokenizer, recipe, heldout.row_length)
-        models[name] = load_model(Path(path) / "model", device)
-    scorer = None
-    if recipe.scorer is not None:
-        config = load_config(Path(recipe.scorer) / "model")
-        check_fits("scorer", recipe.scorer, config, tokenizer, recipe, heldout.row_length)
-        scorer = load_scorer(Path(recipe.scorer) / "model", device)
+    runs = {f"models.{name}": path for name, path in recipe.models.items()}
+    for name, path in (runs if recipe.scorer is None else {**runs, "scorer": recipe.scorer}).items():
+        check_fits(name, path, load_config(Path(path) / "model"), tokenizer, recipe, heldout.row_length)
     dialogues = list(read_dialogues(data / "dialogues" / "heldout.jsonl"))
     contexts = heldout_contexts(dialogues, tokenizer, recipe.seed, recipe.contexts, console)
     recipe, lowered = fit_counts(recipe, len(contexts), len({context.human_tokens for context in contexts}))
     for line in lowered:
         console.print(line, highlight=False, soft_wrap=True)
     bootstrap = recipe.bootstrap.over(heldout, recipe.seed)
-    return Workspace(recipe, tokenizer, train, heldout, len(dialogues), models, scorer, contexts, bootstrap)
+    models = Models(recipe.models, recipe.scorer)
+    return Workspace(recipe, tokenizer, train, heldout, len(dialogues), models, contexts, bootstrap)
 
 
 def heldout_contexts(
     dialogues: Sequence[Dialogue], tokenizer: DialogueTokenizer, seed: int, section: ContextSection, console: Console
 ) -> list[ReplyContext]:
-    """All contexts of the held-out dialogues; the dialogues without one are counted and printed by reason."""
+    """All contexts of the held-out dialogues; prints the number of dialogues without one, by reason."""
     left_out: Counter[str] = Counter()
     contexts = select_contexts(
         dialogues, tokenizer, len(dialogues), seed, section.max_prompt_tokens, section.min_messages, left_out
@@ -222,7 +213,7 @@ def heldout_contexts(
 
 
 def check_finished(name: str, path: str) -> None:
-    """Raise RunDirectoryError unless `path` is the directory of a finished run."""
+    """Raise RunDirectoryError unless `path` is a finished run directory."""
     if not Path(path).is_dir():
         raise RunDirectoryError(f"{name}: {path} does not exist; run its stage first")
     if read_done(path) is None:
@@ -230,7 +221,7 @@ def check_finished(name: str, path: str) -> None:
 
 
 def print_inputs(inputs: Mapping[str, str], console: Console) -> None:
-    """Which of these run directories are there and finished."""
+    """Print which of these run directories exist and are finished."""
     table = Table("input", "run directory", "state")
     for name, path in inputs.items():
         try:
@@ -243,7 +234,7 @@ def print_inputs(inputs: Mapping[str, str], console: Console) -> None:
 
 
 def check_tokenizer(name: str, path: str, tokenizer: DialogueTokenizer, data: str) -> None:
-    """Raise EvalError unless the model in run directory `path` was trained with the tokenizer of `data`."""
+    """Raise EvalError unless the model of run directory `path` was trained with the tokenizer of `data`."""
     own = Path(path) / "model" / MODEL_FILE
     if not own.is_file() or own.read_bytes() != tokenizer.model_bytes:
         found = f"{own} does not exist" if not own.is_file() else f"{own} is another tokenizer"
@@ -253,14 +244,14 @@ def check_tokenizer(name: str, path: str, tokenizer: DialogueTokenizer, data: st
 def check_fits(
     name: str, path: str, config: ModelConfig, tokenizer: DialogueTokenizer, recipe: EvalRecipe, row_length: int
 ) -> None:
-    """Raise EvalError where a model was trained with another tokenizer or is too short for what is asked of it."""
+    """Raise EvalError if a model was trained with another tokenizer or has a max_length that is too small."""
     check_tokenizer(name, path, tokenizer, recipe.data)
     if problem := too_long(name, path, config, recipe, row_length):
         raise EvalError(problem)
 
 
 def too_long(name: str, path: str, config: ModelConfig, recipe: EvalRecipe, row_length: int) -> str | None:
-    """Why a model is too short for what is asked of it; None when it is not."""
+    """The error message for a max_length that is too small for the recipe; None if it is sufficient."""
     longest = max(row_length, recipe.contexts.max_prompt_tokens + recipe.replies.max_new_tokens)
     if longest <= config.max_length:
         return None
@@ -271,15 +262,15 @@ def too_long(name: str, path: str, config: ModelConfig, recipe: EvalRecipe, row_
 
 
 def _min_messages_that_fits(dialogues: Sequence[Dialogue], asked: int) -> int | None:
-    """The largest min_messages below `asked` with the two contexts that an evaluation needs."""
+    """The largest min_messages below `asked` that gives the two contexts that an evaluation needs."""
     return next((n for n in range(asked - 1, 0, -1) if len(human_texts(dialogues, n)) >= 2), None)
 
 
 def fit_counts(recipe: EvalRecipe, n_contexts: int, n_replies: int) -> tuple[EvalRecipe, list[str]]:
-    """The recipe with counts no larger than the held-out dialogues allow, and a line for each that was lowered.
+    """Lower counts of the recipe to what the held-out dialogues allow; returns a line for each lowered count.
 
-    `n_contexts`: how many contexts there are; `n_replies`: how many different human replies they have. Raises
-    EvalError where there is nothing to evaluate on.
+    `n_contexts`: number of contexts; `n_replies`: number of their distinct human replies. Raises EvalError if there is
+    nothing to evaluate on.
     """
     if n_contexts < 2:
         raise EvalError(

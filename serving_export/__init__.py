@@ -1,4 +1,4 @@
-"""The served bundle: Hugging Face export with parity, the reference engine with its prefix cache, the HTTP server."""
+"""Hugging Face export with parity checks, the reference engine with its prefix cache, the HTTP server."""
 
 from recipes.interrupt import catch_interrupts
 from recipes.openmp import sleep_while_waiting

@@ -1,4 +1,4 @@
-"""Opening a bundle: the Hugging Face directory as our transformer, its tokenizer and what its server assumes."""
+"""Load an exported bundle: transformer, tokenizer, and the defaults of its server."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PAGE_SIZE = 16
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """How replies are drawn unless a request says otherwise."""
+    """Sampling of requests that do not set it."""
 
     temperature: float
     top_k: int
@@ -32,7 +32,7 @@ class SamplingDefaults:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A verified bundle in memory. `name` is what requests call the model."""
+    """A verified bundle in memory. `name` is the model name of requests."""
 
     name: str
     model: Transformer
@@ -41,7 +41,7 @@ class Bundle:
     sampling: SamplingDefaults
 
     def engine(self, cache_mib: int) -> Engine:
-        """An engine whose cache takes `cache_mib` MiB. Raises BundleError when that holds no page."""
+        """An engine with a KV cache of `cache_mib` MiB. Raises BundleError if that is less than a page."""
         weight_VD = self.model.embed_tokens.weight
         page_bytes = PAGE_SIZE * self.model.config.kv_bytes_per_token(weight_VD.element_size())
         n_pages = cache_mib * 2**20 // page_bytes
@@ -51,10 +51,10 @@ class Bundle:
 
 
 def open_bundle(directory: str | Path, device: str = "auto") -> Bundle:
-    """Load a bundle after checking every file against its manifest.
+    """Load a bundle after checking every file against its manifest; float32 on the CPU, else the stored dtype.
 
-    float32 on the CPU, the stored dtype elsewhere. Raises BundleError for a bundle that is missing, unfinished or
-    changed, TokenizerError or NotPortableError for one that is not ours.
+    Raises BundleError for a bundle that is missing, unfinished or changed, TokenizerError or NotPortableError for one
+    that this project did not write.
     """
     path = Path(directory)
     if not path.is_dir():

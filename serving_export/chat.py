@@ -16,14 +16,14 @@ from rich.markup import escape as escape_markup
 from data.format.dialogue import NARRATOR, DialogueError, Message, check_speaker
 from model.inference.generate import Sampling, SamplingError
 from serving_export.bundle import Bundle, open_bundle
-from serving_export.server.engine import PromptError
-from serving_export.server.reply import GenerationFailed, Replier, Reply
+from serving_export.server.reply import Replier
+from serving_export.server.request import GenerationFailed, PromptError, Request
 
-HELP = "/reset starts anew, /retry draws the last reply again, /stats shows the cache, /quit (or Ctrl-D) leaves"
+HELP = "/reset starts over, /retry generates the last reply again, /stats shows the cache, /quit (or Ctrl-D) leaves"
 
 
 class Chat:
-    """One conversation on the terminal: the messages so far and how the next reply is drawn."""
+    """One conversation in the terminal."""
 
     def __init__(self, bundle: Bundle, replier: Replier, console: Console, arguments: argparse.Namespace):
         self.console, self._replier, self._arguments = console, replier, arguments
@@ -35,9 +35,9 @@ class Chat:
         self._temperature = default.temperature if arguments.temperature is None else arguments.temperature
         self._top_p = default.top_p if arguments.top_p is None else arguments.top_p
         self._top_k = default.top_k
-        self._sampling(0)  # refuses values without meaning before the first line is read
+        self._sampling(0)  # raises SamplingError for invalid values before the first line is read
         self._opening = [Message(NARRATOR, arguments.scene)] if arguments.scene else []
-        self._last: tuple[Reply, float] | None = None
+        self._last: tuple[Request, float] | None = None
         self.reset()
 
     def _sampling(self, seed: int) -> Sampling:
@@ -47,7 +47,7 @@ class Chat:
         return self._replier.sampling(n_tokens, self._temperature, self._top_k, self._top_p, seed)
 
     def reset(self) -> None:
-        """Begin a new conversation."""
+        """Start a new conversation."""
         self.messages = list(self._opening)
 
     def say(self, text: str) -> None:
@@ -56,21 +56,21 @@ class Chat:
         self.answer()
 
     def retry(self) -> None:
-        """Draw the last reply anew."""
+        """Generate the last reply again."""
         if self.messages and self.messages[-1].speaker == self.character:
             self.messages.pop()
         if self.messages and self.messages[-1].speaker == self.user:
             self.answer()
         else:
-            self.console.print("[dim]nothing was said yet[/]")
+            self.console.print("[dim]no message yet[/]")
 
     def answer(self) -> None:
-        """Stream the character's reply; Ctrl-C ends it, and what was written so far stays."""
-        # one seed for every turn would draw by the same noise each time, and a weak model would say the same
+        """Stream the character's reply. Ctrl-C ends it; the text so far is kept."""
+        # with the same seed in every turn, a weak model repeats itself
         given = self._arguments.seed
         seed = secrets.randbits(62) if given is None else (given * 1_000_003 + len(self.messages)) % 2**63
         began = time.perf_counter()
-        reply: Reply | None = None
+        request: Request | None = None
         written, n_left_out = "", 0
         self.console.print(f"[bold magenta]{escape_markup(self.character)}:[/] ", end="")
         try:
@@ -79,13 +79,13 @@ class Chat:
             )
             n_left_out = prompt.n_left_out
             for text, current in self._replier.stream(prompt, self._sampling(seed)):
-                reply = current
+                request = current
                 written += text
                 self.console.out(_printable(text), end="", highlight=False)
         except KeyboardInterrupt:
             self.console.print(" [dim](stopped)[/]", end="")
         except (PromptError, GenerationFailed) as error:
-            self.console.print(f"[red]{escape_markup(str(error))}; /reset starts anew[/]")
+            self.console.print(f"[red]{escape_markup(str(error))}; /reset starts over[/]")
             self.messages.pop()
             return
         self.console.print()
@@ -93,17 +93,17 @@ class Chat:
             what = "message does" if n_left_out == 1 else "messages do"
             self.console.print(f"[dim]the {n_left_out} oldest {what} not fit the model's context and were left out[/]")
         self.messages.append(Message(self.character, written))
-        if reply is not None:
-            self._last = (reply, time.perf_counter() - began)
+        if request is not None:
+            self._last = (request, time.perf_counter() - began)
 
     def stats(self) -> None:
-        """What the last reply cost, and what the prefix cache saved since start."""
+        """Print the speed of the last reply and the prefix cache hits."""
         engine = self._replier.engine
         if self._last is not None:
-            reply, seconds = self._last
+            last, seconds = self._last
             self.console.print(
-                f"[dim]last reply: {reply.n_cached} of {len(reply.prompt)} prompt tokens from the cache, "
-                f"{len(reply.drawn)} tokens in {seconds:.2f} s ({len(reply.drawn) / seconds:.0f} tokens/s)[/]"
+                f"[dim]last reply: {last.n_cached} of {last.n_prompt} prompt tokens from the cache, "
+                f"{last.n_generated} tokens in {seconds:.2f} s ({last.n_generated / seconds:.0f} tokens/s)[/]"
             )
         counters, allocator = engine.prefix_cache.counters, engine.cache.allocator
         total = counters.hit_tokens + counters.missed_tokens
@@ -114,7 +114,7 @@ class Chat:
         )
 
     def obey(self, line: str) -> bool:
-        """Do what a line says; False when it says to leave."""
+        """Run a command or send a message; False to quit."""
         if not line.startswith("/"):
             self.say(line)
             return True
@@ -124,7 +124,7 @@ class Chat:
         if line in commands:
             commands[line]()
         else:
-            self.console.print(f"[dim]{escape_markup(line)} is no command; {HELP}[/]")
+            self.console.print(f"[dim]{escape_markup(line)} is not a command; {HELP}[/]")
         return True
 
     def run(self) -> None:
@@ -155,12 +155,12 @@ class Chat:
 
 
 def _printable(text: str) -> str:
-    """Text without control characters: a model may have learnt some that would move the terminal's cursor."""
+    """Text without control characters, which could move the terminal's cursor."""
     return "".join(character for character in text if character.isprintable() or character in "\n\t")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Load a bundle and chat until the user leaves."""
+    """Load a bundle and chat until the user quits; the exit code is 1 if it cannot be loaded."""
     parser = argparse.ArgumentParser(
         prog="python -m serving_export.chat", description="Chat with an exported character."
     )
@@ -170,10 +170,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scene", help="what the narrator says before the conversation")
     parser.add_argument("--temperature", type=float, help="0 is greedy (default: the bundle's)")
     parser.add_argument(
-        "--top-p", type=float, help="draw from the likeliest pieces of this mass (default: the bundle's)"
+        "--top-p",
+        type=float,
+        help="sample from the most probable tokens of this total probability (default: the bundle's)",
     )
     parser.add_argument("--max-tokens", type=int, default=200, help="longest reply (default: %(default)s)")
-    parser.add_argument("--seed", type=int, help="draw the same replies every time")
+    parser.add_argument("--seed", type=int, help="generate the same replies every time")
     parser.add_argument("--cache-mib", type=int, default=64, help="memory for keys and values (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: %(default)s)")
     arguments = parser.parse_args(argv)
@@ -182,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
         bundle = open_bundle(arguments.bundle, arguments.device)
         engine = bundle.engine(arguments.cache_mib)
         chat = Chat(bundle, Replier(engine, bundle.tokenizer), console, arguments)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"cannot chat with {arguments.bundle}: {error}", file=sys.stderr)
         return 1
     console.print(f"[dim]{escape_markup(bundle.name)}: {HELP}[/]")

@@ -1,6 +1,6 @@
-"""The recipe of an ablation's evaluation, and its arms as training left them: a run for every learning rate."""
+"""The recipe of an ablation's evaluation, and the trained runs of its arms, one or more for each learning rate."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,7 +28,7 @@ IntArray = NDArray[np.int64]
 
 
 class AblationRecipe(Section):
-    """Arms (name: run directories, one a learning rate) to hold against the first of them, and how each is measured."""
+    """Arms (name: run directories, by learning rate and seed) to compare with the first arm, and what to measure."""
 
     stage: Literal["ablation"]
     run_dir: Location
@@ -50,7 +50,7 @@ class AblationRecipe(Section):
     @model_validator(mode="after")
     def _distinct(self) -> "AblationRecipe":
         if len(self.arms) < 2:
-            raise ValueError(f"arms: found {len(self.arms)}, expected at least two to hold against each other")
+            raise ValueError(f"arms: found {len(self.arms)}, expected at least two to compare")
         paths = [path for runs in self.arms.values() for path in runs]
         if repeated := sorted({path for path in paths if paths.count(path) > 1}):
             raise ValueError(f"arms: {', '.join(repeated)} given twice; a run belongs to one arm, once")
@@ -58,18 +58,18 @@ class AblationRecipe(Section):
 
     @property
     def against(self) -> str:
-        """The arm that the others are held against."""
+        """The arm that the others are compared with, the first."""
         return next(iter(self.arms))
 
     def inputs(self) -> dict[str, str]:
-        """Every run directory that is read, by name."""
+        """The run directories that it reads, by name."""
         runs = {f"arms.{name}.{i}": path for name, paths in self.arms.items() for i, path in enumerate(paths)}
         return {"data": self.data, **runs}
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """One training of an arm, as its run directory tells it."""
+    """One training run of an arm, from its run directory."""
 
     run_dir: str
     lr: float
@@ -80,7 +80,7 @@ class TrainedRun:
 
 @dataclass(frozen=True)
 class Arm:
-    """An architecture with its runs in the order of their learning rates."""
+    """An architecture with its runs, in the order of their learning rates."""
 
     name: str
     config: ModelConfig
@@ -93,14 +93,14 @@ class Arm:
 
     @property
     def best_is_at_the_edge(self) -> bool:
-        """Whether a learning rate beyond those tried might be better still."""
+        """Whether the best learning rate is the smallest or largest that was tried."""
         return self.best.lr in (self.runs[0].lr, self.runs[-1].lr)
 
 
 def read_arms(recipe: AblationRecipe, tokenizer: DialogueTokenizer, longest: int) -> dict[str, Arm]:
-    """The arms of a recipe. Raises EvalError, RunDirectoryError or MetricsError naming what does not fit.
+    """The arms of a recipe. Raises EvalError, RunDirectoryError or MetricsError naming what does not match.
 
-    `longest`: tokens of the longest sequence that will be asked of a model.
+    `longest`: tokens of the longest sequence that the models have to process.
     """
     data_digest = digest_inputs({"data": recipe.data})["data"]["sha256"]
     arms = {}
@@ -120,7 +120,7 @@ def read_arms(recipe: AblationRecipe, tokenizer: DialogueTokenizer, longest: int
                 )
         if any(config != configs[0] for config in configs):
             raise EvalError(
-                f"arms.{name}: its runs have different architectures; an arm's runs differ in learning rate"
+                f"arms.{name}: its runs have different architectures; they may differ in learning rate and seed"
             )
         runs = sorted((_read_run(path, recipe.spikes) for path in paths), key=lambda run: run.lr)
         arms[name] = Arm(name, configs[0], tuple(runs))
@@ -145,8 +145,23 @@ def _read_run(path: str, spikes: SpikeSection) -> TrainedRun:
     return TrainedRun(path, float(recipe["optimizer"]["lr"]), loss, found, int(recipe["evaluation_rows"]))
 
 
+def training_spread(arms: Iterable[Arm]) -> float | None:
+    """The largest difference in held-out loss between runs of one arm with the same learning rate (in nats a token).
+
+    It estimates how much another seed changes a loss. None if no learning rate of an arm has two runs.
+    """
+    spreads = []
+    for arm in arms:
+        losses: dict[float, list[float]] = {}
+        for run in arm.runs:
+            if run.heldout_loss is not None:
+                losses.setdefault(run.lr, []).append(run.heldout_loss)
+        spreads += [max(of_lr) - min(of_lr) for of_lr in losses.values() if len(of_lr) > 1]
+    return max(spreads, default=None)
+
+
 def unseen_rows(arms: Sequence[Arm], n_rows: int, wanted: int) -> IntArray:
-    """Up to `wanted` held-out rows, evenly spread, that no run's learning rate was chosen on. Raises EvalError."""
+    """Up to `wanted` held-out rows, evenly spread, that no learning rate was chosen on. Raises EvalError."""
     seen = {int(row) for arm in arms for run in arm.runs for row in spread_rows(n_rows, run.evaluation_rows)}
     others = np.array([row for row in range(n_rows) if row not in seen], dtype=np.int64)
     if others.size == 0:
@@ -158,7 +173,7 @@ def unseen_rows(arms: Sequence[Arm], n_rows: int, wanted: int) -> IntArray:
 
 
 def describe_arm(arm: Arm, lengths: Sequence[int]) -> dict[str, Any]:
-    """What an arm is and costs: its runs, parameters, and bytes of cache (16-bit values)."""
+    """An arm in the report: its architecture, runs, and KV cache bytes (16-bit values)."""
     config = arm.config
     return {
         "n_parameters": config.n_parameters,

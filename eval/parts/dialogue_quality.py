@@ -1,4 +1,4 @@
-"""Diversity, repetition, copying, length and stopping of replies, models and humans side by side."""
+"""Diversity, repetition, copying, length and stop rate of replies of models and humans."""
 
 import re
 from collections import Counter
@@ -25,13 +25,13 @@ def ngrams(tokens: Sequence[str], n: int) -> list[tuple[str, ...]]:
 
 
 def repeated_share(tokens: Sequence[str], n: int = 2) -> float:
-    """Share of a reply's n-grams that occurred earlier in it; 0 for a reply too short to repeat one."""
+    """Share of a reply's n-grams that occurred earlier in it; 0 without n-grams."""
     grams = ngrams(tokens, n)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def copied_share(reply: Sequence[str], context: Sequence[str], n: int = 3) -> float | None:
-    """Share of a reply's n-grams that stand in its context; None for a reply shorter than `n`."""
+    """Share of a reply's n-grams that occur in its context; None for a reply shorter than `n`."""
     grams = ngrams(reply, n)
     if not grams:
         return None
@@ -40,10 +40,10 @@ def copied_share(reply: Sequence[str], context: Sequence[str], n: int = 3) -> fl
 
 
 def diversity(systems: dict[str, list[list[str]]], confidence_level: float, seed: int) -> dict[str, dict[str, Any]]:
-    """Distinct-1/2/3 and word entropy (bits) of each system's replies, on equally many n-grams.
+    """Distinct-1/2/3 and word entropy (bits) of each system's replies, on the same number of n-grams.
 
-    Distinct-n falls with the size of the sample, so each system is read up to half of the n-grams of the smallest, in
-    `N_SUBSAMPLES` random orders of its replies: the mean, and as interval the spread of these half samples.
+    Distinct-n decreases with the sample size, so samples of every system have half as many n-grams as the smallest
+    system, from `N_SUBSAMPLES` random orders of its replies. The value is the mean, the interval the quantiles.
     """
     figures: dict[str, dict[str, Any]] = {name: {} for name in systems}
     for n in (1, 2, 3):
@@ -51,7 +51,7 @@ def diversity(systems: dict[str, list[list[str]]], confidence_level: float, seed
         size = min(sum(map(len, replies)) for replies in grams.values()) // 2
         for name, replies in grams.items():
             if size == 0:
-                note = f"no system-wide sample of {n}-grams"
+                note = f"a system has no {n}-grams"
                 figures[name][f"distinct_{n}"] = Estimate(None, None, None, 0, 0, "none", confidence_level, note)
                 continue
             samples = _half_samples(replies, size, seed)
@@ -91,37 +91,37 @@ def _spread(values: Sequence[float], n: int, n_replies: int, confidence_level: f
 
 
 def reply_figures(contexts: Sequence[ReplyContext], replies: Sequence[Reply], bootstrap: Bootstrap) -> dict[str, Any]:
-    """Length, stop rate, repetition, copying and sameness of one system's replies."""
-    tokenised = [words(reply.text) for reply in replies]
+    """Length, stop rate, repetition, copying and duplicates of one system's replies."""
+    tokenized = [words(reply.text) for reply in replies]
     histories = [[w for m in context.messages for w in words(m.text)] for context in contexts]
-    copied = [copied_share(reply, history) for reply, history in zip(tokenised, histories, strict=True)]
-    seen = Counter(tuple(reply) for reply in tokenised)
+    copied = [copied_share(reply, history) for reply, history in zip(tokenized, histories, strict=True)]
+    seen = Counter(tuple(reply) for reply in tokenized)
     echoes = [
         bool(reply) and any(reply == words(m.text) for m in context.messages)
-        for reply, context in zip(tokenised, contexts, strict=True)
+        for reply, context in zip(tokenized, contexts, strict=True)
     ]
     dialogue_N = dialogues_of(contexts)
     has_copied_N = np.array([share is not None for share in copied], dtype=bool)
     return {
-        "length_words": bootstrap.mean([len(reply) for reply in tokenised], dialogue_N),
+        "length_words": bootstrap.mean([len(reply) for reply in tokenized], dialogue_N),
         "length_tokens": bootstrap.mean([len(reply.tokens) for reply in replies], dialogue_N),
         "stop_rate": bootstrap.proportion([reply.finished for reply in replies], dialogue_N),
-        "empty_rate": bootstrap.proportion([not reply for reply in tokenised], dialogue_N),
-        "repetition": bootstrap.mean([repeated_share(reply) for reply in tokenised], dialogue_N),
+        "empty_rate": bootstrap.proportion([not reply for reply in tokenized], dialogue_N),
+        "repetition": bootstrap.mean([repeated_share(reply) for reply in tokenized], dialogue_N),
         "copied_from_context": bootstrap.mean(
             [share for share in copied if share is not None], dialogue_N[has_copied_N]
         ),
         "echo_rate": bootstrap.proportion(echoes, dialogue_N),
-        "same_as_another_reply": bootstrap.proportion([seen[tuple(reply)] > 1 for reply in tokenised], dialogue_N),
-        "lengths": [len(reply) for reply in tokenised],
+        "same_as_another_reply": bootstrap.proportion([seen[tuple(reply)] > 1 for reply in tokenized], dialogue_N),
+        "lengths": [len(reply) for reply in tokenized],
         "commonest": [[" ".join(reply), count] for reply, count in seen.most_common(3) if count > 1],
     }
 
 
-def summarise_quality(
+def summarize_quality(
     contexts: Sequence[ReplyContext], systems: dict[str, list[Reply]], bootstrap: Bootstrap
 ) -> dict[str, dict[str, Any]]:
-    """Figures of every system (models, and `human`) on the same contexts."""
-    tokenised = {name: [words(reply.text) for reply in replies] for name, replies in systems.items()}
-    diverse = diversity(tokenised, bootstrap.confidence_level, bootstrap.seed)
+    """Figures of every system (models and `human`) on the same contexts."""
+    tokenized = {name: [words(reply.text) for reply in replies] for name, replies in systems.items()}
+    diverse = diversity(tokenized, bootstrap.confidence_level, bootstrap.seed)
     return {name: reply_figures(contexts, replies, bootstrap) | diverse[name] for name, replies in systems.items()}

@@ -1,7 +1,7 @@
-"""How well the scorer foretells that the partner writes again, beside baselines that never read a word."""
+"""Compare the scorer, which predicts whether the partner writes again, with text-free baselines."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,8 @@ from pydantic import PositiveInt
 
 from data.packed.batch import PackedBatch, collate
 from data.packed.shards import PackedDataset
-from eval.scoring import OnProgress, sigmoid, silent, spread_rows
+from eval.scoring import OnProgress, hidden_states, sigmoid, silent, spread_rows
 from eval.statistics import Bootstrap
-from model.attention_ops import Documents
 from model.scalar_head import ScalarHead
 from model.transformer import Transformer
 from recipes.loader import Section
@@ -21,51 +20,50 @@ from recipes.loader import Section
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-UNLABELLED = -1
+UNLABELED = -1
 N_CALIBRATION_BINS = 10
 N_BASELINE_BINS = 12
 
 
 class EngagementSection(Section):
-    """How many held-out rows are scored, and on how many training rows the baselines are fitted; both evenly spread."""
+    """Number of held-out rows to score and of training rows to fit the baselines on, both evenly spread."""
 
     heldout_rows: PositiveInt
     training_rows: PositiveInt
 
 
 @dataclass(frozen=True)
-class LabelledTurns:
-    """Character turns N with a known outcome: label 1 where the partner wrote again, and what can be seen unread."""
+class LabeledTurns:
+    """N character turns with a label (1: the partner wrote again) and the features of the text-free baselines."""
 
     label_N: IntArray
-    length_N: IntArray  # tokens of the turn's last message, without the speaker's name tag's <|message|>
-    turn_N: IntArray  # number of the message in its dialogue, from 1
+    length_N: IntArray  # tokens of the turn's last message without <|message|>
+    turn_N: IntArray  # 1-based number of the message in its dialogue
     dialogue_N: IntArray
-    position_N: IntArray  # of the turn's <|end|> in the batch it came from
+    position_N: IntArray  # of the turn's <|end|> in its batch
 
     @classmethod
-    def concatenate(cls, parts: Sequence["LabelledTurns"]) -> "LabelledTurns":
-        names = ("label_N", "length_N", "turn_N", "dialogue_N", "position_N")
+    def concatenate(cls, parts: Sequence["LabeledTurns"]) -> "LabeledTurns":
         empty = [np.empty(0, np.int64)]
-        return cls(*(np.concatenate([getattr(p, name) for p in parts] or empty) for name in names))
+        return cls(*(np.concatenate([getattr(part, f.name) for part in parts] or empty) for f in fields(cls)))
 
 
-def labelled_turns(batch: PackedBatch, message_id: int) -> LabelledTurns:
-    """The labelled turns of a batch."""
+def labeled_turns(batch: PackedBatch, message_id: int) -> LabeledTurns:
+    """The labeled turns of a batch."""
     label_T, tokens_T = batch.label_T.numpy(), batch.tokens_T.numpy()
     documents, lengths = batch.documents, batch.documents["length"].astype(np.int64)
     start_T = np.repeat(np.cumsum(lengths) - lengths, lengths)
     is_message_T = tokens_T == message_id
     place_T = np.arange(tokens_T.size)
-    # Where the current message began; a document cut in the middle of a message begins one too.
+    # start of the current message, or of a document that starts inside a message
     began_T = np.maximum(np.maximum.accumulate(np.where(is_message_T, place_T, -1)), start_T)
     number_T = np.cumsum(is_message_T)
-    # the first token of a document's own belongs to message `first_message`, counted from 0
+    # the first token that is not repeated belongs to message `first_message`, counted from 0
     own_D = np.cumsum(lengths) - lengths + np.minimum(np.maximum(documents["n_repeated"], 1), lengths - 1)
     before_D = number_T[own_D] - documents["first_message"] - 1
-    at_N = np.flatnonzero(label_T != UNLABELLED)
+    at_N = np.flatnonzero(label_T != UNLABELED)
     document_T = np.repeat(np.arange(lengths.size), lengths)
-    return LabelledTurns(
+    return LabeledTurns(
         label_T[at_N].astype(np.int64),
         at_N - began_T[at_N],
         number_T[at_N] - before_D[document_T[at_N]],
@@ -74,10 +72,10 @@ def labelled_turns(batch: PackedBatch, message_id: int) -> LabelledTurns:
     )
 
 
-def training_turns(dataset: PackedDataset, message_id: int, n_rows: int) -> LabelledTurns:
-    """Labelled turns of the training rows, for the baselines."""
+def training_turns(dataset: PackedDataset, message_id: int, n_rows: int) -> LabeledTurns:
+    """Labeled turns of the training rows, for the baselines."""
     batch = collate(dataset, spread_rows(dataset.n_rows, n_rows))
-    return labelled_turns(batch, message_id)
+    return labeled_turns(batch, message_id)
 
 
 @torch.inference_mode()
@@ -88,30 +86,24 @@ def score_turns(
     rows: IntArray,
     batch_tokens: int,
     on_progress: OnProgress = silent,
-) -> tuple[LabelledTurns, FloatArray]:
-    """The labelled held-out turns and the scorer's logit at each."""
+) -> tuple[LabeledTurns, FloatArray]:
+    """The labeled held-out turns and the scorer's logit at each."""
     model, head = scorer
-    device = model.embed_tokens.weight.device
-    step = max(1, batch_tokens // dataset.row_length)
-    parts: list[LabelledTurns] = []
+    parts: list[LabeledTurns] = []
     logits: list[FloatArray] = []
-    for start in range(0, len(rows), step):
-        batch = collate(dataset, rows[start : start + step])
-        turns = labelled_turns(batch, message_id)
-        documents = Documents.from_lengths(batch.document_lengths, batch.row_length, device)
-        hidden_TD = model(batch.tokens_T.to(device), documents)
+    for batch, hidden_TD in hidden_states(model, dataset, rows, batch_tokens, on_progress):
+        turns = labeled_turns(batch, message_id)
         parts.append(turns)
-        logits.append(head(hidden_TD[torch.from_numpy(turns.position_N).to(device)]).float().cpu().numpy())
-        on_progress(min(start + step, len(rows)), len(rows))
-    return LabelledTurns.concatenate(parts), np.concatenate(logits).astype(np.float64)
+        logits.append(head(hidden_TD[torch.from_numpy(turns.position_N).to(hidden_TD.device)]).float().cpu().numpy())
+    return LabeledTurns.concatenate(parts), np.concatenate(logits).astype(np.float64)
 
 
 def binned_rate(
     train_features: Sequence[IntArray], train_label_N: IntArray, features: Sequence[IntArray]
 ) -> FloatArray:
-    """Predict the label's training rate in the feature's quantile bin (or cell of bins), smoothed to the base rate.
+    """Predict the label rate of training turns in the same quantile bin (or cell of bins), smoothed to the base rate.
 
-    A baseline without a shape of its own: it can use any dependence on length or turn, rising, falling or neither.
+    It can represent any dependence on length or turn, monotonic or not.
     """
     n_bins = N_BASELINE_BINS if len(features) == 1 else N_BASELINE_BINS // 2
     cells_train, cells = np.zeros(train_label_N.size, np.int64), np.zeros(features[0].size, np.int64)
@@ -122,14 +114,14 @@ def binned_rate(
     size = (n_bins + 1) ** len(features)
     ones = np.bincount(cells_train, weights=train_label_N, minlength=size)
     seen = np.bincount(cells_train, minlength=size)
-    base, weight = float(train_label_N.mean()), 10.0  # a cell weighs as much as the base rate from 10 turns on
+    base, weight = float(train_label_N.mean()), 10.0  # with 10 turns a cell weighs as much as the base rate
     return np.asarray(((ones + weight * base) / (seen + weight))[cells])
 
 
 def calibration(
     probability_N: FloatArray, label_N: IntArray, bootstrap: Bootstrap, clusters_N: IntArray
 ) -> dict[str, Any]:
-    """Predicted against observed rate in bins of equal size, expected calibration error, Brier score and skill."""
+    """Predicted and observed rates in bins of equal size, expected calibration error, Brier score and skill."""
     order = np.argsort(probability_N, kind="stable")
     bins = []
     error = 0.0
@@ -139,23 +131,24 @@ def calibration(
         assert observed.value is not None
         error += abs(observed.value - predicted) * part.size / label_N.size
         bins.append({"predicted": predicted, "observed": observed})
-    brier = float(np.mean((probability_N - label_N) ** 2))
+    brier = bootstrap.mean((probability_N - label_N) ** 2, clusters_N)
+    assert brier.value is not None
     base_brier = float(label_N.mean() * (1 - label_N.mean()))
     return {
         "bins": bins,
         "expected_calibration_error": error,
         "brier": brier,
         "brier_of_base_rate": base_brier,
-        "brier_skill": 1 - brier / base_brier if base_brier > 0 else None,
+        "brier_skill": 1 - brier.value / base_brier if base_brier > 0 else None,
     }
 
 
-def summarise_scorer(
-    turns: LabelledTurns, logit_N: FloatArray, train: LabelledTurns, bootstrap: Bootstrap
+def summarize_scorer(
+    turns: LabeledTurns, logit_N: FloatArray, train: LabeledTurns, bootstrap: Bootstrap
 ) -> dict[str, Any]:
-    """AUC of the scorer and of unread baselines, their differences, calibration and base rate.
+    """AUC of the scorer and of text-free baselines, their differences, calibration and base rate.
 
-    With one class only the AUCs are undefined and say so in their `note`.
+    With only one class the AUCs are undefined, and their `note` says so.
     """
     label_N, clusters = turns.label_N, turns.dialogue_N
     result: dict[str, Any] = {
@@ -186,7 +179,7 @@ def summarise_scorer(
 
 
 def roc_points(score_N: FloatArray, label_N: IntArray, n_points: int = 101) -> dict[str, list[float]] | None:
-    """False and true positive rates, thinned to `n_points`; None with one class only."""
+    """False and true positive rates, thinned to `n_points`; None with only one class."""
     positives, negatives = int((label_N == 1).sum()), int((label_N == 0).sum())
     if not positives or not negatives:
         return None

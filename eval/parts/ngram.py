@@ -1,7 +1,7 @@
-"""Count models on the packed training tokens, scored on exactly the targets the transformer is scored on.
+"""Count models of the packed training tokens, scored on the same targets as the transformer: its baselines.
 
-They are the bars that a trained model must clear: unigram, add-one bigram and interpolated Kneser-Ney bigram
-(Kneser & Ney 1995; Chen & Goodman 1998, section 2.7), all in nats a token.
+Unigram, add-one bigram and interpolated Kneser-Ney bigram (Kneser & Ney 1995; Chen & Goodman 1998, section 2.7), in
+nats a token.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ ROWS_PER_CHUNK = 2048  # bounds memory: a chunk of 512-token rows is one million
 
 @dataclass(frozen=True)
 class PairCounts:
-    """How often token b follows token a inside a document: sorted codes a * vocab_size + b, and their counts."""
+    """Counts of token pairs (a, b) inside documents: sorted codes a * vocab_size + b, and their counts."""
 
     vocab_size: int
     codes_P: IntArray
@@ -30,7 +30,7 @@ class PairCounts:
 
     @classmethod
     def from_pairs(cls, vocab_size: int, chunks: Iterator[tuple[IntArray, IntArray]]) -> "PairCounts":
-        """Count (previous token, target) pairs that come in chunks; memory grows with distinct pairs only."""
+        """Count chunks of (previous token, target) pairs; memory is proportional to the distinct pairs."""
         codes_P, counts_P = np.empty(0, np.int64), np.empty(0, np.int64)
         for previous_T, target_T in chunks:
             new_P, new_counts_P = np.unique(previous_T * vocab_size + target_T, return_counts=True)
@@ -49,12 +49,8 @@ class PairCounts:
     def target_P(self) -> IntArray:
         return self.codes_P % self.vocab_size
 
-    @property
-    def n_tokens(self) -> int:
-        return int(self.counts_P.sum())
-
     def lookup(self, previous_T: IntArray, target_T: IntArray) -> IntArray:
-        """Count of each asked pair, 0 where it was never seen."""
+        """Count of each pair, 0 for unseen pairs."""
         asked_T = previous_T * self.vocab_size + target_T
         if self.codes_P.size == 0:
             return np.zeros(asked_T.size, np.int64)
@@ -88,8 +84,8 @@ class AddOneBigram:
 class KneserNeyBigram:
     """Interpolated Kneser-Ney: max(count(a, b) - d, 0) / count(a) + d types(a, .) / count(a) * p_continuation(b).
 
-    The continuation distribution (in how many contexts b was seen) is itself discounted and interpolated with the
-    uniform one, so every token of the vocabulary has a positive probability.
+    The continuation distribution (in how many contexts b was seen) is also discounted and interpolated with the
+    uniform distribution, so every token has a positive probability.
     """
 
     def __init__(self, pairs: PairCounts) -> None:
@@ -109,7 +105,7 @@ class KneserNeyBigram:
         total_T = self.count_V[previous_T]
         with np.errstate(invalid="ignore", divide="ignore"):
             kept_T = np.where(total_T > 0, seen_T / total_T, 0.0)
-            # A token never seen as a context says nothing: all weight goes to the continuation distribution.
+            # after an unseen token only the continuation distribution is used
             backed_off_T = np.where(total_T > 0, self.discount * self.types_V[previous_T] / total_T, 1.0)
         return np.asarray(kept_T + backed_off_T * self.continuation_V[target_T])
 
@@ -128,15 +124,15 @@ NGRAM_MODELS: dict[str, Callable[[PairCounts], CountModel]] = {
 
 
 def _discount(counts: NDArray[np.int64] | FloatArray) -> float:
-    """n1 / (n1 + 2 n2), the discount of Ney, Essen & Kneser 1994; 0.5 where the counts have no singletons."""
+    """n1 / (n1 + 2 n2), the discount of Ney, Essen & Kneser 1994; 0.5 without singletons."""
     once, twice = int(np.count_nonzero(counts == 1)), int(np.count_nonzero(counts == 2))
     if once == 0:
         return 0.5
-    return min(once / (once + 2 * twice), 0.99)  # 1 would take away every single observation
+    return min(once / (once + 2 * twice), 0.99)  # 1 would remove all singletons
 
 
 def counted_pairs(dataset: PackedDataset, rows: IntArray | None = None) -> Iterator[tuple[IntArray, IntArray]]:
-    """(previous token, target) where the transformer is trained and scored, in these rows or in all."""
+    """(previous token, target) at the transformer's targets in these rows, or in all."""
     rows = np.arange(dataset.n_rows) if rows is None else rows
     for start in range(0, len(rows), ROWS_PER_CHUNK):
         batch = collate(dataset, rows[start : start + ROWS_PER_CHUNK])
@@ -149,7 +145,7 @@ def ngram_losses(
 ) -> dict[str, float]:
     """Held-out loss of each count model in nats a token.
 
-    Counts come from all of `train_dataset`; of the other the given rows are scored, or as many first rows, or all.
+    Counts are from all rows of `train_dataset`. `heldout_rows`: row numbers, a number of first rows, or None for all.
     """
     assert train_dataset.vocab_size == heldout_dataset.vocab_size
     if isinstance(heldout_rows, int):

@@ -1,7 +1,7 @@
-"""Held-out loss on packed rows: overall, by who speaks and by turn, with intervals over dialogues."""
+"""Held-out loss on packed rows: overall, by speaker and by turn, with intervals over dialogues."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -10,33 +10,32 @@ from numpy.typing import NDArray
 from pydantic import PositiveInt
 
 from data.format.tokenizer import DialogueTokenizer
-from data.packed.batch import PackedBatch, collate
+from data.packed.batch import PackedBatch
 from data.packed.shards import PackedDataset
-from eval.scoring import OnProgress, silent, target_logprobs
+from eval.scoring import OnProgress, hidden_states, silent, target_logprobs
 from eval.statistics import Bootstrap, Estimate
-from model.attention_ops import Documents
 from model.transformer import Transformer
 from recipes.loader import Section
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-# Every target has exactly one role. `control` is what the prompt supplies: <|message|> and the speaker's name.
+# The role of a target. `control`: <|message|> and the speaker's name, which the prompt supplies.
 ROLES = ("character", "partner", "control")
 CHARACTER, PARTNER, CONTROL = range(3)
 TURN_BINS = ((1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 10**9))
 
 
 class PerplexitySection(Section):
-    """How many rows of the held-out shards are scored, evenly spread over them."""
+    """Number of held-out rows to score, evenly spread."""
 
     heldout_rows: PositiveInt
 
 
 @dataclass(frozen=True)
 class ScoredTargets:
-    """Every scored held-out target N: its loss, role, turn (1 for the first message of the dialogue), document, and how
-    many tokens of that document come before it (what a model could have read). A long dialogue is several documents."""
+    """N scored targets: loss, role, turn (1 is the first message of the dialogue), document (a long dialogue has
+    several), and the number of tokens before the target in its document."""
 
     nats_N: FloatArray
     role_N: IntArray
@@ -49,16 +48,16 @@ class ScoredTargets:
 
     @property
     def dialogue_N(self) -> IntArray:
-        """The dialogue of each target: what intervals are clustered by."""
+        """The dialogue of each target, the cluster of intervals."""
         return np.asarray(self.dialogue_D[self.document_N])
 
 
 def message_structure(
     tokens_L: IntArray, message_id: int, has_colon_V: NDArray[np.bool_]
 ) -> tuple[IntArray, NDArray[np.bool_]]:
-    """For each token of one document: the number of its message (0 before the first), and whether it is control.
+    """For each token of a document: the number of its message (0 before the first), and whether it is control.
 
-    Control runs from <|message|> to the token that holds the first colon: a speaker's name holds none.
+    Control tokens are those from <|message|> to the token with the first colon, since a speaker's name has no colon.
     """
     number_L = np.cumsum(tokens_L == message_id)
     control_L = np.zeros(tokens_L.size, dtype=bool)
@@ -72,14 +71,14 @@ def message_structure(
 
 
 def colon_table(tokenizer: DialogueTokenizer) -> NDArray[np.bool_]:
-    """True for each id of the vocabulary whose text holds a colon."""
+    """True for the ids whose text contains a colon."""
     return np.array([":" in tokenizer.decode([i]) for i in range(tokenizer.vocab_size)])
 
 
 def targets_of_batch(
     batch: PackedBatch, nats_T: FloatArray, tokenizer: DialogueTokenizer, has_colon_V: NDArray[np.bool_]
 ) -> list[ScoredTargets]:
-    """The targets of each document of a batch, in order; `nats_T` holds the loss at every position."""
+    """The targets of each document of a batch; `nats_T` is the loss at every position."""
     tokens_T, has_target_T, loss_mask_T = (x.numpy() for x in (batch.tokens_T, batch.has_target_T, batch.loss_mask_T))
     ends = np.cumsum(batch.documents["length"], dtype=np.int64)
     starts = ends - batch.documents["length"]
@@ -89,12 +88,12 @@ def targets_of_batch(
         if at_T.size == 0:
             continue
         number_L, control_L = message_structure(tokens_T[start:end], tokenizer.message_id, has_colon_V)
-        target_L = at_T + 1 - start  # has_target_T says that the next token lies in the same document
+        target_L = at_T + 1 - start  # has_target_T: the next token is in the same document
         role_N = np.where(control_L[target_L], CONTROL, np.where(loss_mask_T[at_T], CHARACTER, PARTNER))
         text = tokenizer.decode(tokens_T[at_T + 1].tolist())
         size, length = np.array([len(text.encode())]), np.array([len(text)])
         document_N, dialogue = np.zeros(at_T.size, np.int64), np.array([document["dialogue"]], np.int64)
-        # the first token of the document's own belongs to message `first_message`, counted from 0
+        # the first token that is not repeated belongs to message `first_message`, counted from 0
         before_own = number_L[max(1, document["n_repeated"])] - document["first_message"] - 1
         turn_N = number_L[target_L] - before_own
         out.append(ScoredTargets(nats_T[at_T], role_N, turn_N, document_N, target_L, size, length, dialogue))
@@ -111,35 +110,21 @@ def score_dataset(
     on_progress: OnProgress = silent,
 ) -> ScoredTargets:
     """Score the targets of these rows."""
-    step = max(1, batch_tokens // dataset.row_length)
-    device = model.embed_tokens.weight.device
     has_colon_V = colon_table(tokenizer)
     parts: list[ScoredTargets] = []
-    for start in range(0, len(rows), step):
-        batch = collate(dataset, rows[start : start + step])
-        documents = Documents.from_lengths(batch.document_lengths, batch.row_length, device)
-        hidden_TD = model(batch.tokens_T.to(device), documents)
-        counted_T = batch.has_target_T.to(device)
+    for batch, hidden_TD in hidden_states(model, dataset, rows, batch_tokens, on_progress):
+        counted_T = batch.has_target_T.to(hidden_TD.device)
+        targets_T = batch.targets_T.to(hidden_TD.device)[counted_T]
         nats_T = np.zeros(len(batch.tokens_T))
-        nats_T[batch.has_target_T.numpy()] = -target_logprobs(
-            model, hidden_TD[counted_T], batch.targets_T.to(device)[counted_T]
-        )
+        nats_T[batch.has_target_T.numpy()] = -target_logprobs(model, hidden_TD[counted_T], targets_T)
         parts += targets_of_batch(batch, nats_T, tokenizer, has_colon_V)
-        on_progress(min(start + step, len(rows)), len(rows))
     assert parts, "the held-out rows have no target"
-    return ScoredTargets(
-        np.concatenate([p.nats_N for p in parts]),
-        np.concatenate([p.role_N for p in parts]),
-        np.concatenate([p.turn_N for p in parts]),
-        np.repeat(np.arange(len(parts)), [p.nats_N.size for p in parts]),
-        np.concatenate([p.context_N for p in parts]),
-        np.concatenate([p.bytes_D for p in parts]),
-        np.concatenate([p.characters_D for p in parts]),
-        np.concatenate([p.dialogue_D for p in parts]),
-    )
+    arrays = {field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(parts[0])}
+    arrays["document_N"] = np.repeat(np.arange(len(parts)), [part.nats_N.size for part in parts])
+    return ScoredTargets(**arrays)
 
 
-def summarise(targets: ScoredTargets, bootstrap: Bootstrap) -> dict[str, Any]:
+def summarize(targets: ScoredTargets, bootstrap: Bootstrap) -> dict[str, Any]:
     """Loss in nats a token overall, by role and by turn (text of both speakers), bits a byte and a character."""
 
     def loss(chosen_N: NDArray[np.bool_] | slice) -> Estimate:
@@ -173,7 +158,7 @@ def summarise(targets: ScoredTargets, bootstrap: Bootstrap) -> dict[str, Any]:
 def paired_difference(
     first: ScoredTargets, second: ScoredTargets, chosen_N: NDArray[np.bool_], bootstrap: Bootstrap
 ) -> Estimate:
-    """Loss of `first` less that of `second` on the same chosen targets, in nats a token."""
+    """Loss of `first` minus loss of `second` on the same targets, in nats a token."""
     assert np.array_equal(first.document_N, second.document_N) and np.array_equal(first.role_N, second.role_N)
     difference_N = first.nats_N[chosen_N] - second.nats_N[chosen_N]
     return bootstrap.ratio(difference_N, np.ones_like(difference_N), first.dialogue_N[chosen_N])
@@ -187,5 +172,5 @@ def turn_label(low: int, high: int) -> str:
 
 
 def in_turns(targets: ScoredTargets, low: int, high: int) -> NDArray[np.bool_]:
-    """Which targets lie in messages number `low` to `high`."""
+    """Which targets are in messages number `low` to `high`."""
     return np.asarray((targets.turn_N >= low) & (targets.turn_N <= high))

@@ -1,17 +1,18 @@
-"""The scorer's verdict on one model's replies against another's, with what would make that verdict empty beside it.
+"""Compare two models' replies by the reward model (the scorer), with signs of over-optimization.
 
-The scorer is the proxy that preference training climbed. A win here shows that training did what it was told; length
-bias, drift from the reference and the share of wins stand beside it: they tell when the proxy was climbed too far.
+Preference training maximizes this score, so a win shows that training worked, not that people prefer the replies.
+Length bias, drift from the reference model and a win rate that is too high indicate over-optimization.
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.context import Reply, ReplyContext, dialogues_of
-from eval.scoring import OnProgress, reply_logprobs, score_conversations, sigmoid, silent
+from eval.context import Reply, ReplyContext
+from eval.scoring import OnProgress, score_conversations, sigmoid, silent
 from eval.statistics import Bootstrap, minimum_detectable_effect
 from model.scalar_head import ScalarHead
 from model.transformer import Transformer
@@ -25,7 +26,7 @@ OVER_OPTIMISATION_WIN_RATE = 0.65
 
 
 class PreferenceSection(Section):
-    """Whose replies (`model`) are held against whose (`against`)."""
+    """The replies of `model` are compared with those of `against`."""
 
     model: str
     against: str
@@ -37,13 +38,13 @@ def win_values(score_N: FloatArray, other_N: FloatArray) -> FloatArray:
 
 
 def win_rate(score_N: FloatArray, other_N: FloatArray, dialogue_N: IntArray, bootstrap: Bootstrap) -> dict[str, Any]:
-    """Win rate with interval, exact sign and Wilcoxon tests, and the smallest effect this sample would find."""
+    """Win rate with interval, exact sign and Wilcoxon tests, and the minimum detectable win rate."""
     wins_N = win_values(score_N, other_N)
     rate = bootstrap.share(wins_N, dialogue_N)
     smallest = minimum_detectable_effect(wins_N, variance_factor=rate.variance_factor)
     return {
         "win_rate": rate,
-        "tests": bootstrap.paired_tests(score_N - other_N, dialogue_N).to_json(),
+        "tests": asdict(bootstrap.paired_tests(score_N - other_N, dialogue_N)),
         "minimum_detectable_win_rate": _above_half(smallest),
         "probability_gain": bootstrap.mean(sigmoid(score_N) - sigmoid(other_N), dialogue_N),
     }
@@ -61,10 +62,8 @@ def length_bias(
     dialogue_N: IntArray,
     bootstrap: Bootstrap,
 ) -> dict[str, Any]:
-    """Length difference in tokens, how often the scorer prefers the longer reply, win rate among pairs of like length.
-
-    Of like length: at most 2 tokens or 10% apart.
-    """
+    """Length difference in tokens, how often the longer reply wins, and the win rate in pairs of similar length (at
+    most 2 tokens or 10% apart)."""
     difference_N = length_N - other_length_N
     matched_N = np.abs(difference_N) <= np.maximum(2, 0.1 * np.maximum(length_N, other_length_N))
     unequal_N = difference_N != 0
@@ -78,28 +77,23 @@ def length_bias(
 
 
 def drift(
-    model: Transformer,
-    against: Transformer,
-    contexts: Sequence[ReplyContext],
+    own: Sequence[FloatArray],
+    other: Sequence[FloatArray],
     replies: Sequence[Reply],
-    batch_tokens: int,
+    dialogue_N: IntArray,
     bootstrap: Bootstrap,
-    on_progress: OnProgress = silent,
 ) -> dict[str, Any]:
-    """How much more probable `model` finds these replies than `against` does, in nats a reply and a token.
+    """The log-probability of replies under a model minus that under another model, in nats a reply and a token.
 
-    On replies sampled from `model` at temperature 1 with nothing cut, the mean estimates KL(model || against).
+    `own` and `other`: log-probabilities of each reply's tokens under the two models (`reply_logprobs`). On replies
+    sampled from the first model with unmodified probabilities, the mean estimates KL(first || other).
     """
-    items = [(context.prompt, reply.tokens) for context, reply in zip(contexts, replies, strict=True)]
-    # A cut reply did not draw its <|end|>: that token is no sample of the model.
-    drawn = [len(reply.tokens) - (0 if reply.finished else 1) for reply in replies]
-    total = 2 * len(items)
-    own = reply_logprobs(model, items, batch_tokens, lambda done, _: on_progress(done, total))
-    other = reply_logprobs(against, items, batch_tokens, lambda done, _: on_progress(len(items) + done, total))
-    difference_N = np.array([float((a[:n] - b[:n]).sum()) for a, b, n in zip(own, other, drawn, strict=True)])
+    # the <|end|> of a reply that was cut at the token limit was not sampled
+    n_sampled = [len(reply.tokens) - (0 if reply.finished else 1) for reply in replies]
+    difference_N = np.array([float((a[:n] - b[:n]).sum()) for a, b, n in zip(own, other, n_sampled, strict=True)])
     return {
-        "nats_per_reply": bootstrap.mean(difference_N, dialogues_of(contexts)),
-        "nats_per_token": bootstrap.ratio(difference_N, np.array(drawn, dtype=np.float64), dialogues_of(contexts)),
+        "nats_per_reply": bootstrap.mean(difference_N, dialogue_N),
+        "nats_per_token": bootstrap.ratio(difference_N, np.array(n_sampled, dtype=np.float64), dialogue_N),
     }
 
 
@@ -115,7 +109,7 @@ def score_replies(
     return score_conversations(scorer, conversations, batch_tokens, on_progress)
 
 
-def summarise_preference(
+def summarize_preference(
     score_N: FloatArray,
     other_N: FloatArray,
     human_N: FloatArray,
@@ -124,7 +118,7 @@ def summarise_preference(
     dialogue_N: IntArray,
     bootstrap: Bootstrap,
 ) -> dict[str, Any]:
-    """Everything that needs scores and lengths only; `drift` is added by the caller, who holds the models."""
+    """All figures that need only scores and lengths; the caller adds `drift`, which needs the models."""
     length_N, other_length_N = (
         np.array([len(r.tokens) for r in some], dtype=np.float64) for some in (replies, other_replies)
     )

@@ -1,4 +1,4 @@
-"""Next-reply ranking: does the model give the reply that was really sent a higher probability than other replies?"""
+"""Next-reply ranking: the rank of the real reply among distractors by the model's log-probability."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ from recipes.loader import Section
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-# The score of a candidate: mean or summed log-probability, or the gain a token that the context brings.
+# Scores of a candidate: mean or summed log-probability, or the mean minus the mean without context.
 SCORES = ("mean_logprob", "sum_logprob", "context_gain")
 
 
 class RankingSection(Section):
-    """`distractors`: replies of other held-out dialogues, drawn at random or among those closest in length."""
+    """`distractors`: replies of other held-out dialogues, random ones or those closest in length."""
 
     n_contexts: PositiveInt
     n_distractors: PositiveInt
@@ -37,7 +37,7 @@ class RankingTask:
 
     dialogue_id: str
     prompt: tuple[int, ...]
-    empty_prompt: tuple[int, ...]  # the same character, nothing said before
+    empty_prompt: tuple[int, ...]  # the same character without messages
     candidates: tuple[tuple[int, ...], ...]
     dialogue: int  # the context's, by number
 
@@ -50,9 +50,9 @@ def build_tasks(
     distractors: Literal["length_matched", "random"],
     seed: int,
 ) -> list[RankingTask]:
-    """Give each context `n_distractors` replies of other dialogues of `pool`, never equal to its own; fixed by `seed`.
+    """Give each context `n_distractors` replies of other dialogues of `pool` that differ from its own.
 
-    Raises ValueError when there are too few different replies to choose from.
+    Raises ValueError if `pool` has too few different replies.
     """
     rng = np.random.default_rng(seed)
     tasks = []
@@ -79,7 +79,7 @@ def candidate_scores(
 ) -> dict[str, list[FloatArray]]:
     """For each name in SCORES, one array of candidate scores a task."""
     with_context = [(task.prompt, reply) for task in tasks for reply in task.candidates]
-    # The same reply is a candidate of many contexts: without context it needs one pass only.
+    # without context a reply needs one pass, whatever the number of contexts with this candidate
     alone = sorted({(task.empty_prompt, reply) for task in tasks for reply in task.candidates})
     total = len(with_context) + len(alone)
     logprobs = reply_logprobs(model, with_context, batch_tokens, lambda done, _: on_progress(done, total))
@@ -101,9 +101,10 @@ def candidate_scores(
 
 
 def rank_figures(scores: Sequence[FloatArray], bootstrap: Bootstrap, dialogue_N: IntArray) -> dict[str, Any]:
-    """Recall@1 and mean reciprocal rank of candidate 0; ties count as their expectation under random order.
+    """Recall@1 and mean reciprocal rank of candidate 0, with ties in random order.
 
-    `dialogue_N`: the dialogue of each task."""
+    `dialogue_N`: the dialogue of each task.
+    """
     recall, reciprocal = [], []
     for values in scores:
         better = int((values[1:] > values[0]).sum())
@@ -114,17 +115,17 @@ def rank_figures(scores: Sequence[FloatArray], bootstrap: Bootstrap, dialogue_N:
 
 
 def chance_figures(n_candidates: int) -> dict[str, float]:
-    """What random order gives: recall@1 of 1/n, and the mean of 1/rank."""
+    """Recall@1 and mean reciprocal rank of a random order."""
     return {"recall_at_1": 1 / n_candidates, "mrr": float(np.mean(1 / np.arange(1, n_candidates + 1)))}
 
 
 def length_only_scores(tasks: Sequence[RankingTask], sign: int) -> list[FloatArray]:
-    """A ranking that sees nothing but length: shortest first for sign -1, longest first for +1."""
+    """Scores by length only: shortest first for sign -1, longest first for +1."""
     return [sign * np.array([len(reply) for reply in task.candidates], dtype=np.float64) for task in tasks]
 
 
 def empty_prompts(tokenizer: DialogueTokenizer, contexts: Sequence[ReplyContext]) -> dict[str, tuple[int, ...]]:
-    """The prompt of each character with nothing said before."""
+    """The prompt of each character without messages."""
     return {c: tuple(encode_prompt(tokenizer, (), c)) for c in sorted({context.character for context in contexts})}
 
 
@@ -140,7 +141,7 @@ def evaluate_ranking(
 ) -> dict[str, Any]:
     """The ranking part of the report: figures of every model, chance and length-only baselines.
 
-    The first `section.n_contexts` contexts of `pool` are ranked; all of `pool` lends distractors.
+    The tasks are the first `section.n_contexts` contexts of `pool`; distractors come from all of `pool`.
     """
     contexts = pool[: section.n_contexts]
     prompts = empty_prompts(tokenizer, contexts)

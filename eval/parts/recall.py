@@ -1,7 +1,8 @@
-"""Recall: a fact stated early in a real conversation and asked later, and what it adds to the model's answer.
+"""Recall of a fact that is stated early in a real conversation and asked later.
 
-Two contexts that differ in nothing but the stated value are compared, so a model too weak to answer still shows whether
-it read the statement at all. Every fact is asked at every distance, in the same conversation.
+The log-probability of the answer is compared between two contexts that differ only in the stated value, which shows
+an effect of the statement even for a model too weak to answer. Every fact is asked at every distance, in the same
+conversation.
 """
 
 import re
@@ -28,8 +29,8 @@ STATEMENTS = 2  # each conversation states the first candidate, or the second
 
 
 class RecallSection(Section):
-    """`n_items` facts, each among `n_candidates` values and asked at every one of `distances` (tokens from the stated
-    value to where it is to be said again)."""
+    """`n_items` facts with `n_candidates` values each, asked at each of `distances` (tokens from the stated value to
+    the answer)."""
 
     n_items: PositiveInt
     n_candidates: Annotated[int, Field(ge=STATEMENTS)]
@@ -38,10 +39,10 @@ class RecallSection(Section):
 
 @dataclass(frozen=True)
 class RecallProbe:
-    """A fact asked at one distance. `prompts[s]` states candidate s (0 or 1) and stops where the value would be said.
+    """A fact asked at one distance. `prompts[s]` states candidate s (0 or 1) and ends before the value in the answer.
 
-    `distance`: tokens from the first of the stated value to where it would be said, so that a local layer reads it
-    there exactly when its window has at least that many keys. All candidates (token ids) have one length.
+    `distance`: tokens from the stated value's first token to the answer's value: a local layer can attend to it if its
+    window has at least that many keys. All candidates (token ids) have the same length.
     """
 
     kind: str
@@ -51,13 +52,13 @@ class RecallProbe:
     prompts: tuple[tuple[int, ...], tuple[int, ...]]
     values: tuple[str, ...]
     candidates: tuple[tuple[int, ...], ...]
-    dialogue: int  # the first that lends messages, by its number
+    dialogue: int  # index of the first dialogue whose messages are used
 
 
 def usable_values(tokenizer: DialogueTokenizer, kind: FactKind, n_candidates: int) -> dict[str, tuple[int, ...]]:
-    """Values with one number of tokens, the smallest that at least `n_candidates` of the kind have; else none.
+    """Values with the same number of tokens, the smallest number with at least `n_candidates` values; else none.
 
-    Usable is what is the same tokens in every statement and answer of the kind, whatever stands before.
+    A value is usable if it has the same tokens in all statements and answers of the kind.
     """
     by_length: dict[int, dict[str, tuple[int, ...]]] = {}
     for value in kind.values:
@@ -83,11 +84,10 @@ def _before_value(wording: Wording) -> str:
 def build_probes(
     dialogues: Sequence[Dialogue], tokenizer: DialogueTokenizer, section: RecallSection, seed: int
 ) -> list[RecallProbe]:
-    """`section.n_items` facts at every distance; fixed by `seed`. The conversations of no two facts share a dialogue.
+    """`section.n_items` facts at every distance. No dialogue is used for two facts.
 
-    Between statement and question stand real messages of dialogues of two speakers; where one dialogue is too short,
-    those of the next follow under the same two names. Raises ValueError where the tokenizer knows too few values or
-    the dialogues are too few.
+    Between statement and question are real messages of two-speaker dialogues; if a dialogue is too short, messages of
+    the next one follow under the same two names. Raises ValueError for too few usable values or dialogues.
     """
     values = {kind.name: usable_values(tokenizer, kind, section.n_candidates) for kind in FACT_KINDS}
     kinds = [kind for kind in FACT_KINDS if values[kind.name]]
@@ -123,7 +123,7 @@ def _speakers(dialogue: Dialogue) -> list[str]:
 
 
 class _Filler:
-    """Real messages in the names of the first dialogue's speakers, at least `n_tokens` where there are so many."""
+    """Real messages under the names of the first dialogue's speakers, at least `n_tokens` tokens if available."""
 
     def __init__(self, tokenizer: DialogueTokenizer, dialogues: Sequence[Dialogue], n_tokens: int):
         self.dialogue_id, self.speakers = dialogues[0].id, _speakers(dialogues[0])
@@ -145,7 +145,7 @@ class _Filler:
                     yield Message(names[message.speaker], message.text), number
 
     def words(self) -> set[str]:
-        """Every word that is said or is part of a name, in lower case."""
+        """All words of messages and names, in lower case."""
         texts = [message.text for message in self.messages]
         return set(re.findall(r"\w+", " ".join([*texts, *self.speakers]).lower()))
 
@@ -160,7 +160,7 @@ def _probes_of_fact(
     section: RecallSection,
     rng: np.random.Generator,
 ) -> list[RecallProbe]:
-    """The fact at every distance, or nothing where the messages cannot come close to one of them."""
+    """The fact at every distance; empty if the messages do not come close to one of the distances."""
     said = filler.words()
     unsaid = [value for value in values if value.lower() not in said]
     if len(unsaid) < section.n_candidates:
@@ -196,11 +196,11 @@ def _probes_of_fact(
 def candidate_logprobs(
     model: Transformer, probes: Sequence[RecallProbe], batch_tokens: int, on_progress: OnProgress = silent
 ) -> FloatArray:
-    """logprob_PSC: of every candidate after each of a probe's two prompts."""
+    """logprob_PSC: the log-probability of each candidate after each of a probe's two prompts."""
     n_candidates = len(probes[0].candidates)
     prompts = [prompt for probe in probes for prompt in probe.prompts]
     candidates = [probe.candidates for probe in probes for _ in range(STATEMENTS)]
-    if all(len(tokens) == 1 for some in candidates for tokens in some):  # one pass tells all of them
+    if all(len(tokens) == 1 for some in candidates for tokens in some):  # one pass a prompt is enough
         logprob_BV = next_token_logprobs(model, prompts, batch_tokens, on_progress).double().numpy()
         first_BC = np.array([[tokens[0] for tokens in some] for some in candidates])
         flat = np.take_along_axis(logprob_BV, first_BC, axis=1).reshape(-1)
@@ -211,14 +211,14 @@ def candidate_logprobs(
 
 
 def gains(logprob_PSC: FloatArray) -> FloatArray:
-    """What stating a value adds to its log-probability (nats), against stating the other; mean of the two values."""
+    """Log-probability of a value after its statement minus that after the other's (nats); mean of the two values."""
     first_P = logprob_PSC[:, 0, 0] - logprob_PSC[:, 1, 0]
     second_P = logprob_PSC[:, 1, 1] - logprob_PSC[:, 0, 1]
     return (first_P + second_P) / 2
 
 
 def first_ranks(logprob_PSC: FloatArray) -> FloatArray:
-    """How often the stated value is the likeliest of the candidates (0, 1/2 or 1; ties as their expectation)."""
+    """Share of the two prompts whose stated value is the most probable candidate, with ties in random order."""
     total_P = np.zeros(len(logprob_PSC))
     for stated in range(STATEMENTS):
         best_P = logprob_PSC[:, stated].max(axis=1)
@@ -227,10 +227,10 @@ def first_ranks(logprob_PSC: FloatArray) -> FloatArray:
     return total_P / STATEMENTS
 
 
-def summarise_recall(
+def summarize_recall(
     probes: Sequence[RecallProbe], logprobs: Mapping[str, FloatArray], against: str, bootstrap: Bootstrap
 ) -> dict[str, Any]:
-    """For every distance and model: gain, gain less that of the model `against`, and rank-1 accuracy."""
+    """For every distance and model: gain, its difference to the model `against`, and rank-1 accuracy."""
     wanted_P = np.array([probe.wanted_distance for probe in probes])
     distance_P = np.array([probe.distance for probe in probes])
     bins = []

@@ -1,7 +1,7 @@
-"""The facts of the recall probe: kinds of fact, how they are stated and asked, and closed lists of their values.
+"""The facts of the recall probe: kinds of facts, their statements and questions, and lists of values.
 
-The words are common ones, so that a small vocabulary holds most of them as one token; which of them are used is decided
-by the tokenizer (eval/parts/recall.py).
+The values are common words, most of them one token in a small vocabulary; eval/parts/recall.py selects the usable
+ones for a tokenizer.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Wording:
-    """One speaker states `statement`, later asks `question`; the other answers `answer` and the value."""
+    """One speaker says `statement` and later `question`; the other says `answer` and the value."""
 
     statement: str  # with {value} after a space
     question: str
@@ -18,7 +18,7 @@ class Wording:
 
 @dataclass(frozen=True)
 class FactKind:
-    """A kind of fact. Any of `words` (separated by spaces) may follow any of the statements and answers."""
+    """A kind of fact. `words`: its values, separated by spaces, each valid in every statement and answer."""
 
     name: str
     words: str
@@ -48,7 +48,7 @@ FACT_KINDS = (
         ),
     ),
     FactKind(
-        "colour",
+        "color",
         "red blue green yellow orange pink black white brown grey gold purple gray silver",
         (
             Wording("My favorite color is {value}.", "What is my favorite color?", "Your favorite color is"),

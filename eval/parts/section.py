@@ -1,4 +1,4 @@
-"""The parts of an evaluation, one after the other, with a progress line each."""
+"""Run the parts of an evaluation in order, with a progress bar each."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -12,13 +12,13 @@ from eval.scoring import OnProgress
 
 Space = TypeVar("Space")
 Part = Callable[[Space, OnProgress], dict[str, Any] | None]
-"""Figures of one part, from what an evaluation works on; None where its recipe leaves it out."""
+"""Figures of one part, from the evaluation's workspace; None if the recipe omits the part."""
 
 
 def run_parts(
     parts: Mapping[str, Part[Space]], space: Space, console: Console
 ) -> tuple[dict[str, dict[str, Any] | None], dict[str, float]]:
-    """What every part gives, and the seconds it took."""
+    """(the figures, the seconds) of every part."""
     width = max(map(len, parts)) + 1
     columns = (TextColumn(f"[bold]{{task.description:<{width}}}"), BarColumn(bar_width=30), TimeElapsedColumn(),
                TextColumn("ETA"), TimeRemainingColumn())  # fmt: skip

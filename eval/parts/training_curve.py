@@ -1,4 +1,4 @@
-"""Training curves and their spikes, read from the metrics.jsonl of each run that kept one."""
+"""Training curves and spikes from the metrics.jsonl of runs."""
 
 import json
 import math
@@ -18,11 +18,11 @@ MAX_POINTS = 400
 
 
 class MetricsError(ValueError):
-    """A metrics.jsonl that cannot be read."""
+    """An invalid metrics.jsonl."""
 
 
 def training_curves(run_dirs: Mapping[str, str]) -> dict[str, dict[str, list[float]]]:
-    """Loss and held-out loss over steps of every run directory that has a metrics.jsonl with losses."""
+    """Loss and held-out loss over steps, for the run directories that have them in a metrics.jsonl."""
     curves = {}
     for name, run_dir in run_dirs.items():
         path = Path(run_dir) / METRICS
@@ -52,7 +52,7 @@ def read_curve(path: Path) -> dict[str, list[float]]:
 
 
 def read_records(path: Path) -> Iterator[tuple[float, dict[str, Any]]]:
-    """(step, values) of every line of a metrics.jsonl. Raises MetricsError for one that is none."""
+    """(step, values) of every line of a metrics.jsonl. Raises MetricsError for an invalid line."""
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             record: dict[str, Any] = json.loads(line)
@@ -63,7 +63,7 @@ def read_records(path: Path) -> Iterator[tuple[float, dict[str, Any]]]:
 
 
 class SpikeSection(Section):
-    """A step is a spike when its value exceeds the mean of the `window` steps before it by `sigma` deviations."""
+    """A step is a spike if its value exceeds the mean of the `window` steps before by `sigma` standard deviations."""
 
     window: Annotated[int, Field(ge=2)] = 128
     sigma: PositiveFloat = 6.0
@@ -71,7 +71,7 @@ class SpikeSection(Section):
 
 @dataclass(frozen=True)
 class Spikes:
-    """Of the `n_steps` that have a whole window before them, how many are spikes; the largest value / window mean."""
+    """Spikes among the `n_steps` steps with a full window before them; the largest ratio of value and window mean."""
 
     n_steps: int
     count: int
@@ -79,9 +79,9 @@ class Spikes:
 
 
 def spikes_of_run(path: Path, section: SpikeSection) -> dict[str, Spikes]:
-    """Spikes of the training loss and of the gradient norm in a metrics.jsonl that has a line for every step.
+    """Spikes of the training loss and of the gradient norm in a metrics.jsonl with a line for every step.
 
-    Raises MetricsError where steps are missing: spikes between logged steps would go unseen.
+    Raises MetricsError if steps are missing, since spikes there would not be counted.
     """
     series: dict[str, list[float]] = {"loss": [], "gradient_norm": []}
     steps: list[float] = []
@@ -98,7 +98,7 @@ def spikes_of_run(path: Path, section: SpikeSection) -> dict[str, Spikes]:
 
 
 def find_spikes(values: Sequence[float], section: SpikeSection) -> Spikes:
-    """Spikes of a series, one value a step. A value that is not finite is one, and enters no window."""
+    """Spikes of a series, one value a step. A non-finite value is a spike and is not part of a window."""
     value_T = np.asarray(values, dtype=np.float64)
     if value_T.size <= section.window:
         return Spikes(0, 0, None)
@@ -112,7 +112,7 @@ def find_spikes(values: Sequence[float], section: SpikeSection) -> Spikes:
 
 
 def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Means of equal runs of points: the noise of single steps goes, the shape stays."""
+    """Means of groups of successive points, at most MAX_POINTS."""
     size = math.ceil(len(points) / MAX_POINTS) or 1
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [(group[-1][0], sum(loss for _, loss in group) / len(group)) for group in groups]

@@ -1,7 +1,7 @@
-"""Does the model listen? How far the next-token distribution moves when one message of the history is replaced.
+"""User sensitivity: the change of the next-token distribution when one message of the history is replaced.
 
-A production system once left user messages out of its cache key for three months, and the model talked to itself: every
-contract test passed. This measures what those tests did not, on the model itself.
+A cache key without the user's messages, or a model that ignores them, passes every test of interfaces; here it shows
+as zero.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ MAX_DISTANCE = 4
 
 
 class UserSensitivitySection(Section):
-    """Contexts whose messages are replaced one at a time, up to four messages back."""
+    """Number of contexts; in each, the last four messages are replaced, one at a time."""
 
     n_contexts: PositiveInt
 
@@ -33,9 +33,9 @@ class UserSensitivitySection(Section):
 def replaced_prompts(
     contexts: Sequence[ReplyContext], tokenizer: DialogueTokenizer, seed: int
 ) -> list[tuple[int, int, str, tuple[int, ...]]]:
-    """(context, messages back from the reply, who spoke, prompt) with that one message's text replaced.
+    """(context, distance from the reply in messages, side, prompt) with the text of one message replaced.
 
-    The new text is a message that the same side wrote in another context.
+    The new text is a message of the same side in another context.
     """
     rng = np.random.default_rng(seed)
     texts: dict[bool, list[tuple[int, str]]] = {True: [], False: []}
@@ -59,7 +59,7 @@ def replaced_prompts(
 
 
 def kl_divergence(logp_BV: FloatArray, logq_BV: FloatArray) -> FloatArray:
-    """KL(p || q) in nats, row by row."""
+    """KL(p || q) of each row, in nats."""
     return np.asarray((np.exp(logp_BV) * (logp_BV - logq_BV)).sum(axis=-1))
 
 
@@ -72,7 +72,7 @@ def evaluate_user_sensitivity(
     bootstrap: Bootstrap,
     on_progress: OnProgress = silent,
 ) -> dict[str, Any]:
-    """Mean KL by side and by distance, and how many replaced user messages changed nothing at all (must be 0)."""
+    """Mean KL by side and by distance, and the number of replaced user messages without any effect (must be 0)."""
     changes = replaced_prompts(contexts, tokenizer, seed)
     prompts = [context.prompt for context in contexts] + [prompt for *_, prompt in changes]
     result: dict[str, Any] = {}
@@ -80,17 +80,17 @@ def evaluate_user_sensitivity(
         logprob_BV = next_token_logprobs(model, prompts, batch_tokens, share_of(on_progress, step, len(models))).numpy()
         base = logprob_BV[[number for number, *_ in changes]].astype(np.float64)
         kl_N = kl_divergence(base, logprob_BV[len(contexts) :].astype(np.float64))
-        result[name] = summarise_changes(changes, kl_N, dialogues_of(contexts), bootstrap)
+        result[name] = summarize_changes(changes, kl_N, dialogues_of(contexts), bootstrap)
     return result
 
 
-def summarise_changes(
+def summarize_changes(
     changes: Sequence[tuple[int, int, str, tuple[int, ...]]],
     kl_N: FloatArray,
     dialogue_C: NDArray[np.int64],
     bootstrap: Bootstrap,
 ) -> dict[str, Any]:
-    """Mean KL by side and by distance; `kl_N` belongs to `changes`, one value each, `dialogue_C` to the contexts."""
+    """Mean KL by side and by distance; `kl_N`: one value for each of `changes`; `dialogue_C`: of each context."""
     dialogue_N = dialogue_C[np.array([number for number, *_ in changes], dtype=np.int64)]
     distance_N = np.array([distance for _, distance, *_ in changes], dtype=np.int64)
     user_N = np.array([side == "user" for _, _, side, _ in changes], dtype=bool)
@@ -101,7 +101,7 @@ def summarise_changes(
             "kl": bootstrap.mean(kl_N[chosen_N], dialogue_N[chosen_N]),
             "by_distance": [bootstrap.mean(kl_N[here_N], dialogue_N[here_N]) for here_N in at_distance],
         }
-    # Below float32 rounding the replaced message had no influence at all.
+    # below float32 rounding: no effect
     ignored = int((kl_N[user_N & (distance_N == 1)] < 1e-9).sum())
     return by_side | {
         "ignored_last_user_messages": ignored,

@@ -1,4 +1,4 @@
-"""Training speed on shared CPU cores by OpenMP setting: how long its threads spin before they sleep, and how many.
+"""Training speed on shared CPU cores by OpenMP settings: spin count and number of threads.
 
 python -m eval.speed.busy_machine --cores 0,1 --neighbors 0,6
 """
@@ -41,7 +41,7 @@ _BUSY_LOOP = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n 
 
 
 def tokens_per_second(recipe: Path, seconds: float) -> float:
-    """Of forward, backward and AdamW steps of a pre-training recipe's model, in this process."""
+    """Speed of forward, backward and AdamW steps of a pre-training recipe's model, in this process."""
     written = read_document(recipe).data
     config = ModelConfig.model_validate(written["model"])
     n_rows = int(written["loop"]["rows_per_micro_batch"])
@@ -69,7 +69,7 @@ def tokens_per_second(recipe: Path, seconds: float) -> float:
 
 @contextmanager
 def neighbors(n: int) -> Iterator[None]:
-    """So many other processes that never wait, on the same cores."""
+    """Run `n` busy processes on the same cores."""
     processes = [subprocess.Popen([sys.executable, "-c", _BUSY_LOOP]) for _ in range(n)]
     try:
         yield
@@ -80,7 +80,7 @@ def neighbors(n: int) -> Iterator[None]:
 
 
 def measure(recipe: Path, seconds: float, variables: dict[str, str]) -> float:
-    """The same in a process of its own: OpenMP reads its variables once, as it is loaded."""
+    """`tokens_per_second` in a new process, because OpenMP reads its variables when it is loaded."""
     environment = {name: value for name, value in os.environ.items() if name not in _OPENMP} | variables
     command = [sys.executable, "-m", "eval.speed.busy_machine", str(recipe), "--seconds", str(seconds), "--alone"]
     ran = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
@@ -88,7 +88,7 @@ def measure(recipe: Path, seconds: float, variables: dict[str, str]) -> float:
 
 
 def compare(recipe: Path, seconds: float, counts: Sequence[int], rounds: int) -> Table:
-    """A table of the median and the range of the rounds' speeds; a round takes every setting in turn."""
+    """A table of the median and range of the speeds; each round measures every setting once."""
     n_cores = len(os.sched_getaffinity(0))
     table = Table("setting", title=f"tokens/s of {recipe} on {n_cores} cores", title_justify="left")
     found: dict[tuple[str, int], list[float]] = {}

@@ -1,4 +1,4 @@
-"""Whether runs trained alike: their training losses, step by step, against the first one's.
+"""Compare the training losses of runs with those of the first run, step by step.
 
 python -m eval.speed.compare_losses runs/bench/zero_1 runs/bench/zero_2 runs/bench/zero_3
 """
@@ -30,7 +30,7 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 
 def largest_difference(ours: dict[int, float], theirs: dict[int, float]) -> tuple[float, int, int]:
-    """The largest |ours - theirs| / theirs over common steps, the step where it is, and how many there are."""
+    """(largest |ours - theirs| / theirs over common steps, its step, number of common steps)."""
     common = sorted(ours.keys() & theirs.keys())
     if not common:
         raise CompareError("the runs have no step in common; log every step of both (loop.log_every: 1)")
@@ -40,7 +40,7 @@ def largest_difference(ours: dict[int, float], theirs: dict[int, float]) -> tupl
 
 
 def main() -> int:
-    """Entry point: 0, or 2 where runs cannot be compared."""
+    """Entry point: 0, or 2 for runs that cannot be compared."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="run_dir", help="the first one is the reference")
     first, *others = parser.parse_args().runs

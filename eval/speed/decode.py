@@ -1,4 +1,4 @@
-"""Decoding speed of models through our own runtime (model/inference/generate.py): a reference, not a serving engine."""
+"""Decoding speed of models in the reference runtime (model/inference/generate.py), which is not a serving engine."""
 
 import statistics
 import time
@@ -16,7 +16,7 @@ from recipes.loader import Section
 
 
 class SpeedSection(Section):
-    """Prompts of `prompt_tokens`, `new_tokens` drawn greedily for each of a batch, the median of `repeats` passes."""
+    """Prompts of `prompt_tokens`, `new_tokens` greedy tokens for each of a batch, the median of `repeats` passes."""
 
     prompt_tokens: PositiveInt
     new_tokens: Annotated[int, Field(ge=3)]
@@ -26,16 +26,16 @@ class SpeedSection(Section):
 
 
 def speed_prompts(dataset: PackedDataset, section: SpeedSection) -> list[list[int]]:
-    """As many prompts as the largest batch has: the beginnings of rows, in turn."""
+    """Prompts for the largest batch, from the beginnings of rows."""
     numbers = [number % dataset.n_rows for number in range(max(section.batches))]
     tokens_RL = dataset.gather(numbers)[0]
     return tokens_RL[:, : section.prompt_tokens].tolist()
 
 
 def time_generation(model: Transformer, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[float, float]:
-    """(seconds to the first token of all prompts, seconds of a decoding step after it).
+    """(seconds to the first token of all prompts, seconds of a decoding step).
 
-    `generate` reads every step's tokens back before it reports the step, so a moment taken there waits for the device.
+    `generate` copies each step's tokens to the host before it calls `on_step`, so the times include the device's work.
     """
     moments = [time.perf_counter()]
     sampling = Sampling(new_tokens, stop_ids=(), temperature=0.0)
@@ -51,8 +51,7 @@ def measure_speed(
 ) -> dict[str, list[dict[str, Any]]]:
     """For each model and batch size: tokens a second (median, slowest, fastest), milliseconds to the first token.
 
-    The models are measured in turn, pass by pass, after one pass that is not counted: a machine that slows down or is
-    shared slows all of them.
+    The models take turns in every pass, after a warm-up pass, so that a slow period of the machine affects them all.
     """
     figures: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
     done, total = 0, len(section.batches) * (section.repeats + 1) * len(models)
@@ -80,5 +79,5 @@ def measure_speed(
 
 
 def device_name(device: torch.device) -> str:
-    """What a figure of speed was measured on."""
+    """The name of the device in reports."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

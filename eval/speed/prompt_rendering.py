@@ -1,4 +1,4 @@
-"""Rendering a conversation turn after turn, ours beside Prompt Poet's: the same template file, values and tokenizer.
+"""Speed of rendering a growing conversation, ours and Prompt Poet's, with the same template, values and tokenizer.
 
 python -m eval.speed.prompt_rendering
 """
@@ -45,7 +45,7 @@ Turn = Callable[[dict[str, Any]], int]
 
 
 def conversation(n_messages: int) -> list[dict[str, str]]:
-    """Two people who write 5 to 30 words in turn, no message twice."""
+    """Two speakers in turn, 5 to 30 words a message, no message twice."""
     words = _SENTENCE.split()
     messages = []
     for i in range(n_messages):
@@ -56,11 +56,11 @@ def conversation(n_messages: int) -> list[dict[str, str]]:
 
 
 def prompt_poet_turn(path: Path, tokenizer: DialogueTokenizer, limit: int, step: int) -> Turn:
-    """Prompt Poet as fast as it goes: the template compiled once and kept in its cache."""
+    """Prompt Poet with its template cache."""
     search_path = list(sys.path)
     from prompt_poet import Prompt
 
-    sys.path[:] = search_path  # it puts its own folder first, where `tokenizer` and `template` are modules
+    sys.path[:] = search_path  # the import puts its own folder first, where `tokenizer` and `template` are modules
 
     def turn(values: dict[str, Any]) -> int:
         prompt = Prompt(values, template_path=str(path), from_cache=True, encode_func=tokenizer.encode)
@@ -72,7 +72,7 @@ def prompt_poet_turn(path: Path, tokenizer: DialogueTokenizer, limit: int, step:
 
 
 def our_turn(path: Path, tokenizer: DialogueTokenizer, limit: int, step: int) -> Turn:
-    """Ours as a server runs it: the ids of messages are kept from turn to turn."""
+    """Ours as in a server: the ids of messages are cached across turns."""
     template, encoder = PromptTemplate.load(path), MessageEncoder(tokenizer)
 
     def turn(values: dict[str, Any]) -> int:
@@ -82,7 +82,7 @@ def our_turn(path: Path, tokenizer: DialogueTokenizer, limit: int, step: int) ->
 
 
 def our_stateless_turn(path: Path, tokenizer: DialogueTokenizer, limit: int, step: int) -> Turn:
-    """Ours with nothing kept but the compiled template, as Prompt Poet renders: every message is encoded again."""
+    """Ours with only the compiled template cached, like Prompt Poet: every message is encoded again."""
     template = PromptTemplate.load(path)
 
     def turn(values: dict[str, Any]) -> int:

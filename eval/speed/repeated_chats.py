@@ -1,4 +1,4 @@
-"""A large chat JSONL out of small real ones, to measure preparation on: real dialogues again and again, words changed.
+"""Write a large chat JSONL for benchmarks of data preparation: real dialogues, repeated with changed words.
 
 python -m eval.speed.repeated_chats big.jsonl --gigabytes 4 runs/demo/data/dialogues/train.jsonl
 """
@@ -25,7 +25,7 @@ _SHARE_CHANGED = 0.2
 
 
 def changed(dialogue: Dialogue, copy: int, words: Sequence[str], seed: int = 0) -> Dialogue:
-    """A copy in which a fifth of the words are others of the vocabulary, by their frequency; copy 0 is as it was."""
+    """A copy with a fifth of the words replaced, by frequency; copy 0 is unchanged."""
     if copy == 0:
         return dialogue
     rng = random.Random(f"{seed} {copy} {dialogue.id}")
@@ -41,7 +41,7 @@ def changed(dialogue: Dialogue, copy: int, words: Sequence[str], seed: int = 0) 
 
 
 def repeated(dialogues: Sequence[Dialogue]) -> Iterator[str]:
-    """JSON lines as the source chat_jsonl reads them, without end."""
+    """Endless JSON lines in the format of the source chat_jsonl."""
     counts = Counter(word for d in dialogues for m in d.messages for word in _WORD.findall(m.text))
     words = [word for word, count in counts.items() for _ in range(min(count, 1_000))]
     copy = 0
@@ -52,7 +52,7 @@ def repeated(dialogues: Sequence[Dialogue]) -> Iterator[str]:
 
 
 def _line(dialogue: Dialogue) -> str:
-    """Every line has the same keys and types, which `datasets` must have; metadata is left out."""
+    """All lines have the same keys and types, as `datasets` requires; metadata is omitted."""
     record = {
         "id": dialogue.id,
         "character": dialogue.character,
@@ -63,7 +63,7 @@ def _line(dialogue: Dialogue) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The entry point; the exit code is 0, 2 for input that cannot be read, 130 for Ctrl-C."""
+    """Entry point: 0, or 2 for input that cannot be read, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("dialogues", type=Path, nargs="+", help="dialogues/*.jsonl of prepared data")

@@ -1,4 +1,4 @@
-"""What reading packed shards costs in training: an epoch in its order, from the disk and from memory, as batches.
+"""The cost of reading packed shards in training: the batches of an epoch, from disk and from the page cache.
 
 python -m eval.speed.shard_reading runs/demo/data
 """
@@ -23,7 +23,7 @@ from recipes.loader import print_error
 
 
 def forget(directory: Path) -> None:
-    """Drop the files from the system's memory, so that they are read from the disk."""
+    """Drop the files from the page cache, so that they are read from disk."""
     for path in directory.glob("*.bin"):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -34,7 +34,7 @@ def forget(directory: Path) -> None:
 
 
 def seconds_of_epoch(dataset: PackedDataset, rows_per_micro_batch: int, micro_batches: int) -> tuple[float, int]:
-    """Seconds of one thread to make every batch of an epoch, and the tokens in them."""
+    """(seconds of one thread for all batches of an epoch, their tokens)."""
     order = training_order(dataset, seed=0)
     per_step = rows_per_micro_batch * micro_batches
     n_steps = dataset.n_rows // per_step
@@ -46,7 +46,7 @@ def seconds_of_epoch(dataset: PackedDataset, rows_per_micro_batch: int, micro_ba
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The entry point; the exit code is 0, 2 for data that cannot be read."""
+    """Entry point: 0, or 2 for data that cannot be read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="the run_dir of data.prepare")
     parser.add_argument("--rows", type=int, default=4, help="of a micro-batch")

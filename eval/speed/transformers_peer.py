@@ -20,7 +20,7 @@ PEAK_FLOPS = 989e12
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the model and of a micro-batch; as they are, 1.11 billion parameters, tied embeddings."""
+    """Sizes of the model and of a micro-batch; the defaults give 1.11 billion parameters with tied embeddings."""
 
     n_layers: int = 24
     d_model: int = 2048
@@ -33,7 +33,7 @@ class Shape:
 
 
 def build(shape: Shape, device: torch.device) -> Any:
-    """The model in bfloat16, one key/value head, its blocks compiled on a GPU."""
+    """The model in bfloat16 with one key/value head; on a GPU its blocks are compiled."""
     from transformers import LlamaForCausalLM
     from transformers.models.llama.configuration_llama import LlamaConfig
 
@@ -60,7 +60,7 @@ def build(shape: Shape, device: torch.device) -> Any:
 
 
 def bare_step(model: Any, accumulate: int) -> Callable[[list[Tensor]], None]:
-    """A step of fused AdamW in 16 bits: the gradients of `accumulate` micro-batches are added in 16 bits too."""
+    """A step of fused AdamW; weights, and gradients summed over `accumulate` micro-batches, are in bfloat16."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
 
     def step(batches: list[Tensor]) -> None:
@@ -73,7 +73,7 @@ def bare_step(model: Any, accumulate: int) -> Callable[[list[Tensor]], None]:
 
 
 def deepspeed_step(model: Any, accumulate: int, batch: int) -> Callable[[list[Tensor]], None]:
-    """A step under ZeRO-1 with float32 master weights and gradients, as ours is; all else as DeepSpeed has it."""
+    """A step under ZeRO-1 with float32 master weights and gradients, as ours; other settings are defaults."""
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     import deepspeed
 
@@ -98,7 +98,7 @@ def deepspeed_step(model: Any, accumulate: int, batch: int) -> Callable[[list[Te
 
 
 def measure(shape: Shape, device: torch.device, steps: int, accumulate: int, deepspeed: bool) -> tuple[float, int]:
-    """Tokens a second (the median of the steps after the fourth), and the number of parameters."""
+    """(tokens a second, the median after four steps; number of parameters)."""
     model = build(shape, device)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     step = deepspeed_step(model, accumulate, shape.batch) if deepspeed else bare_step(model, accumulate)

@@ -1,1 +1,1 @@
-"""Write a bundle for stock engines and check it: python -m serving_export.export."""
+"""Export a bundle for stock engines and check it: python -m serving_export.export."""

@@ -1,6 +1,6 @@
 """Export a trained model as a bundle for stock engines: `python -m serving_export.export recipes/demo/export.yaml`.
 
-The bundle is run_dir itself: a Hugging Face model directory with manifest.json. It is checked before it appears.
+The bundle is run_dir itself: a Hugging Face model directory with manifest.json. It is checked before it is moved there.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +32,7 @@ from model.hugging_face import hf_config, load_exported_model, state_to_hf
 from model.portability import describe
 from model.transformer import Transformer
 from model.weights import load_config, load_model, write_tensors
-from recipes.files import sync_path, write_json
+from recipes.files import atomic_file, sync_path, write_json, write_text
 from recipes.loader import Section, dump_recipe, parse_command_line, print_error
 from recipes.plan_check import PlanCheck
 from recipes.run_directory import RunState, finish_run, prepare_run_directory, read_done
@@ -62,7 +62,7 @@ _RUN_FILES = ("done.json", "recipe.yaml", "run.json", "environment.json")
 
 
 class Names(Section):
-    """Who a chat message of role user and of role assistant is by, where it has no name."""
+    """The speakers of messages without a name, of role user and of role assistant."""
 
     user: str
     character: str
@@ -75,13 +75,13 @@ class Names(Section):
 
 
 class ExportRecipe(Section):
-    """An export: which model, whose names, and how closely transformers must agree with our runtime."""
+    """An export: the model, the default names, and how closely transformers must agree with our runtime."""
 
     stage: Literal["export"]
     run_dir: Location
     init_from: Location
     data: Location
-    # null: the commonest character of the training data, and who speaks to it most.
+    # null: the most frequent character of the training data and its most frequent partner
     names: Names | None = None
     dtype: Literal["float32", "bfloat16", "float16"]
     n_parity_conversations: PositiveInt = 24
@@ -89,11 +89,11 @@ class ExportRecipe(Section):
     threads: PositiveInt | None = None
 
     def inputs(self) -> dict[str, str]:
-        """The run directories it reads."""
+        """The run directories that it reads, by name."""
         return {"init_from": self.init_from, "data": self.data}
 
     def check_plan(self, plan: PlanCheck) -> None:
-        """Whether stock engines can run the model, and how many conversations there are to compare on."""
+        """Check that stock engines can run the model, and count the conversations for the parity check."""
         facts, config = plan.data(self.data), plan.config(self.init_from)
         if config is not None:
             with plan.finding():
@@ -107,7 +107,7 @@ class ExportRecipe(Section):
 
 
 def write_bundle(directory: Path, model: Transformer, tokenizer: DialogueTokenizer, names: Names, dtype: str) -> None:
-    """All files of a bundle but its manifest, into an empty directory."""
+    """Write all files of a bundle except its manifest into an empty directory."""
     config = model.config
     if config.vocab_size != tokenizer.vocab_size:
         raise ValueError(
@@ -119,20 +119,20 @@ def write_bundle(directory: Path, model: Transformer, tokenizer: DialogueTokeniz
     write_tensors(directory / "model.safetensors", state_to_hf(config, state), metadata={"format": "pt"})
     write_json(directory / "config.json", hf_config(config, dtype, **ids))
     write_json(directory / "generation_config.json", generation_config(tokenizer))
-    (directory / "tokenizer.json").write_text(tokenizer_json(tokenizer), encoding="utf-8")
+    write_text(directory / "tokenizer.json", tokenizer_json(tokenizer))
     write_json(directory / "tokenizer_config.json", tokenizer_config(config.max_length))
-    template = chat_template(names.user, names.character)
-    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
-    (directory / "prompt.yml.j2").write_text(DEFAULT_TEMPLATE, encoding="utf-8")
-    tokenizer.save(directory / MODEL_FILE)
+    write_text(directory / "chat_template.jinja", chat_template(names.user, names.character))
+    write_text(directory / "prompt.yml.j2", DEFAULT_TEMPLATE)
+    with atomic_file(directory / MODEL_FILE) as file:
+        file.write(tokenizer.model_bytes)
     write_defaults(directory, Defaults(names.user, names.character, config.max_length))
 
 
 def generation_config(tokenizer: DialogueTokenizer) -> dict[str, Any]:
-    """generation_config.json: a reply ends at `<|end|>` and holds no other control token.
+    """generation_config.json: a reply ends at `<|end|>` and has no other control token.
 
-    transformers never draws `suppress_tokens`. vLLM and SGLang read no such list, but end a reply at any of
-    `eos_token_id`, so that what follows a `<|message|>` is never taken for the character's text.
+    transformers never samples `suppress_tokens`. vLLM and SGLang ignore that list but end a reply at any of
+    `eos_token_id`, so text after a `<|message|>` never becomes part of the reply.
     """
     return {
         "do_sample": True,
@@ -151,13 +151,16 @@ def check_bundle(
     names: Names,
     on_progress: Callable[[int], None] | None = None,
 ) -> Parity:
-    """Parity of the bundle, in float32, with our runtime on the same (rounded) weights. Raises ParityError."""
+    """Compare the bundle in transformers, in float32, with our runtime on the same (rounded) weights.
+
+    Raises ParityError.
+    """
     tokenizer = DialogueTokenizer.load(directory)
     model = load_exported_model(directory)
     peer, peer_tokenizer = transformers_peer(directory)
     chosen = choose_conversations(tokenizer, dialogues, recipe.n_parity_conversations)
     if all(len(encode_dialogue(tokenizer, dialogue).tokens) <= model.config.window for dialogue in chosen):
-        chosen = [*chosen[:-1], longer_than(tokenizer, chosen[-1], model.config.window)]  # so that the window is tested
+        chosen = [*chosen[:-1], longer_than(tokenizer, chosen[-1], model.config.window)]  # tests the window
     template = PromptTemplate.load(directory / "prompt.yml.j2")
     n_texts = check_tokens(tokenizer, peer_tokenizer, template, chosen, (names.user, names.character))
     parity = check_logits(model, peer, tokenizer, chosen, recipe.max_logit_difference, on_progress)
@@ -165,19 +168,22 @@ def check_bundle(
 
 
 def export(recipe: ExportRecipe, console: Console) -> str:
-    """Stage, check and move the bundle into recipe.run_dir, its manifest last; the key figure.
+    """Write the bundle to a staging directory, check it, move it into recipe.run_dir; returns the key figure.
 
-    Raises ParityError when it differs from our runtime; nothing of it is left then.
+    Files of an earlier export stay until the new ones are checked. The manifest is removed first and moved last, so a
+    directory with a manifest is a whole bundle. Raises ParityError if the bundle differs from our runtime.
     """
     target = Path(recipe.run_dir)
     staging = target / _STAGING
-    remove_bundle(target)
+    shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     try:
         parity = _stage(staging, recipe, console)
     except BaseException:
         shutil.rmtree(staging)
         raise
+    (target / MANIFEST).unlink(missing_ok=True)
+    sync_path(target)
     for name in (*BUNDLE_FILES, MANIFEST):
         (staging / name).replace(target / name)
     staging.rmdir()
@@ -186,13 +192,13 @@ def export(recipe: ExportRecipe, console: Console) -> str:
 
 
 def key_figure(parity: Parity) -> str:
-    """One line of what was checked."""
+    """One line with the results of the checks."""
     difference = f"{parity.max_logit_difference:.0e}".replace("e-0", "e-")
     return f"logits equal to {difference}, {parity.n_conversations} conversations, {parity.n_texts} hostile texts"
 
 
 def remove_bundle(directory: Path) -> None:
-    """Remove what an export writes, the manifest first, so that no half of a bundle passes for one."""
+    """Remove all files of an export, the manifest first: without it the rest is not a bundle."""
     for name in (MANIFEST, *BUNDLE_FILES):
         (directory / name).unlink(missing_ok=True)
     shutil.rmtree(directory / _STAGING, ignore_errors=True)
@@ -213,34 +219,37 @@ def _stage(staging: Path, recipe: ExportRecipe, console: Console) -> Parity:
         task = progress.add_task("parity", total=recipe.n_parity_conversations)
         parity = check_bundle(staging, dialogues, recipe, names, lambda done: progress.update(task, completed=done))
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "sentencepiece")}
-    figures = parity.as_dict() | {"limit": recipe.max_logit_difference, "dtype": recipe.dtype}
+    figures = asdict(parity) | {"limit": recipe.max_logit_difference, "dtype": recipe.dtype}
     write_manifest(staging, BUNDLE_FILES, model.config, DTYPES[recipe.dtype].itemsize, figures, versions)
     verify(staging)
     for path in staging.iterdir():
-        path.chmod(0o644)  # the bundle is often served by another user
+        path.chmod(0o644)  # the server often runs as another user
         sync_path(path)
     return parity
 
 
 def choose_names(asked: Names | None, seen: SpeakerNames) -> tuple[Names, str]:
-    """The names of a chat's user and character where a message has none, and a line that says why."""
+    """The default names of a chat's user and character, and a line that explains the choice."""
     commonest = seen.commonest()
     if asked is None:
         if commonest is None:
-            raise ValueError("names: nobody speaks to anybody in the data; write names: {user: ..., character: ...}")
+            raise ValueError(
+                "names: no dialogue of the data has a character and a partner; set names: {user: ..., character: ...}"
+            )
         names = Names(user=commonest[0], character=commonest[1])
-        return names, f"names: user {names.user}, character {names.character}: the commonest of the training data"
+        return names, f"names: user {names.user}, character {names.character}: the most frequent of the training data"
     strange = [name for name in (asked.character,) if name not in seen.characters]
     if asked.user not in {name for partners in seen.partners.values() for name in partners}:
         strange.append(asked.user)
     told = f"names: user {asked.user}, character {asked.character}"
     if strange and commonest is not None:
-        told += f"; the model has not seen {' or '.join(strange)} in that part, but {commonest[0]} and {commonest[1]}"
+        told += f"; not in the training data in this role: {', '.join(strange)}"
+        told += f" (most frequent: {commonest[0]}, {commonest[1]})"
     return asked, told
 
 
 def fewer_conversations(recipe: ExportRecipe, n_heldout: int) -> str | None:
-    """What to say where fewer held-out dialogues are there than asked for."""
+    """A message if there are fewer held-out dialogues than the recipe asks for."""
     wanted = recipe.n_parity_conversations
     return (
         f"n_parity_conversations: {wanted} asked for, {n_heldout} held-out dialogues found; all are compared"
@@ -250,11 +259,11 @@ def fewer_conversations(recipe: ExportRecipe, n_heldout: int) -> str | None:
 
 
 def _check_weights(staging: Path, model: Transformer, dtype: str) -> None:
-    """The weights as read back from the bundle are those of the run, rounded to the bundle's dtype, bit for bit."""
+    """Raise ParityError unless the weights read from the bundle equal the run's, rounded to the bundle's dtype."""
     written = load_exported_model(staging).state_dict()
     for name, tensor in model.state_dict().items():
         if not torch.equal(written[name], tensor.to(DTYPES[dtype]).float()):
-            raise ParityError(f"the weight {name} is not in the bundle as it was trained")
+            raise ParityError(f"the weight {name} of the bundle differs from the trained one")
 
 
 def _model_directory(init_from: str) -> Path:
@@ -264,7 +273,7 @@ def _model_directory(init_from: str) -> Path:
 
 
 def _tokenizer_of(source: Path, recipe: ExportRecipe) -> Path:
-    """The tokenizer that travelled with the weights; it must be the one of the data."""
+    """The tokenizer saved with the weights. Raises ValueError if it differs from the data's."""
     held, data = source / MODEL_FILE, Path(recipe.data) / MODEL_FILE
     if held.is_file() and data.is_file() and held.read_bytes() != data.read_bytes():
         raise ValueError(f"{held} and {data} differ: init_from was not trained on data={recipe.data}")
@@ -272,7 +281,7 @@ def _tokenizer_of(source: Path, recipe: ExportRecipe) -> Path:
 
 
 def run(recipe: ExportRecipe, console: Console) -> None:
-    """Export into recipe.run_dir, or say that it is done already and whole. A failed check leaves no output."""
+    """Export into recipe.run_dir unless it is finished. A failed parity check removes all files."""
     started = time.monotonic()
     target = Path(recipe.run_dir)
     try:
@@ -299,7 +308,7 @@ def run(recipe: ExportRecipe, console: Console) -> None:
 
 
 def print_plan(recipe: ExportRecipe, console: Console) -> None:
-    """What would be exported."""
+    """Print the recipe and the model that a run would export."""
     check_no_prompt_template(recipe.init_from, recipe.data)
     console.print(dump_recipe(recipe), highlight=False, markup=False)
     source = _model_directory(recipe.init_from)
@@ -313,7 +322,7 @@ def print_plan(recipe: ExportRecipe, console: Console) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point: 0 when the bundle is there, 1 when it differs from our runtime, 2 for the user's errors."""
+    """Entry point: 0 when the bundle is written, 1 when it differs from our runtime, 2 for a user error."""
     command = parse_command_line(ExportRecipe, argv, description=__doc__)
     recipe: Any = command.recipe
     console = Console()

@@ -1,4 +1,4 @@
-"""OpenAI chat messages as a dialogue: once in Python, once as the Jinja template that other engines render."""
+"""OpenAI chat messages as a dialogue, in Python and as the Jinja chat template of other engines."""
 
 from __future__ import annotations
 
@@ -76,14 +76,14 @@ follows "speaker:", so one leading space of an assistant's content is dropped. -
 
 
 def chat_template(user: str, character: str) -> str:
-    """The Jinja chat template of a bundle: renders to the text whose token ids are `encode_prompt` of `dialogue_of`.
+    """The Jinja chat template of a bundle. The rendered text has the token ids of `encode_prompt(dialogue_of(...))`.
 
-    It differs in one leading space of an assistant's content, which it drops: see `engine_content`.
+    Except that it drops one leading space of an assistant's content: see `engine_content`.
     """
     check_speaker(user)
     check_speaker(character)
     broken = [(surface, surface[0] + WORD_JOINER + surface[1:]) for surface in CONTROL_SURFACES]
-    # What `escape` does. One surface at a time is the same as all at once: none is a part of another, escaped or not.
+    # Equal to `escape`: replacing one surface after another works because none contains another, escaped or not.
     steps = [(WORD_JOINER, WORD_JOINER * 2), *broken]
     filters = "".join(f" | replace({_literal(old)}, {_literal(new)})" for old, new in steps)
     literals: dict[str, str | list[str]] = {
@@ -95,9 +95,9 @@ def chat_template(user: str, character: str) -> str:
 
 
 def dialogue_of(messages: Sequence[Mapping[str, Any]], user: str, character: str) -> list[Message]:
-    """OpenAI chat messages as messages of a dialogue, each text as it is given.
+    """OpenAI chat messages as messages of a dialogue, texts unchanged.
 
-    Raises DialogueError naming the message's number for an unknown role, a bad name or content that is not text.
+    Raises DialogueError with the message's number for an unknown role, an invalid name or content that is not text.
     """
     said = []
     for number, message in enumerate(messages):
@@ -109,11 +109,11 @@ def dialogue_of(messages: Sequence[Mapping[str, Any]], user: str, character: str
 
 
 def engine_content(text: str, role: str) -> str:
-    """The content whose text the chat template renders as `text`.
+    """The message content that the chat template renders as `text`.
 
     Stock engines return a reply with the space that follows "speaker:", so the template drops one leading space of an
-    assistant's content: a text that itself begins with a space needs one more. Our server drops the space of the reply
-    it returns, and so takes content as it is.
+    assistant's content, and a text that starts with a space needs one more. Our server removes that space from its
+    replies, so it does not change the content of messages.
     """
     return " " + text if role == "assistant" and text.startswith(" ") else text
 

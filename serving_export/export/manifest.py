@@ -18,7 +18,7 @@ SERVING = "dramatis.json"
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a bundle's server assumes: who the user and the assistant are, and the longest sequence in tokens."""
+    """Defaults of a bundle's server: the names of user and assistant, and the longest sequence in tokens."""
 
     user: str
     character: str
@@ -33,7 +33,7 @@ def write_manifest(
     parity: Mapping[str, Any],
     versions: Mapping[str, str],
 ) -> None:
-    """Hash the files `names` of `directory` into its manifest.json, which is what makes it a bundle: write it last."""
+    """Write manifest.json with hashes of the files `names`. Write it last: a directory without it is not a bundle."""
     reasons = obstacles(config)
     write_json(
         directory / MANIFEST,
@@ -60,7 +60,7 @@ def write_defaults(directory: Path, defaults: Defaults) -> None:
 
 
 def read_defaults(directory: str | Path) -> Defaults:
-    """dramatis.json of a bundle. Raises BundleError when it is missing or holds something else."""
+    """dramatis.json of a bundle. Raises BundleError if it is missing or invalid."""
     path = Path(directory) / SERVING
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,9 +1,9 @@
-"""Parity of a bundle with our runtime: logits and greedy tokens in transformers, ids of tokenizer and template."""
+"""Compare a bundle in transformers with our runtime: logits, greedy tokens, token ids of tokenizer and template."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +53,19 @@ HOSTILE_TEXTS = (
     "x" * 10_000,
     "\u2581 \u2060<|end|>" * 500,
 )
-"""Texts that break tokenizers and templates, each sent as a user would and as a name where a name may hold it."""
+"""Texts that break tokenizers and templates. Each is used as content, and as a name if it is a valid one."""
 
 GREEDY_TOKENS = 24
 N_SHOWN = 5
 
 
 class ParityError(ValueError):
-    """A bundle that does not do what our runtime does; the message lists what differs."""
+    """A bundle that differs from our runtime; the message lists the differences."""
 
 
 @dataclass(frozen=True)
 class Parity:
-    """What was compared, and the largest difference found."""
+    """Sizes of the comparison and the largest difference."""
 
     n_conversations: int
     n_longer_than_window: int
@@ -74,10 +74,6 @@ class Parity:
     n_greedy_tokens: int
     n_greedy_near_ties: int
     n_texts: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """For the manifest."""
-        return asdict(self)
 
 
 def check_tokens(
@@ -92,7 +88,7 @@ def check_tokens(
 
     Returns how many texts were compared.
 
-    `names` are the bundle's user and character. Raises ParityError listing the texts whose ids differ.
+    `names` are the bundle's user and character. Raises ParityError listing the texts with different ids.
     """
     wrong: list[str] = []
     for text in texts:
@@ -130,15 +126,15 @@ def check_logits(
 ) -> Parity:
     """Compare logits on whole `dialogues` and greedy replies to them; `peer` is transformers' model, in float32.
 
-    Raises ParityError when a logit differs by more than `limit`, or a greedy token where our best two logits are
-    further apart than twice that. `n_texts` of the result is 0.
+    Raises ParityError if a logit differs by more than `limit`, or a greedy token at a position where our best two
+    logits differ by more than twice `limit`. `n_texts` of the result is 0.
     """
     n_tokens, worst, where = 0, 0.0, ""
     n_long = n_greedy = n_ties = 0
     for number, dialogue in enumerate(dialogues):
         ids = encode_dialogue(tokenizer, dialogue).tokens[: model.config.max_length].tolist()
         difference = _largest_difference(model, peer, ids)
-        if not difference <= worst:  # a NaN is the worst of all
+        if not difference <= worst:  # also true for NaN
             worst, where = difference, f"conversation {dialogue.id} ({len(ids)} tokens)"
         n_long += len(ids) > model.config.window
         n_tokens += len(ids)
@@ -156,7 +152,7 @@ def check_logits(
 
 
 def reply_place(tokenizer: DialogueTokenizer, dialogue: Dialogue, max_tokens: int) -> int | None:
-    """The number of the character's last message whose prompt has at most `max_tokens`; None when there is none."""
+    """The index of the character's last message whose prompt has at most `max_tokens` tokens; None if there is none."""
     n_tokens = len(encode_prompt(tokenizer, [], dialogue.character))
     place = None
     for number, message in enumerate(dialogue.messages):
@@ -169,7 +165,7 @@ def reply_place(tokenizer: DialogueTokenizer, dialogue: Dialogue, max_tokens: in
 
 
 def choose_conversations(tokenizer: DialogueTokenizer, dialogues: Sequence[Dialogue], n: int) -> list[Dialogue]:
-    """`n` of `dialogues` (all, where there are fewer), from the shortest to the longest in even steps."""
+    """`n` dialogues (all, if there are fewer) evenly spaced by length, the shortest and the longest included."""
     if not dialogues:
         raise ParityError("there is no held-out dialogue to compare on; hold out some")
     n = min(n, len(dialogues))
@@ -179,7 +175,7 @@ def choose_conversations(tokenizer: DialogueTokenizer, dialogues: Sequence[Dialo
 
 
 def longer_than(tokenizer: DialogueTokenizer, dialogue: Dialogue, n_tokens: int) -> Dialogue:
-    """The dialogue with its messages said over again until it is longer than `n_tokens`."""
+    """The dialogue with its messages repeated until it is longer than `n_tokens` tokens."""
     messages = dialogue.messages
     while len(encode_dialogue(tokenizer, replace(dialogue, messages=messages)).tokens) <= n_tokens:
         messages = messages + dialogue.messages
@@ -197,7 +193,7 @@ def _largest_difference(model: Transformer, peer: Any, ids: list[int]) -> float:
 def _compare_greedy(
     model: Transformer, peer: Any, tokenizer: DialogueTokenizer, dialogue: Dialogue, limit: float
 ) -> tuple[int, bool]:
-    """(tokens compared, whether a near-tie ended the comparison)."""
+    """Returns (number of compared tokens, whether a near-tie ended the comparison)."""
     reply = reply_place(tokenizer, dialogue, model.config.max_length - GREEDY_TOKENS)
     if reply is None:
         return 0, False
@@ -221,13 +217,13 @@ def _compare_greedy(
 
 
 def greedy_sampling(tokenizer: DialogueTokenizer, n_tokens: int) -> Sampling:
-    """The likeliest tokens, as our server draws them at temperature 0."""
+    """Greedy sampling, as our server does it at temperature 0."""
     return Sampling(n_tokens, (tokenizer.end_id,), temperature=0.0, forbidden_ids=tokenizer.forbidden_in_reply)
 
 
 @torch.no_grad()
 def top_two_gap(model: Transformer, ids: Sequence[int], forbidden_ids: Sequence[int] = ()) -> float:
-    """How far apart our two best logits for the token after `ids` are, the forbidden ones aside."""
+    """The difference between the two best allowed logits for the token after `ids`."""
     hidden_TD = model(torch.tensor(list(ids)), Documents.from_lengths([len(ids)]))
     logits_V = model.logits(hidden_TD[-1:])[0]
     logits_V[list(forbidden_ids)] = -torch.inf
@@ -236,7 +232,7 @@ def top_two_gap(model: Transformer, ids: Sequence[int], forbidden_ids: Sequence[
 
 
 def _chat(text: str, name: str | None) -> tuple[list[dict[str, Any]], str | None]:
-    """A chat whose every part is `text`; with a name, also the speakers and the character."""
+    """A chat with `text` as every content, and with `name` as user and character."""
     named = {} if name is None else {"name": name}
     parts = [{"type": "text", "text": text}, {"type": "text", "text": "and\n"}]
     messages: list[dict[str, Any]] = [
@@ -254,17 +250,17 @@ def _engine_content(message: Mapping[str, Any]) -> Any:
 
 
 def _as_name(text: str) -> str:
-    """`text` without what a speaker's name may not hold; empty when nothing is left."""
+    """`text` without the characters that are invalid in a name; may be empty."""
     return text.replace(":", "").replace("\n", "").replace("\r", "")[:2000].strip()
 
 
 def _as_chat(dialogue: Dialogue) -> tuple[list[dict[str, Any]], str]:
-    """A dialogue as an OpenAI client with names would send it."""
+    """A dialogue as OpenAI messages with names, and its character."""
     return [chat_message(m, dialogue.character) for m in dialogue.messages], dialogue.character
 
 
 def chat_message(message: Message, character: str) -> dict[str, Any]:
-    """One message as an OpenAI client would send it; the speaker is in `name` where the role does not say it."""
+    """One message in OpenAI's format, with the speaker in `name` unless it is the narrator."""
     if message.speaker == NARRATOR:
         return {"role": "system", "content": message.text}
     role = "assistant" if message.speaker == character else "user"
@@ -276,7 +272,7 @@ def _shown(text: str) -> str:
 
 
 def transformers_peer(directory: Path) -> tuple[Any, Any]:
-    """(model in float32, tokenizer) that transformers loads from a bundle. Raises ParityError when it cannot."""
+    """(model in float32, tokenizer) of a bundle, loaded by transformers. Raises ParityError if weights do not match."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -286,5 +282,5 @@ def transformers_peer(directory: Path) -> tuple[Any, Any]:
     model, info = loaded
     strange = {key: sorted(info[key])[:N_SHOWN] for key in ("missing_keys", "unexpected_keys") if info[key]}
     if strange:
-        raise ParityError(f"transformers finds the weights unlike its own: {strange}")
+        raise ParityError(f"transformers reports weights that do not match its model: {strange}")
     return model.eval(), AutoTokenizer.from_pretrained(directory)

@@ -1,4 +1,4 @@
-"""Our SentencePiece BPE as a `tokenizers` BPE (tokenizer.json) that gives the same ids for every text."""
+"""Convert our SentencePiece BPE to a `tokenizers` BPE (tokenizer.json) with the same ids for every text."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from data.format.tokenizer import DialogueTokenizer, Piece
 def tokenizer_json(tokenizer: DialogueTokenizer) -> str:
     """The content of tokenizer.json.
 
-    The control tokens are registered as special, so a rendered chat template can be tokenised as one string; that is
-    why a template must escape its texts: here, unlike in the SentencePiece model, text could spell a control token.
+    The control tokens are registered as special so that a rendered chat template can be tokenized as one string.
+    Unlike in the SentencePiece model, text can therefore spell a control token: the template has to escape texts.
     """
     pieces = tokenizer.pieces()
     content = {
@@ -43,7 +43,7 @@ def tokenizer_json(tokenizer: DialogueTokenizer) -> str:
 
 
 def tokenizer_config(max_length: int) -> dict[str, Any]:
-    """tokenizer_config.json: nothing is added to a text, and decoding changes no space."""
+    """tokenizer_config.json: encoding adds no tokens, decoding does not change spaces."""
     pad, unk, bos, _, end = CONTROL_SURFACES
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -60,9 +60,9 @@ def tokenizer_config(max_length: int) -> dict[str, Any]:
 
 
 def merges(pieces: Sequence[Piece]) -> list[list[str]]:
-    """All pairs of pieces that join to a piece, in the order SentencePiece prefers them: by the joined piece's score.
+    """All pairs of pieces whose concatenation is a piece, best score of the result first.
 
-    SentencePiece has no list of merges: any two neighbours whose concatenation is a piece may join, best score first.
+    SentencePiece has no list of merges: it merges any two neighbors that form a piece, the best score first.
     """
     rank = {piece.text: -piece.score for piece in pieces if piece.kind == "normal"}
     ids = {piece.text: i for i, piece in enumerate(pieces)}

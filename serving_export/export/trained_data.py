@@ -1,4 +1,4 @@
-"""Which data a model was trained on, and whether a bundle can render the prompts that it was trained with."""
+"""The data that a model was trained on, and whether a bundle can render the prompts of its training."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from recipes.loader import read_document
 
 
 def check_no_prompt_template(init_from: str, data: str) -> None:
-    """Raise ValueError where `data`, or any data that `init_from` or a run it began with was trained on, was prepared
-    with a prompt template: a bundle renders prompts without it, so they would differ from those in training."""
+    """Raise ValueError if `data`, or training data of `init_from` or of a run that it was initialized from, was
+    prepared with a prompt template. A bundle renders prompts without it, so they would differ from training."""
     for directory in (data, *_trained_on(init_from)):
         if template := _recipe(directory).get("prompt_template"):
             raise ValueError(template_refused(directory, template["path"]))
 
 
 def template_refused(directory: str, path: str) -> str:
-    """Why a model of this data is not exported."""
+    """The message for data with a prompt template."""
     return (
         f"{directory} was prepared with prompt_template {path}: a bundle does not render prompts with a template, so "
         "the model would be served other prompts than it was trained on; train on data without prompt_template to "
@@ -40,7 +40,7 @@ def _trained_on(run_dir: str) -> Iterator[str]:
 
 
 def _recipe(run_dir: str) -> dict[str, Any]:
-    """The recipe of a run; nothing where there is none, as beside a model directory."""
+    """The recipe of a run; empty without recipe.yaml, as for a model directory."""
     path = Path(run_dir) / "recipe.yaml"
     if not path.is_file():
         return {}

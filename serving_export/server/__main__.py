@@ -30,10 +30,12 @@ from data.format.dialogue import DialogueError, check_speaker
 from serving_export.bundle import Bundle, open_bundle
 from serving_export.export.chat_template import dialogue_of
 from serving_export.server.answer import Answer, EventStream, failure
-from serving_export.server.engine import Engine, PromptError, QueueFull
+from serving_export.server.conversation import EncodedPrompt
+from serving_export.server.engine import Engine
 from serving_export.server.metrics import ServerMetrics
-from serving_export.server.protocol import ChatRequest, Completion, RequestError, shown
-from serving_export.server.reply import EncodedPrompt, GenerationFailed, Replier
+from serving_export.server.protocol import ChatRequest, RequestError, shown
+from serving_export.server.reply import Replier
+from serving_export.server.request import GenerationFailed, PromptError, QueueFull
 from serving_export.server.request_body import parse_body, read_body
 
 CHAT_PAGE = Path(__file__).with_name("chat_page.html")
@@ -45,7 +47,7 @@ SHUTDOWN_SECONDS = 5
 
 
 class ChatServer:
-    """One bundle behind HTTP. What may take long, parsing and encoding, runs on `threads`, not on the event loop."""
+    """The HTTP endpoints of one bundle. Parsing and encoding run on `threads`, not on the event loop."""
 
     def __init__(self, bundle: Bundle, engine: Engine, threads: Executor):
         self.bundle, self.engine = bundle, engine
@@ -83,7 +85,7 @@ class ChatServer:
             answering.cancel()
 
     async def _answer(self, body: bytes) -> Response:
-        """The response, once it is known; cancelled, it counts at which stage the client left."""
+        """The response. If cancelled, counts the stage at which the client disconnected."""
         answer: Answer | None = None
         try:
             answer, is_stream = await self._begin(body)
@@ -107,7 +109,7 @@ class ChatServer:
         return JSONResponse(content)
 
     async def _begin(self, body: bytes) -> tuple[Answer, bool]:
-        """Queue the replies to a request; also whether they are streamed. Raises RequestError."""
+        """Start the answer to a request; also whether it is streamed. Raises RequestError."""
         try:
             if self._n_preparing + self.engine.n_waiting >= self.engine.max_waiting:
                 raise QueueFull(f"{self.engine.max_waiting} requests are waiting already")
@@ -117,15 +119,14 @@ class ChatServer:
                 chat, prompt = await loop.run_in_executor(self._threads, self._prepare, body)
             finally:
                 self._n_preparing -= 1
-            completion = Completion(self.bundle.name, prompt.n_left_out if chat.truncation == "auto" else None)
-            return Answer(self.replier, self.metrics, completion, chat, prompt, self.bundle.sampling), chat.stream
+            return Answer(self.replier, self.metrics, self.bundle, chat, prompt), chat.stream
         except PromptError as error:
             raise RequestError(f"messages: {error}", "messages", "context_length_exceeded") from None
         except QueueFull as error:
             raise RequestError(f"too busy: {error}; try again later", code="overloaded", status=503) from None
 
     def _prepare(self, body: bytes) -> tuple[ChatRequest, EncodedPrompt]:
-        """Parse a request, check it against the model and encode its prompt. Raises RequestError or PromptError."""
+        """Parse a request, validate it and encode its prompt. Raises RequestError or PromptError."""
         chat = parse_body(body)
         if chat.model is not None and chat.model != self.bundle.name:
             message = f"model: no model {shown(chat.model)} here; this server has {self.bundle.name!r}"
@@ -144,12 +145,12 @@ class ChatServer:
         return chat, self.replier.encode(messages, character, chat.cache_salt, is_auto, chat.longest_reply)
 
     def _gone(self, stage: str) -> Response:
-        """Count a client that left; the response is read by nobody, its status is for the metrics."""
+        """Count a disconnected client; the status of the response is for the metrics."""
         self.metrics.disconnects.labels(stage).inc()
         return Response(status_code=CLIENT_LEFT)
 
     async def models(self) -> dict[str, Any]:
-        """GET /v1/models: the bundle, with the names its chats use."""
+        """GET /v1/models: the bundle."""
         return {"object": "list", "data": [self.model()]}
 
     def model(self) -> dict[str, Any]:
@@ -166,20 +167,20 @@ class ChatServer:
 
 
 class GracefulServer(uvicorn.Server):
-    """A server that, told to stop, gives running replies some seconds and then ends them with a proper answer."""
+    """On shutdown, running requests get some seconds to finish and are then cancelled with an error response."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine):
         super().__init__(config)
         self._engine = engine
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop accepting, wait, refuse what is left."""
+        """Stop accepting, wait, cancel the remaining requests."""
         asyncio.get_running_loop().call_later(SHUTDOWN_SECONDS, self._engine.refuse_all)
         await super().shutdown(sockets)
 
 
 def create_app(bundle: Bundle, engine: Engine) -> FastAPI:
-    """The application; the engine runs while the application does."""
+    """The application; it starts and stops the engine."""
     threads = ThreadPoolExecutor(N_THREADS, thread_name_prefix="requests")
     server = ChatServer(bundle, engine, threads)
     page = CHAT_PAGE.read_text(encoding="utf-8")
@@ -223,19 +224,19 @@ def create_app(bundle: Bundle, engine: Engine) -> FastAPI:
 
 
 def error_response(error: RequestError) -> Response:
-    """An error as OpenAI's clients expect it."""
+    """An error response in OpenAI's format."""
     headers = {"Retry-After": "1"} if error.status == 503 else None
     return JSONResponse(error.body(), error.status, headers)
 
 
 async def _disconnected(request: Request) -> None:
-    """Returns when the client is gone."""
+    """Return when the client has disconnected."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 def _bound_socket(host: str, port: int) -> socket.socket:
-    """A socket bound before anything slow happens. Raises OSError when the address cannot be had."""
+    """A bound socket. Raises OSError if the address cannot be used."""
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -259,7 +260,7 @@ def _announce(console: Console, bundle: Bundle, engine: Engine, url: str) -> Non
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serve a bundle until SIGTERM or Ctrl-C; running replies then have a few seconds to end."""
+    """Serve a bundle until SIGTERM or Ctrl-C. The exit code is 1 if the address or the bundle cannot be used."""
     parser = argparse.ArgumentParser(
         prog="python -m serving_export.server", description="Serve an exported character model."
     )
@@ -280,19 +281,19 @@ def main(argv: list[str] | None = None) -> int:
         try:
             bundle = open_bundle(arguments.bundle, arguments.device)
             engine = bundle.engine(arguments.cache_mib)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             print(f"cannot serve {arguments.bundle}: {error}", file=sys.stderr)
             return 1
         host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
         _announce(console, bundle, engine, f"http://{host}:{bound.getsockname()[1]}")
-        # The loop stands still while garbage is collected, which a body of many small objects makes happen: what is
-        # loaded by now stays, and need not be looked through each time.
+        # A request of many small objects triggers garbage collection, which blocks the event loop: exempt the objects
+        # loaded so far.
         gc.collect()
         gc.freeze()
-        # uvicorn raises the signal that ended it once more, for these handlers to swallow: a stop is a success
+        # uvicorn raises the signal that stopped it again; ignore it, so that the exit code is 0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
-        # its own timeout, which cuts connections, is only for clients that do not read
+        # uvicorn's own timeout closes connections; it is only for clients that do not read their answer
         config = uvicorn.Config(
             create_app(bundle, engine), log_level="warning", timeout_graceful_shutdown=3 * SHUTDOWN_SECONDS
         )

@@ -1,4 +1,4 @@
-"""The replies to one chat request, and their way back to the client: one body, or server-sent events."""
+"""The answer to one chat request: one JSON body, or server-sent events."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 from fastapi.responses import StreamingResponse
@@ -13,110 +14,113 @@ from starlette.types import Receive, Scope, Send
 
 from model.inference.generate import Sampling
 from recipes.json_text import json_text
-from serving_export.bundle import SamplingDefaults
-from serving_export.server.engine import Event
+from serving_export.bundle import Bundle, SamplingDefaults
+from serving_export.server.conversation import EncodedPrompt
 from serving_export.server.metrics import ServerMetrics
-from serving_export.server.protocol import ChatRequest, Completion, RequestError, usage
-from serving_export.server.reply import EncodedPrompt, GenerationFailed, Replier, Reply
+from serving_export.server.protocol import (
+    ChatRequest,
+    RequestError,
+    completion_body,
+    completion_chunk,
+    completion_head,
+    usage,
+    usage_chunk,
+)
+from serving_export.server.reply import Replier
+from serving_export.server.request import Event, GenerationFailed, Request
 
 
 class Answer:
-    """The `n` replies to one request. Raises PromptError or QueueFull, and then has queued none."""
+    """The `n` replies to one chat request. Raises PromptError or QueueFull, with no request left in the engine."""
 
     def __init__(
-        self,
-        replier: Replier,
-        metrics: ServerMetrics,
-        completion: Completion,
-        chat: ChatRequest,
-        prompt: EncodedPrompt,
-        defaults: SamplingDefaults,
+        self, replier: Replier, metrics: ServerMetrics, bundle: Bundle, chat: ChatRequest, prompt: EncodedPrompt
     ):
-        self._replier, self._metrics, self._completion = replier, metrics, completion
+        self._replier, self._metrics = replier, metrics
         self._chat, self._prompt = chat, prompt
+        self._head = completion_head(bundle.name, prompt.n_left_out if chat.truncation == "auto" else None)
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._arrived = time.perf_counter()
-        self._latest = [self._arrived] * chat.n  # when each reply's last token came
-        self._replies: list[Reply] = []
+        self._requests: list[Request] = []
         self.is_over = False
         try:
             for index in range(chat.n):
-                self._replies.append(self._start(index, defaults, asyncio.get_running_loop()))
+                self._requests.append(self._start(index, bundle.sampling, asyncio.get_running_loop()))
         except Exception:
             self.cancel()
             raise
 
-    def _start(self, index: int, defaults: SamplingDefaults, loop: asyncio.AbstractEventLoop) -> Reply:
+    def _start(self, index: int, defaults: SamplingDefaults, loop: asyncio.AbstractEventLoop) -> Request:
         def emit(event: Event) -> None:
             loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
         sampling = sampling_of(self._chat, index, defaults, self._replier)
-        return self._replier.start(self._prompt.tokens, sampling, emit, self._chat.cache_salt, self._chat.stop)
+        return self._replier.start(self._prompt, sampling, emit, self._chat.cache_salt, self._chat.stop)
 
     @property
     def stage(self) -> str:
-        """How far the furthest reply is: "queue", "prefill" or "decode"."""
-        stages = [reply.stage for reply in self._replies]
+        """The most advanced stage of the requests: "queue", "prefill" or "decode"."""
+        stages = [request.stage for request in self._requests]
         return next((stage for stage in ("decode", "prefill") if stage in stages), "queue")
 
     async def finish(self) -> dict[str, Any]:
-        """The whole answer. Raises GenerationFailed."""
-        async for _ in self._texts():
+        """The body of the whole answer. Raises GenerationFailed."""
+        async for _ in self._received():
             pass
         self.is_over = True
-        return self._completion.body([(r.text, r.finish_reason or "stop") for r in self._replies], self._usage())
+        choices = [(request.text, str(request.finish_reason)) for request in self._requests]
+        return completion_body(self._head, choices, self._usage())
 
     async def stream(self) -> AsyncIterator[str]:
         """The answer as server-sent events."""
-        with_usage = self._chat.include_usage
+        chunk = partial(completion_chunk, self._head, with_usage_field=self._chat.include_usage)
         try:
-            for index in range(len(self._replies)):
-                opening = {"role": "assistant", "content": ""}
-                yield _sse(self._completion.chunk(index, opening, None, with_usage))
-            async for index, text, reason in self._texts():
-                if text:
-                    yield _sse(self._completion.chunk(index, {"content": text}, None, with_usage))
-                if reason is not None:
-                    yield _sse(self._completion.chunk(index, {}, reason, with_usage))
-            if with_usage:
-                yield _sse(self._completion.usage_chunk(self._usage()))
+            for index in range(len(self._requests)):
+                yield _sse(chunk(index, {"role": "assistant", "content": ""}, None))
+            async for index, event in self._received():
+                if event.text:
+                    yield _sse(chunk(index, {"content": event.text}, None))
+                if event.finish_reason is not None:
+                    yield _sse(chunk(index, {}, event.finish_reason))
+            if self._chat.include_usage:
+                yield _sse(usage_chunk(self._head, self._usage()))
         except GenerationFailed as error:
             yield _sse(failure(error).body())
         self.is_over = True
         yield "data: [DONE]\n\n"
 
-    async def _texts(self) -> AsyncIterator[tuple[int, str, str | None]]:
-        """(choice, new text, finish reason) as they come, until all replies have ended."""
-        while any(reply.finish_reason is None for reply in self._replies):
+    async def _received(self) -> AsyncIterator[tuple[int, Event]]:
+        """(choice, event) in order of arrival, until all replies have ended. Raises GenerationFailed."""
+        latest: dict[int, float] = {}  # when each choice's last event arrived
+        n_running = len(self._requests)
+        while n_running:
             index, event = await self._events.get()
-            reply = self._replies[index]
-            if reply.finish_reason is not None:  # cut by a stop string; what the engine drew meanwhile is dropped
-                continue
             now = time.perf_counter()
             metrics = self._metrics
-            observed = metrics.inter_token_seconds if reply.drawn else metrics.time_to_first_token_seconds
-            observed.observe(now - self._latest[index])
-            self._latest[index] = now
-            text = reply.take(event)
-            if reply.finish_reason is not None:  # decodes and hashes the whole conversation
-                await asyncio.to_thread(reply.remember)
-            yield index, text, reply.finish_reason
+            histogram = metrics.inter_token_seconds if index in latest else metrics.time_to_first_token_seconds
+            histogram.observe(now - latest.get(index, self._arrived))
+            latest[index] = now
+            event.check()
+            if event.finish_reason is not None:
+                n_running -= 1
+                self._replier.remember(self._prompt, self._requests[index])
+            yield index, event
         self._metrics.request_seconds.observe(time.perf_counter() - self._arrived)
 
     def _usage(self) -> dict[str, Any]:
-        n_drawn = sum(len(reply.drawn) for reply in self._replies)
-        return usage(len(self._prompt.tokens), n_drawn, max(reply.n_cached for reply in self._replies))
+        n_generated = sum(request.n_generated for request in self._requests)
+        return usage(len(self._prompt.tokens), n_generated, max(request.n_cached or 0 for request in self._requests))
 
     def cancel(self) -> None:
-        """Free whatever is still being generated."""
-        for reply in self._replies:
-            reply.cancel()
+        """Cancel the requests that are still running."""
+        for request in self._requests:
+            request.cancel()
 
 
 class EventStream(StreamingResponse):
-    """An answer as server-sent events; `left` is called with the answer's stage when the client leaves early.
+    """An answer as server-sent events; `left` is called with the answer's stage if the client disconnects early.
 
-    The replies are freed at every end, also one before the first event, when the stream itself never runs.
+    The requests are always cancelled at the end, even if the client disconnects before the stream starts.
     """
 
     def __init__(self, answer: Answer, left: Callable[[str], object]):
@@ -133,7 +137,7 @@ class EventStream(StreamingResponse):
 
 
 def sampling_of(chat: ChatRequest, index: int, defaults: SamplingDefaults, replier: Replier) -> Sampling:
-    """How choice `index` is drawn: the request's values, and the bundle's where it gives none."""
+    """Sampling of choice `index`: the values of `chat`, and the bundle's defaults for those that it omits."""
     return replier.sampling(
         chat.longest_reply,
         defaults.temperature if chat.temperature is None else chat.temperature,
@@ -144,7 +148,7 @@ def sampling_of(chat: ChatRequest, index: int, defaults: SamplingDefaults, repli
 
 
 def failure(error: GenerationFailed) -> RequestError:
-    """The error of a reply that the engine gave up."""
+    """The HTTP error of a request that the engine ended early."""
     return RequestError(str(error), status=503 if error.by_shutdown else 500)
 
 

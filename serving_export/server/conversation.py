@@ -1,10 +1,11 @@
-"""Conversations to prompt ids: messages are encoded once, and a generated reply returns as the ids it was drawn as."""
+"""Conversations to prompt ids: messages are encoded once, and a generated reply keeps the ids it was generated with."""
 
 from __future__ import annotations
 
 import hashlib
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from threading import Lock
 
 from data.format.dialogue import Message, check_speaker
@@ -13,31 +14,41 @@ from data.format.message_encoder import MessageEncoder, ids_cache
 from data.format.tokenizer import DialogueTokenizer
 
 
-class ConversationEncoder:
-    """`encode_prompt` with a memory of at most `capacity_tokens` encoded messages and as many tokens of replies.
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """The ids to generate a reply from. `history` is their digest together with the cache salt; `n_left_out` counts the
+    oldest messages that were dropped to fit."""
 
-    A model may draw a text in other pieces than the tokenizer would choose. A reply given to `remember_reply` is
-    spliced exactly as drawn when the same conversation comes back with its text, so its cached pages are found again;
-    in any other conversation, and for any other salt, that text is encoded as usual. May be used by several threads.
+    tokens: list[int]
+    history: bytes
+    n_left_out: int = 0
+
+
+class ConversationEncoder:
+    """`encode_prompt` with a cache of `capacity_tokens` tokens of encoded messages, and as many of generated replies.
+
+    A model may generate a text with other tokens than the tokenizer chooses. If the same conversation comes back with a
+    reply given to `remember_reply`, the prompt contains the generated ids, so the cached pages are found; in any other
+    conversation, and with any other salt, the text is encoded as usual. Thread-safe.
     """
 
     def __init__(self, tokenizer: DialogueTokenizer, capacity_tokens: int = 1_000_000):
         self.tokenizer = tokenizer
         self.message_encoder = MessageEncoder(tokenizer, capacity_tokens)
-        self._replies, self._lock = ids_cache(capacity_tokens), Lock()  # (digest of what is before, text) to ids
+        self._replies, self._lock = ids_cache(capacity_tokens), Lock()  # (digest of the history, text) to ids
         self._longest_piece = max(len(piece.text.encode()) for piece in tokenizer.pieces())
 
     def fewest_tokens(self, messages: Sequence[Message], character: str) -> int:
-        """A number of tokens that the prompt for `character`'s reply has at least, told by sizes alone.
+        """A lower bound of the prompt's tokens, computed from text sizes only.
 
-        A message has `<|message|>`, a name, a space and `<|end|>`; no token holds more bytes than the longest piece.
+        A message has `<|message|>`, a name, a space and `<|end|>`; no token has more bytes than the longest piece.
         """
         longest = self._longest_piece
         named = sum(4 + _n_bytes(m.speaker) // longest + _n_bytes(m.text) // longest for m in messages)
         return 3 + _n_bytes(character) // longest + named
 
-    def encode_prompt(self, messages: Sequence[Message], character: str, salt: str | None = None) -> list[int]:
-        """The ids to generate `character`'s next message from."""
+    def encode_prompt(self, messages: Sequence[Message], character: str, salt: str | None = None) -> EncodedPrompt:
+        """The prompt of `character`'s next message."""
         check_speaker(character)
         ids = [self.tokenizer.bos_id]
         history = _History(salt)
@@ -47,28 +58,37 @@ class ConversationEncoder:
             history.extend([*ids[n_hashed:], *opening])
             n_hashed = len(ids) + len(opening)
             with self._lock:
-                drawn = self._replies.get((history.digest(), message.text))
-            if drawn is None:
+                generated = self._replies.get((history.digest(), message.text))
+            if generated is None:
                 ids += self.message_encoder.message(message.speaker, message.text)
             else:
-                ids += (*opening, *drawn, self.tokenizer.end_id)
-        return [*ids, *self.message_encoder.opening(character)]
+                ids += (*opening, *generated, self.tokenizer.end_id)
+        ids += self.message_encoder.opening(character)
+        history.extend(ids[n_hashed:])
+        return EncodedPrompt(ids, history.digest())
 
-    def remember_reply(self, prompt: Sequence[int], drawn: Sequence[int], text: str, salt: str | None = None) -> bool:
-        """Remember that `drawn` (without `<|end|>`) followed `prompt` and was shown as `text`; False when it cannot be.
+    def remember_reply(self, prompt: EncodedPrompt, generated: Sequence[int], text: str) -> bool:
+        """Remember that `generated` (without `<|end|>`) followed `prompt` and was shown as `text`.
 
-        That is so for a text cut by a stop string, which is not what the ids say.
+        False if it is not remembered: because the ids do not decode to the text, as after a stop string, or because
+        the reply is larger than the cache.
         """
-        if any(token <= self.tokenizer.end_id for token in drawn) or decode_reply(self.tokenizer, drawn) != text:
+        has_control = any(token <= self.tokenizer.end_id for token in generated)
+        if has_control or decode_reply(self.tokenizer, generated) != text:
             return False
-        history = _History(salt)
-        history.extend(prompt)
         with self._lock:
             try:
-                self._replies[history.digest(), text] = tuple(drawn)
+                self._replies[prompt.history, text] = tuple(generated)
             except ValueError:  # larger than the cache
                 return False
         return True
+
+
+def history_digest(tokens: Sequence[int], salt: str | None) -> bytes:
+    """The `history` of a prompt with these ids."""
+    history = _History(salt)
+    history.extend(tokens)
+    return history.digest()
 
 
 def _n_bytes(text: str) -> int:
@@ -76,7 +96,7 @@ def _n_bytes(text: str) -> int:
 
 
 class _History:
-    """A digest of everything before a message's text."""
+    """Incremental SHA-256 of a salt and token ids."""
 
     def __init__(self, salt: str | None):
         tagged = b"no salt" if salt is None else b"salt:" + salt.encode(errors="surrogatepass")

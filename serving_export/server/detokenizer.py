@@ -1,4 +1,4 @@
-"""Generated ids to text, token by token: what has been given out is never taken back."""
+"""Incremental detokenization: ids to text, token by token. Text is returned once it is certain."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _REPLACEMENT = "\ufffd"
 
 
 class PieceTable:
-    """The bytes of every piece of a tokenizer, looked up once."""
+    """Text or byte of every piece of a tokenizer."""
 
     def __init__(self, tokenizer: DialogueTokenizer):
         pieces = tokenizer.pieces()
@@ -19,10 +19,11 @@ class PieceTable:
         self.text_of = {i: piece.text for i, piece in enumerate(pieces) if piece.kind == "normal"}
 
 
-class ReplyStream:
-    """Text of a reply as its ids arrive; all of it together equals `decode_reply` of all ids, up to a stop string.
+class Detokenizer:
+    """The text of one reply, as its ids arrive; in total it equals `decode_reply` of all ids, up to a stop string.
 
-    It holds back half a UTF-8 character, a U+2060 that may be half an escape, and what may begin a stop string.
+    Holds back an incomplete UTF-8 character, a U+2060 that may be half of an escape, and a possible start of a stop
+    string.
     """
 
     def __init__(self, table: PieceTable, stop: Sequence[str] = ()):
@@ -33,29 +34,29 @@ class ReplyStream:
         self._at_start = True
         self._after_joiner = False
         self._held = ""
-        self._given: list[str] = []
+        self._parts: list[str] = []
         self.stopped = False
 
     @property
     def text(self) -> str:
-        """All that was given out."""
-        return "".join(self._given)
+        """All text returned so far."""
+        return "".join(self._parts)
 
     def push(self, token: int) -> str:
-        """Text that is certain now that `token` came. Nothing more comes once a stop string was found (`stopped`)."""
+        """The text that is certain with `token`. Empty after a stop string was found (`stopped`)."""
         byte = self._table.byte_of.get(token)
         if byte is None:
-            # control ids have no text, but part the bytes on their two sides
-            return self._give(self._characters(final=True) + self._table.text_of.get(token, ""), final=False)
+            # a control id has no text, but the bytes before and after it never form one character
+            return self._release(self._characters(final=True) + self._table.text_of.get(token, ""), final=False)
         self._bytes += bytes([byte])
-        return self._give(self._characters(final=False), final=False)
+        return self._release(self._characters(final=False), final=False)
 
     def finish(self) -> str:
-        """What was still held back, now that no token follows."""
-        return self._give(self._characters(final=True), final=True)
+        """The text held back so far; call it after the last token."""
+        return self._release(self._characters(final=True), final=True)
 
     def _characters(self, final: bool) -> str:
-        """Take the whole characters off the pending bytes; each byte that cannot belong to one is a U+FFFD."""
+        """Decode and remove the complete characters of the pending bytes; invalid bytes become U+FFFD."""
         out = ""
         while self._bytes:
             length = _character_length(self._bytes[0])
@@ -69,14 +70,14 @@ class ReplyStream:
             self._bytes = self._bytes[length:]
         return out
 
-    def _give(self, text: str, final: bool) -> str:
+    def _release(self, text: str, final: bool) -> str:
         if self.stopped:
             return ""
         if text and self._at_start:
             self._at_start = False
             text = text.removeprefix(" ")
         held = self._held + self._unescaped(text)
-        # the stop string that is complete first counts, so that the cut does not depend on where tokens end
+        # the stop string that ends first, so that the cut does not depend on token boundaries
         found = min(((held.find(stop) + len(stop), stop) for stop in self._stop if stop in held), default=None)
         if found is not None:
             self.stopped = True
@@ -84,11 +85,11 @@ class ReplyStream:
         else:
             n_certain = len(held) if final else len(held) - self._possible_stop(held)
         self._held = held[n_certain:]
-        self._given.append(held[:n_certain])
+        self._parts.append(held[:n_certain])
         return held[:n_certain]
 
     def _unescaped(self, text: str) -> str:
-        """`unescape` that remembers whether the last character was the first of a pair of joiners."""
+        """Incremental `unescape`: remembers whether the last character was the first of a pair of joiners."""
         out = []
         for character in text:
             if character == WORD_JOINER and not self._after_joiner:
@@ -99,7 +100,7 @@ class ReplyStream:
         return "".join(out)
 
     def _possible_stop(self, text: str) -> int:
-        """Length of the longest end of `text` that begins a stop string."""
+        """Length of the longest suffix of `text` that is a prefix of a stop string."""
         longest = max((len(stop) for stop in self._stop), default=1) - 1
         for length in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self._stop):
@@ -108,7 +109,7 @@ class ReplyStream:
 
 
 def _character_length(lead: int) -> int:
-    """Bytes of the UTF-8 character that begins with `lead`; 1 for a byte that begins none."""
+    """Bytes of the UTF-8 character with the first byte `lead`; 1 for an invalid first byte."""
     if lead < 0xC2 or lead > 0xF4:
         return 1
     return 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4

@@ -1,6 +1,6 @@
-"""The reference serving engine: continuous batching over a paged cache, with prefixes reused from turn to turn.
+"""The reference serving engine: continuous batching over a paged KV cache with a prefix cache.
 
-One thread owns the model and the cache; `submit` may be called from any thread.
+One thread owns the model and the caches; `submit` may be called from any thread.
 """
 
 from __future__ import annotations
@@ -11,40 +11,17 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 
 from model.inference.generate import NO_TOKEN, Sampling, sample, uniform
 from model.inference.kv_cache import CacheStep, PagedKVCache
 from model.transformer import Transformer
+from serving_export.server.detokenizer import Detokenizer
 from serving_export.server.prefix_cache import PrefixCache
-
-EngineFinish = Literal["stop", "length", "cancelled", "error"]
+from serving_export.server.request import Event, FinishReason, PromptError, QueueFull, Request
 
 _LOG = logging.getLogger(__name__)
-
-
-class PromptError(ValueError):
-    """A prompt that this engine can never answer."""
-
-
-class QueueFull(RuntimeError):  # noqa: N818 (reads as what happened)
-    """As many requests are waiting as the engine accepts."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """One step of a generation: a token (None in an end without one) and, in the last event, why it ended.
-
-    `n_cached` is how many tokens of the prompt came from the prefix cache. `error` says what happened where
-    `finish_reason` is "error".
-    """
-
-    token: int | None
-    finish_reason: EngineFinish | None
-    n_cached: int
-    error: str | None = None
 
 
 @dataclass
@@ -59,43 +36,12 @@ class EngineCounters:
     preemptions: int = 0
 
 
-class Generation:
-    """A submitted request. `cancel` may be called from any thread, any number of times."""
-
-    def __init__(
-        self, number: int, prompt: list[int], sampling: Sampling, salt: str | None, emit: Callable[[Event], None]
-    ):
-        self.number = number
-        self.n_prompt = len(prompt)
-        self.sampling = sampling
-        self.salt = salt
-        self.emit = emit
-        self.cancelled = False
-        self.tokens = list(prompt)  # prompt, then what was drawn
-        self.pages: list[int] = []
-        self.n_computed = 0  # tokens whose keys and values are in `pages`
-        self.n_cached: int | None = None  # of the prompt, at the first admission
-
-    @property
-    def n_pending(self) -> int:
-        """Tokens still to be computed; one means that it decodes."""
-        return len(self.tokens) - self.n_computed
-
-    @property
-    def n_generated(self) -> int:
-        return len(self.tokens) - self.n_prompt
-
-    def cancel(self) -> None:
-        """Ask the engine to stop and free the pages; the last event then says "cancelled"."""
-        self.cancelled = True
-
-
 class Engine:
-    """Continuous batching: every step prefills a chunk of new prompts, then decodes one token for all the others.
+    """Continuous batching: every step prefills a chunk of new prompts, then decodes one token of every other request.
 
-    Out of pages, it evicts cached prefixes, then lets new requests wait, then preempts the youngest running request,
-    whose tokens are computed again later; what was drawn is never drawn anew.
-    A request that fails ends alone: the others of its batch are computed without it.
+    When pages run out, it evicts cached prefixes, then keeps new requests waiting, then preempts the youngest running
+    request, which is recomputed later with the tokens generated so far.
+    A request that fails ends alone: the rest of its batch is computed again without it.
     """
 
     def __init__(
@@ -117,9 +63,9 @@ class Engine:
         self.max_running, self.max_waiting = max_running, max_waiting
         self.prefill_tokens_per_step = prefill_tokens_per_step
         self._numbers = itertools.count()
-        self._inbox: deque[Generation] = deque()
-        self._waiting: deque[Generation] = deque()
-        self._running: list[Generation] = []  # oldest first
+        self._inbox: deque[Request] = deque()
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []  # oldest first
         self._wake = threading.Condition()
         self._stopping = False
         self._refusing = False
@@ -127,7 +73,7 @@ class Engine:
 
     @property
     def max_length(self) -> int:
-        """Most tokens (prompt and reply) of one request: what the model knows and the cache holds."""
+        """Most tokens (prompt and reply) of one request: limited by the model's max_length and by the cache."""
         return min(self.model.config.max_length, self.cache.allocator.n_pages * self.cache.page_size)
 
     @property
@@ -144,23 +90,24 @@ class Engine:
         return len(self._waiting) + len(self._inbox)
 
     def n_pages_in_use(self) -> int:
-        """Cache pages that running requests hold, each counted once; what only the prefix cache holds is not."""
-        return len(set(itertools.chain.from_iterable(tuple(g.pages) for g in tuple(self._running))))
+        """Cache pages of running requests, shared pages counted once; pages that only the prefix cache holds are not
+        in use."""
+        return len(set(itertools.chain.from_iterable(tuple(r.pages) for r in tuple(self._running))))
 
     def start(self) -> None:
-        """Run the loop in a thread of its own until `stop`."""
+        """Run the loop in its own thread until `stop`."""
         assert self._thread is None, "the engine runs already"
         self._stopping = self._refusing = False
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
     def refuse_all(self) -> None:
-        """Cancel whatever is left and refuse what comes; the loop goes on until `stop`."""
+        """Cancel all requests and refuse new ones; the loop keeps running until `stop`."""
         with self._wake:
             self._refusing = True
 
     def stop(self) -> None:
-        """Cancel whatever is left and end the loop's thread."""
+        """Cancel all requests and end the loop's thread."""
         self.refuse_all()
         with self._wake:
             self._stopping = True
@@ -172,11 +119,17 @@ class Engine:
         self._drop_cancelled()
 
     def submit(
-        self, prompt: Sequence[int], sampling: Sampling, emit: Callable[[Event], None], salt: str | None = None
-    ) -> Generation:
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        emit: Callable[[Event], None],
+        salt: str | None = None,
+        detokenizer: Detokenizer | None = None,
+    ) -> Request:
         """Queue a prompt. `emit` is called on the engine's thread for every token and must not block.
 
-        Prefixes are shared only between requests of the same `salt`. Raises PromptError or QueueFull.
+        Prefixes are shared only between requests with the same `salt`. Without a `detokenizer` events have no text.
+        Raises PromptError or QueueFull.
         """
         vocab_size = self.model.config.vocab_size
         if not prompt or not all(0 <= token < vocab_size for token in prompt):
@@ -194,10 +147,10 @@ class Engine:
                 raise QueueFull("the engine is shutting down")
             if self.n_waiting >= self.max_waiting:
                 raise QueueFull(f"{self.max_waiting} requests are waiting already")
-            generation = Generation(next(self._numbers), list(prompt), sampling, salt, emit)
-            self._inbox.append(generation)
+            request = Request(next(self._numbers), list(prompt), sampling, emit, salt, detokenizer)
+            self._inbox.append(request)
             self._wake.notify()
-        return generation
+        return request
 
     def _loop(self) -> None:
         while True:
@@ -208,19 +161,19 @@ class Engine:
                     return
             try:
                 self.step()
-            except Exception as error:  # scheduling failed, which is nobody's request: the service goes on
+            except Exception as error:  # in scheduling, so no single request is to blame; the service goes on
                 _LOG.exception("the engine's scheduling failed; its requests are ended")
-                for generation in self._running[:] or list(self._waiting)[:1]:
-                    self._end(generation, "error", error=_described(error))
+                for request in self._running[:] or list(self._waiting)[:1]:
+                    self._end(request, "error", error=_described(error))
 
     def step(self) -> bool:
-        """Admit, prefill a chunk, decode one token for everyone; False when there is nothing left to do."""
+        """Admit, prefill a chunk, decode one token of every other request; False when no request is left."""
         self._drain_inbox()
         self._drop_cancelled()
         self._admit()
         self._advance(self._next_chunks())
-        decoding = self._with_room([g for g in self._running if g.n_pending == 1])
-        self._advance([(generation, 1) for generation in decoding])
+        decoding = self._with_room([r for r in self._running if r.n_pending == 1])
+        self._advance([(request, 1) for request in decoding])
         return bool(self._running or self._waiting or self._inbox)
 
     def _drain_inbox(self) -> None:
@@ -228,30 +181,30 @@ class Engine:
             self._waiting.append(self._inbox.popleft())
 
     def _drop_cancelled(self) -> None:
-        for generation in [*self._running, *self._waiting]:
-            if generation.cancelled or self._refusing:
-                self._end(generation, "cancelled")
+        for request in [*self._running, *self._waiting]:
+            if request.is_cancelled or self._refusing:
+                self._end(request, "cancelled")
 
     def _admit(self) -> None:
-        """Move waiting requests in, in order, while their tokens and one more page for each running request fit."""
+        """Admit waiting requests in order while their tokens and one more page for each running request fit."""
         while self._waiting and len(self._running) < self.max_running:
-            generation = self._waiting[0]
-            pages = self.prefix_cache.match(generation.tokens, generation.salt)
-            missing = self.cache.pages_for(len(generation.tokens)) - len(pages)
+            request = self._waiting[0]
+            pages = self.prefix_cache.match(request.tokens, request.salt)
+            missing = self.cache.pages_for(len(request.tokens)) - len(pages)
             if not self._make_room(missing, spare=len(self._running)):
                 self.cache.allocator.release(pages)
                 return
             self._waiting.popleft()
-            generation.n_computed = len(pages) * self.cache.page_size
-            generation.pages = pages + self.cache.allocator.allocate(missing)
-            if generation.n_cached is None:
-                generation.n_cached = generation.n_computed
-                self.prefix_cache.count_lookup(generation.n_computed, generation.n_prompt)
-                self.counters.prompt_tokens += generation.n_prompt
-            self._running.append(generation)
+            request.n_computed = len(pages) * self.cache.page_size
+            request.pages = pages + self.cache.allocator.allocate(missing)
+            if request.n_cached is None:
+                request.n_cached = request.n_computed
+                self.prefix_cache.count_lookup(request.n_computed, request.n_prompt)
+                self.counters.prompt_tokens += request.n_prompt
+            self._running.append(request)
 
     def _make_room(self, count: int, spare: int = 0) -> bool:
-        """Evict cached prefixes until `count` pages are free; False, evicting none, when they and `spare` never fit."""
+        """Evict cached prefixes until `count` pages are free; False, evicting none, if `count + spare` do not fit."""
         n_free = self.cache.allocator.n_free
         n_missing = max(count + spare - n_free, 0)
         if self.prefix_cache.n_evictable(n_missing) < n_missing:
@@ -259,129 +212,136 @@ class Engine:
         self.prefix_cache.evict(max(count - n_free, 0))
         return True
 
-    def _next_chunks(self) -> list[tuple[Generation, int]]:
+    def _next_chunks(self) -> list[tuple[Request, int]]:
         """Which prompts to prefill in this step, and how many tokens of each, oldest first."""
         budget = self.prefill_tokens_per_step
-        chunks: list[tuple[Generation, int]] = []
-        for generation in self._running:
-            if generation.n_pending > 1 and budget > 0:
-                length = min(generation.n_pending, budget)
-                chunks.append((generation, length))
+        chunks: list[tuple[Request, int]] = []
+        for request in self._running:
+            if request.n_pending > 1 and budget > 0:
+                length = min(request.n_pending, budget)
+                chunks.append((request, length))
                 budget -= length
         return chunks
 
-    def _with_room(self, decoding: list[Generation]) -> list[Generation]:
-        """Those that have a page for their next token, after preempting the youngest where pages ran out."""
-        for generation in decoding:
-            while generation in self._running and len(generation.pages) < self.cache.pages_for(len(generation.tokens)):
+    def _with_room(self, decoding: list[Request]) -> list[Request]:
+        """The requests that have a page for their next token, after preempting the youngest if pages ran out."""
+        for request in decoding:
+            while request in self._running and len(request.pages) < self.cache.pages_for(len(request.tokens)):
                 if self._make_room(1):
-                    generation.pages += self.cache.allocator.allocate(1)
+                    request.pages += self.cache.allocator.allocate(1)
                 else:
                     self._preempt(self._running[-1])
-        return [generation for generation in decoding if generation in self._running]
+        return [request for request in decoding if request in self._running]
 
-    def _preempt(self, generation: Generation) -> None:
-        self._running.remove(generation)
-        self._release(generation)
-        self._waiting.appendleft(generation)
+    def _preempt(self, request: Request) -> None:
+        self._running.remove(request)
+        self._release(request)
+        self._waiting.appendleft(request)
         self.counters.preemptions += 1
 
-    def _advance(self, chunks: list[tuple[Generation, int]]) -> None:
-        """Compute the next tokens of each and draw one for those that have no more to compute.
+    def _advance(self, chunks: list[tuple[Request, int]]) -> None:
+        """Compute the next tokens of each request, and sample one for those with all their tokens computed.
 
-        Where that fails, each is computed alone, which finds and ends the ones that cannot be.
+        If the batch fails, each request is computed alone, and those that fail again are ended.
         """
         if not chunks:
             return
-        drawn = None
+        sampled = None
         try:
-            drawn = self._compute(chunks)
+            sampled = self._compute(chunks)
         except Exception as error:
             if len(chunks) == 1:
                 self._fail(chunks[0][0], error)
                 return
-        if drawn is None:
+        if sampled is None:
             for chunk in chunks:
                 self._advance([chunk])
             return
-        for generation, length in chunks:
-            generation.n_computed += length
-        for generation, token in drawn:
+        for request, length in chunks:
+            request.n_computed += length
+        for request, token in sampled:
             try:
-                self._take(generation, token)
+                self._append(request, token)
             except Exception as error:
-                self._fail(generation, error)
+                self._fail(request, error)
 
-    def _fail(self, generation: Generation, error: Exception) -> None:
-        _LOG.error("request %d failed and is ended", generation.number, exc_info=error)
-        self._end(generation, "error", error=_described(error))
+    def _fail(self, request: Request, error: Exception) -> None:
+        _LOG.error("request %d failed and is ended", request.number, exc_info=error)
+        self._end(request, "error", error=_described(error))
 
     @torch.no_grad()
-    def _compute(self, chunks: list[tuple[Generation, int]]) -> list[tuple[Generation, int]]:
-        """(generation, drawn token) of those that the chunks complete. Changes no generation, so it can be repeated."""
-        sequences = [(g.tokens[g.n_computed : g.n_computed + length], g.n_computed, g.pages) for g, length in chunks]
+    def _compute(self, chunks: list[tuple[Request, int]]) -> list[tuple[Request, int]]:
+        """(request, sampled token) of the requests that `chunks` complete. Changes no request: it can be repeated."""
+        sequences = [(r.tokens[r.n_computed : r.n_computed + length], r.n_computed, r.pages) for r, length in chunks]
         hidden_BD = self.model.extend(CacheStep.build(sequences, self.device), self.cache)
-        drawing = [(row, g) for row, (g, length) in enumerate(chunks) if g.n_pending == length]
-        if not drawing:
+        complete = [(row, r) for row, (r, length) in enumerate(chunks) if r.n_pending == length]
+        if not complete:
             return []
-        logits_BV = self.model.logits(hidden_BD[[row for row, _ in drawing]])
-        uniforms = [uniform(g.sampling.seed, g.n_generated) for _, g in drawing]
-        token_B, _ = sample(logits_BV, [g.sampling for _, g in drawing], uniforms)
-        return [(g, token) for (_, g), token in zip(drawing, token_B.tolist(), strict=True)]
+        logits_BV = self.model.logits(hidden_BD[[row for row, _ in complete]])
+        uniforms = [uniform(r.sampling.seed, r.n_generated) for _, r in complete]
+        token_B, _ = sample(logits_BV, [r.sampling for _, r in complete], uniforms)
+        return [(r, token) for (_, r), token in zip(complete, token_B.tolist(), strict=True)]
 
-    def _take(self, generation: Generation, token: int) -> None:
-        """Append a drawn token, and end the generation where it is the last or there was none to draw."""
+    def _append(self, request: Request, token: int) -> None:
+        """Append a sampled token; end the request if it is the last one or if none could be sampled."""
         if token == NO_TOKEN:
-            place = f"token {generation.n_generated} of the reply"
+            place = f"token {request.n_generated} of the reply"
             message = f"the model's logits for {place} are not finite numbers, so none can be drawn"
-            _LOG.error("request %d is ended: %s", generation.number, message)
-            self._end(generation, "error", error=message)
+            _LOG.error("request %d is ended: %s", request.number, message)
+            self._end(request, "error", error=message)
             return
-        if generation.n_generated == 0:  # the prompt is whole: others with the same beginning may read it
-            self.prefix_cache.insert(generation.tokens, generation.pages, generation.salt)
-        generation.tokens.append(token)
+        if request.n_generated == 0:  # the whole prompt is computed: other requests may share its pages
+            self.prefix_cache.insert(request.tokens, request.pages, request.salt)
+        request.tokens.append(token)
         self.counters.generated_tokens += 1
-        if token in generation.sampling.stop_ids:
-            self._end(generation, "stop", token)
-        elif generation.n_generated >= generation.sampling.max_new_tokens:
-            self._end(generation, "length", token)
+        text = "" if request.detokenizer is None else request.detokenizer.push(token)
+        if token in request.sampling.stop_ids or (request.detokenizer is not None and request.detokenizer.stopped):
+            self._end(request, "stop", token, text)
+        elif request.n_generated >= request.sampling.max_new_tokens:
+            self._end(request, "length", token, text)
         else:
-            self._emit(generation, token, None)
+            self._emit(request, Event(token, text, None))
 
     def _end(
-        self, generation: Generation, reason: EngineFinish, token: int | None = None, error: str | None = None
+        self,
+        request: Request,
+        reason: FinishReason,
+        token: int | None = None,
+        text: str = "",
+        error: str | None = None,
     ) -> None:
-        if generation in self._running:
-            self._running.remove(generation)
+        if request in self._running:
+            self._running.remove(request)
         else:
-            self._waiting.remove(generation)
+            self._waiting.remove(request)
         if reason == "error":
-            # what its pages hold is not certain: a cached prefix among them would fail every request that begins so
-            self.prefix_cache.forget(generation.tokens, generation.salt)
-            self.cache.allocator.release(generation.pages)
-            generation.pages, generation.n_computed = [], 0
+            # its pages may hold wrong values: cached, they would break every request with the same prefix
+            self.prefix_cache.forget(request.tokens, request.salt)
+            self.cache.allocator.release(request.pages)
+            request.pages, request.n_computed = [], 0
         else:
-            self._release(generation)
+            self._release(request)
         self.counters.cancelled += reason == "cancelled"
         self.counters.failed += reason == "error"
         self.counters.finished += reason in ("stop", "length")
-        self._emit(generation, token, reason, error)
+        if request.detokenizer is not None:
+            text += request.detokenizer.finish()
+        request.finish_reason = reason
+        self._emit(request, Event(token, text, reason, error))
 
-    def _release(self, generation: Generation) -> None:
-        """Give the pages up, leaving the full ones to the prefix cache."""
-        computed = generation.tokens[: generation.n_computed]
-        self.prefix_cache.insert(computed, generation.pages, generation.salt)
-        self.cache.allocator.release(generation.pages)
-        generation.pages, generation.n_computed = [], 0
+    def _release(self, request: Request) -> None:
+        """Release the pages, leaving the full ones to the prefix cache."""
+        computed = request.tokens[: request.n_computed]
+        self.prefix_cache.insert(computed, request.pages, request.salt)
+        self.cache.allocator.release(request.pages)
+        request.pages, request.n_computed = [], 0
 
-    def _emit(
-        self, generation: Generation, token: int | None, reason: EngineFinish | None, error: str | None = None
-    ) -> None:
+    def _emit(self, request: Request, event: Event) -> None:
         try:
-            generation.emit(Event(token, reason, generation.n_cached or 0, error))
-        except Exception:  # a listener that is gone (a closed event loop) is as good as cancelled
-            _LOG.debug("a listener failed", exc_info=True)
-            generation.cancelled = True
+            request.emit(event)
+        except Exception:  # the receiver is gone (a closed event loop)
+            _LOG.debug("a receiver of events failed", exc_info=True)
+            request.is_cancelled = True
 
 
 def _described(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Prometheus metrics of a running server, named as vLLM names the same things, so that dashboards carry over."""
+"""Prometheus metrics of the server, with vLLM's names (prefix aside), so that dashboards work for both."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 
 
 class ServerMetrics:
-    """Timings observed by the server and, at every scrape, what the engine counted itself."""
+    """Latency histograms and counters of the server, and the engine's own counters at each scrape."""
 
     def __init__(self, engine: Engine, model_name: str):
         self.registry = CollectorRegistry()
@@ -33,7 +33,7 @@ class ServerMetrics:
             buckets=_SECONDS, registry=self.registry,
         )  # fmt: skip
         self.disconnects = Counter(
-            "dramatis_client_disconnects", "Clients that left before their answer was whole, by how far it was: body, "
+            "dramatis_client_disconnects", "Clients that disconnected before the end of the answer, by stage: body, "
             "encode, queue, prefill or decode.", ["stage"], registry=self.registry,
         )  # fmt: skip
         self.requests = Counter(
@@ -41,7 +41,7 @@ class ServerMetrics:
         )
 
     def render(self) -> bytes:
-        """The metrics in Prometheus' text format."""
+        """The metrics in the Prometheus text format."""
         return generate_latest(self.registry)
 
 
@@ -54,27 +54,27 @@ class _EngineCollector(Collector):
         counters, prefix, n_used = engine.counters, engine.prefix_cache.counters, engine.n_pages_in_use()
         gauges = {
             "num_requests_running": ("Requests being generated.", engine.n_running),
-            "num_requests_waiting": ("Requests waiting for room.", engine.n_waiting),
+            "num_requests_waiting": ("Requests waiting for cache pages.", engine.n_waiting),
             "kv_cache_usage_perc": (
                 "Share of cache pages that running requests use (1 is all).",
                 n_used / allocator.n_pages,
             ),
             "kv_cache_reusable_perc": (
-                "Share of cache pages that only the prefix cache holds: free as soon as they are needed.",
+                "Share of cache pages that only the prefix cache holds, which are evicted on demand.",
                 max(allocator.n_pages - allocator.n_free - n_used, 0) / allocator.n_pages,
             ),
-            "prefix_cache_pages": ("Cache pages that hold reusable prefixes.", engine.prefix_cache.n_pages),
+            "prefix_cache_pages": ("Cache pages in the prefix cache.", engine.prefix_cache.n_pages),
         }
         totals = {
             "prompt_tokens": ("Prompt tokens of admitted requests.", counters.prompt_tokens),
-            "generation_tokens": ("Tokens drawn.", counters.generated_tokens),
+            "generation_tokens": ("Generated tokens.", counters.generated_tokens),
             "prefix_cache_queries": ("Prompt tokens looked up.", prefix.hit_tokens + prefix.missed_tokens),
             "prefix_cache_hits": ("Prompt tokens found in the prefix cache.", prefix.hit_tokens),
             "prefix_cache_evicted_pages": ("Pages evicted from the prefix cache.", prefix.evicted_pages),
-            "num_preemptions": ("Times a running request had to wait again.", counters.preemptions),
-            "requests_finished": ("Replies that ended by themselves.", counters.finished),
-            "requests_cancelled": ("Replies that were cancelled.", counters.cancelled),
-            "requests_failed": ("Replies that an error ended.", counters.failed),
+            "num_preemptions": ("Preemptions of running requests.", counters.preemptions),
+            "requests_finished": ("Requests that ended with stop or length.", counters.finished),
+            "requests_cancelled": ("Requests that were cancelled.", counters.cancelled),
+            "requests_failed": ("Requests that ended with an error.", counters.failed),
         }
         labels, values = ["model_name"], [self._model_name]
         for name, (text, value) in gauges.items():

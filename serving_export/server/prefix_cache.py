@@ -1,41 +1,28 @@
-"""The inter-turn prefix cache: a tree of token blocks, one cache page each, found by chained hash and proven by tokens.
-
-The hash is only an index: a block counts as found when its tokens, its parent and its tenant's salt are the same.
-"""
+"""The prefix cache: a radix tree of token blocks, one KV cache page each, with one root for each cache salt."""
 
 from __future__ import annotations
 
-import hashlib
-import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 from model.inference.kv_cache import PageAllocator
 
-Digest = Callable[[bytes], bytes]
 
-
-def sha256(content: bytes) -> bytes:
-    """The default index key of a block."""
-    return hashlib.sha256(content).digest()
-
-
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class _Block:
-    """One full page of tokens below its parent; roots have no page and stand for a tenant."""
+    """A node of the radix tree: the tokens of one full page. A root has no page and belongs to a salt."""
 
-    key: bytes
     tokens: tuple[int, ...]
     page: int
     parent: _Block | None
-    n_children: int = 0
+    children: dict[tuple[int, ...], _Block] = field(default_factory=dict)
     salt: str | None = None  # of a root
 
 
 @dataclass
 class CacheCounters:
-    """Totals since start, in tokens (blocks for `evicted_pages`)."""
+    """Totals since start."""
 
     hit_tokens: int = 0
     missed_tokens: int = 0
@@ -43,19 +30,17 @@ class CacheCounters:
 
 
 class PrefixCache:
-    """Pages of finished (and prefilled) sequences, kept with one holder of its own in `allocator` for each.
+    """Pages of finished and prefilled sequences; the cache holds one reference to each page in `allocator`.
 
     Only full pages are shared, so a shared page is never written again. Not thread-safe: the engine's loop owns it.
     """
 
-    def __init__(self, allocator: PageAllocator, page_size: int, digest: Digest = sha256):
+    def __init__(self, allocator: PageAllocator, page_size: int):
         self.allocator = allocator
         self.page_size = page_size
         self.counters = CacheCounters()
-        self._digest = digest
         self._roots: dict[str | None, _Block] = {}
-        self._blocks: dict[bytes, _Block] = {}
-        # oldest first; a block always stands before its parent, so the oldest is a leaf
+        # least recently used first; a block comes before its parent, so the first is a leaf
         self._by_age: OrderedDict[_Block, None] = OrderedDict()
 
     @property
@@ -64,9 +49,9 @@ class PrefixCache:
         return len(self._by_age)
 
     def match(self, tokens: Sequence[int], salt: str | None = None) -> list[int]:
-        """Pages of the longest cached prefix of `tokens`, retained for the caller, who releases them.
+        """Pages of the longest cached prefix of `tokens`, with a reference each that the caller releases.
 
-        At least one token stays unmatched, since a sequence needs one new token to have logits.
+        The last token is never matched: a sequence needs one new token to have logits.
         """
         path = list(self._walk(tokens[:-1], salt))
         self._touch(path)
@@ -75,35 +60,29 @@ class PrefixCache:
         return pages
 
     def count_lookup(self, n_hit: int, n_tokens: int) -> None:
-        """Book one admitted sequence: `n_hit` of its `n_tokens` prompt tokens came from the cache."""
+        """Count one admitted sequence: `n_hit` of its `n_tokens` prompt tokens came from the cache."""
         self.counters.hit_tokens += n_hit
         self.counters.missed_tokens += n_tokens - n_hit
 
     def insert(self, tokens: Sequence[int], pages: Sequence[int], salt: str | None = None) -> int:
-        """Keep the full pages of a sequence; the number of pages that are new to the cache.
+        """Add the full pages of a sequence; returns the number of pages that are new to the cache.
 
-        The caller keeps its own hold on `pages`. A block that is cached already keeps the page it has.
+        The caller keeps its own references to `pages`. A block that is already cached keeps its page.
         """
         n_full = len(tokens) // self.page_size
         assert len(pages) >= n_full, "a sequence has a page for every full block"
         if not n_full:
             return 0
         path = list(self._walk(tokens, salt))
-        parent = path[-1] if path else self._root(salt)
-        n_new = 0
+        parent = path[-1] if path else self._roots.setdefault(salt, _Block((), -1, None, salt=salt))
+        n_new = n_full - len(path)
         for index in range(len(path), n_full):
             block_tokens = tuple(tokens[index * self.page_size : (index + 1) * self.page_size])
-            key = self._key(parent, block_tokens)
-            if key in self._blocks:  # another block has this key: the newcomer is not cached
-                break
-            block = _Block(key, block_tokens, pages[index], parent)
+            block = parent.children[block_tokens] = _Block(block_tokens, pages[index], parent)
             self.allocator.retain([block.page])
-            self._blocks[key] = block
             self._by_age[block] = None
-            parent.n_children += 1
-            parent = block
             path.append(block)
-            n_new += 1
+            parent = block
         self._touch(path)
         return n_new
 
@@ -112,17 +91,17 @@ class PrefixCache:
         return len(self._evictable(at_most))
 
     def evict(self, count: int) -> int:
-        """Free up to `count` pages, least recently used leaves first, never one that a sequence reads."""
+        """Free up to `count` pages, least recently used leaves first, never a page in use by a sequence."""
         evicted = self._evictable(count)
         self._remove(evicted)
         self.counters.evicted_pages += len(evicted)
         return len(evicted)
 
     def _evictable(self, at_most: int) -> list[_Block]:
-        """The oldest blocks that no sequence reads, nor any block below them, children before their parents.
+        """The least recently used blocks without a page in use, their own or a descendant's; children before parents.
 
-        A page that a sequence reads counts as used now: its path moves to the young end, so that a later call does not
-        meet it again. The cost a page is therefore constant on average, however many pages are cached.
+        A page in use counts as used now: its path moves to the recent end, so that later calls do not look at it again.
+        The amortized cost of a page is therefore constant, however many pages are cached.
         """
         found: list[_Block] = []
         read: list[_Block] = []
@@ -143,52 +122,30 @@ class PrefixCache:
         return found
 
     def forget(self, tokens: Sequence[int], salt: str | None = None) -> int:
-        """Drop the blocks along `tokens` and all below them, also those that a sequence reads; how many there were."""
-        doomed = dict.fromkeys(self._walk(tokens, salt))
-        if not doomed:
-            return 0
-        for block in reversed(self._by_age):  # parents come first
-            if block.parent in doomed:
-                doomed[block] = None
-        self._remove(list(doomed))
-        return len(doomed)
+        """Drop the blocks along `tokens` and all their descendants, even those in use; returns their number."""
+        dropped = list(self._walk(tokens, salt))[:1]
+        for block in dropped:  # the list grows by the children
+            dropped += block.children.values()
+        self._remove(dropped[::-1])
+        return len(dropped)
 
     def _remove(self, blocks: Sequence[_Block]) -> None:
         for block in blocks:
-            del self._by_age[block]
-            del self._blocks[block.key]
-            self.allocator.release([block.page])
             assert block.parent is not None
-            block.parent.n_children -= 1
-            if block.parent.parent is None and not block.parent.n_children:
+            del self._by_age[block]
+            del block.parent.children[block.tokens]
+            self.allocator.release([block.page])
+            if block.parent.parent is None and not block.parent.children:
                 del self._roots[block.parent.salt]
-
-    def clear(self) -> int:
-        """Evict everything that no sequence reads; the number of pages freed."""
-        return self.evict(self.n_pages)
-
-    def _root(self, salt: str | None) -> _Block:
-        if salt not in self._roots:
-            # tagged and hashed on their own, so that no salt is mistaken for another or for the absence of one
-            key = sha256(b"no salt" if salt is None else b"salt:" + salt.encode(errors="surrogatepass"))
-            self._roots[salt] = _Block(key, (), -1, None, salt=salt)
-        return self._roots[salt]
-
-    def _key(self, parent: _Block, tokens: tuple[int, ...]) -> bytes:
-        return self._digest(parent.key + struct.pack(f"<{len(tokens)}q", *tokens))
 
     def _walk(self, tokens: Sequence[int], salt: str | None) -> Iterator[_Block]:
         """Cached blocks along `tokens`, from the root down."""
-        parent = self._roots.get(salt)
+        block = self._roots.get(salt)
         for start in range(0, len(tokens) - self.page_size + 1, self.page_size):
-            if parent is None:
-                return
-            block_tokens = tuple(tokens[start : start + self.page_size])
-            block = self._blocks.get(self._key(parent, block_tokens))
-            if block is None or block.parent is not parent or block.tokens != block_tokens:
+            block = block and block.children.get(tuple(tokens[start : start + self.page_size]))
+            if block is None:
                 return
             yield block
-            parent = block
 
     def _touch(self, path: Sequence[_Block]) -> None:
         for block in reversed(path):
@@ -196,7 +153,7 @@ class PrefixCache:
 
 
 def _path_to(block: _Block) -> list[_Block]:
-    """The blocks from the first below the root to `block`."""
+    """The blocks from the root's child to `block`."""
     path = [block]
     while (parent := path[-1].parent) is not None and parent.parent is not None:
         path.append(parent)

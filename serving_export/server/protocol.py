@@ -1,6 +1,6 @@
-"""The OpenAI chat-completions protocol: what a request may say, and the shapes of answers and errors.
+"""The OpenAI chat-completions protocol: fields of a request, and the JSON of answers and errors.
 
-A field that would change the answer and is not supported is refused by name; one that would change nothing is accepted.
+An unsupported field that would change the answer is rejected by name; one without effect is accepted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator, model_validator
 
-# Fields of the protocol that have no effect here at these values; any other value is refused.
+# Unsupported fields of the protocol with the values that have no effect; any other value is rejected.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
     "frequency_penalty": (None, 0),
@@ -35,20 +35,20 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "verbosity": (None,),
     "web_search_options": (None,),
 }
-# Labels of a request that never change an answer: texts, and an object of texts.
+# Labels of a request, which never change an answer: strings, and an object of strings.
 _LABELS = frozenset({"prompt_cache_key", "prompt_cache_retention", "safety_identifier", "user"})
 _LABEL_OBJECT = "metadata"
 MAX_MESSAGES = 10_000
 _SHOWN = reprlib.Repr()
 _SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 80
-# What clients send back with a reply they got.
+# Keys of a reply that clients send back.
 _NEUTRAL_IN_MESSAGE = frozenset({"annotations", "audio", "function_call", "reasoning_content", "refusal", "tool_calls"})
 
 Stop = Annotated[str, Field(min_length=1)]
 
 
 class RequestError(ValueError):
-    """A request that cannot be answered: `param` is the field, `status` the HTTP status."""
+    """An invalid request: `param` is the field, `status` the HTTP status."""
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400):
         super().__init__(message)
@@ -61,7 +61,7 @@ class RequestError(ValueError):
 
 
 class StreamOptions(BaseModel):
-    """`include_usage` asks for one more chunk with the usage, before `[DONE]`."""
+    """`include_usage` adds a chunk with the usage before `[DONE]`."""
 
     model_config = ConfigDict(extra="forbid")
     include_usage: bool = False
@@ -69,7 +69,7 @@ class StreamOptions(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """One message: `name` is the speaker, or else `role` says who it is."""
+    """One message. The speaker is `name`, or depends on `role` if there is no name."""
 
     model_config = ConfigDict(extra="allow")
     role: str
@@ -85,9 +85,9 @@ class ChatMessage(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """A request of POST /v1/chat/completions. `character`, `cache_salt`, `top_k` and `truncation` extend the protocol.
+    """The body of POST /v1/chat/completions. `character`, `cache_salt`, `top_k` and `truncation` extend the protocol.
 
-    `truncation`, as in OpenAI's Responses API: "auto" leaves the oldest messages of a too long conversation out.
+    `truncation` as in OpenAI's Responses API: "auto" drops the oldest messages of a conversation that is too long.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -119,7 +119,7 @@ class ChatRequest(BaseModel):
 
     @property
     def longest_reply(self) -> int | None:
-        """The most tokens of a reply that were asked for."""
+        """The requested limit of tokens of a reply."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
@@ -128,7 +128,7 @@ class ChatRequest(BaseModel):
 
 
 def parse_request(content: object) -> ChatRequest:
-    """The request of a JSON body. Raises RequestError naming the first field that is wrong."""
+    """Validate a JSON body. Raises RequestError naming the first invalid field."""
     if not isinstance(content, dict):
         raise RequestError(f"the body is {type(content).__name__}; expected a JSON object")
     messages = content.get("messages")
@@ -158,7 +158,7 @@ def _check_without_effect(key: str, value: Any) -> None:
         return
     if key not in _NEUTRAL:
         raise RequestError(f"{key}: unknown field", key, "unknown_parameter")
-    # `1 == True` in Python: a value counts as neutral only when its type is the same, numbers aside
+    # `1 == True` in Python, so a bool only matches a bool
     if not any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in _NEUTRAL[key]):
         raise RequestError(
             f"{key}: not supported by this server, and {shown(value)} would change the answer; leave it out",
@@ -177,12 +177,12 @@ def _check_label(key: str, value: Any) -> None:
 
 
 def shown(value: object) -> str:
-    """A value in a message, cut where it is long, at no cost of its length."""
+    """A value for an error message, shortened; the cost does not depend on its length."""
     return _SHOWN.repr(value)
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:
-    """messages[0].content of ("messages", 0, "content", "str"): what follows the last key is pydantic's own."""
+    """messages[0].content from ("messages", 0, "content", "str"), without the names that pydantic appends."""
     out = ""
     for part in location:
         if isinstance(part, int):
@@ -194,42 +194,44 @@ def _dotted(location: tuple[int | str, ...]) -> str:
     return out
 
 
-class Completion:
-    """The identity of one answer, and its bodies. `n_left_out`, of a request with truncation, is in each of them."""
+def completion_head(model: str, n_left_out: int | None = None) -> dict[str, Any]:
+    """What all bodies of one answer share; `n_left_out` is None for a request without truncation."""
+    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+    return head if n_left_out is None else {**head, "messages_left_out": n_left_out}
 
-    def __init__(self, model: str, n_left_out: int | None = None):
-        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        if n_left_out is not None:
-            self._head["messages_left_out"] = n_left_out
 
-    def body(self, texts_and_reasons: Sequence[tuple[str, str]], usage: Mapping[str, Any]) -> dict[str, Any]:
-        """A whole answer; one (text, finish_reason) a choice."""
-        choices = [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": text, "refusal": None},
-                "logprobs": None,
-                "finish_reason": reason,
-            }
-            for index, (text, reason) in enumerate(texts_and_reasons)
-        ]
-        return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage}
+def completion_body(
+    head: Mapping[str, Any], texts_and_reasons: Sequence[tuple[str, str]], usage: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A whole answer; one (text, finish_reason) a choice."""
+    choices = [
+        {
+            "index": index,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "logprobs": None,
+            "finish_reason": reason,
+        }
+        for index, (text, reason) in enumerate(texts_and_reasons)
+    ]
+    return {**head, "object": "chat.completion", "choices": choices, "usage": usage}
 
-    def chunk(
-        self, index: int, delta: Mapping[str, str], finish_reason: str | None, with_usage_field: bool
-    ) -> dict[str, Any]:
-        """A piece of choice `index`; where usage will be sent, every piece before it says `"usage": null`."""
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        body = {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
-        return {**body, "usage": None} if with_usage_field else body
 
-    def usage_chunk(self, usage: Mapping[str, Any]) -> dict[str, Any]:
-        """The last piece: no choice, the usage."""
-        return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage}
+def completion_chunk(
+    head: Mapping[str, Any], index: int, delta: Mapping[str, str], finish_reason: str | None, with_usage_field: bool
+) -> dict[str, Any]:
+    """A chunk of choice `index`; `with_usage_field`: with `"usage": null`, if a usage chunk follows at the end."""
+    choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    body = {**head, "object": "chat.completion.chunk", "choices": [choice]}
+    return {**body, "usage": None} if with_usage_field else body
+
+
+def usage_chunk(head: Mapping[str, Any], usage: Mapping[str, Any]) -> dict[str, Any]:
+    """The last chunk: no choice, the usage."""
+    return {**head, "object": "chat.completion.chunk", "choices": [], "usage": usage}
 
 
 def usage(n_prompt: int, n_completion: int, n_cached: int) -> dict[str, Any]:
-    """Token counts; the cached ones are part of the prompt's."""
+    """Token counts; the cached tokens are included in the prompt's."""
     return {
         "prompt_tokens": n_prompt,
         "completion_tokens": n_completion,

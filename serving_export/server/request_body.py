@@ -1,4 +1,4 @@
-"""The body of a chat request: its size is bounded before it is held, and it is parsed away from the event loop."""
+"""Read and parse the body of a chat request. Its size is limited while reading; parsing runs off the event loop."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from starlette.requests import Request
 from serving_export.server.protocol import ChatRequest, RequestError, parse_request
 
 MAX_BODY_BYTES = 16 * 2**20
-# JSON of real text has 3 to 12 bytes a token; a longer body cannot be a conversation that the model holds.
+# JSON of real text has 3 to 12 bytes a token, so a larger body does not fit the model's context.
 _BYTES_PER_TOKEN, _SMALLEST_LIMIT = 32, 2**19
-MAX_DIGITS = 4000  # of an integer; Python converts no more than 4,300
+MAX_DIGITS = 4000  # of an integer; Python converts at most 4,300
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -23,9 +23,9 @@ def longest_body(max_length: int) -> int:
 
 
 async def read_body(request: Request, max_length: int) -> bytes:
-    """The whole body. A longer one than `longest_body` is read, so that its sender hears the answer, but not held.
+    """The whole body. Beyond `longest_body` it is read but not kept, so that the client receives the error.
 
-    Raises RequestError, and ClientDisconnect when the client leaves before the end.
+    Raises RequestError, and ClientDisconnect if the client disconnects before the end.
     """
     limit = longest_body(max_length)
     announced = request.headers.get("content-length", "")
@@ -53,11 +53,11 @@ async def read_body(request: Request, max_length: int) -> bytes:
 
 
 def parse_body(body: bytes) -> ChatRequest:
-    """The request that `body` holds. May take long: not for the event loop. Raises RequestError."""
+    """Parse and validate a body. Too slow for the event loop. Raises RequestError."""
     try:
         text = body.decode("utf-8-sig")
         content = json.loads(text, parse_int=_integer)
-        if _HALF_PAIR.search(text):  # escaped, half a surrogate pair is a string to Python and text to nobody
+        if _HALF_PAIR.search(text):  # an escaped half of a surrogate pair is a valid str but not valid Unicode
             json.dumps(content, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body is not JSON of Unicode text: {error}") from None
@@ -65,5 +65,5 @@ def parse_body(body: bytes) -> ChatRequest:
 
 
 def _integer(digits: str) -> int | float:
-    """An integer; one of thousands of digits is infinite, so that the field it stands in refuses it by name."""
+    """An integer; with more than MAX_DIGITS digits infinity, so that its field is rejected by name."""
     return int(digits) if len(digits) <= MAX_DIGITS else math.copysign(math.inf, -1 if digits[0] == "-" else 1)

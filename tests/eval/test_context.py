@@ -3,7 +3,7 @@
 import pytest
 
 from data.format.dialogue import NARRATOR, Dialogue, Message
-from data.format.encode import encode_prompt, encode_reply
+from data.format.encode import decode_reply, encode_prompt, encode_reply
 from data.format.tokenizer import DialogueTokenizer
 from eval.context import human_replies, sample_replies, select_contexts
 from model.inference.generate import Sampling
@@ -65,6 +65,7 @@ def test_replies_are_text_closed_by_end(
     assert len(replies) == 7
     for reply in replies:
         assert reply.tokens[-1] == tokenizer.end_id and tokenizer.end_id not in reply.tokens[:-1]
+        assert reply.text == decode_reply(tokenizer, reply.tokens[:-1])
         assert reply.finished == (len(reply.tokens) <= 5)
         assert not set(forbidden) & set(reply.tokens)
     assert replies == sample_replies(models["sft"], tokenizer, contexts, sampling)

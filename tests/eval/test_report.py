@@ -1,4 +1,4 @@
-"""Tests of eval/report.py and eval/plots.py on a whole report made from random numbers by the real summaries."""
+"""Tests of eval/report.py, eval/plots.py and eval/number_text.py on a report of random numbers."""
 
 import json
 import re
@@ -10,25 +10,24 @@ import pytest
 
 from data.format.dialogue import Message
 from eval.context import Reply, ReplyContext
-from eval.digits import estimate_digits, telling_digits
-from eval.parts.dialogue_quality import summarise_quality
-from eval.parts.engagement import LabelledTurns, summarise_scorer
-from eval.parts.perplexity import ScoredTargets, paired_difference, summarise
-from eval.parts.preference import summarise_preference
-from eval.parts.ranking import SCORES, RankingTask, chance_figures, length_only_scores, rank_figures
-from eval.parts.user_sensitivity import summarise_changes
-from eval.plots import DRAWINGS, THEME, draw_scorer
-from eval.report import (
+from eval.figure import THEME
+from eval.number_text import (
+    estimate_digits,
+    estimate_text,
     interval_text,
     number_text,
     p_value_text,
-    render_html,
     signed_text,
-    summary_cards,
-    times_to_decide,
-    to_json,
-    write_report,
+    telling_digits,
 )
+from eval.parts.dialogue_quality import summarize_quality
+from eval.parts.engagement import LabeledTurns, summarize_scorer
+from eval.parts.perplexity import ScoredTargets, paired_difference, summarize
+from eval.parts.preference import summarize_preference
+from eval.parts.ranking import SCORES, RankingTask, chance_figures, length_only_scores, rank_figures
+from eval.parts.user_sensitivity import summarize_changes
+from eval.plots import DRAWINGS, draw_scorer
+from eval.report import render_html, summary_cards, times_to_decide, to_json, write_report
 from eval.statistics import Bootstrap, Estimate
 
 BOOTSTRAP = Bootstrap(n_resamples=100)
@@ -63,10 +62,10 @@ def random_scorer(rng: np.random.Generator, one_class: bool = False) -> dict[str
     length_N, turn_N = rng.integers(2, 30, n), np.tile(np.arange(1, 11), 40)
     probability_N = 1 / (1 + np.exp(-(rng.normal(1.0, 0.8, n) + 0.05 * length_N - 0.1 * turn_N)))
     label_N = np.ones(n, np.int64) if one_class else (rng.random(n) < probability_N).astype(np.int64)
-    turns = LabelledTurns(label_N, length_N, turn_N, np.repeat(np.arange(40), 10), np.arange(n))
+    turns = LabeledTurns(label_N, length_N, turn_N, np.repeat(np.arange(40), 10), np.arange(n))
     train_label_N = np.resize(label_N, n)
-    train = LabelledTurns(train_label_N, length_N, turn_N, np.repeat(np.arange(40), 10), np.arange(n))
-    return summarise_scorer(turns, np.log(probability_N / (1 - probability_N)), train, BOOTSTRAP)
+    train = LabeledTurns(train_label_N, length_N, turn_N, np.repeat(np.arange(40), 10), np.arange(n))
+    return summarize_scorer(turns, np.log(probability_N / (1 - probability_N)), train, BOOTSTRAP)
 
 
 def random_ranking(rng: np.random.Generator) -> dict[str, Any]:
@@ -88,7 +87,7 @@ def random_ranking(rng: np.random.Generator) -> dict[str, Any]:
 
 def random_preference(rng: np.random.Generator, systems: dict[str, list[Reply]]) -> dict[str, Any]:
     scores = {name: rng.normal(mean, 1, 80) for name, mean in (("dpo", 0.3), ("sft", 0.0), ("human", 0.5))}
-    part = summarise_preference(
+    part = summarize_preference(
         scores["dpo"],
         scores["sft"],
         scores["human"],
@@ -131,7 +130,7 @@ def random_report(seed: int = 0) -> dict[str, Any]:
     curve = {"step": steps, "loss": [3.6 + 4 * float(np.exp(-s / 90)) + 0.05 * float(rng.normal()) for s in steps],
              "heldout_step": [100, 200, 300], "heldout_loss": [5.0, 4.2, 3.95]}  # fmt: skip
     difference = paired_difference(scored["sft"], scored["pretrain"], scored["sft"].role_N == 0, BOOTSTRAP)
-    sensitivity = summarise_changes(changes, kl_N, np.arange(60), BOOTSTRAP)
+    sensitivity = summarize_changes(changes, kl_N, np.arange(60), BOOTSTRAP)
     return {
         "title": "Dramatis evaluation: demo",
         "created": "2026-11-23",
@@ -149,13 +148,13 @@ def random_report(seed: int = 0) -> dict[str, Any]:
             "n_targets": 2400,
             "n_dialogues": 40,
             "ngrams": {"unigram": 6.02, "bigram_add_one": 5.31, "bigram_kneser_ney": 4.25},
-            "models": {name: summarise(targets, BOOTSTRAP) for name, targets in scored.items()},
+            "models": {name: summarize(targets, BOOTSTRAP) for name, targets in scored.items()},
             "differences": [{"model": "sft", "against": "pretrain", "character": difference}],
         },
         "ranking": random_ranking(rng),
         "engagement": random_scorer(rng),
         "preference": random_preference(rng, systems),
-        "quality": {"n_contexts": 80, "systems": summarise_quality(contexts, systems, BOOTSTRAP)},
+        "quality": {"n_contexts": 80, "systems": summarize_quality(contexts, systems, BOOTSTRAP)},
         "user_sensitivity": {"n_contexts": 60, "models": dict.fromkeys(("sft", "dpo"), sensitivity)},
         "samples": samples,
         "training_curves": {"pretrain": curve, "sft": curve | {"heldout_step": [], "heldout_loss": []}},
@@ -228,9 +227,11 @@ def test_to_json_refuses_nan() -> None:
 
 
 def test_number_texts() -> None:
-    estimate = Estimate(0.562, 0.521, 0.603, 10, 10, "x").to_json()
+    estimate = to_json(Estimate(0.562, 0.521, 0.603, 10, 10, "x"))
     assert number_text(0.562, 1, True) == "56.2%" and number_text(None) == "–"
     assert interval_text(estimate, 1, True) == "[52.1, 60.3]"
+    assert estimate_text(estimate, 1, True) == "56.2% [52.1, 60.3]"
+    assert estimate_text({"value": 0.0004, "low": None, "high": None}, 2, is_signed=True) == "+0.0004"
     assert signed_text(-0.25) == "−0.25" and signed_text(0.25) == "+0.25"
     assert p_value_text(0.0001) == "p < 0.001" and p_value_text(0.0319) == "p = 0.032"
 

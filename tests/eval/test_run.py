@@ -9,8 +9,10 @@ from rich.console import Console
 
 from eval.report import to_json
 from eval.run import PARTS, evaluate, main
-from eval.workspace import EvalRecipe, open_workspace
+from eval.workspace import EvalRecipe
+from recipes.interrupt import EXIT_CODE
 from recipes.loader import load_recipe
+from tests.interrupted import interrupted_at_import
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "eval.yaml"
 
@@ -52,14 +54,32 @@ def test_whole_evaluation(pipeline: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert "is finished" in " ".join(capsys.readouterr().out.split())  # the console breaks lines
 
 
+def test_ctrl_c_during_the_evaluation_is_one_line_and_keeps_the_report_that_was_there(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    off = [f"{key}=null" for key in ("scorer", *PARTS) if key not in ("quality", "perplexity")]
+    assert call(monkeypatch, pipeline, *off) == 0
+    run_dir = pipeline / "eval"
+    (run_dir / "plots" / "loss.png").unlink()  # so the report is made again
+    before = {path: path.read_bytes() for path in (run_dir / "report.json", run_dir / "report.html")}
+    starts = len(json.loads((run_dir / "environment.json").read_text())["starts"])
+    command = ["eval.run", str(DEMO), *overrides(pipeline), *off]
+    done = interrupted_at_import("scipy.stats", pipeline, command)
+    assert done.returncode == EXIT_CODE
+    assert done.stderr.split("\n") == ["", "interrupted; run the same command again", ""]
+    assert len(json.loads((run_dir / "environment.json").read_text())["starts"]) == starts + 1, "before the evaluation"
+    assert {path: path.read_bytes() for path in before} == before
+    assert not (run_dir / "done.json").exists()
+    assert call(monkeypatch, pipeline, *off) == 0
+    assert (run_dir / "plots" / "loss.png").exists()
+
+
 def test_same_seed_gives_the_same_numbers(pipeline: Path) -> None:
     recipe = load_recipe(EvalRecipe, DEMO, overrides(pipeline))
-    first, second = (
-        to_json(evaluate(open_workspace(recipe, Console(quiet=True)), Console(quiet=True))) for _ in range(2)
-    )
+    first, second = (to_json(evaluate(recipe, Console(quiet=True))) for _ in range(2))
     only_replies = dict.fromkeys(("perplexity", "ranking", "engagement", "preference", "user_sensitivity"))
     another_seed = recipe.model_copy(update={"seed": 1, **only_replies})
-    other = to_json(evaluate(open_workspace(another_seed, Console(quiet=True)), Console(quiet=True)))
+    other = to_json(evaluate(another_seed, Console(quiet=True)))
     assert {part: first[part] for part in PARTS} == {part: second[part] for part in PARTS}
     assert first["samples"] == second["samples"] != other["samples"]
 

@@ -52,7 +52,7 @@ def test_training_evaluation_and_serving_have_the_same_ids(
         given_values = conversation_values(messages[:i], "Ann") | values
         serving = template.render(given_values, encoder)
         assert serving.tokens == training.tokens[: training.text_starts[n_added + i]].tolist()
-        assert serving.tokens == server.encode_prompt(rendered.messages[: n_added + i], "Ann")
+        assert serving.tokens == server.encode_prompt(rendered.messages[: n_added + i], "Ann").tokens
         assert serving.tokens == encode_prompt(tokenizer, rendered.messages[: n_added + i], "Ann")
     labels = continuation_labels(dialogue, 1.5)
     assert continuation_labels(rendered, 1.5)[n_added:] == labels, "times and labels survive the template"

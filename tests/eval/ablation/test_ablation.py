@@ -12,13 +12,14 @@ from data.format.tokenizer import DialogueTokenizer
 from data.packed.shards import PackedDataset
 from eval.ablation.__main__ import CONTEXT_BINS, main
 from eval.ablation.plots import DRAWINGS
-from eval.ablation.runs import AblationRecipe, read_arms, unseen_rows
+from eval.ablation.runs import AblationRecipe, read_arms, training_spread, unseen_rows
+from eval.ablation.table import is_decided
 from eval.parts.training_curve import MetricsError
 from eval.scoring import spread_rows
 from eval.workspace import EvalError
 from model.config import ModelConfig
 from model.transformer import Transformer
-from model.weights import save_model
+from model.weights import load_config, save_model
 from recipes.json_text import finite_figures
 from recipes.loader import RecipeError, load_recipe
 from recipes.run_inputs import digest_inputs
@@ -103,6 +104,7 @@ def test_whole_ablation(
 
     table = (out / "table.md").read_text()
     assert all(f"| **{name}** |" in table for name in ARMS) and "**5.0000**" in table and "nan" not in table
+    assert "no difference between arms is decided" in table and table.count(", not decided") == 2
     assert sorted(path.stem for path in (out / "plots").iterdir()) == sorted(DRAWINGS)
     capsys.readouterr()
     assert call(monkeypatch, pipeline, arms) == 0
@@ -152,6 +154,29 @@ def test_the_best_at_the_edge_is_marked(
     recipe = load_recipe(AblationRecipe, RECIPE, overrides(pipeline, {**arms, "shared": arms["shared"][:2]}))
     found = read_arms(recipe, tokenizer, 192)
     assert found["shared"].best_is_at_the_edge and not found["full"].best_is_at_the_edge
+
+
+def test_a_difference_between_arms_is_decided_by_dialogues_and_seeds(
+    pipeline: Path, arms: dict[str, list[str]], tokenizer: DialogueTokenizer
+) -> None:
+    """Its interval must exclude 0, and it must exceed what another training of one arm changes."""
+    model = Transformer(load_config(Path(arms["full"][0]) / "model"), seed=9)
+    once = load_recipe(AblationRecipe, RECIPE, overrides(pipeline, arms))
+    assert training_spread(read_arms(once, tokenizer, 192).values()) is None
+    again = make_run(pipeline, "full_again", model, 2e-3, 5.25)
+    other = make_run(pipeline, "full_diverged", model, 4e-3, float("nan"))
+    twice = load_recipe(AblationRecipe, RECIPE, overrides(pipeline, {**arms, "full": [*arms["full"], again, other]}))
+    spread = training_spread(read_arms(twice, tokenizer, 192).values())
+    assert spread == pytest.approx(0.25)
+
+    def found(value: float, half: float, spread: float | None) -> bool:
+        return is_decided({"value": value, "low": value - half, "high": value + half}, spread)
+
+    assert found(0.3, 0.1, spread) and found(-0.3, 0.1, spread)
+    assert not found(0.2, 0.1, spread), "smaller than the difference between seeds"
+    assert not found(0.3, 0.4, spread), "the interval includes 0"
+    assert not found(0.3, 0.1, None), "no second seed"
+    assert not is_decided({"value": 0.3, "low": None, "high": None}, spread)
 
 
 def test_rows_that_chose_a_learning_rate_are_not_reported_on(

@@ -5,7 +5,7 @@ import pytest
 
 from data.format.dialogue import Message
 from eval.context import Reply, ReplyContext
-from eval.parts.dialogue_quality import copied_share, diversity, repeated_share, summarise_quality, words
+from eval.parts.dialogue_quality import copied_share, diversity, repeated_share, summarize_quality, words
 from eval.statistics import Bootstrap
 
 
@@ -54,7 +54,7 @@ def test_summary_of_known_replies() -> None:
     context = ReplyContext("d", (Message("Sam", "Hello there!"),), "Alex", "hi", 2, (1,), (1,), 0)
     texts = ["hello there!", "i do not know", "i do not know", ""]
     replies = [Reply(text, (9,) * (i + 1), i != 1) for i, text in enumerate(texts)]
-    figures = summarise_quality([context] * 4, {"model": replies, "human": replies}, Bootstrap(n_resamples=50))["model"]
+    figures = summarize_quality([context] * 4, {"model": replies, "human": replies}, Bootstrap(n_resamples=50))["model"]
     assert figures["length_words"].value == pytest.approx((3 + 4 + 4 + 0) / 4)
     assert figures["length_tokens"].value == 2.5
     assert figures["stop_rate"].value == 0.75 and figures["empty_rate"].value == 0.25

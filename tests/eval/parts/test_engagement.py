@@ -12,18 +12,19 @@ from data.format.tokenizer import DialogueTokenizer
 from data.packed.batch import collate
 from data.packed.shards import PackedDataset
 from eval.parts.engagement import (
-    LabelledTurns,
+    LabeledTurns,
     binned_rate,
     calibration,
-    labelled_turns,
+    labeled_turns,
     roc_points,
     score_turns,
-    summarise_scorer,
+    summarize_scorer,
 )
 from eval.scoring import score_conversations
 from eval.statistics import Bootstrap
 from model.scalar_head import ScalarHead
 from model.transformer import Transformer
+from tests.eval.estimates import excludes
 
 BOOTSTRAP = Bootstrap(n_resamples=100)
 Pack = Callable[[list[Dialogue]], Path]
@@ -33,7 +34,7 @@ def test_turns_have_the_features_of_their_messages(
     dialogues: list[Dialogue], tokenizer: DialogueTokenizer, dataset_of: Pack
 ) -> None:
     dataset = PackedDataset(dataset_of(dialogues[:5]))
-    turns = labelled_turns(collate(dataset, np.arange(dataset.n_rows)), tokenizer.message_id)
+    turns = labeled_turns(collate(dataset, np.arange(dataset.n_rows)), tokenizer.message_id)
     found = sorted(zip(turns.label_N.tolist(), turns.turn_N.tolist(), turns.length_N.tolist(), strict=True))
     expected = sorted(
         (label, i + 1, len(encode_message(tokenizer, d.messages[i])) - 1)
@@ -55,7 +56,7 @@ def test_scores_are_those_of_each_conversation_alone(
     rows = np.arange(dataset.n_rows)
     turns, logit_N = score_turns(scorer, dataset, tokenizer.message_id, rows, batch_tokens=dataset.row_length)
     batch = collate(dataset, rows)
-    together = labelled_turns(batch, tokenizer.message_id)
+    together = labeled_turns(batch, tokenizer.message_id)
     assert turns.label_N.tolist() == together.label_N.tolist()
     assert np.unique(turns.dialogue_N).size == np.unique(together.dialogue_N).size
     starts = np.cumsum(batch.document_lengths.numpy()) - batch.document_lengths.numpy()
@@ -65,9 +66,9 @@ def test_scores_are_those_of_each_conversation_alone(
     np.testing.assert_allclose(logit_N, score_conversations(scorer, alone, 1000), atol=1e-5)
 
 
-def turns_of(label_N: np.ndarray, length_N: np.ndarray, turn_N: np.ndarray) -> LabelledTurns:
+def turns_of(label_N: np.ndarray, length_N: np.ndarray, turn_N: np.ndarray) -> LabeledTurns:
     n = label_N.size
-    return LabelledTurns(label_N, length_N, turn_N, np.arange(n) // 4, np.arange(n))
+    return LabeledTurns(label_N, length_N, turn_N, np.arange(n) // 4, np.arange(n))
 
 
 def test_baseline_finds_a_dependence_of_any_shape() -> None:
@@ -86,10 +87,10 @@ def test_scorer_that_only_knows_length_gains_nothing_over_length() -> None:
     probability = 1 / (1 + np.exp(-(length_N - 15) / 6))
     label_N = (rng.random(800) < probability).astype(np.int64)
     turns = turns_of(label_N, length_N, turn_N)
-    figures = summarise_scorer(turns, np.log(probability / (1 - probability)), turns, BOOTSTRAP)
-    assert figures["auc"].excludes(0.5)
-    assert not figures["baselines"]["length"]["scorer_minus_baseline"].excludes(0.0)
-    assert figures["baselines"]["turn_number"]["scorer_minus_baseline"].excludes(0.0)
+    figures = summarize_scorer(turns, np.log(probability / (1 - probability)), turns, BOOTSTRAP)
+    assert excludes(figures["auc"], 0.5)
+    assert not excludes(figures["baselines"]["length"]["scorer_minus_baseline"], 0.0)
+    assert excludes(figures["baselines"]["turn_number"]["scorer_minus_baseline"], 0.0)
     assert figures["calibration"]["brier_skill"] > 0.1
     assert figures["calibration"]["expected_calibration_error"] < 0.1
     assert figures["base_rate"].value == pytest.approx(label_N.mean())
@@ -97,10 +98,10 @@ def test_scorer_that_only_knows_length_gains_nothing_over_length() -> None:
 
 def test_one_class_and_no_turns_are_said_not_hidden() -> None:
     ones = turns_of(np.ones(8, np.int64), np.arange(8), np.arange(8))
-    figures = summarise_scorer(ones, np.arange(8.0), ones, BOOTSTRAP)
+    figures = summarize_scorer(ones, np.arange(8.0), ones, BOOTSTRAP)
     assert figures["auc"].value is None and "one class" in figures["auc"].note and figures["roc"] is None
     none = turns_of(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64))
-    assert summarise_scorer(none, np.empty(0), none, BOOTSTRAP)["calibration"] is None
+    assert summarize_scorer(none, np.empty(0), none, BOOTSTRAP)["calibration"] is None
 
 
 def test_calibration_of_an_overconfident_scorer() -> None:

@@ -14,7 +14,7 @@ from data.format.encode import encode_dialogue
 from data.format.tokenizer import DialogueTokenizer
 from data.packed.batch import collate
 from data.packed.shards import PackedDataset
-from eval.parts.engagement import labelled_turns
+from eval.parts.engagement import labeled_turns
 from eval.parts.ngram import PairCounts, Unigram, counted_pairs, ngram_losses
 from eval.parts.perplexity import (
     CHARACTER,
@@ -25,7 +25,7 @@ from eval.parts.perplexity import (
     message_structure,
     paired_difference,
     score_dataset,
-    summarise,
+    summarize,
     turn_label,
 )
 from eval.statistics import Bootstrap, Estimate
@@ -75,7 +75,7 @@ def test_scored_loss_and_roles(
             logits_TV = model.logits(model(tokens_T, Documents.from_lengths([len(tokens_T)])))
         total += float(F.cross_entropy(logits_TV[:-1], tokens_T[1:], reduction="sum"))
     assert targets.nats_N.sum() == pytest.approx(total, rel=1e-4)
-    figures = summarise(targets, BOOTSTRAP)
+    figures = summarize(targets, BOOTSTRAP)
     text = sum(len(f"{m.speaker}: {m.text}".encode()) for d in dialogues[:6] for m in d.messages)
     assert figures["bits_per_byte"].value == pytest.approx(total / math.log(2) / text, rel=1e-4)
 
@@ -93,13 +93,13 @@ def test_a_long_dialogue_is_one_unit_and_its_messages_keep_their_numbers(
     # the first token after <bos> of a document has no other context, and is scored all the same
     turns, counts = np.unique(targets.turn_N[targets.dialogue_N == 1], return_counts=True)
     assert turns.tolist() == list(range(1, len(said) + 1)) and counts.tolist() == sizes.tolist()
-    figures = summarise(targets, BOOTSTRAP)
+    figures = summarize(targets, BOOTSTRAP)
     assert figures["loss"].n_clusters == figures["bits_per_byte"].n_clusters == 2
     batch = collate(dataset, np.arange(dataset.n_rows))
-    labelled = labelled_turns(batch, tokenizer.message_id)
+    labeled = labeled_turns(batch, tokenizer.message_id)
     labels = continuation_labels(Dialogue("long", said, "Alex"))
     expected = [number + 1 for number, label in enumerate(labels) if label >= 0]
-    assert sorted(labelled.turn_N[labelled.dialogue_N == 1].tolist()) == expected
+    assert sorted(labeled.turn_N[labeled.dialogue_N == 1].tolist()) == expected
 
 
 def test_count_models_see_the_same_targets(dialogues: list[Dialogue], dataset_of: Pack) -> None:
@@ -107,7 +107,7 @@ def test_count_models_see_the_same_targets(dialogues: list[Dialogue], dataset_of
     rows = np.arange(dataset.n_rows)
     pairs = PairCounts.from_pairs(dataset.vocab_size, counted_pairs(dataset))
     batch = collate(dataset, rows)
-    assert pairs.n_tokens == int(batch.has_target_T.sum())
+    assert pairs.counts_P.sum() == int(batch.has_target_T.sum())
     targets = batch.targets_T[batch.has_target_T].numpy()
     losses = ngram_losses(dataset, dataset, 2)
     part = collate(dataset, rows[:2])
@@ -126,7 +126,7 @@ def targets_with(nats: list[float], role: list[int], turn: list[int], document: 
 
 def test_summary_of_known_losses() -> None:
     targets = targets_with([1.0, 2, 3, 4, 5, 6], [2, 0, 0, 2, 1, 1], [1, 1, 1, 20, 20, 20], [0, 0, 0, 1, 1, 1])
-    figures = summarise(targets, BOOTSTRAP)
+    figures = summarize(targets, BOOTSTRAP)
     assert figures["loss"].value == pytest.approx(3.5) and figures["perplexity"] == pytest.approx(math.exp(3.5))
     assert {role: e.value for role, e in figures["by_role"].items()} == {
         "character": 2.5,
@@ -152,7 +152,7 @@ def test_paired_difference_has_a_narrow_interval() -> None:
     first, second = (targets_with(list(base + g), [0] * 200, [1] * 200, document) for g in (gain, 0 * gain))
     difference = paired_difference(first, second, first.role_N == CHARACTER, BOOTSTRAP)
     assert difference.value == pytest.approx(gain.mean())
-    assert width(difference) < 0.2 * width(summarise(first, BOOTSTRAP)["loss"])
+    assert width(difference) < 0.2 * width(summarize(first, BOOTSTRAP)["loss"])
 
 
 def test_tokens_of_a_dialogue_are_not_independent() -> None:
@@ -162,7 +162,7 @@ def test_tokens_of_a_dialogue_are_not_independent() -> None:
         np.repeat(of_dialogue, 30).tolist(), [0] * 600, [1] * 600, np.repeat(np.arange(20), 30).tolist()
     )
     one = targets_with(of_dialogue.tolist(), [0] * 20, [1] * 20, list(range(20)))
-    loss, alone = (summarise(targets, BOOTSTRAP)["loss"] for targets in (many, one))
+    loss, alone = (summarize(targets, BOOTSTRAP)["loss"] for targets in (many, one))
     assert (loss.low, loss.high) == pytest.approx((alone.low, alone.high))
     zero = targets_with([0.0] * 600, [0] * 600, [1] * 600, many.document_N.tolist())
     gain = paired_difference(many, zero, many.role_N == CHARACTER, BOOTSTRAP)

@@ -1,15 +1,19 @@
 """Tests of eval/parts/preference.py."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from data.format.dialogue import Dialogue
 from data.format.tokenizer import DialogueTokenizer
-from eval.context import Reply, human_replies, select_contexts
-from eval.parts.preference import drift, length_bias, score_replies, summarise_preference, win_rate, win_values
+from eval.context import Reply, ReplyContext, dialogues_of, human_replies, select_contexts
+from eval.parts.preference import drift, length_bias, score_replies, summarize_preference, win_rate, win_values
+from eval.scoring import reply_logprobs
 from eval.statistics import Bootstrap
 from model.scalar_head import ScalarHead
 from model.transformer import Transformer
+from tests.eval.estimates import excludes
 
 BOOTSTRAP = Bootstrap(n_resamples=200)
 
@@ -22,10 +26,10 @@ def test_win_rate_of_a_clear_winner_and_of_nobody() -> None:
     rng = np.random.default_rng(0)
     base = rng.normal(size=150)
     better = win_rate(base + rng.normal(0.5, 1, 150), base, np.arange(150), BOOTSTRAP)
-    assert better["win_rate"].excludes(0.5) and better["tests"]["sign_p"] < 0.01
+    assert excludes(better["win_rate"], 0.5) and better["tests"]["sign_p"] < 0.01
     assert better["probability_gain"].low > 0
     nobody = win_rate(base + rng.normal(0, 1, 150), base, np.arange(150), BOOTSTRAP)
-    assert not nobody["win_rate"].excludes(0.5) and nobody["tests"]["sign_p"] > 0.05
+    assert not excludes(nobody["win_rate"], 0.5) and nobody["tests"]["sign_p"] > 0.05
     # With n fair coins the detectable effect is (1.96 + 0.84) / (2 sqrt(n)).
     assert nobody["minimum_detectable_win_rate"] == pytest.approx(0.5 + 2.8 / 2 / np.sqrt(150), abs=0.01)
 
@@ -37,7 +41,7 @@ def test_a_win_that_is_all_length_is_exposed() -> None:
     assert figures["longer_reply_wins"].value == 1.0 and 0.98 < figures["longer_reply_wins"].low < 1
     assert figures["length_difference"].low > 2
     same = length_bias(rng.normal(size=400), rng.normal(size=400), length, other_length, np.arange(400), BOOTSTRAP)
-    assert not same["longer_reply_wins"].excludes(0.5) and not same["win_rate_length_matched"].excludes(0.5)
+    assert not excludes(same["longer_reply_wins"], 0.5) and not excludes(same["win_rate_length_matched"], 0.5)
     assert 0 < same["win_rate_length_matched"].n < 400
 
 
@@ -45,9 +49,9 @@ def test_summary_flags_a_win_that_is_too_good() -> None:
     replies = [Reply("a", (7, 4), True)] * 40
     others = [Reply("b", (8, 9, 4), True)] * 39 + [Reply("a", (7, 4), True)]
     score, zero = np.linspace(0.1, 2, 40), np.zeros(40)
-    figures = summarise_preference(score, zero, zero + 1, replies, others, np.arange(40), BOOTSTRAP)
+    figures = summarize_preference(score, zero, zero + 1, replies, others, np.arange(40), BOOTSTRAP)
     assert figures["over_optimisation_suspected"] and figures["identical_replies"] == 1
-    fair = summarise_preference(np.resize([1.0, -1.0], 40), zero, zero, replies, others, np.arange(40), BOOTSTRAP)
+    fair = summarize_preference(np.resize([1.0, -1.0], 40), zero, zero, replies, others, np.arange(40), BOOTSTRAP)
     assert not fair["over_optimisation_suspected"] and fair["win_rate"].value == 0.5
 
 
@@ -55,8 +59,16 @@ def test_a_point_above_the_threshold_is_no_verdict() -> None:
     """70% of 20 wins: the interval holds 65%."""
     replies, zero = [Reply("a", (7, 4), True)] * 20, np.zeros(20)
     score = np.array([1.0] * 14 + [-1.0] * 6)
-    figures = summarise_preference(score, zero, zero, replies, replies, np.arange(20), BOOTSTRAP)
+    figures = summarize_preference(score, zero, zero, replies, replies, np.arange(20), BOOTSTRAP)
     assert figures["win_rate"].value == 0.7 and not figures["over_optimisation_suspected"]
+
+
+def drift_between(
+    first: Transformer, second: Transformer, contexts: list[ReplyContext], replies: list[Reply]
+) -> dict[str, Any]:
+    items = [(context.prompt, reply.tokens) for context, reply in zip(contexts, replies, strict=True)]
+    own, other = (reply_logprobs(model, items, 500) for model in (first, second))
+    return drift(own, other, replies, dialogues_of(contexts), BOOTSTRAP)
 
 
 def test_drift_is_zero_for_the_same_model_and_positive_between_two(
@@ -64,10 +76,9 @@ def test_drift_is_zero_for_the_same_model_and_positive_between_two(
 ) -> None:
     contexts = select_contexts(dialogues, tokenizer, 6, seed=0, max_prompt_tokens=60)
     replies = human_replies(contexts)
-    same = drift(models["sft"], models["sft"], contexts, replies, 500, BOOTSTRAP)
-    assert same["nats_per_reply"].value == 0
-    there = drift(models["dpo"], models["sft"], contexts, replies, 500, BOOTSTRAP)
-    back = drift(models["sft"], models["dpo"], contexts, replies, 500, BOOTSTRAP)
+    assert drift_between(models["sft"], models["sft"], contexts, replies)["nats_per_reply"].value == 0
+    there = drift_between(models["dpo"], models["sft"], contexts, replies)
+    back = drift_between(models["sft"], models["dpo"], contexts, replies)
     assert there["nats_per_reply"].value == pytest.approx(-back["nats_per_reply"].value) != 0
 
 
@@ -77,9 +88,7 @@ def test_the_closing_token_of_a_cut_reply_is_no_sample(
     contexts = select_contexts(dialogues, tokenizer, 2, seed=0, max_prompt_tokens=60)
     whole = human_replies(contexts)
     cut = [Reply(r.text, r.tokens, False) for r in whole]
-    figures = [
-        drift(models["dpo"], models["sft"], contexts, some, 500, BOOTSTRAP)["nats_per_token"] for some in (whole, cut)
-    ]
+    figures = [drift_between(models["dpo"], models["sft"], contexts, some)["nats_per_token"] for some in (whole, cut)]
     assert figures[0].n == figures[1].n + 2
 
 

@@ -16,7 +16,7 @@ from eval.parts.recall import (
     candidate_logprobs,
     first_ranks,
     gains,
-    summarise_recall,
+    summarize_recall,
     usable_values,
 )
 from eval.parts.recall_fact import FACT_KINDS
@@ -128,7 +128,7 @@ def test_what_a_model_likes_anyway_is_no_gain(probes: list[RecallProbe], fact_to
 def test_a_window_shows_in_the_summary(probes: list[RecallProbe], fact_tokenizer: DialogueTokenizer) -> None:
     models = {"all": Copying(fact_tokenizer.vocab_size, 10**6), "window": Copying(fact_tokenizer.vocab_size, 48)}
     logprobs = {name: candidate_logprobs(model, probes, 4096) for name, model in models.items()}
-    figures = summarise_recall(probes, logprobs, "all", Bootstrap(n_resamples=50))
+    figures = summarize_recall(probes, logprobs, "all", Bootstrap(n_resamples=50))
     assert figures["chance"] == 1 / 4 and sum(figures["kinds"].values()) == SECTION.n_items
     near, _, far = figures["distances"]
     assert near["models"]["window"]["gain"].value == pytest.approx(STRENGTH, abs=1e-4)
@@ -158,11 +158,11 @@ def test_candidates_have_one_length_and_are_not_said(fact_tokenizer: DialogueTok
     for kind in FACT_KINDS:
         values = usable_values(fact_tokenizer, kind, 4)
         assert len({len(tokens) for tokens in values.values()}) <= 1
-    colours = next(kind for kind in FACT_KINDS if kind.name == "colour").values
-    text = " ".join(colours[1:])  # every colour but one is mentioned: too few are left
+    colors = next(kind for kind in FACT_KINDS if kind.name == "color").values
+    text = " ".join(colors[1:])  # every color but one is mentioned: too few are left
     talk = [Dialogue(f"d{i}", (Message("A", text), Message("B", "yes"), Message("A", "no")), "A") for i in range(60)]
     found = build_probes(talk, fact_tokenizer, RecallSection(n_items=5, n_candidates=2, distances=(60,)), 0)
-    assert "colour" not in {probe.kind for probe in found}
+    assert "color" not in {probe.kind for probe in found}
 
 
 def test_what_cannot_be_built_is_told(dialogues: list[Dialogue], fact_tokenizer: DialogueTokenizer) -> None:

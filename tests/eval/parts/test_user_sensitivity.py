@@ -1,5 +1,7 @@
 """Tests of eval/parts/user_sensitivity.py."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -24,8 +26,19 @@ def test_each_change_replaces_one_message(dialogues: list[Dialogue], tokenizer: 
         context = contexts[number]
         message = context.messages[-distance]
         assert side == ("character" if message.speaker == context.character else "user")
-        kept = len(encode_prompt(tokenizer, context.messages[:-distance], context.character)) - 3
-        assert prompt != context.prompt and prompt[:kept] == context.prompt[:kept]
+        texts = {
+            other.text
+            for n, elsewhere in enumerate(contexts)
+            for other in elsewhere.messages
+            if n != number and (other.speaker == elsewhere.character) == (side == "character")
+        }
+        place = len(context.messages) - distance
+        possible = {
+            tuple(encode_prompt(tokenizer, (*context.messages[:place], replace(message, text=text),
+                                            *context.messages[place + 1 :]), context.character))
+            for text in texts
+        }  # fmt: skip
+        assert prompt != context.prompt and prompt in possible
     assert changes == replaced_prompts(contexts, tokenizer, seed=1)
 
 

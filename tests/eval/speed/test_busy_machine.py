@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,8 +39,21 @@ def test_a_table_has_every_setting_beside_each_number_of_neighbors(
 
 
 def test_a_setting_is_measured_with_its_variables_only(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "nonsense: libgomp would say so")
+    started: list[dict[str, str]] = []
+    run = subprocess.run
+
+    def recorded(command: list[str], env: dict[str, str], **options: Any) -> Any:
+        started.append(env)
+        return run(command, env=env, **options)
+
+    for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "set by the shell")
+    monkeypatch.setattr("eval.speed.busy_machine.subprocess.run", recorded)
     assert busy_machine.measure(recipe, 0, {"OMP_NUM_THREADS": "1"}) > 0
+    (environment,) = started
+    assert {key: value for key, value in environment.items() if key.startswith(("OMP_", "GOMP_"))} == {
+        "OMP_NUM_THREADS": "1"
+    }
 
 
 def test_once_is_a_number(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

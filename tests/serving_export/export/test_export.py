@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -16,11 +18,13 @@ from model.hugging_face import load_exported_model
 from model.transformer import Transformer
 from model.weights import save_model
 from recipes.files import write_text
+from recipes.interrupt import EXIT_CODE
 from recipes.loader import load_recipe
 from serving_export.export import __main__ as export_module
 from serving_export.export.__main__ import BUNDLE_FILES, ExportRecipe, Names, main, run, write_bundle
 from serving_export.export.manifest import Defaults, read_defaults
-from serving_export.export.parity import transformers_peer
+from serving_export.export.parity import Parity, transformers_peer
+from tests.interrupted import interrupted_at_import
 from tests.written_data import write_dialogues
 
 RECIPE = """\
@@ -66,9 +70,9 @@ def test_names_left_out_are_the_commonest_that_the_model_saw(
     assert main([str(path), "names=null"]) == 0
     defaults = read_defaults(tmp_path / "export")
     assert (defaults.user, defaults.character) == ("Tom", "Mia")
-    assert "names: user Tom, character Mia: the commonest of the training data" in capsys.readouterr().out
+    assert "names: user Tom, character Mia: the most frequent of the training data" in capsys.readouterr().out
     assert main([str(path), f"run_dir={tmp_path}/other"]) == 0
-    assert "the model has not seen Ada or Bob in that part, but Tom and Mia" in capsys.readouterr().out
+    assert "not in the training data in this role: Ada, Bob (most frequent: Tom, Mia)" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -164,6 +168,49 @@ def test_a_template_that_does_not_escape_is_refused(
     assert main([str(path)]) == 1
     assert "chat template" in capsys.readouterr().err
     assert not (tmp_path / "export" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in (*BUNDLE_FILES, "manifest.json") if name != "model.safetensors"])
+def test_a_full_disk_is_one_message_that_names_the_file(
+    tokenizer: DialogueTokenizer,
+    model: Transformer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    path = make_recipe(tmp_path, tokenizer, model)
+
+    def full(file: int) -> None:
+        if Path(os.readlink(f"/proc/self/fd/{file}")).name == f".{name}.partial":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("recipes.files.os.fsync", full)
+    monkeypatch.setattr(export_module, "check_bundle", lambda *_: Parity(1, 1, 1, 0.0, 1, 0, 1))
+    assert main([str(path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path}/export/.staging/{name}: No space left on device; make room" in error
+    assert "Traceback" not in error
+    assert not [file for file in (tmp_path / "export").iterdir() if file.name in (*BUNDLE_FILES, "manifest.json")]
+
+
+def test_ctrl_c_during_the_parity_check_is_one_line_and_keeps_the_files_that_were_there(
+    tokenizer: DialogueTokenizer, model: Transformer, tmp_path: Path
+) -> None:
+    path = make_recipe(tmp_path, tokenizer, model)
+    bundle = tmp_path / "export"
+    run(load_recipe(ExportRecipe, path), Console(quiet=True))
+    (bundle / "tokenizer.json").write_text("damaged, so the bundle is exported again")
+    before = {
+        file.name: file.read_bytes() for file in bundle.iterdir() if file.name in (*BUNDLE_FILES, "manifest.json")
+    }
+    done = interrupted_at_import("transformers", tmp_path, ["serving_export.export", str(path)])
+    assert done.returncode == EXIT_CODE
+    assert done.stderr.split("\n") == ["", "interrupted; run the same command again", ""]
+    assert {name: (bundle / name).read_bytes() for name in before} == before
+    assert not (bundle / ".staging").exists() and not (bundle / "done.json").exists()
+    run(load_recipe(ExportRecipe, path), Console(quiet=True))
+    verify(bundle)
 
 
 def test_an_interrupted_export_starts_over(

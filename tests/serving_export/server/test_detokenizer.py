@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from data.format.encode import CONTROL_SURFACES, WORD_JOINER, decode_reply, encode_reply
 from data.format.tokenizer import DialogueTokenizer, train_tokenizer
-from serving_export.server.detokenizer import PieceTable, ReplyStream
+from serving_export.server.detokenizer import Detokenizer, PieceTable
 
 
 @functools.cache
@@ -18,8 +18,8 @@ def tokenizer() -> DialogueTokenizer:
     return train_tokenizer(texts, None, vocab_size=300)
 
 
-def stream_of(ids: list[int], stop: tuple[str, ...] = ()) -> tuple[ReplyStream, list[str]]:
-    stream = ReplyStream(PieceTable(tokenizer()), stop)
+def stream_of(ids: list[int], stop: tuple[str, ...] = ()) -> tuple[Detokenizer, list[str]]:
+    stream = Detokenizer(PieceTable(tokenizer()), stop)
     return stream, [*(stream.push(token) for token in ids), stream.finish()]
 
 

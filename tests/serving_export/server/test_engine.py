@@ -17,7 +17,8 @@ from model.attention_ops import Documents
 from model.config import ModelConfig, TailSharing
 from model.inference.generate import Sampling, sample, uniform
 from model.transformer import Transformer
-from serving_export.server.engine import Engine, Event, Generation, PromptError, QueueFull
+from serving_export.server.engine import Engine
+from serving_export.server.request import Event, PromptError, QueueFull, Request
 
 VOCAB = 41
 STOP = 4
@@ -71,7 +72,7 @@ def finish(engine: Engine) -> None:
 def assert_only_the_cache_holds_pages(engine: Engine) -> None:
     allocator = engine.cache.allocator
     assert allocator.n_free + engine.prefix_cache.n_pages == allocator.n_pages
-    engine.prefix_cache.clear()
+    engine.prefix_cache.evict(10**9)
     assert allocator.n_free == allocator.n_pages
 
 
@@ -131,25 +132,24 @@ def test_pressure_preempts_and_evicts() -> None:
     assert_only_the_cache_holds_pages(engine)
 
 
-def converse(engine: Engine, prompt: Sequence[int], n_new: int, salt: str | None = None) -> Listener:
-    listener = Listener()
-    engine.submit(prompt, Sampling(n_new, (), temperature=0), listener, salt)
+def converse(engine: Engine, prompt: Sequence[int], n_new: int, salt: str | None = None) -> Request:
+    request = engine.submit(prompt, Sampling(n_new, (), temperature=0), Listener(), salt)
     finish(engine)
-    return listener
+    return request
 
 
 def test_next_turn_reuses_prompt_and_reply() -> None:
     engine = poisoned(Engine(tiny(), n_pages=40, page_size=4))
     prompt = [2, *range(5, 14)]
-    reply = converse(engine, prompt, 7).tokens
+    reply = converse(engine, prompt, 7).generated
     second = converse(engine, [*prompt, *reply, 5, 6], 3)
     # the last token drawn is never computed
-    assert second.events[0].n_cached == (len(prompt) + len(reply) - 1) // 4 * 4 == 16
+    assert second.n_cached == (len(prompt) + len(reply) - 1) // 4 * 4 == 16
     counters = engine.prefix_cache.counters
     assert (counters.hit_tokens, counters.missed_tokens) == (16, 10 + 3)
     changed = [*prompt[:5], 30, *prompt[6:], *reply, 5, 6]
-    assert converse(engine, changed, 3).events[0].n_cached == 4
-    assert converse(engine, [*prompt, *reply, 5, 6], 3, salt="other").events[0].n_cached == 0
+    assert converse(engine, changed, 3).n_cached == 4
+    assert converse(engine, [*prompt, *reply, 5, 6], 3, salt="other").n_cached == 0
 
 
 def test_sampled_reply_does_not_depend_on_company() -> None:
@@ -169,11 +169,11 @@ def test_sampled_reply_does_not_depend_on_company() -> None:
 def test_cancelled_request_frees_its_pages(steps: int) -> None:
     engine = Engine(tiny(), n_pages=8, page_size=4, prefill_tokens_per_step=3)
     listeners = [Listener(), Listener()]
-    generations = [engine.submit([2, *range(5, 15)], greedy(20), listener) for listener in listeners]
+    requests = [engine.submit([2, *range(5, 15)], greedy(20), listener) for listener in listeners]
     for _ in range(steps):
         engine.step()
-    generations[0].cancel()
-    generations[0].cancel()
+    requests[0].cancel()
+    requests[0].cancel()
     finish(engine)
     assert listeners[0].events[-1].finish_reason == "cancelled"
     assert listeners[1].tokens == uncached_greedy((2, *range(5, 15)), 20)
@@ -192,6 +192,44 @@ def test_failed_step_ends_its_requests_and_the_engine_goes_on(monkeypatch: pytes
     engine.submit([2, 5], greedy(3), events.put)
     assert [events.get(timeout=20).token for _ in range(3)] == uncached_greedy((2, 5), 3)
     engine.stop()
+    assert_only_the_cache_holds_pages(engine)
+
+
+@pytest.mark.parametrize("n_running", [0, 2])
+def test_failed_scheduling_ends_the_running_requests_or_else_the_first_waiting_one(
+    monkeypatch: pytest.MonkeyPatch, n_running: int
+) -> None:
+    """One request fails at a time, so that a request that cannot be scheduled does not block those behind it."""
+    engine = Engine(tiny(), n_pages=30, page_size=4, max_running=2)
+    events: list[queue.SimpleQueue[Event]] = [queue.SimpleQueue() for _ in range(4)]
+    admit, failing = engine._admit, threading.Event()
+
+    def scheduled() -> None:
+        if n_running == 0 and any(request.number == 0 for request in engine._waiting):
+            raise RuntimeError("cannot be scheduled")
+        if n_running and engine.n_running == n_running and not failing.is_set():
+            failing.set()
+            raise RuntimeError("failed once")
+        admit()
+
+    monkeypatch.setattr(engine, "_admit", scheduled)
+    for number in range(4):
+        engine.submit([2, 5 + number], greedy(8), events[number].put)
+    engine.start()
+    failed = range(max(n_running, 1))
+    for number in range(4):
+        last = events[number].get(timeout=20)
+        tokens = [last.token]
+        while last.finish_reason is None:
+            last = events[number].get(timeout=20)
+            tokens.append(last.token)
+        if number in failed:
+            assert (last.finish_reason, last.token) == ("error", None)
+            assert "its log says why" in (last.error or "")
+        else:
+            assert tokens == uncached_greedy((2, 5 + number), 8)
+    engine.stop()
+    assert engine.counters.failed == len(failed)
     assert_only_the_cache_holds_pages(engine)
 
 
@@ -221,7 +259,7 @@ def test_failed_row_ends_its_own_request(monkeypatch: pytest.MonkeyPatch, fails:
     assert (failed.events[-1].finish_reason, failed.events[-1].token) == ("error", None)
     assert failed.events[-1].error
     assert len(failed.tokens) == 2
-    assert [g.tokens for g in listeners] == [uncached_greedy(p, 9) for p in (prompts[0], *prompts[2:])]
+    assert [listener.tokens for listener in listeners] == [uncached_greedy(p, 9) for p in (prompts[0], *prompts[2:])]
     assert (engine.counters.failed, engine.counters.finished) == (1, 4)
     # what the failed request computed is not read by another
     assert engine.prefix_cache.match([*prompts[1], 5], "bad") == []
@@ -282,9 +320,8 @@ def test_refused_prompts() -> None:
         engine.submit([2] * 20, greedy(3), Listener())
     with pytest.raises(PromptError, match="at least 1"):
         engine.submit([2], greedy(0), Listener())
-    generation = engine.submit([2] * 19, greedy(30), Listener())
-    assert isinstance(generation, Generation)
-    assert generation.sampling.max_new_tokens == 1
+    request = engine.submit([2] * 19, greedy(30), Listener())
+    assert request.sampling.max_new_tokens == 1
     with pytest.raises(QueueFull, match="1 requests"):
         engine.submit([2], greedy(3), Listener())
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import queue
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from data.format.dialogue import Message
-from data.format.encode import encode_prompt
+from data.format.encode import decode_reply, encode_prompt
 from data.format.tokenizer import DialogueTokenizer
 from data.prompt.fit import FittedPrompt, fit_prompt
 from model.inference.generate import generate
 from model.transformer import Transformer
 from serving_export.server.answer import _sse
-from serving_export.server.engine import Engine, Event, PromptError, QueueFull
-from serving_export.server.reply import GenerationFailed, Replier
+from serving_export.server.conversation import ConversationEncoder
+from serving_export.server.engine import Engine
+from serving_export.server.reply import Replier
+from serving_export.server.request import Event, GenerationFailed, PromptError, QueueFull, Request
 
 
 @pytest.fixture
@@ -30,44 +35,113 @@ def replier(model: Transformer, tokenizer: DialogueTokenizer) -> Iterator[Replie
 ASKED = [Message("narrator", "Ada: likes ducks"), Message("Bob", "hello <|end|> \u2060")]
 
 
+def prompt_of(request: Request) -> list[int]:
+    return request.tokens[: request.n_prompt]
+
+
 def test_reply_and_second_turn(replier: Replier, tokenizer: DialogueTokenizer, model: Transformer) -> None:
-    # a random model draws rubble: bytes that are no text, pieces the tokenizer would not choose
+    # a random model generates bytes that are no text, and tokens that the tokenizer would not choose
     sampling = replier.sampling(20, temperature=1.0, top_k=0, top_p=1.0, seed=3)
     parts = list(replier.stream(replier.encode(ASKED, "Ada"), sampling))
     reply = parts[-1][1]
     assert "".join(text for text, _ in parts) == reply.text
     assert reply.finish_reason in ("stop", "length")
-    assert reply.prompt == encode_prompt(tokenizer, ASKED, "Ada")
-    assert tokenizer.message_id not in reply.drawn
-    body = reply.drawn[:-1] if reply.finish_reason == "stop" else reply.drawn
+    assert prompt_of(reply) == encode_prompt(tokenizer, ASKED, "Ada")
+    assert tokenizer.message_id not in reply.generated
+    body = reply.generated[:-1] if reply.finish_reason == "stop" else reply.generated
     assert body != tokenizer.encode(" " + reply.text)
 
     following = [*ASKED, Message("Ada", reply.text), Message("Bob", "ducks?")]
     second = list(replier.stream(replier.encode(following, "Ada"), sampling))[-1][1]
-    assert second.prompt[: len(reply.prompt) + len(body)] == [*reply.prompt, *body]
-    assert second.n_cached == (len(reply.prompt) + len(reply.drawn) - 1) // 4 * 4
+    assert second.tokens[: reply.n_prompt + len(body)] == [*prompt_of(reply), *body]
+    assert second.n_cached == (reply.n_prompt + reply.n_generated - 1) // 4 * 4
 
-    # and the second reply is what a model without any cache draws
+    # and the second reply is what a model without any cache generates
     greedy = replier.sampling(12, temperature=0, top_k=0, top_p=1.0, seed=0)
     third = list(replier.stream(replier.encode(following, "Ada"), greedy))[-1][1]
-    assert third.n_cached > 0
-    assert third.drawn == generate(model, [third.prompt], greedy)[0][0].tokens
+    assert third.n_cached
+    assert third.generated == generate(model, [prompt_of(third)], greedy)[0][0].tokens
 
 
 def test_stop_string_ends_the_reply_and_frees_its_pages(replier: Replier) -> None:
     sampling = replier.sampling(60, temperature=1.0, top_k=0, top_p=1.0, seed=5)
-    whole = list(replier.stream(replier.encode(ASKED, "Ada"), sampling))[-1][1]
+    prompt = replier.encode(ASKED, "Ada")
+    whole = list(replier.stream(prompt, sampling))[-1][1]
     stop = whole.text[10:12]
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-    reply = replier.start(whole.prompt, sampling, events.put, stop=[stop])
-    while reply.finish_reason is None:
-        reply.take(events.get(timeout=20))
-    assert reply.text == whole.text[: whole.text.index(stop)]
-    assert reply.finish_reason == "stop"
+    reply = replier.start(prompt, sampling, events.put, stop=[stop])
+    texts = list[str]()
+    while (event := events.get(timeout=20)).finish_reason is None:
+        texts.append(event.text)
+    assert "".join([*texts, event.text]) == reply.text == whole.text[: whole.text.index(stop)]
+    assert event.finish_reason == reply.finish_reason == "stop"
+    # the reply ends with the token that completes the stop string
+    assert reply.generated == whole.generated[: reply.n_generated]
+    assert stop in decode_reply(replier.tokenizer, reply.generated)
+    assert stop not in decode_reply(replier.tokenizer, reply.generated[:-1])
+    assert (replier.engine.counters.finished, replier.engine.counters.cancelled) == (2, 0)
     replier.engine.stop()
     assert replier.engine.n_running == 0
-    replier.engine.prefix_cache.clear()
+    replier.engine.prefix_cache.evict(10**9)
     assert replier.engine.cache.allocator.n_free == 64
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 50), n_new=st.integers(1, 40), page_size=st.sampled_from([1, 4, 16]),
+    places=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 4)), max_size=3),
+    cancel_at=st.none() | st.integers(0, 45),
+)  # fmt: skip
+def test_text_of_a_request_is_that_of_its_tokens(
+    model: Transformer,
+    tokenizer: DialogueTokenizer,
+    seed: int,
+    n_new: int,
+    page_size: int,
+    places: list[tuple[int, int]],
+    cancel_at: int | None,
+) -> None:
+    """Whatever stop strings it has and wherever it is cancelled; the events say the same as the request."""
+    replier = Replier(Engine(model, n_pages=128, page_size=page_size), tokenizer)
+    sampling = replier.sampling(n_new, temperature=1.5, top_k=0, top_p=1.0, seed=seed)
+
+    def run(stop: list[str], cancel_at: int | None) -> tuple[Request, list[Event]]:
+        events: list[Event] = []
+        request = replier.start(replier.encode(ASKED, "Ada"), sampling, events.append, stop=stop)
+        n_steps = 0
+        while n_steps == 0 or replier.engine.n_running:
+            if n_steps == cancel_at:
+                request.cancel()
+            replier.engine.step()
+            n_steps += 1
+        return request, events
+
+    whole, _ = run([], None)
+    whole_text = decode_reply(tokenizer, whole.generated)
+    assert whole.text == whole_text
+    stop = [whole_text[start : start + length] for start, length in places if start < len(whole_text)]
+    request, events = run(stop, cancel_at)
+    assert [event.token for event in events if event.token is not None] == request.generated
+    assert request.generated == whole.generated[: request.n_generated]
+    assert "".join(event.text for event in events) == request.text
+    assert [event.finish_reason for event in events][:-1] == [None] * (len(events) - 1)
+    assert events[-1].finish_reason == request.finish_reason
+    text = decode_reply(tokenizer, request.generated)
+    ends = [text.find(one) + len(one) for one in stop if one in text]
+    if ends:
+        assert request.finish_reason in ("stop", "length")
+        first = min(text.find(one) for one in stop if text.endswith(one, 0, min(ends)))
+        assert request.text == text[:first]
+    else:
+        assert request.text == text
+        assert request.finish_reason == ("cancelled" if request.is_cancelled and events[-1].token is None
+                                         else whole.finish_reason)  # fmt: skip
+    with contextlib.ExitStack() as raised:
+        if request.finish_reason == "cancelled":
+            raised.enter_context(pytest.raises(GenerationFailed, match="shutting down"))
+        events[-1].check()
+    replier.engine.prefix_cache.evict(10**9)
+    assert replier.engine.cache.allocator.n_free == 128
 
 
 def test_leaving_the_stream_cancels(replier: Replier) -> None:
@@ -114,10 +188,13 @@ def test_reply_drawn_in_many_pieces_still_fits(replier: Replier, tokenizer: Dial
     first_byte, text = 5, "Hello there, how are you doing today? " * 5
     prompt = replier.encode(ASKED[1:], "Ada")
     drawn = [first_byte + byte for byte in (" " + text).encode()]
-    assert replier.encoder.remember_reply(prompt.tokens, drawn, text)
+    assert replier.encoder.remember_reply(prompt, drawn, text)
     messages = [*ASKED[1:], Message("Ada", text), Message("Bob", "Hello there, how are you doing today? " * 3)]
-    assert len(replier.encoder.encode_prompt(messages, "Ada")) >= 256
-    assert len(replier.encode(messages, "Ada", truncate=True, longest_reply=1).tokens) < 256
+    assert len(replier.encoder.encode_prompt(messages, "Ada").tokens) >= 256
+    fallback = replier.encode(messages, "Ada", truncate=True, longest_reply=1)
+    assert len(fallback.tokens) < 256
+    # and a reply to the prompt that fits is remembered under that prompt's history
+    assert fallback.history == ConversationEncoder(tokenizer).encode_prompt(messages, "Ada").history
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])

@@ -6,6 +6,7 @@ import asyncio
 import json
 import pkgutil
 import threading
+import tracemalloc
 from typing import Any
 
 import httpx
@@ -20,9 +21,10 @@ from serving_export.bundle import Bundle, SamplingDefaults
 from serving_export.export.manifest import Defaults
 from serving_export.server.__main__ import create_app
 from serving_export.server.conversation import ConversationEncoder
-from serving_export.server.engine import Engine, PromptError
+from serving_export.server.engine import Engine
 from serving_export.server.protocol import RequestError
 from serving_export.server.reply import Replier
+from serving_export.server.request import PromptError
 from serving_export.server.request_body import MAX_BODY_BYTES, longest_body, parse_body, read_body
 
 HELLO = [{"role": "user", "content": "Hello there"}]
@@ -38,7 +40,6 @@ def never(*_: Any) -> None:
     [
         "serving_export.server.request_body:parse_request",
         "serving_export.server.conversation:ConversationEncoder.encode_prompt",
-        "serving_export.server.reply:Reply.remember",
     ],
 )
 def test_loop_turns_while_a_request_is_worked_on(
@@ -159,6 +160,24 @@ def test_reading_ends_at_the_hard_limit_where_no_length_is_announced() -> None:
     with pytest.raises(RequestError, match="longer than") as refused:
         asyncio.run(read_body(Request({"type": "http", "method": "POST", "headers": []}, receive), 1024))
     assert refused.value.status == 413
+
+
+def test_a_body_beyond_the_limit_is_not_kept() -> None:
+    n_chunks = 20
+
+    async def receive() -> dict[str, Any]:
+        nonlocal n_chunks
+        n_chunks -= 1
+        return {"type": "http.request", "body": bytes(longest_body(1) - 1), "more_body": n_chunks > 0}
+
+    tracemalloc.start()
+    try:
+        with pytest.raises(RequestError, match="at most 524,288 are read"):
+            asyncio.run(read_body(Request({"type": "http", "method": "POST", "headers": []}, receive), 1))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * longest_body(1)
 
 
 def test_limits_grow_with_the_model() -> None:
