@@ -2,11 +2,17 @@
 
 import os
 
+SPINS = 20_000
+"""About half a millisecond: longer than the gaps between the operations of a small model on idle cores, so that
+threads are still awake (90 to 96% of the speed of libgomp's 300,000 spins), and short enough that a thread whose partner
+is not running gives up its core (3 times the default's speed beside six busy processes). See BENCHMARKS.md."""
 
-def sleep_while_waiting() -> None:
-    """Let OpenMP threads sleep instead of spin; a value that the environment has stays.
+
+def limit_spinning() -> None:
+    """Let OpenMP threads spin for a short time, then sleep; values that the environment has stay.
 
     A thread that spins keeps its core from the thread it waits for: beside other processes training falls to a
     fraction of its speed. OpenMP reads the variable as torch is imported, so packages call this before they import it.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
