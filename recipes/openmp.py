@@ -3,9 +3,9 @@
 import os
 
 SPINS = 20_000
-"""About half a millisecond: longer than the gaps between the operations of a small model on idle cores, so that
-threads are still awake (90 to 96% of the speed of libgomp's 300,000 spins), and short enough that a thread whose partner
-is not running gives up its core (3 times the default's speed beside six busy processes). See BENCHMARKS.md."""
+"""About half a millisecond. Longer than the gaps between the operations of a small model, so that threads on idle cores
+are still awake (90 to 96% of the speed of libgomp's 300,000 spins); short enough that a thread whose partner is not
+running gives up its core (3 times the default's speed beside six busy processes). See BENCHMARKS.md."""
 
 
 def limit_spinning() -> None:
