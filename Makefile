@@ -10,7 +10,7 @@ PIP := $(IN_VENV) -m pip --disable-pip-version-check install -c constraints.txt
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit test-engines chat serve clean
+.PHONY: help demo test lint types unit test-gpu test-engines chat serve clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' Makefile | column -t -s '|'
@@ -28,6 +28,9 @@ types: $(STAMP)
 
 unit: $(STAMP)
 	$(IN_VENV) -m pytest -n auto --dist loadfile
+
+test-gpu: $(STAMP) ## the tests that use a GPU; writes tests/gpu_record.json with card and versions
+	$(IN_VENV) tests/gpu.py
 
 test-engines: $(BUNDLE)/manifest.json $(STAMP) ## the bundle in vLLM (its own venv): the same greedy tokens as ours
 	BASE_PYTHON=$(PYTHON) bash tests/engines/run.sh $(BUNDLE) $(dir $(BUNDLE))data/dialogues/heldout.jsonl

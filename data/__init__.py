@@ -1,7 +1,7 @@
 """Dialogue logs to packed, fingerprinted token shards: sources, tokenizer, format, packing, order, preferences."""
 
 from recipes.interrupt import catch_interrupts
-from recipes.openmp import sleep_while_waiting
+from recipes.openmp import limit_spinning
 
 catch_interrupts()
-sleep_while_waiting()
+limit_spinning()

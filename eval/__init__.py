@@ -1,7 +1,7 @@
 """Evaluation: held-out loss, next-reply ranking, the reward model, replies; every figure with an interval."""
 
 from recipes.interrupt import catch_interrupts
-from recipes.openmp import sleep_while_waiting
+from recipes.openmp import limit_spinning
 
 catch_interrupts()
-sleep_while_waiting()
+limit_spinning()

@@ -1,7 +1,7 @@
 """Hugging Face export with parity checks, the reference engine with its prefix cache, the HTTP server."""
 
 from recipes.interrupt import catch_interrupts
-from recipes.openmp import sleep_while_waiting
+from recipes.openmp import limit_spinning
 
 catch_interrupts()
-sleep_while_waiting()
+limit_spinning()

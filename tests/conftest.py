@@ -13,10 +13,14 @@ from hypothesis import settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only wait for each other's threads
 import torch
 
+from tests import fork_server
+
 settings.register_profile("dramatis", deadline=None, derandomize=True)
 settings.load_profile("dramatis")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels run on the CPU, slowly
+    if sys.platform == "linux" and not os.environ.get("DRAMATIS_REAL_LAUNCHES"):
+        fork_server.install()  # a fork of a process that has initialized CUDA cannot use it
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """Training stages (pretrain, sft, engagement, dpo) on one loop under DeepSpeed."""
 
 from recipes.interrupt import catch_interrupts
-from recipes.openmp import sleep_while_waiting
+from recipes.openmp import limit_spinning
 
 catch_interrupts()
-sleep_while_waiting()
+limit_spinning()

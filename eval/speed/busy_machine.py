@@ -27,13 +27,14 @@ from model.attention_ops import Documents
 from model.config import ModelConfig
 from model.transformer import Transformer
 from recipes.loader import read_document
+from recipes.openmp import SPINS
 
 SETTINGS: dict[str, dict[str, str]] = {
     "libgomp's default, 300,000 spins": {"GOMP_SPINCOUNT": "300000"},
     "100,000 spins": {"GOMP_SPINCOUNT": "100000"},
-    "10,000 spins": {"GOMP_SPINCOUNT": "10000"},
-    "1,000 spins": {"GOMP_SPINCOUNT": "1000"},
-    "OMP_WAIT_POLICY=PASSIVE (ours), no spins": {"OMP_WAIT_POLICY": "PASSIVE"},
+    f"{SPINS:,} spins (ours)": {"GOMP_SPINCOUNT": str(SPINS)},
+    "5,000 spins": {"GOMP_SPINCOUNT": "5000"},
+    "OMP_WAIT_POLICY=PASSIVE, no spins": {"OMP_WAIT_POLICY": "PASSIVE"},
     "OMP_NUM_THREADS=1": {"OMP_NUM_THREADS": "1"},
 }
 _OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")

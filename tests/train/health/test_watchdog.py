@@ -112,15 +112,18 @@ def test_a_gpu_is_busy_until_it_has_done_all_it_was_given() -> None:
 
 
 def start(how: str, failing: int, recipe: Path, *overrides: str) -> subprocess.Popen[str]:
-    """The program fail_at.py on two ranks, which wait three seconds for each other."""
+    """The program fail_at.py on two ranks, which wait three seconds for each other; under NCCL where there are GPUs."""
+    if torch.cuda.is_available() and torch.cuda.device_count() < 2:
+        pytest.skip("two ranks need two GPUs, or none")
+    accelerator = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
     program = [str(Path(__file__).parents[1] / "fail_at.py"), how, str(failing), str(recipe)]
     overrides = ("engine.timeout_minutes=0.05", *overrides)
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program, *overrides],
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         env={
-            **os.environ, "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
+            **os.environ, **accelerator, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         },
     )  # fmt: skip
 
