@@ -117,8 +117,16 @@ def test_replies_equal_uncached_greedy(data: st.DataObject) -> None:
     assert_only_the_cache_holds_pages(engine)
 
 
-def test_pressure_preempts_and_evicts() -> None:
+def test_pressure_preempts_and_evicts(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = poisoned(Engine(tiny(), n_pages=10, page_size=4))
+    preempt = engine._preempt
+
+    def checked(request: Request) -> None:
+        assert request.number == max(running.number for running in engine._running), "not the youngest"
+        preempt(request)
+        assert request is engine._waiting[0], "not the first to be admitted again"
+
+    monkeypatch.setattr(engine, "_preempt", checked)
     listeners = [Listener() for _ in range(6)]
     prompts = [(2, *range(5 + i, 15 + i)) for i in range(6)]
     for prompt, listener in zip(prompts, listeners):
@@ -130,6 +138,23 @@ def test_pressure_preempts_and_evicts() -> None:
     assert [len(listener.tokens) for listener in listeners] == [20] * 6
     assert engine.counters.prompt_tokens == sum(map(len, prompts))
     assert_only_the_cache_holds_pages(engine)
+
+
+def test_a_step_prefills_at_most_its_budget_the_oldest_request_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(tiny(), n_pages=40, page_size=4, prefill_tokens_per_step=6)
+    planned: list[list[tuple[int, int]]] = []
+    next_chunks = engine._next_chunks
+
+    def recorded() -> Any:
+        chunks = next_chunks()
+        planned.append([(request.number, length) for request, length in chunks])
+        return chunks
+
+    monkeypatch.setattr(engine, "_next_chunks", recorded)
+    for length in (5, 9, 3):
+        engine.submit([2, *range(5, 4 + length)], greedy(3), Listener())
+    finish(engine)
+    assert [chunks for chunks in planned if chunks] == [[(0, 5), (1, 1)], [(1, 6)], [(1, 2), (2, 3)]]
 
 
 def converse(engine: Engine, prompt: Sequence[int], n_new: int, salt: str | None = None) -> Request:
