@@ -140,6 +140,19 @@ def test_pressure_preempts_and_evicts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_only_the_cache_holds_pages(engine)
 
 
+def test_a_prompt_is_shared_while_its_reply_is_generated() -> None:
+    engine = Engine(tiny(), n_pages=40, page_size=4)
+    prompt = [2, *range(5, 14)]
+    first = engine.submit(prompt, Sampling(20, (), temperature=0), Listener())
+    engine.step()
+    second = engine.submit(prompt, Sampling(3, (), temperature=0), Listener())
+    engine.step()
+    assert (first.n_cached, second.n_cached, first.finish_reason) == (0, 8, None)
+    assert first.pages[:2] == second.pages[:2]
+    finish(engine)
+    assert second.generated == first.generated[:3]
+
+
 def test_a_request_is_admitted_when_each_running_one_keeps_a_page_to_grow() -> None:
     engine = Engine(tiny(), n_pages=4, page_size=4)
     listeners = [Listener(), Listener()]
