@@ -46,7 +46,9 @@ class Bundle:
         page_bytes = PAGE_SIZE * self.model.config.kv_bytes_per_token(weight_VD.element_size())
         n_pages = cache_mib * 2**20 // page_bytes
         if not n_pages:
-            raise BundleError(f"a cache of {cache_mib} MiB holds no page of {page_bytes:,} bytes; ask for a larger one")
+            raise BundleError(
+                f"a cache of {cache_mib} MiB is less than one page of {page_bytes:,} bytes; make it larger"
+            )
         return Engine(self.model, n_pages, PAGE_SIZE)
 
 

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,22 +72,16 @@ def prompt_poet_turn(path: Path, tokenizer: DialogueTokenizer, limit: int, step:
     return turn
 
 
-def our_turn(path: Path, tokenizer: DialogueTokenizer, limit: int, step: int) -> Turn:
-    """Ours as in a server: the ids of messages are cached across turns."""
-    template, encoder = PromptTemplate.load(path), MessageEncoder(tokenizer)
+def our_turn(path: Path, tokenizer: DialogueTokenizer, limit: int, step: int, is_stateless: bool = False) -> Turn:
+    """Ours as in a server, where the ids of messages are cached across turns.
+
+    `is_stateless`: with only the compiled template cached, like Prompt Poet; every message is encoded again.
+    """
+    template, kept = PromptTemplate.load(path), MessageEncoder(tokenizer)
 
     def turn(values: dict[str, Any]) -> int:
+        encoder = MessageEncoder(tokenizer) if is_stateless else kept
         return len(template.render(values, encoder, limit, truncation_step=step).tokens)
-
-    return turn
-
-
-def our_stateless_turn(path: Path, tokenizer: DialogueTokenizer, limit: int, step: int) -> Turn:
-    """Ours with only the compiled template cached, like Prompt Poet: every message is encoded again."""
-    template = PromptTemplate.load(path)
-
-    def turn(values: dict[str, Any]) -> int:
-        return len(template.render(values, MessageEncoder(tokenizer), limit, truncation_step=step).tokens)
 
     return turn
 
@@ -112,7 +107,7 @@ def main() -> int:
     tokenizer = train_tokenizer([message_body(message["text"]) for message in messages], None, vocab_size=400)
     total = sum(len(tokenizer.encode(message["text"])) for message in messages)
     table = Table("", "token limit", "Prompt Poet, ms", "ours, stateless, ms", "ours, ids kept, ms", "faster by")
-    renderers = (prompt_poet_turn, our_stateless_turn, our_turn)
+    renderers = (prompt_poet_turn, partial(our_turn, is_stateless=True), our_turn)
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "chat.yml.j2"
         path.write_text(TEMPLATE, encoding="utf-8")

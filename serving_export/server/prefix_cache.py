@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from model.inference.kv_cache import PageAllocator
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, slots=True)
 class _Block:
     """A node of the radix tree: the tokens of one full page. A root has no page and belongs to a salt."""
 

@@ -133,7 +133,7 @@ def parse_request(content: object) -> ChatRequest:
         raise RequestError(f"the body is {type(content).__name__}; expected a JSON object")
     messages = content.get("messages")
     if isinstance(messages, list) and len(messages) > MAX_MESSAGES:
-        message = f"messages: {len(messages):,} messages; at most {MAX_MESSAGES:,} are read. Leave old ones out"
+        message = f"messages: {len(messages):,} messages; at most {MAX_MESSAGES:,} are accepted; drop old ones"
         raise RequestError(message, "messages", "context_length_exceeded")
     try:
         request = ChatRequest.model_validate(content, strict=True)

@@ -31,7 +31,7 @@ async def read_body(request: Request, max_length: int) -> bytes:
     announced = request.headers.get("content-length", "")
     n_bytes = int(announced) if announced.isdecimal() else 0
     if n_bytes > MAX_BODY_BYTES:
-        raise RequestError(f"the body has {n_bytes:,} bytes; at most {MAX_BODY_BYTES:,} are read", status=413)
+        raise RequestError(f"the body has {n_bytes:,} bytes; at most {MAX_BODY_BYTES:,} are accepted", status=413)
     chunks: list[bytes] = []
     n_bytes = 0
     async for chunk in request.stream():
@@ -44,8 +44,8 @@ async def read_body(request: Request, max_length: int) -> bytes:
             chunks.clear()
     if n_bytes > limit:
         raise RequestError(
-            f"messages: the body has {n_bytes:,} bytes; at most {limit:,} are read for a model of {max_length:,} "
-            "tokens. Leave old messages out",
+            f"messages: the body has {n_bytes:,} bytes; at most {limit:,} are accepted for a model of {max_length:,} "
+            "tokens; drop old messages",
             "messages",
             "context_length_exceeded",
         )

@@ -42,7 +42,7 @@ def test_opens_what_was_exported(directory: Path, model: Transformer, tokenizer:
     assert (bundle.sampling.temperature, bundle.sampling.top_k, bundle.sampling.top_p) == (1.0, 0, 1.0)
     n_tokens = bundle.engine(cache_mib=1).cache.allocator.n_pages * 16
     assert n_tokens == 2**20 // (16 * model.config.kv_bytes_per_token(4)) * 16
-    with pytest.raises(BundleError, match="0 MiB holds no page"):
+    with pytest.raises(BundleError, match="0 MiB is less than one page"):
         bundle.engine(cache_mib=0)
 
 

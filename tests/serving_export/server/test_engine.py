@@ -117,8 +117,16 @@ def test_replies_equal_uncached_greedy(data: st.DataObject) -> None:
     assert_only_the_cache_holds_pages(engine)
 
 
-def test_pressure_preempts_and_evicts() -> None:
+def test_pressure_preempts_and_evicts(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = poisoned(Engine(tiny(), n_pages=10, page_size=4))
+    preempt = engine._preempt
+
+    def checked(request: Request) -> None:
+        assert request.number == max(running.number for running in engine._running), "not the youngest"
+        preempt(request)
+        assert request is engine._waiting[0], "not the first to be admitted again"
+
+    monkeypatch.setattr(engine, "_preempt", checked)
     listeners = [Listener() for _ in range(6)]
     prompts = [(2, *range(5 + i, 15 + i)) for i in range(6)]
     for prompt, listener in zip(prompts, listeners):
@@ -130,6 +138,64 @@ def test_pressure_preempts_and_evicts() -> None:
     assert [len(listener.tokens) for listener in listeners] == [20] * 6
     assert engine.counters.prompt_tokens == sum(map(len, prompts))
     assert_only_the_cache_holds_pages(engine)
+
+
+def test_a_prompt_is_shared_while_its_reply_is_generated() -> None:
+    engine = Engine(tiny(), n_pages=40, page_size=4)
+    prompt = [2, *range(5, 14)]
+    first = engine.submit(prompt, Sampling(20, (), temperature=0), Listener())
+    engine.step()
+    second = engine.submit(prompt, Sampling(3, (), temperature=0), Listener())
+    engine.step()
+    assert (first.n_cached, second.n_cached, first.finish_reason) == (0, 8, None)
+    assert first.pages[:2] == second.pages[:2]
+    finish(engine)
+    assert second.generated == first.generated[:3]
+
+
+def test_a_request_is_admitted_when_each_running_one_keeps_a_page_to_grow() -> None:
+    engine = Engine(tiny(), n_pages=4, page_size=4)
+    listeners = [Listener(), Listener()]
+    prompts = [(2, *range(5 + i, 12 + i)) for i in range(2)]  # two pages each
+    for prompt, listener in zip(prompts, listeners, strict=True):
+        engine.submit(prompt, Sampling(4, (), temperature=0), listener)
+    engine.step()
+    assert (engine.n_running, engine.n_waiting) == (1, 1)
+    finish(engine)
+    assert [len(listener.tokens) for listener in listeners] == [4, 4]
+    assert engine.counters.preemptions == 0
+
+
+def test_a_request_whose_receiver_fails_is_cancelled() -> None:
+    """As when the event loop of the client's connection is closed."""
+    engine, beside = Engine(tiny(), n_pages=20, page_size=4), Listener()
+
+    def closed(event: Event) -> None:
+        raise RuntimeError("the event loop is closed")
+
+    request = engine.submit([2, 7, 8], Sampling(20, (), temperature=0), closed)
+    engine.submit([2, 5, 6], greedy(8), beside)
+    finish(engine)
+    assert (request.n_generated, request.finish_reason) == (2, "cancelled"), "ended by the second step"
+    assert beside.tokens == uncached_greedy((2, 5, 6), 8)
+    assert_only_the_cache_holds_pages(engine)
+
+
+def test_a_step_prefills_at_most_its_budget_the_oldest_request_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(tiny(), n_pages=40, page_size=4, prefill_tokens_per_step=6)
+    planned: list[list[tuple[int, int]]] = []
+    next_chunks = engine._next_chunks
+
+    def recorded() -> Any:
+        chunks = next_chunks()
+        planned.append([(request.number, length) for request, length in chunks])
+        return chunks
+
+    monkeypatch.setattr(engine, "_next_chunks", recorded)
+    for length in (5, 9, 3):
+        engine.submit([2, *range(5, 4 + length)], greedy(3), Listener())
+    finish(engine)
+    assert [chunks for chunks in planned if chunks] == [[(0, 5), (1, 1)], [(1, 6)], [(1, 2), (2, 3)]]
 
 
 def converse(engine: Engine, prompt: Sequence[int], n_new: int, salt: str | None = None) -> Request:
@@ -215,20 +281,22 @@ def test_failed_scheduling_ends_the_running_requests_or_else_the_first_waiting_o
     monkeypatch.setattr(engine, "_admit", scheduled)
     for number in range(4):
         engine.submit([2, 5 + number], greedy(8), events[number].put)
-    engine.start()
     failed = range(max(n_running, 1))
-    for number in range(4):
-        last = events[number].get(timeout=20)
-        tokens = [last.token]
-        while last.finish_reason is None:
+    engine.start()
+    try:
+        for number in range(4):
             last = events[number].get(timeout=20)
-            tokens.append(last.token)
-        if number in failed:
-            assert (last.finish_reason, last.token) == ("error", None)
-            assert "its log says why" in (last.error or "")
-        else:
-            assert tokens == uncached_greedy((2, 5 + number), 8)
-    engine.stop()
+            tokens = [last.token]
+            while last.finish_reason is None:
+                last = events[number].get(timeout=20)
+                tokens.append(last.token)
+            if number in failed:
+                assert (last.finish_reason, last.token) == ("error", None)
+                assert "its log says why" in (last.error or "")
+            else:
+                assert tokens == uncached_greedy((2, 5 + number), 8)
+    finally:
+        engine.stop()
     assert engine.counters.failed == len(failed)
     assert_only_the_cache_holds_pages(engine)
 

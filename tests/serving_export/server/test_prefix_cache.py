@@ -145,6 +145,14 @@ def test_changed_token_never_hits_past_it(tokens: list[int], data: st.DataObject
     assert hit == pages[: place // PAGE]
 
 
+@given(tokens=TOKENS)
+@settings(deadline=None)
+def test_the_last_token_is_never_matched(tokens: list[int]) -> None:
+    cache = PrefixCache(PageAllocator(32), PAGE)
+    pages = store(cache, tokens)
+    assert cache.match(tokens) == pages[: (len(tokens) - 1) // PAGE]
+
+
 @given(tokens=TOKENS, salts=st.lists(SALTS, min_size=2, max_size=2, unique=True))
 @settings(deadline=None)
 def test_other_salt_never_hits(tokens: list[int], salts: list[str | None]) -> None:
@@ -163,6 +171,17 @@ def test_least_recently_used_leaf_goes_first() -> None:
     assert cache.evict(1) == 1
     assert len(cache.match([*left, 0])) == 2
     assert len(cache.match([*right, 0])) == len(shared) // PAGE
+
+
+def test_forget_drops_the_whole_path_and_all_below_it() -> None:
+    cache = PrefixCache(PageAllocator(32), PAGE)
+    for tokens in ([1, 2, 3, 4, 5, 6], [1, 2, 7, 8], [9, 9]):
+        store(cache, tokens)
+    in_use = cache.match([1, 2, 7, 8, 0])
+    assert cache.forget([1, 2, 3, 4]) == 4
+    assert cache.match([1, 2, 0]) == []
+    assert cache.n_pages == 1, "another path stays"
+    assert cache.allocator.n_free == 32 - 1 - len(in_use), "pages in use stay allocated"
 
 
 def test_page_in_use_is_never_evicted() -> None:

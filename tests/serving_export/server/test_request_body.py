@@ -93,8 +93,8 @@ MANY = [{"role": "user", "content": "a"}]
 @pytest.mark.parametrize(
     ("messages", "says"),
     [
-        ([{"role": "user", "content": "ducks " * 2_600_000}], "at most 524,288 are read"),
-        (MANY * 500_000, "at most 524,288 are read"),
+        ([{"role": "user", "content": "ducks " * 2_600_000}], "at most 524,288 are accepted"),
+        (MANY * 500_000, "at most 524,288 are accepted"),
     ],
 )
 def test_oversized_body_is_refused_unparsed(
@@ -172,7 +172,7 @@ def test_a_body_beyond_the_limit_is_not_kept() -> None:
 
     tracemalloc.start()
     try:
-        with pytest.raises(RequestError, match="at most 524,288 are read"):
+        with pytest.raises(RequestError, match="at most 524,288 are accepted"):
             asyncio.run(read_body(Request({"type": "http", "method": "POST", "headers": []}, receive), 1))
         _, peak = tracemalloc.get_traced_memory()
     finally:
