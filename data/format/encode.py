@@ -203,30 +203,23 @@ def add_control_tokens(
     messages, n_prefix, n_body = rendered.messages, n_ids[::2], n_ids[1::2]
     message_edges = np.append(0, np.cumsum(rendered.n_messages))
     first = message_edges[:-1]  # message of each dialogue
-    text_ends = np.cumsum(n_ids)
-    prefix_starts, body_ends = text_ends[::2] - n_prefix, text_ends[1::2]
-    places = np.concatenate([body_ends, prefix_starts[first], prefix_starts])  # at one place in this order
-    controls = [tokenizer.end_id, tokenizer.bos_id, tokenizer.message_id]
-    values = np.repeat(controls, [len(body_ends), len(first), len(prefix_starts)])
-    tokens = np.insert(ids.astype(np.int64), places, values)
     part_sizes = np.stack([1 + n_prefix, n_body + 1], axis=1)  # header and reply
     part_sizes[first, 0] += 1  # <bos>
     text_starts, ends = np.cumsum(part_sizes).reshape(-1, 2).T
+    message_starts = text_starts - 1 - n_prefix
+    edges = np.append(message_starts[first] - 1, len(ids) + 2 * len(messages) + len(first))
+    tokens = np.empty(edges[-1], np.int64)
+    is_text = np.ones(len(tokens), bool)
+    controls = ((edges[:-1], tokenizer.bos_id), (message_starts, tokenizer.message_id), (ends - 1, tokenizer.end_id))
+    for places, control in controls:
+        tokens[places], is_text[places] = control, False
+    tokens[is_text] = ids
     is_trained = np.stack([np.zeros(len(messages), np.uint8), messages["is_trained"]], axis=1)
+    loss_mask = np.repeat(is_trained.ravel(), part_sizes.ravel())
     label = np.full(len(tokens), NO_LABEL, np.int8)
     label[ends - 1] = messages["label"]
-    message_starts = text_starts - 1 - n_prefix
     n_opening = np.diff(np.append(0, np.cumsum(messages["opening"], dtype=np.int64))[message_edges])
-    return EncodedDialogues(
-        tokens,
-        np.repeat(is_trained.ravel(), part_sizes.ravel()),
-        label,
-        message_starts,
-        text_starts,
-        np.append(message_starts[first] - 1, len(tokens)),
-        message_edges,
-        n_opening,
-    )
+    return EncodedDialogues(tokens, loss_mask, label, message_starts, text_starts, edges, message_edges, n_opening)
 
 
 def encode_dialogue(
