@@ -82,6 +82,9 @@ def _python_program(arguments: tuple[Any, ...]) -> Program | None:
         environment = dict(os.fsdecode(pair).split("=", 1) for pair in env)
     if environment.get("PYTHONHASHSEED") != os.environ.get("PYTHONHASHSEED") or not rest:
         return None
+    path = environment.get("PYTHONPATH", "").split(os.pathsep)
+    if any((Path(entry) / "sitecustomize.py").exists() for entry in filter(None, path)):
+        return None  # it runs as the interpreter starts
     directory = os.fsdecode(cwd) if cwd is not None else os.getcwd()
     if rest[0] == "-m":
         return Program(rest[1], None, rest[2:], directory, environment, bool(new_session), os.getpid())

@@ -37,15 +37,11 @@ def print_report(run_dir: Path, manifest: Mapping[str, Any], seconds: float, con
         console.print(_source_table(ledgers, sides))
     console.print(record_table(ledger))
     if ledger.blank_messages:
-        console.print(
-            f"{ledger.blank_messages:,} blank messages were removed from dialogues", soft_wrap=True
-        )
+        console.print(f"{ledger.blank_messages:,} blank messages were removed from dialogues", soft_wrap=True)
     if ledger.scrubbed:
         console.print(f"scrubbed: {ledger.scrubbed_text}", highlight=False, soft_wrap=True)
     if ledger.untrained_replies:
-        console.print(
-            f"{ledger.untrained_replies:,} replies are excluded from SFT by their records", soft_wrap=True
-        )
+        console.print(f"{ledger.untrained_replies:,} replies are excluded from SFT by their records", soft_wrap=True)
     if n_openings := sum(side["n_openings_not_repeated"] for side in sides.values()):
         console.print(
             f"{n_openings:,} dialogues are split and begin with a narrator's opening longer than half a row: their "

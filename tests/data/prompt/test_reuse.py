@@ -12,6 +12,7 @@ from data.format.tokenizer import DialogueTokenizer
 from data.prompt.__main__ import main
 from data.prompt.reuse import Rule, TokenizedConversation, naive, planned, replay, stepped, stitched
 from data.prompt.template import PromptTemplate, conversation_values
+from tests.corpora import CORPORA, needs_corpora
 from tests.written_data import write_dialogues
 
 
@@ -89,15 +90,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "none.jsonl" in capsys.readouterr().err
 
 
-CORPUS = Path("corpora/qmsum")
-
-
-@pytest.mark.skipif(not CORPUS.exists(), reason="the corpus is not here")
+@needs_corpora
 def test_real_meetings_of_sixty_turns_and_more() -> None:
     """At a limit of 53 turns' tokens or more: 95% reused, a quarter of the context given up at most."""
     from data.prompt.reuse import evenly, n_turns, read_conversations, tokenizer_for
 
-    dialogues = [d for d in read_conversations(f"qmsum:{CORPUS}") if n_turns(d) >= 60]
+    dialogues = [d for d in read_conversations(f"qmsum:{CORPORA / 'qmsum'}") if n_turns(d) >= 60]
     some = evenly(dialogues, 3)
     encoder = MessageEncoder(tokenizer_for(some, 2000))
     sums, _ = replay([TokenizedConversation(dialogue, encoder, 100) for dialogue in some], naive)

@@ -1,9 +1,6 @@
-"""The published corpora themselves give the counts they are known by. Skipped where there is no folder corpora/ (or
-none that DRAMATIS_CORPORA names) that holds them, each in a folder named after its source."""
+"""The published corpora themselves give the counts they are known by."""
 
-import os
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -11,9 +8,9 @@ from data.format.dialogue import NARRATOR, Dialogue
 from data.sources.preferences import OTHER_CONTEXT, SAME_REPLY, SAYS_NOTHING, read_pair_file
 from data.sources.record import LeftOut, Rejected
 from data.sources.registry import SOURCES
+from tests.corpora import CORPORA, needs_corpora
 
-FOLDER = Path(os.environ.get("DRAMATIS_CORPORA", "corpora"))
-pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="there is no folder corpora/")
+pytestmark = needs_corpora
 
 # kind: dialogues, messages of people, records left out, bad records.
 COUNTS = {
@@ -31,7 +28,7 @@ COUNTS = {
 
 @pytest.mark.parametrize("kind", COUNTS)
 def test_counts(kind: str) -> None:
-    records = list(SOURCES[kind].model_validate({"kind": kind, "path": str(FOLDER / kind)}).read())
+    records = list(SOURCES[kind].model_validate({"kind": kind, "path": str(CORPORA / kind)}).read())
     dialogues = [record for record in records if isinstance(record, Dialogue)]
     types = Counter(type(record) for record in records)
     said = sum(message.speaker != NARRATOR for dialogue in dialogues for message in dialogue.messages)
@@ -40,13 +37,13 @@ def test_counts(kind: str) -> None:
 
 
 def test_everybody_of_the_meetings_keeps_a_name() -> None:
-    meetings = SOURCES["qmsum"].model_validate({"kind": "qmsum", "path": str(FOLDER / "qmsum")}).read()
+    meetings = SOURCES["qmsum"].model_validate({"kind": "qmsum", "path": str(CORPORA / "qmsum")}).read()
     dialogues = [record for record in meetings if isinstance(record, Dialogue)]
     assert len({message.speaker for dialogue in dialogues for message in dialogue.messages} - {NARRATOR}) == 523
 
 
 def test_unusable_preference_pairs() -> None:
-    paths = sorted((FOLDER / "hh_rlhf").glob("*.jsonl.gz"))
+    paths = sorted((CORPORA / "hh_rlhf").glob("*.jsonl.gz"))
     read = [read_pair_file(path, "hh_rlhf", max_refused_fraction=0.02) for path in paths]
     refused = sum((file.refused for file in read), Counter())
     assert sum(file.n_records for file in read) == 5_042
