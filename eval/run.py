@@ -23,6 +23,7 @@ from eval.parts.training_curve import training_curves
 from eval.parts.user_sensitivity import evaluate_user_sensitivity
 from eval.report import write_report
 from eval.scoring import OnProgress, reply_logprobs, share_of, sigmoid, spread_rows
+from eval.speed.decode import device_name
 from eval.workspace import EvalRecipe, Workspace, open_workspace
 from model.weights import load_config
 from recipes.run_directory import read_done
@@ -176,7 +177,7 @@ def evaluate(recipe: EvalRecipe, console: Console) -> dict[str, Any]:
 
 
 def _described(space: Workspace) -> dict[str, Any]:
-    recipe = space.recipe
+    recipe, device = space.recipe, space.models.device
 
     def described(path: str) -> dict[str, Any]:
         return {
@@ -193,6 +194,7 @@ def _described(space: Workspace) -> dict[str, Any]:
         "confidence_level": recipe.bootstrap.confidence_level,
         "bootstrap": recipe.bootstrap.model_dump(),
         "sampling": recipe.replies.model_dump(),
+        "precision": f"{'float32' if device.type == 'cpu' else 'the dtype of their weights'}, {device_name(device)}",
         "models": {name: described(path) for name, path in recipe.models.items()},
         "scorer": described(recipe.scorer) if recipe.scorer else None,
         "data": {"run_dir": recipe.data, "n_dialogues": space.n_dialogues, "fingerprint": space.heldout.fingerprint},

@@ -67,7 +67,6 @@ class Answer:
         """The body of the whole answer. Raises GenerationFailed."""
         async for _ in self._received():
             pass
-        self.is_over = True
         choices = [(request.text, str(request.finish_reason)) for request in self._requests]
         return completion_body(self._head, choices, self._usage())
 

@@ -136,6 +136,7 @@ def random_report(seed: int = 0) -> dict[str, Any]:
         "created": "2026-11-23",
         "seed": 7,
         "confidence_level": 0.95,
+        "precision": "float32, CPU",
         "bootstrap": {"n_resamples": 100},
         "models": {
             name: {"run_dir": f"runs/demo/{name}", "n_parameters": 3_077_184, "key_figure": "held-out 3.91 nats"}

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from eval.report import to_json
@@ -42,6 +43,7 @@ def test_whole_evaluation(pipeline: Path, monkeypatch: pytest.MonkeyPatch, capsy
     # Untrained models know nothing: their loss is near that of a uniform guess, far above the count models.
     assert report["perplexity"]["models"]["sft"]["loss"]["value"] > report["perplexity"]["ngrams"]["bigram_kneser_ney"]
     assert report["quality"]["systems"]["human"]["stop_rate"]["value"] == 1
+    assert report["precision"].startswith("float32, CPU" if not torch.cuda.is_available() else "the dtype")
     assert len(report["samples"]) == 3 and len(report["samples"][0]["replies"]) == 4
     assert report["training_curves"]["sft"]["heldout_loss"] == [4.0]
     assert report["user_sensitivity"]["models"]["sft"]["ignored_last_user_messages"] == 0

@@ -116,3 +116,15 @@ def test_usage_is_of_running_requests_only(running: Any) -> None:
     assert running.metric("kv_cache_usage_perc") == 0
     share = running.engine.prefix_cache.n_pages / running.engine.cache.allocator.n_pages
     assert running.metric("kv_cache_reusable_perc") == pytest.approx(share)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_reads_its_whole_answer_has_not_left(running: Any, stream: bool) -> None:
+    before = running.metric("client_disconnects_total")
+    for _ in range(2):  # the second is answered after the first has ended on the server too
+        response = running.http.post(
+            "/v1/chat/completions", json={"messages": MESSAGES, "max_tokens": 2, "stream": stream}
+        )
+        assert response.status_code == 200
+    running.wait_until_idle()
+    assert running.metric("client_disconnects_total") == before

@@ -104,7 +104,9 @@ def test_names_and_character(running: Any) -> None:
 
 
 def test_n_choices_and_stop(running: Any) -> None:
+    before = running.engine.counters.generated_tokens
     answer = running.ask(HELLO, n=3, max_tokens=30, seed=2)
+    assert answer.usage.completion_tokens == running.engine.counters.generated_tokens - before > 30
     texts = [choice.message.content for choice in answer.choices]
     assert len(set(texts)) == 3
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
