@@ -145,10 +145,11 @@ def test_text_of_a_request_is_that_of_its_tokens(
 
 
 def test_leaving_the_stream_cancels(replier: Replier) -> None:
-    for _ in replier.stream(replier.encode(ASKED, "Ada"), replier.sampling(None, 1.0, 0, 1.0, 1)):
-        break
-    replier.engine.stop()
-    assert replier.engine.counters.cancelled == 1
+    stream = replier.stream(replier.encode(ASKED, "Ada"), replier.sampling(None, 1.0, 0, 1.0, 1))
+    _, request = next(stream)
+    assert not request.is_cancelled
+    stream.close()  # type: ignore[attr-defined]
+    assert request.is_cancelled
 
 
 def test_failure_is_raised(replier: Replier, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,15 +187,15 @@ def test_truncation_is_the_rule_of_all_prompts(replier: Replier, tokenizer: Dial
 
 def test_reply_drawn_in_many_pieces_still_fits(replier: Replier, tokenizer: DialogueTokenizer) -> None:
     first_byte, text = 5, "Hello there, how are you doing today? " * 5
-    prompt = replier.encode(ASKED[1:], "Ada")
+    prompt = replier.encode(ASKED[1:], "Ada", "tenant")
     drawn = [first_byte + byte for byte in (" " + text).encode()]
     assert replier.encoder.remember_reply(prompt, drawn, text)
     messages = [*ASKED[1:], Message("Ada", text), Message("Bob", "Hello there, how are you doing today? " * 3)]
-    assert len(replier.encoder.encode_prompt(messages, "Ada").tokens) >= 256
-    fallback = replier.encode(messages, "Ada", truncate=True, longest_reply=1)
+    assert len(replier.encoder.encode_prompt(messages, "Ada", "tenant").tokens) >= 256
+    fallback = replier.encode(messages, "Ada", "tenant", truncate=True, longest_reply=1)
     assert len(fallback.tokens) < 256
     # and a reply to the prompt that fits is remembered under that prompt's history
-    assert fallback.history == ConversationEncoder(tokenizer).encode_prompt(messages, "Ada").history
+    assert fallback.history == ConversationEncoder(tokenizer).encode_prompt(messages, "Ada", "tenant").history
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
