@@ -22,7 +22,7 @@ def draw_cache(report: Report) -> "Figure":
         offset: dict[str, Any] = {"xytext": (8, 5), "textcoords": "offset points"}
         ax.annotate(name, (mebibytes, estimate["value"]), fontsize=9, color=INK, **offset)
         places.append(mebibytes)
-    _log_ticks(ax, places, [f"{place:.2g}" for place in places])
+    _log_ticks(ax, places, [f"{place:.3g}" for place in places])
     ax.margins(x=0.16, y=0.12)
     ax.axhline(0, **DASHED)
     ax.set(
