@@ -81,11 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print_problems(error)
         return 2
-    tell(found, choices, arguments, Console())
+    print_result(found, choices, arguments, Console())
     return 0
 
 
-def tell(found: Any, choices: Choices, arguments: argparse.Namespace, console: Console) -> None:
+def print_result(found: Any, choices: Choices, arguments: argparse.Namespace, console: Console) -> None:
     """Print what was found, chosen and written, and the next command."""
     print_found(found, arguments.data, console)
     files = ", ".join([PIPELINE_FILE, *(f"{stage}.yaml" for stage in choices.stages)])
