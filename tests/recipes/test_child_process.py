@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from recipes.child_process import Child, StopRequests
@@ -38,6 +39,35 @@ def test_two_requests_between_two_looks_kill_what_does_not_listen(stops: StopReq
     assert ended is not None
     assert ended.code == -signal.SIGKILL
     assert ended.peak_bytes > 0
+
+
+def test_the_kill_reaches_processes_whose_parent_has_ended(stops: StopRequests, tmp_path: Path) -> None:
+    deaf = """import signal, subprocess, time
+signal.signal(15, signal.SIG_IGN)  # its children inherit this
+subprocess.run(["sh", "-c", "sleep 60 & echo $!"])
+time.sleep(60)"""
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        child = Child([sys.executable, "-c", deaf], os.environ, log=file)
+    while not log.read_text().endswith("\n"):
+        time.sleep(0.02)
+    orphan = psutil.Process(int(log.read_text()))
+    stops.received += [signal.SIGTERM, signal.SIGTERM]
+    assert child.poll(stops) is None
+    assert is_alive(orphan)
+    assert child.poll(stops) is None
+    child.process.wait(30)
+    deadline = time.monotonic() + 30
+    while is_alive(orphan) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not is_alive(orphan)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_what_need_not_be_measured_is_not(stops: StopRequests) -> None:

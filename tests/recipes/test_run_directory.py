@@ -103,6 +103,7 @@ class Training(Section):
 
 def test_keys_that_do_not_change_the_result_may_change(run_dir: Path) -> None:
     begun = Training(run_dir=str(run_dir), loop=Loop(steps=5, keep=1))
+    assert identity(begun) == {"run_dir": "(a location)", "loop": {"steps": 5}}
     with prepare_run_directory(run_dir, begun, {}):
         pass
     other = Training(run_dir=str(run_dir), loop=Loop(steps=5, keep=3), threads=2)
