@@ -19,6 +19,7 @@ from model.inference.generate import generate
 from model.transformer import Transformer
 from serving_export.server.answer import _sse
 from serving_export.server.conversation import ConversationEncoder
+from serving_export.server.detokenizer import Detokenizer
 from serving_export.server.engine import Engine
 from serving_export.server.reply import Replier
 from serving_export.server.request import Event, GenerationFailed, PromptError, QueueFull, Request
@@ -61,6 +62,22 @@ def test_reply_and_second_turn(replier: Replier, tokenizer: DialogueTokenizer, m
     third = list(replier.stream(replier.encode(following, "Ada"), greedy))[-1][1]
     assert third.n_cached
     assert third.generated == generate(model, [prompt_of(third)], greedy)[0][0].tokens
+
+
+def test_a_reply_that_ended_with_end_returns_as_it_was_generated(
+    replier: Replier, tokenizer: DialogueTokenizer
+) -> None:
+    prompt, first_byte = replier.encode(ASKED, "Ada"), 5
+    generated = [*(first_byte + byte for byte in b" hi"), tokenizer.end_id]
+    detokenizer = Detokenizer(replier.pieces)
+    request = Request(0, list(prompt.tokens), replier.sampling(9, 1.0, 0, 1.0, 0), lambda _: None, None, detokenizer)
+    for token in generated:
+        request.tokens.append(token)
+        detokenizer.push(token)
+    replier.remember(prompt, request)
+    following = replier.encode([*ASKED, Message("Ada", "hi"), Message("Bob", "ducks?")], "Ada")
+    assert following.tokens[: len(request.tokens)] == [*prompt.tokens, *generated]
+    assert generated[:-1] != tokenizer.encode(" hi")
 
 
 def test_stop_string_ends_the_reply_and_frees_its_pages(replier: Replier) -> None:
