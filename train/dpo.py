@@ -33,7 +33,7 @@ from recipes.files import durable_rename, file_sha256, sync_path
 from recipes.loader import Section
 from recipes.plan_check import PlanCheck
 from recipes.run_identity import Location, identity
-from train.deepspeed.engine import World
+from train.deepspeed.world import World
 from train.initial_model import initial_model
 from train.loop import LoopError, Loss, Outcome, Stage, no_grad_sum
 from train.losses import dpo_loss, sequence_logprobs

@@ -15,7 +15,8 @@ from data.packed.batch import PackedBatch
 from data.packed.mixture import MixtureData
 from model.scalar_head import ScalarHead
 from recipes.run_identity import Location
-from train.deepspeed.engine import Engine, World
+from train.deepspeed.engine import Engine
+from train.deepspeed.world import World
 from train.initial_model import initial_model
 from train.loop import Loss, Outcome
 from train.losses import continuation_loss

@@ -22,7 +22,8 @@ from recipes.loader import Section
 from recipes.run_identity import MayChange
 from train.checkpoint.best import BestWeights, KeepBest
 from train.checkpoint.checkpoint import Checkpoints, CheckpointState, Write
-from train.deepspeed.engine import Engine, World
+from train.deepspeed.engine import Engine
+from train.deepspeed.world import World
 from train.health.skipping import RecentSteps, SkippedSteps, SkipSpikes
 from train.metrics import Metrics
 from train.schedule import Schedule

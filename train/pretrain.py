@@ -20,7 +20,8 @@ from eval.scoring import spread_rows
 from model.config import ModelConfig
 from model.transformer import Transformer
 from recipes.run_identity import Location
-from train.deepspeed.engine import Engine, World
+from train.deepspeed.engine import Engine
+from train.deepspeed.world import World
 from train.initial_model import check_same_architecture, find_initial_model, initial_model
 from train.loop import Loss, Outcome
 from train.losses import next_token_loss

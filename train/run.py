@@ -28,9 +28,10 @@ from train.checkpoint.best import BestWeights
 from train.checkpoint.checkpoint import CheckpointError, Checkpoints, CheckpointState, Write
 from train.checkpoint.hashed_file import file_hash
 from train.deepspeed.background import on_main
-from train.deepspeed.engine import Engine, World, check_launch, join_world
+from train.deepspeed.engine import Engine
 from train.deepspeed.snapshot import Snapshot
 from train.deepspeed.universal import universal_form
+from train.deepspeed.world import World, check_launch, join_world
 from train.health.rank_messages import rank_0_speaks
 from train.health.skipping import TrainingError
 from train.health.stopping import StopRequest, die_with_parent

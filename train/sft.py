@@ -11,7 +11,8 @@ from rich.console import Console
 from data.packed.batch import PackedBatch, to_device
 from data.packed.mixture import MixtureData
 from recipes.run_identity import Location
-from train.deepspeed.engine import Engine, World
+from train.deepspeed.engine import Engine
+from train.deepspeed.world import World
 from train.initial_model import initial_model
 from train.loop import Loss, Outcome
 from train.losses import next_token_loss

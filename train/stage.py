@@ -24,7 +24,8 @@ from model.transformer import Transformer
 from recipes.loader import Section
 from recipes.plan_check import PlanCheck
 from recipes.run_identity import Location, MayChange
-from train.deepspeed.engine import Engine, EngineConfig, World
+from train.deepspeed.engine import Engine, EngineConfig
+from train.deepspeed.world import World
 from train.initial_model import init_input
 from train.loop import LoopConfig, LoopError, Loss, Outcome, Stage, no_grad_sum
 from train.memory.report import Summary

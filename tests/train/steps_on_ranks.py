@@ -24,7 +24,8 @@ from model.attention_ops import Documents
 from model.config import ModelConfig
 from model.scalar_head import ScalarHead
 from model.transformer import Transformer
-from train.deepspeed.engine import Engine, EngineConfig, World, join_world
+from train.deepspeed.engine import Engine, EngineConfig
+from train.deepspeed.world import World, join_world
 from train.loop import Loss, accumulate
 from train.losses import next_token_loss
 from train.optim import Optimizer

@@ -15,7 +15,7 @@ from data.format.dialogue import Message
 from data.format.encode import encode_prompt, encode_reply
 from data.format.tokenizer import DialogueTokenizer
 from data.sources.preferences import CONTRADICTED, REPEATED, PreferencePair, write_pairs
-from train.deepspeed.engine import World
+from train.deepspeed.world import World
 from train.dpo import CONTEXT_CUT, FilePairs, collect_pairs, encode_pairs
 from train.loop import LoopError
 

@@ -16,7 +16,7 @@ from model.weights import save_model
 from recipes.loader import RecipeError, load_recipe
 from serving_export.export.__main__ import BUNDLE_FILES, Names, write_bundle
 from serving_export.export.manifest import write_manifest
-from train.deepspeed.engine import World
+from train.deepspeed.world import World
 from train.initial_model import InitialModelError, check_same_architecture, init_input
 from train.pretrain import PretrainRecipe, plan, prepare
 

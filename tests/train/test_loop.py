@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.packed.sampler import RowOrder
-from train.deepspeed.engine import World
+from train.deepspeed.world import World
 from train.loop import LoopConfig, Stage, StepReader
 
 

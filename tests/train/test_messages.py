@@ -17,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.deepspeed.engine import LaunchError, World, check_launch
+from train.deepspeed.world import LaunchError, World, check_launch
 from train.health.rank_messages import rank_0_speaks
 from train.launch import exit_code
 from train.stage import share_of_rank

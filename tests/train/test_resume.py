@@ -20,7 +20,8 @@ from rich.console import Console
 from data.packed.sampler import DataPosition
 from data.packed.shards import PackedDataset
 from train.checkpoint.checkpoint import CheckpointError, Checkpoints, CheckpointState, damage
-from train.deepspeed.engine import Engine, World
+from train.deepspeed.engine import Engine
+from train.deepspeed.world import World
 from train.run import resume
 
 ROOT = Path(__file__).parents[2]

@@ -23,7 +23,7 @@ from model.scalar_head import ScalarHead
 from model.transformer import Transformer
 from model.weights import save_model
 from recipes.loader import load_recipe
-from train.deepspeed.engine import World
+from train.deepspeed.world import World
 from train.dpo import DPORecipe, EncodedPair, PairRows, add_reference, preference_loss, prepare, reply_logprobs
 from train.engagement import roc_auc, scorer_loss, scores
 from train.losses import continuation_loss

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from recipes.loader import Section
 from train.deepspeed.background import on_main
-from train.deepspeed.engine import World
+from train.deepspeed.world import World
 
 FOLDER = "best"
 

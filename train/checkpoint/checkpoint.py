@@ -16,7 +16,7 @@ from recipes.files import atomic_file, durable_rename, sync_path, write_json
 from train.checkpoint.best import Best, best_of, json_of
 from train.checkpoint.hashed_file import file_hash
 from train.deepspeed.background import POLL_SECONDS, Background, on_main
-from train.deepspeed.engine import World
+from train.deepspeed.world import World
 
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
 _NONE, _ALL_DAMAGED = -1.0, -2.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from train.deepspeed.engine import World
+from train.deepspeed.world import World
 
 POLL_SECONDS = 0.5
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
-import logging
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field
-from datetime import timedelta
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +21,7 @@ from recipes.loader import Section
 from recipes.run_identity import MayChange
 from train.deepspeed.host_memory import HostMemory
 from train.deepspeed.snapshot import Snapshot
-from train.health.watchdog import Progress
+from train.deepspeed.world import World
 from train.optim import AdamW, Muon, build_optimizer
 
 OPTIMIZER_DIRECTORY = "optimizer"
@@ -55,118 +52,8 @@ class EngineConfig(Section):
         return getattr(torch, self.precision)
 
 
-class LaunchError(ValueError):
-    """The environment does not say which rank this process is."""
-
-
 class CheckpointStateError(ValueError):
     """The optimizer state of a checkpoint does not fit this run."""
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among its peers."""
-
-    rank: int
-    size: int
-    device: torch.device
-    progress: Progress = field(default_factory=Progress, compare=False)
-    cpu_group: torch.distributed.ProcessGroup | None = field(default=None, compare=False)
-    """The gloo group of all ranks under NCCL: agreeing on host numbers does not wait for the GPU's queue."""
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    def sum(self, values: list[float]) -> list[float]:
-        """Each value summed over all ranks, in float64."""
-        if self.size == 1:
-            return values
-        total = torch.tensor(values, dtype=torch.float64)
-        torch.distributed.all_reduce(total, group=self.cpu_group)
-        values = total.tolist()
-        self.progress.tick()
-        return values
-
-    def sum_later(self, values: dict[str, Tensor]) -> Callable[[], dict[str, float]]:
-        """The same for scalars on the device, which goes on working meanwhile: what is returned waits for the sums."""
-        names = sorted(values)
-        totals = torch.stack([values[name].detach().double() for name in names])
-        if self.size > 1:
-            torch.distributed.all_reduce(totals)
-        host, arrived = totals, None
-        if totals.device.type == "cuda":
-            host = torch.empty_like(totals, device="cpu", pin_memory=True).copy_(totals, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-
-        def sums() -> dict[str, float]:
-            if arrived:
-                arrived.synchronize()
-            self.progress.tick()
-            return dict(zip(names, host.tolist(), strict=True))
-
-        return sums
-
-    def first_text(self, text: str | None) -> str:
-        """The text of the first rank that has one, with its number."""
-        if self.size == 1:
-            return text or ""
-        texts: list[str | None] = [None] * self.size
-        torch.distributed.all_gather_object(texts, text, group=self.cpu_group)
-        return next((f"rank {rank}: {text}" for rank, text in enumerate(texts) if text), "")
-
-    def barrier(self) -> None:
-        if self.size > 1:
-            torch.distributed.barrier()
-
-
-def check_launch() -> None:
-    """Raise LaunchError when the environment does not describe a rank that this machine can run."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    there = [name for name in names if os.environ.get(name)]
-    advice = "start ranks with python -m train.launch (or torchrun), or unset them to train in this process alone"
-    if "RANK" not in there:
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            raise LaunchError(f"environment: WORLD_SIZE={os.environ['WORLD_SIZE']} without RANK; {advice}")
-        return
-    if missing := [name for name in names if name not in there]:
-        raise LaunchError(f"environment: RANK is set without {', '.join(missing)}; {advice}")
-    numbers = {name: os.environ[name] for name in names if name != "MASTER_ADDR"}
-    if wrong := [f"{name}={text}" for name, text in numbers.items() if not text.isdecimal()]:
-        raise LaunchError(f"environment: {', '.join(wrong)}: expected whole numbers; {advice}")
-    if int(numbers["RANK"]) >= int(numbers["WORLD_SIZE"]):
-        raise LaunchError(f"environment: RANK={numbers['RANK']} of WORLD_SIZE={numbers['WORLD_SIZE']} ranks; {advice}")
-    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else None
-    if n_gpus is not None and int(numbers["LOCAL_RANK"]) >= n_gpus:
-        raise LaunchError(f"rank {numbers['RANK']} finds no GPU: this machine has {n_gpus}; lower --nproc-per-node")
-
-
-def join_world(timeout_minutes: float) -> World:
-    """Join the process group that torchrun describes; alone when started without it."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    import deepspeed
-    from deepspeed import comm
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # used by inference only, and building it costs a minute and a C++ compiler on the first run
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-        backend = "nccl"
-    else:
-        device, backend = torch.device("cpu"), "gloo"
-    # longer than the watchdog's, which says more
-    timeout = timedelta(minutes=1.25 * timeout_minutes + 0.5)
-    comm.init_distributed(backend, verbose=False, timeout=timeout)
-    size = int(os.environ["WORLD_SIZE"])
-    cpu_group = torch.distributed.new_group(backend="gloo", timeout=timeout) if backend == "nccl" and size > 1 else None
-    return World(int(os.environ["RANK"]), size, device, cpu_group=cpu_group)
 
 
 def deepspeed_config(settings: EngineConfig, optimizer: AdamW | Muon, world_size: int) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from pathlib import Path
 from rich.console import Console
 
 from train.deepspeed.background import on_main
-from train.deepspeed.engine import OPTIMIZER_DIRECTORY, CheckpointStateError, World
+from train.deepspeed.engine import OPTIMIZER_DIRECTORY, CheckpointStateError
+from train.deepspeed.world import World
 
 
 @contextmanager

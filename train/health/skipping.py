@@ -13,7 +13,7 @@ from pydantic import Field, PositiveFloat
 
 from recipes.json_text import json_text
 from recipes.loader import Section
-from train.deepspeed.engine import World
+from train.deepspeed.world import World
 
 NOT_FINITE, SPIKE = "a loss or gradient that is not finite", "a spike of the loss or the gradient norm"
 NO_TARGET = "nothing to train in any row"

@@ -32,7 +32,7 @@ import torch
 from torch.distributed import PrefixStore, TCPStore
 
 if TYPE_CHECKING:
-    from train.deepspeed.engine import World
+    from train.deepspeed.world import World
 
 EXIT_CODE = 3
 _TOLD, _CODE = "has_told", "exit_code"

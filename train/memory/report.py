@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model.execution import Recompute
-from train.deepspeed.engine import World
+from train.deepspeed.world import World
 from train.memory.estimate import GIB, Estimate, Load
 
 STAGES = (1, 2, 3)

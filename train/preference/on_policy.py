@@ -30,7 +30,7 @@ from model.weights import load_scorer
 from recipes.files import write_json
 from recipes.loader import Section
 from recipes.run_identity import Location
-from train.deepspeed.engine import World
+from train.deepspeed.world import World
 
 CONTEXTS_A_FILE = 32
 

@@ -19,7 +19,7 @@ from model.transformer import Transformer
 from model.weights import load_model
 from recipes.loader import RecipeError, load_recipe
 from train.checkpoint.best import Best, BestWeights, BestWeightsError, FigureError, KeepBest, best_of, json_of
-from train.deepspeed.engine import World
+from train.deepspeed.world import World
 from train.pretrain import PretrainRecipe
 
 ROOT = Path(__file__).parents[3]

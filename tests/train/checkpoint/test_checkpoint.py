@@ -15,7 +15,7 @@ from rich.console import Console
 from data.packed.sampler import DataPosition
 from train.checkpoint.checkpoint import CheckpointError, Checkpoints, CheckpointState, Write, _Pending, damage
 from train.checkpoint.hashed_file import HashedFile, file_hash
-from train.deepspeed.engine import World
+from train.deepspeed.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.deepspeed.engine import World
+from train.deepspeed.world import World
 from train.health.skipping import NO_TARGET, RecentSteps, SkippedSteps, SkipSpikes, TrainingError
 
 ALONE = World(0, 1, torch.device("cpu"))
