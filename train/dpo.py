@@ -35,7 +35,7 @@ from recipes.plan_check import PlanCheck
 from recipes.run_identity import Location, identity
 from train.deepspeed.world import World
 from train.initial_model import initial_model
-from train.loop import LoopError, Loss, Outcome, Stage, no_grad_sum
+from train.loop import LoopError, Loss, Outcome, TrainingStage, no_grad_sum
 from train.losses import dpo_loss, sequence_logprobs
 from train.preference.on_policy import OnPolicyPairs, sample_pairs
 from train.run import run_stage
@@ -302,7 +302,7 @@ def prepare(recipe: DPORecipe, world: World, console: Console) -> Job:
     batches = [heldout.collate(part) for part in shares]
     return Job(
         module=LossModule(trunk, lambda m, batch: preference_loss(m, batch, recipe.beta, recipe.label_smoothing)),
-        stage=Stage(
+        stage=TrainingStage(
             rows=rows,
             collate=rows.collate,
             count=lambda batch: len(batch.sequence_lengths) // 2,

@@ -15,7 +15,7 @@ from data.packed.batch import PackedBatch
 from data.packed.mixture import MixtureData
 from model.scalar_head import ScalarHead
 from recipes.run_identity import Location
-from train.deepspeed.engine import Engine
+from train.deepspeed.engine import TrainingEngine
 from train.deepspeed.world import World
 from train.initial_model import initial_model
 from train.loop import Loss, Outcome
@@ -77,7 +77,7 @@ def roc_auc(score: np.ndarray, label: np.ndarray) -> float:
     return float(mannwhitneyu(positive, negative).statistic / (len(positive) * len(negative)))
 
 
-def heldout_auc(engine: Engine, batches: list[PackedBatch]) -> float:
+def heldout_auc(engine: TrainingEngine, batches: list[PackedBatch]) -> float:
     """AUC over the labelled turns of these batches, gathered from all ranks."""
     engine.module.eval()
     pairs = []
@@ -108,7 +108,7 @@ def prepare(recipe: EngagementRecipe, world: World) -> Job:
         extra=lambda engine, batches: {"heldout_auc": heldout_auc(engine, batches)},
     )  # fmt: skip
 
-    def finish(engine: Engine, outcome: Outcome, console: Console) -> tuple[str, dict[str, Any]]:
+    def finish(engine: TrainingEngine, outcome: Outcome, console: Console) -> tuple[str, dict[str, Any]]:
         auc, loss = (outcome.last_evaluation[name] for name in ("heldout_auc", "heldout_loss"))
         return f"held-out AUC {auc:.3f}", {"heldout_auc": auc, "heldout_loss": loss}
 

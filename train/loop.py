@@ -22,7 +22,7 @@ from recipes.loader import Section
 from recipes.run_identity import MayChange
 from train.checkpoint.best import BestWeights, KeepBest
 from train.checkpoint.checkpoint import Checkpoints, CheckpointState, Write
-from train.deepspeed.engine import Engine
+from train.deepspeed.engine import TrainingEngine
 from train.deepspeed.world import World
 from train.health.skipping import RecentSteps, SkippedSteps, SkipSpikes
 from train.metrics import Metrics
@@ -91,7 +91,7 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Stage:
+class TrainingStage:
     """What distinguishes one training stage from another.
 
     collate turns row numbers into a batch; count says how many things its loss sums over (tokens, labels, pairs);
@@ -101,7 +101,7 @@ class Stage:
     rows: Rows
     collate: Callable[[np.ndarray], Batch]
     count: Callable[[Any], int]
-    evaluate: Callable[[Engine], dict[str, float]]
+    evaluate: Callable[[TrainingEngine], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ class Outcome:
 
 
 def train(
-    stage: Stage,
-    engine: Engine,
+    stage: TrainingStage,
+    engine: TrainingEngine,
     config: LoopConfig,
     schedule: Schedule,
     seed: int,
@@ -218,7 +218,7 @@ def train(
 class StepReader:
     """Reads the micro-batches of a step, and while the device is busy with them, those of the next step."""
 
-    def __init__(self, stage: Stage, config: LoopConfig, seed: int, world: World):
+    def __init__(self, stage: TrainingStage, config: LoopConfig, seed: int, world: World):
         self._order = training_order(stage.rows, seed)
         self._stage, self._config, self._world = stage, config, world
         self._thread = ThreadPoolExecutor(1, "reader")
@@ -243,7 +243,7 @@ class StepReader:
         return rows, [self._stage.collate(part) for part in parts]
 
 
-def accumulate(engine: Engine, batches: list[Any], count: float) -> Callable[[], dict[str, float]]:
+def accumulate(engine: TrainingEngine, batches: list[Any], count: float) -> Callable[[], dict[str, float]]:
     """Add the gradient of sum(loss) / count over micro-batches. Returns what gives the means over all ranks.
 
     Nothing waits for the device, and the means come before the weights are updated: whoever asks for them after that
@@ -262,7 +262,7 @@ def accumulate(engine: Engine, batches: list[Any], count: float) -> Callable[[],
     return lambda: {name: value / count if count else math.nan for name, value in total().items()}
 
 
-def no_grad_sum(engine: Engine, batches: list[Any], count: Callable[[Any], int]) -> dict[str, float]:
+def no_grad_sum(engine: TrainingEngine, batches: list[Any], count: Callable[[Any], int]) -> dict[str, float]:
     """Mean loss (and other sums) of the module over batches, each rank taking its share of them."""
     names: list[str] = []
     totals: dict[str, float] = {}

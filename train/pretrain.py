@@ -20,7 +20,7 @@ from eval.scoring import spread_rows
 from model.config import ModelConfig
 from model.transformer import Transformer
 from recipes.run_identity import Location
-from train.deepspeed.engine import Engine
+from train.deepspeed.engine import TrainingEngine
 from train.deepspeed.world import World
 from train.initial_model import check_same_architecture, find_initial_model, initial_model
 from train.loop import Loss, Outcome
@@ -100,7 +100,7 @@ def prepare(recipe: PretrainRecipe, world: World, console: Console) -> Job:
     assert config is not None, "plan has looked for it"
     dataset, heldout = open_data(recipe.data, config)
 
-    def finish(engine: Engine, outcome: Outcome, console: Console) -> tuple[str, dict[str, Any]]:
+    def finish(engine: TrainingEngine, outcome: Outcome, console: Console) -> tuple[str, dict[str, Any]]:
         loss = outcome.last_evaluation["heldout_loss"]
         if not recipe.ngram_baselines:
             return f"held-out loss {loss:.3f} nats/token", {"heldout_loss": loss}

@@ -28,7 +28,7 @@ from train.checkpoint.best import BestWeights
 from train.checkpoint.checkpoint import CheckpointError, Checkpoints, CheckpointState, Write
 from train.checkpoint.hashed_file import file_hash
 from train.deepspeed.background import on_main
-from train.deepspeed.engine import Engine
+from train.deepspeed.engine import TrainingEngine
 from train.deepspeed.snapshot import Snapshot
 from train.deepspeed.universal import universal_form
 from train.deepspeed.world import World, check_launch, join_world
@@ -116,7 +116,7 @@ def _run(recipe: TrainingRecipe, plan: Plan, world: World, console: Console, sto
         world.progress.at("preparing data and model")
         job = plan.prepare(world, console)
         _set_up_blocks(job, recipe, world, console)
-        engine = Engine(job.module, recipe.engine, recipe.optimizer, world)
+        engine = TrainingEngine(job.module, recipe.engine, recipe.optimizer, world)
         steps = recipe.loop.max_steps
         checkpoints = Checkpoints(
             run_dir / "checkpoints", recipe.loop.keep, world, console, steps, recipe.schedule.stable_steps
@@ -183,7 +183,7 @@ def _set_up_blocks(job: Job, recipe: TrainingRecipe, world: World, console: Cons
         console.print(sentence, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
-def resume(checkpoints: Checkpoints, engine: Engine, rows: Rows, console: Console) -> CheckpointState | None:
+def resume(checkpoints: Checkpoints, engine: TrainingEngine, rows: Rows, console: Console) -> CheckpointState | None:
     """Load the newest sound checkpoint into `engine`; None when there is none.
 
     Raises CheckpointError when it was trained on data with another fingerprint.
@@ -208,7 +208,7 @@ def resume(checkpoints: Checkpoints, engine: Engine, rows: Rows, console: Consol
     return state
 
 
-def _snapshot(engine: Engine, job: Job) -> Write:
+def _snapshot(engine: TrainingEngine, job: Job) -> Write:
     """Copy all that a checkpoint holds; the function that writes this rank's share of it below a directory."""
     state = engine.snapshot()
     weights = engine.weights(state)
@@ -232,7 +232,7 @@ def _snapshot(engine: Engine, job: Job) -> Write:
     return write
 
 
-def _save_weights(engine: Engine, job: Job, directory: Path) -> None:
+def _save_weights(engine: TrainingEngine, job: Job, directory: Path) -> None:
     """Write the model as it is now (called on every rank)."""
     snapshot = Snapshot(engine.host_memory)
     weights = engine.weights(snapshot)

@@ -11,7 +11,7 @@ from rich.console import Console
 from data.packed.batch import PackedBatch, to_device
 from data.packed.mixture import MixtureData
 from recipes.run_identity import Location
-from train.deepspeed.engine import Engine
+from train.deepspeed.engine import TrainingEngine
 from train.deepspeed.world import World
 from train.initial_model import initial_model
 from train.loop import Loss, Outcome
@@ -63,7 +63,7 @@ def prepare(recipe: SFTRecipe, world: World) -> Job:
     trunk = initial.load(recipe.attention)
     dataset, heldout = open_data(recipe.data, trunk.config)
 
-    def finish(engine: Engine, outcome: Outcome, console: Console) -> tuple[str, dict[str, Any]]:
+    def finish(engine: TrainingEngine, outcome: Outcome, console: Console) -> tuple[str, dict[str, Any]]:
         loss = outcome.last_evaluation["heldout_loss"]
         return f"held-out loss {loss:.3f} nats/token of the character", {"heldout_loss": loss}
 

@@ -24,10 +24,10 @@ from model.transformer import Transformer
 from recipes.loader import Section
 from recipes.plan_check import PlanCheck
 from recipes.run_identity import Location, MayChange
-from train.deepspeed.engine import Engine, EngineConfig
+from train.deepspeed.engine import EngineConfig, TrainingEngine
 from train.deepspeed.world import World
 from train.initial_model import init_input
-from train.loop import LoopConfig, LoopError, Loss, Outcome, Stage, no_grad_sum
+from train.loop import LoopConfig, LoopError, Loss, Outcome, TrainingStage, no_grad_sum
 from train.memory.report import Summary
 from train.metrics import WandbConfig
 from train.optim import Muon, Optimizer
@@ -112,9 +112,9 @@ class Job:
     """
 
     module: LossModule
-    stage: Stage
+    stage: TrainingStage
     tokenizer: Path | None
-    finish: Callable[[Engine, Outcome, Console], tuple[str, dict[str, Any]]]
+    finish: Callable[[TrainingEngine, Outcome, Console], tuple[str, dict[str, Any]]]
 
 
 def documents_of(batch: PackedBatch) -> Documents:
@@ -175,8 +175,8 @@ def packed_stage(
     rows_per_micro_batch: int,
     world: World,
     targets: Targets,
-    extra: Callable[[Engine, list[PackedBatch]], dict[str, float]] = lambda engine, batches: {},
-) -> Stage:
+    extra: Callable[[TrainingEngine, list[PackedBatch]], dict[str, float]] = lambda engine, batches: {},
+) -> TrainingStage:
     """A stage over packed shards, evaluated on `evaluation_rows` evenly spread held-out rows (also by `extra`).
 
     Raises NoTargetsError where a side has nothing of what the loss sums over.
@@ -195,7 +195,7 @@ def packed_stage(
         )
     check_targets(targets, dataset, heldout, numbers)
     mine = [collate(heldout, part) for part in share_of_rank(numbers, rows_per_micro_batch, world)]
-    return Stage(
+    return TrainingStage(
         rows=dataset,
         collate=lambda rows: collate(dataset, rows),
         count=targets.total,

@@ -15,7 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 from train import pretrain, run
-from train.deepspeed.engine import Engine
+from train.deepspeed.engine import TrainingEngine
 
 
 def turn_for_ever() -> None:
@@ -47,14 +47,14 @@ def main() -> int:
         with preparing, patch("train.run._write_model", after_a_while(run._write_model, rank)):
             return pretrain.main()
     fail = FAILURES[how]
-    step = Engine.step
+    step = TrainingEngine.step
 
-    def failing(engine: Engine, *arguments: Any) -> tuple[float, bool]:
+    def failing(engine: TrainingEngine, *arguments: Any) -> tuple[float, bool]:
         if engine.world.rank == rank and engine.world.progress.step == 2:
             fail()
         return step(engine, *arguments)
 
-    with patch("train.deepspeed.engine.Engine.step", failing):
+    with patch("train.deepspeed.engine.TrainingEngine.step", failing):
         return pretrain.main()
 
 

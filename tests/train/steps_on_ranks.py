@@ -24,7 +24,7 @@ from model.attention_ops import Documents
 from model.config import ModelConfig
 from model.scalar_head import ScalarHead
 from model.transformer import Transformer
-from train.deepspeed.engine import Engine, EngineConfig
+from train.deepspeed.engine import EngineConfig, TrainingEngine
 from train.deepspeed.world import World, join_world
 from train.loop import Loss, accumulate
 from train.losses import next_token_loss
@@ -67,7 +67,7 @@ def masters(module: nn.Module) -> dict[str, Tensor]:
     return {name: safe_get_full_fp32_param(p).clone() for name, p in module.named_parameters()}
 
 
-def settings_in_use(engine: Engine) -> dict[str, Any]:
+def settings_in_use(engine: TrainingEngine) -> dict[str, Any]:
     """What DeepSpeed itself says it runs with, under the names of its configuration."""
     runtime, wrapper = engine._deepspeed, engine._optimizer
     config = runtime._config
@@ -89,7 +89,7 @@ def settings_in_use(engine: Engine) -> dict[str, Any]:
     }
 
 
-def held_bytes(engine: Engine) -> int:
+def held_bytes(engine: TrainingEngine) -> int:
     """Bytes of all distinct tensors that the module and DeepSpeed's optimizer object hold."""
     storages: dict[int, int] = {}
     seen: set[int] = set()
@@ -120,7 +120,7 @@ def run(case: dict[str, Any], world: World) -> dict[str, Any]:
     for block in module.trunk.blocks:
         block.fused = case.get("fused", False)
     optimizer = TypeAdapter(Optimizer).validate_python(case["optimizer"])
-    engine = Engine(module, EngineConfig(**case["engine"]), optimizer, world)
+    engine = TrainingEngine(module, EngineConfig(**case["engine"]), optimizer, world)
     held, norms, taken, held_in_memory = [masters(engine.module)], [], [], 0
     for step in range(case.get("steps", 1)):
         SPOILT["by"] = case.get("spoilt", {}).get(str(step), [0.0] * world.size)[world.rank]

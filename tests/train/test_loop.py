@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from data.packed.sampler import RowOrder
 from train.deepspeed.world import World
-from train.loop import LoopConfig, Stage, StepReader
+from train.loop import LoopConfig, StepReader, TrainingStage
 
 
 class Numbered(NamedTuple):
@@ -28,7 +28,7 @@ class Batch(NamedTuple):
 
 def readers(n_rows: int, world_size: int, micro_batch: int, rows_per_step: int, seed: int) -> list[StepReader]:
     """The readers of all ranks of a run that has just started, or started again."""
-    stage = Stage(Numbered(n_rows), Batch, lambda batch: len(batch.tokens_T), lambda engine: {})
+    stage = TrainingStage(Numbered(n_rows), Batch, lambda batch: len(batch.tokens_T), lambda engine: {})
     config = LoopConfig(
         max_steps=99, rows_per_step=rows_per_step, rows_per_micro_batch=micro_batch, evaluate_every=99, save_every=None
     )

@@ -20,7 +20,7 @@ from rich.console import Console
 from data.packed.sampler import DataPosition
 from data.packed.shards import PackedDataset
 from train.checkpoint.checkpoint import CheckpointError, Checkpoints, CheckpointState, damage
-from train.deepspeed.engine import Engine
+from train.deepspeed.engine import TrainingEngine
 from train.deepspeed.world import World
 from train.run import resume
 
@@ -128,7 +128,7 @@ def test_a_checkpoint_of_other_data_is_refused(data_dir: Path, tmp_path: Path) -
     checkpoints.save(CheckpointState(1, position, 1, 0), lambda: lambda staging, abandoned: {})
     checkpoints.finish()
     with pytest.raises(CheckpointError, match="the corpus has changed"):
-        resume(checkpoints, cast(Engine, None), PackedDataset(data_dir / "train"), console)
+        resume(checkpoints, cast(TrainingEngine, None), PackedDataset(data_dir / "train"), console)
 
 
 def test_two_ranks_train_as_one(pretrain_recipe: Path, tmp_path: Path) -> None:

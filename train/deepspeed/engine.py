@@ -107,7 +107,7 @@ def deepspeed_config(settings: EngineConfig, optimizer: AdamW | Muon, world_size
     }
 
 
-class Engine:
+class TrainingEngine:
     """A module under DeepSpeed: accumulate gradients, step, save and load the optimizer's part of a checkpoint."""
 
     def __init__(self, module: nn.Module, settings: EngineConfig, optimizer: AdamW | Muon, world: World):

@@ -19,7 +19,7 @@ from train.deepspeed.world import World
 
 @contextmanager
 def universal_form(checkpoint: Path, world: World, console: Console) -> Iterator[Path]:
-    """A directory `Engine.load` takes as `universal`, there while inside; rank 0 writes it and the others wait."""
+    """Convert on rank 0; yields the directory for `TrainingEngine.load(universal=...)`, which is removed on exit."""
     directory = checkpoint.with_name(f".universal_{checkpoint.name}")
     console.print("converting the optimizer state for another number of ranks", highlight=False)
     try:

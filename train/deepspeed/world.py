@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -11,11 +12,37 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
-from train.health.watchdog import Progress
-
 
 class LaunchError(ValueError):
     """The environment does not say which rank this process is."""
+
+
+@dataclass
+class RankProgress:
+    """Where a rank is in the run. The phases of a run follow each other in the same order on all ranks."""
+
+    step: int = 0
+    phase: str = "starting"
+    n_phases: int = 0
+    may_last: bool = True
+    moved: float = field(default_factory=time.monotonic)
+    _first_step: int | None = None
+
+    def begin(self, step: int) -> None:
+        """A turn of the training loop begins."""
+        self.step = step
+        self._first_step = step if self._first_step is None else self._first_step
+
+    def at(self, phase: str, may_last: bool = False) -> None:
+        """A phase begins."""
+        self.phase = phase
+        self.may_last = may_last or self._first_step is None or self.step == self._first_step
+        self.n_phases += 1
+        self.moved = time.monotonic()
+
+    def tick(self) -> None:
+        """Something was done within the phase; how often may differ between ranks."""
+        self.moved = time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -25,7 +52,7 @@ class World:
     rank: int
     size: int
     device: torch.device
-    progress: Progress = field(default_factory=Progress, compare=False)
+    progress: RankProgress = field(default_factory=RankProgress, compare=False)
     cpu_group: torch.distributed.ProcessGroup | None = field(default=None, compare=False)
     """The gloo group of all ranks under NCCL: agreeing on host numbers does not wait for the GPU's queue."""
 

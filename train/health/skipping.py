@@ -61,7 +61,7 @@ class RecentSteps:
         return {name: list(values) for name, values in self._values.items()} or None
 
     def judge(self, means: Callable[[], dict[str, float]], n_targets: float = 1) -> Callable[[float], bool] | None:
-        """For `Engine.step`: whether a step with this loss and a gradient norm is accepted. All ranks answer alike.
+        """The `accepts` argument of `TrainingEngine.step`. All ranks give the same answer.
 
         `means` gives the step's "loss" over all ranks; it is called when the norm is there. A step without targets on
         any rank is never taken: momentum and weight decay alone would move the weights.

@@ -1,6 +1,6 @@
 """A rank that is stuck, frozen or gone ends the job with a message that names it, instead of a collective's timeout.
 
-Every rank says in an attribute where it is (`Progress`); a thread of each publishes that in the store that torchrun
+Every rank says in an attribute where it is (`RankProgress`); a thread of each publishes that in the store that torchrun
 started, and reads what the others say. The rules:
 
 - A rank has failed whose process is gone (looked up on its own host), or that has published nothing for the timeout.
@@ -22,50 +22,21 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import psutil
 import torch
 from torch.distributed import PrefixStore, TCPStore
 
-if TYPE_CHECKING:
-    from train.deepspeed.world import World
+from train.deepspeed.world import World
 
 EXIT_CODE = 3
 _TOLD, _CODE = "has_told", "exit_code"
 LOST_PEER_SECONDS = 10.0
 """How long to look for the peer that made a collective fail."""
-
-
-@dataclass
-class Progress:
-    """Where a rank is in the run. The phases of a run follow each other in the same order on all ranks."""
-
-    step: int = 0
-    phase: str = "starting"
-    n_phases: int = 0
-    may_last: bool = True
-    moved: float = field(default_factory=time.monotonic)
-    _first_step: int | None = None
-
-    def begin(self, step: int) -> None:
-        """A turn of the training loop begins."""
-        self.step = step
-        self._first_step = step if self._first_step is None else self._first_step
-
-    def at(self, phase: str, may_last: bool = False) -> None:
-        """A phase begins."""
-        self.phase = phase
-        self.may_last = may_last or self._first_step is None or self.step == self._first_step
-        self.n_phases += 1
-        self.moved = time.monotonic()
-
-    def tick(self) -> None:
-        """Something was done within the phase; how often may differ between ranks."""
-        self.moved = time.monotonic()
 
 
 @dataclass(frozen=True)

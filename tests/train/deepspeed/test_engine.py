@@ -50,7 +50,7 @@ def test_deepspeed_runs_with_what_is_written(in_use: dict[str, Any], kind: str, 
     assert found["clip"] == [0.7, 0.7]
     dtype = {"bfloat16": "torch.bfloat16", "float32": "torch.float32"}[precision]
     assert found["dtypes"] == [dtype, "torch.float32", "torch.float32"]
-    assert found["gradient_average"] is True  # Engine.accumulate multiplies by the number of ranks
+    assert found["gradient_average"] is True  # TrainingEngine.accumulate multiplies by the number of ranks
     assert (found["prescale_gradients"], found["gradient_predivide_factor"]) == (False, 1.0)
     assert found["managed_gradient_accumulation"] is False
     assert found["zero_allow_untested_optimizer"] is False

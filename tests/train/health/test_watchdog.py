@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.health.watchdog import EXIT_CODE, Heard, Progress, Report, _is_busy, verdict
+from train.deepspeed.world import RankProgress
+from train.health.watchdog import EXIT_CODE, Heard, Report, _is_busy, verdict
 
 ROOT = Path(__file__).parents[3]
 TIMEOUT, SILENCE = 600.0, 20.0
@@ -87,7 +88,7 @@ def test_a_rank_that_has_ended_is_named_when_the_others_wait_for_it() -> None:
 
 
 def test_phases_may_last_until_the_first_step_is_taken() -> None:
-    progress = Progress()
+    progress = RankProgress()
     assert progress.may_last
     found = []
     for step in (40, 41):
