@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from data.packed.mixture import training_order
 from data.packed.sampler import DataPosition, Rows, position_after, rows_of_rank
-from model.config import ModelConfig
 from recipes.loader import Section
 from recipes.run_identity import MayChange
 from train.checkpoint.best import BestWeights, KeepBest
@@ -27,11 +26,11 @@ from train.deepspeed.world import World
 from train.health.skipping import RecentSteps, SkippedSteps, SkipSpikes
 from train.metrics import Metrics
 from train.schedule import Schedule
-from train.throughput import Throughput
+from train.throughput import Batch, Throughput
 
 
 class LoopConfig(Section):
-    """How long, how much at a time, and how often to look and to save. A row is `row_length` tokens (or one pair)."""
+    """Steps, batch sizes, and intervals. A row is `row_length` tokens (in DPO, one pair)."""
 
     max_steps: PositiveInt
     rows_per_step: PositiveInt
@@ -42,22 +41,22 @@ class LoopConfig(Section):
     keep: MayChange[PositiveInt] = 2
     log_every: MayChange[PositiveInt] = 1
     max_skipped_steps: MayChange[NonNegativeInt] = 10
-    """In a row; one more ends the training."""
+    """Consecutive skipped steps that are tolerated; one more ends training."""
     skip_spikes: SkipSpikes | None = None
-    """null: only steps that are not finite are skipped."""
+    """null: skip only steps with a non-finite loss or gradient."""
     keep_best: KeepBest | None = None
-    """null: the final weights are those of the last step."""
+    """null: the run keeps the weights of the last step."""
     stop_after: PositiveInt | None = None
-    """Evaluations in a row that do not improve `keep_best`'s figure, after which training ends; null: never."""
+    """Stop after this many consecutive evaluations without a better `keep_best` figure; null: never."""
 
     @model_validator(mode="after")
     def _stop_has_a_figure(self) -> LoopConfig:
         if self.stop_after is not None and self.keep_best is None:
-            raise ValueError("stop_after needs keep_best, whose figure it looks at; add keep_best or leave it out")
+            raise ValueError("stop_after compares the figure of keep_best; add keep_best or remove stop_after")
         return self
 
     def misfit(self, n_ranks: int) -> str | None:
-        """Why the rows of a step cannot be shared out to so many ranks; None when they can."""
+        """Why `rows_per_step` does not divide over this many ranks; None when it does."""
         if self.rows_per_step % (self.rows_per_micro_batch * n_ranks) == 0:
             return None
         return (
@@ -70,21 +69,9 @@ class LoopError(ValueError):
     """The loop's settings do not fit the number of ranks or the data."""
 
 
-class Batch(Protocol):
-    """What a stage's loss takes; the loop itself only counts its tokens and FLOPs."""
-
-    @property
-    def tokens_T(self) -> Tensor: ...
-
-    @property
-    def sequence_lengths(self) -> list[int]:
-        """The lengths of the documents or sequences, padding left out."""
-        ...
-
-
 @dataclass(frozen=True)
 class Loss:
-    """The loss of one micro-batch as a sum, and other sums worth logging (divided by the same count)."""
+    """Summed loss of one micro-batch, and other sums to log (divided by the same count)."""
 
     total: Tensor
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -92,10 +79,10 @@ class Loss:
 
 @dataclass(frozen=True)
 class TrainingStage:
-    """What distinguishes one training stage from another.
+    """The parts of the loop that differ between stages.
 
-    collate turns row numbers into a batch; count says how many things its loss sums over (tokens, labels, pairs);
-    evaluate returns held-out figures, and is called on every rank.
+    collate: row numbers -> micro-batch. count: terms in a micro-batch's loss sum (tokens, labels, or pairs).
+    evaluate: held-out figures; called on every rank.
     """
 
     rows: Rows
@@ -106,7 +93,7 @@ class TrainingStage:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a loop ended: finished, or asked to stop before. The evaluation is that of the weights to be kept."""
+    """How the loop ended: finished or stopped early. `last_evaluation` belongs to the weights that are kept."""
 
     step: int
     finished: bool
@@ -128,9 +115,8 @@ def train(
     run_dir: Path,
     throughput: Throughput,
     best: BestWeights,
-    model: ModelConfig,
 ) -> Outcome:
-    """Train until `max_steps` or until any rank is asked to stop; the latter leaves a checkpoint to resume from."""
+    """Train until `max_steps`, an early stop, or a stop request on any rank, which saves a checkpoint first."""
     world = engine.world
     if misfit := config.misfit(world.size):
         raise LoopError(misfit)
@@ -140,45 +126,44 @@ def train(
         config.max_skipped_steps, run_dir, world, *((start.skipped_steps, start.skipped_in_a_row) if start else (0,))
     )
     recent = RecentSteps(config.skip_spikes, world, start.recent_steps if start else None)
-    fresh, evaluation, clock, tokens_since_log, flops_since_log = True, {}, time.perf_counter(), 0, 0.0
-    extra: dict[str, float] = {}  # figures of what happens now and then, for the next line
+    fresh, evaluation = True, dict[str, float]()
+    extra: dict[str, float] = {}  # occasional figures, for the next log line
     at = world.progress.at
     while True:
         world.progress.begin(step)
         is_last = step == config.max_steps or best.is_over
         if (step % config.evaluate_every == 0 or is_last) and not (fresh and start):
             at("evaluating", may_last=True)
-            evaluation = stage.evaluate(engine)
-            best.judge(step, evaluation)
+            with throughput.paused():
+                evaluation = stage.evaluate(engine)
+                best.judge(step, evaluation)
             is_last = is_last or best.is_over
             if metrics:
                 metrics.log(step, evaluation | ({"best_step": best.best.step} if best.best else {}))
-            clock = time.perf_counter()
         at("reading")
         # None at the end; a read error is raised only after the checkpoint that is due now
         reading = None if is_last else reader.read(step)
         batches = [] if reading is None or reading.exception() else reading.result()[1]
-        n_targets = sum(stage.count(batch) for batch in batches)
-        needed_flops = sum(model.training_flops(batch.sequence_lengths) for batch in batches)
+        n_targets, needed_flops = sum(map(stage.count, batches)), throughput.needed_flops(batches)
         at("agreeing on stopping, saving and the number of targets")
         n_stops, n_busy, n_failed, count, flops = world.sum(
-            [float(should_stop()), *checkpoints.report(), float(n_targets), float(needed_flops)]
+            [float(should_stop()), *checkpoints.report(), float(n_targets), needed_flops]
         )
         checkpoints.advance(n_busy, n_failed)
-        ends_stable = step == schedule.stable_steps(config.max_steps)  # what a run of more steps continues from
+        ends_stable = step == schedule.stable_steps(config.max_steps)  # a longer run continues from here
         is_due = config.save_every is not None and (step % config.save_every == 0 or ends_stable or is_last or n_stops)
         if is_due and not (fresh and (start or not n_stops)):
             at("saving", may_last=True)
-            position = reader.position(step)
             state = CheckpointState(
-                step, position, world.size, config.max_steps, skipped.total, skipped.in_a_row, recent.state(),
-                best.to_save(),
+                step, reader.position(step), world.size, config.max_steps, skipped.total, skipped.in_a_row,
+                recent.state(), best.to_save(),
             )  # fmt: skip
-            clock = time.perf_counter()
-            if n_stops:  # whoever asked may not wait for two
-                checkpoints.abandon()
-            checkpoints.save(state, snapshot)
-            extra, clock = {"save_seconds": time.perf_counter() - clock}, time.perf_counter()
+            began = time.perf_counter()
+            with throughput.paused():
+                if n_stops:  # do not wait for two saves after a stop request
+                    checkpoints.abandon()
+                checkpoints.save(state, snapshot)
+            extra = {"save_seconds": time.perf_counter() - began}
         if is_last or n_stops:
             at("waiting for the save", may_last=True)
             checkpoints.finish()
@@ -188,12 +173,10 @@ def train(
 
         assert reading is not None
         rows, batches = reading.result()
-        tokens_since_log += sum(len(batch.tokens_T) for batch in batches) * world.size
-        flops_since_log += flops
+        throughput.add(batches, flops)
         means = accumulate(engine, batches, count)
         at("optimizer step")
-        accepts = recent.judge(means, count)
-        gradient_norm, taken = engine.step(schedule.multiplier(step, config.max_steps), accepts)
+        gradient_norm, taken = engine.step(schedule.multiplier(step, config.max_steps), recent.judge(means, count))
         if metrics and fresh:
             extra |= metrics.first_step()
         step, fresh = step + 1, False
@@ -203,11 +186,9 @@ def train(
         if step % config.log_every == 0 or reason:
             values = means()
             if metrics:
-                seconds, clock = time.perf_counter() - clock, time.perf_counter()
                 values["lr"] = engine.peak_lr * schedule.multiplier(step - 1, config.max_steps)
                 values["gradient_norm"] = gradient_norm
-                values |= throughput.figures(tokens_since_log, flops_since_log, seconds)
-                tokens_since_log, flops_since_log = 0, 0.0
+                values |= throughput.figures()
                 metrics.log(step, {**values, **extra, **({"skipped_steps": skipped.total} if reason else {})}, reason)
             extra = {}
         if skipped.too_many:
@@ -216,7 +197,7 @@ def train(
 
 
 class StepReader:
-    """Reads the micro-batches of a step, and while the device is busy with them, those of the next step."""
+    """Reads the micro-batches of a step, and prefetches the next step in a thread."""
 
     def __init__(self, stage: TrainingStage, config: LoopConfig, seed: int, world: World):
         self._order = training_order(stage.rows, seed)
@@ -225,7 +206,7 @@ class StepReader:
         self._ahead: tuple[int, Future[tuple[np.ndarray, list[Batch]]]] | None = None
 
     def position(self, step: int) -> DataPosition:
-        """The state of the data order before this step."""
+        """Position in the data order before this step."""
         return position_after(step * self._config.rows_per_step, self._stage.rows, self._order)
 
     def read(self, step: int) -> Future[tuple[np.ndarray, list[Batch]]]:
@@ -244,10 +225,10 @@ class StepReader:
 
 
 def accumulate(engine: TrainingEngine, batches: list[Any], count: float) -> Callable[[], dict[str, float]]:
-    """Add the gradient of sum(loss) / count over micro-batches. Returns what gives the means over all ranks.
+    """Add the gradient of sum(loss) / count over micro-batches. Returns a function that gives the means over all ranks.
 
-    Nothing waits for the device, and the means come before the weights are updated: whoever asks for them after that
-    was launched gets them at once, and the next step is launched while the device is still busy with this one.
+    Does not synchronize with the device. The sums are queued before the weight update, so calling the function after
+    `step` was launched does not wait for the update.
     """
     sums: dict[str, Tensor] = {}
     for number, batch in enumerate(batches, 1):
@@ -255,7 +236,7 @@ def accumulate(engine: TrainingEngine, batches: list[Any], count: float) -> Call
         loss: Loss = engine.forward(batch)
         for name, value in {"loss": loss.total, **loss.sums}.items():
             sums[name] = sums.get(name, 0.0) + value.detach().float()
-        # a loss that is not finite must make a gradient that is not finite: that step is then refused
+        # a non-finite loss must give a non-finite gradient, so that the step is skipped
         engine.world.progress.at(f"micro-batch {number} of {len(batches)}, backward")
         engine.accumulate(loss.total * torch.where(sums["loss"].isfinite(), 1 / max(count, 1), float("nan")))
     total = engine.world.sum_later(sums)
@@ -263,7 +244,7 @@ def accumulate(engine: TrainingEngine, batches: list[Any], count: float) -> Call
 
 
 def no_grad_sum(engine: TrainingEngine, batches: list[Any], count: Callable[[Any], int]) -> dict[str, float]:
-    """Mean loss (and other sums) of the module over batches, each rank taking its share of them."""
+    """Mean loss and other sums of the module over all ranks' batches, named heldout_*. `batches`: this rank's share."""
     names: list[str] = []
     totals: dict[str, float] = {}
     counted = 0.0

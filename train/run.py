@@ -131,12 +131,11 @@ def _run(recipe: TrainingRecipe, plan: Plan, world: World, console: Console, sto
         if world.is_main:
             first = start.step if start else -1
             metrics = Metrics(run_dir, console, recipe.wandb, recipe.model_dump(), first, recipe.loop.max_steps)
-        throughput = Throughput(world.device, world.size)
+        throughput = Throughput(job.module.trunk.config, world)
         with metrics or nullcontext(), stop.polled():
             outcome = train(
                 job.stage, engine, recipe.loop, recipe.schedule, recipe.seed, start,
                 checkpoints, partial(_snapshot, engine, job), metrics, stop.requested, run_dir, throughput, best,
-                job.module.trunk.config,
             )  # fmt: skip
         if not outcome.finished:
             kept = "with a checkpoint; the same command continues from it"
