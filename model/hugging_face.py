@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -167,16 +167,13 @@ def state_to_hf(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, T
     return theirs
 
 
-def state_from_hf(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict from theirs. Raises NotPortableError for a layer scalar that is not 1, or a foreign name."""
-    ours: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        if _LAYER_SCALAR.fullmatch(name):
-            if not bool((tensor == 1).all()):
-                raise NotPortableError(f"{name} is {tensor.tolist()}; this architecture has no layer scalar (it is 1)")
-            continue
-        ours[from_hf(name)] = tensor
-    return ours
+def state_from_hf(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Our (name, tensor) pairs. Raises NotPortableError for an unknown name, or a layer scalar other than 1."""
+    for name, tensor in tensors:
+        if not _LAYER_SCALAR.fullmatch(name):
+            yield from_hf(name), tensor
+        elif not bool((tensor == 1).all()):
+            raise NotPortableError(f"{name} is {tensor.tolist()}; this architecture has no layer scalar (it is 1)")
 
 
 def load_exported_config(directory: str | Path) -> ModelConfig:
@@ -203,4 +200,4 @@ def load_exported_model(
     """
     config = load_exported_config(directory)
     path = Path(directory) / WEIGHTS
-    return model_of_state(config, state_from_hf(config, read_tensors(path)), path, device, dtype, attention)
+    return model_of_state(config, state_from_hf(read_tensors(path)), path, device, dtype, attention)

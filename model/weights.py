@@ -1,16 +1,16 @@
-"""Weights on disk: safetensors and config.json, in a directory that is replaced as a whole; DeepSpeed not needed."""
+"""Model directories: model.safetensors and config.json, written atomically, readable without DeepSpeed."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model.attention_ops import Backend
@@ -33,9 +33,9 @@ def save_model(
     scalar_head: Mapping[str, Tensor] | None = None,
     files: Mapping[str, Path] | None = None,
 ) -> None:
-    """Write a model directory: it appears whole or not at all, and replaces an older one.
+    """Write a model directory atomically, replacing an older one.
 
-    `state` and `scalar_head` are state dicts; `files` are copied in under their names (the tokenizer, say).
+    `state` and `scalar_head` are state dicts; `files` (such as the tokenizer) are copied in under their names.
     """
     directory = Path(directory)
     staging = directory.with_name(f".{directory.name}.writing")
@@ -52,7 +52,7 @@ def save_model(
 
 
 def copy_model(source: Path, directory: Path) -> None:
-    """Copy a model directory: the copy appears whole or not at all, and replaces an older one."""
+    """Copy a model directory atomically, replacing an older one."""
     staging = directory.with_name(f".{directory.name}.writing")
     shutil.rmtree(staging, ignore_errors=True)
     shutil.copytree(source, staging)
@@ -60,7 +60,7 @@ def copy_model(source: Path, directory: Path) -> None:
 
 
 def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file. Raises WeightsError with its path when that fails, as on a full disk."""
+    """Write a safetensors file. Raises WeightsError with the path when that fails (full disk)."""
     try:
         save_file(dict(state), path, metadata)
     except (SafetensorError, OSError) as error:
@@ -91,39 +91,45 @@ def load_model(
 
 def model_of_state(
     config: ModelConfig,
-    state: Mapping[str, Tensor],
+    tensors: Iterable[tuple[str, Tensor]],
     path: Path,
     device: torch.device | str,
     dtype: torch.dtype,
     attention: Backend,
 ) -> Transformer:
-    """A transformer with the weights `state`, in evaluation mode. Raises WeightsError naming `path`, their file."""
+    """A transformer with these weights, in evaluation mode. Raises WeightsError naming `path`, their file.
+
+    `tensors` is consumed one (name, tensor) pair at a time, so that host memory holds one unconverted tensor at most.
+    """
     with torch.device("meta"):
         model = Transformer(config, attention)
+    state = {name: tensor.to(device, dtype) for name, tensor in tensors}
     _check_shapes(path, state, model)
-    model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in state.items()}, assign=True)
+    model.load_state_dict(state, assign=True)
     return model.eval()
 
 
 def load_scorer(
     directory: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[Transformer, ScalarHead]:
-    """Trunk and scalar head of a trained scorer."""
+    """Trunk (in `dtype`) and float32 scalar head of a reward model."""
     model = load_model(directory, device, dtype)
     head = ScalarHead(model.config.d_model)
     path = Path(directory) / SCALAR_HEAD
-    state = read_tensors(path)
+    state = dict(read_tensors(path))
     _check_shapes(path, state, head)
     head.load_state_dict(state)
-    return model, head.to(device, dtype).eval()
+    return model, head.to(device).eval()
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file. Raises WeightsError naming it when it is missing or damaged."""
+def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a safetensors file, one at a time. Raises WeightsError when it is missing or damaged."""
     if not path.is_file():
         raise WeightsError(f"{path} does not exist")
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                yield name, file.get_tensor(name)
     except SafetensorError as error:
         raise WeightsError(f"{path} is damaged: {error}") from error
 

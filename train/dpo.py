@@ -1,4 +1,4 @@
-"""Direct preference optimisation on sampled and given pairs: `python -m train.dpo RECIPE`."""
+"""Direct preference optimization on sampled or given pairs: `python -m train.dpo RECIPE`."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from data.prompt.fit import fit_prompt
 from data.sources.preferences import PreferencePair, distinct_pairs, hold_out, read_pair_file, reason_against_context
 from data.sources.record import LeftOut
 from model.attention_ops import Documents
+from model.execution import shape_blocks
 from model.transformer import Transformer
-from model.weights import SCALAR_HEAD, WEIGHTS
-from recipes.files import durable_rename, file_sha256, sync_path
+from recipes.files import durable_rename, sync_path
 from recipes.loader import Section
 from recipes.plan_check import PlanCheck
 from recipes.run_identity import Location, identity
 from train.deepspeed.world import World
-from train.initial_model import initial_model
+from train.initial_model import content_key, init_input, initial_model
 from train.loop import LoopError, Loss, Outcome, TrainingStage, no_grad_sum
 from train.losses import dpo_loss, sequence_logprobs
 from train.preference.on_policy import OnPolicyPairs, sample_pairs
@@ -54,15 +54,15 @@ class FilePairs(Section):
     format: Literal["jsonl", "hh_rlhf"] = "jsonl"
     max_pairs: PositiveInt | None = None
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """More records than this that are no pair to learn from (malformed, a context in which nobody else says anything, a
-    side that says nothing, both sides alike, weight: 0) are an error; fewer are left out and counted."""
+    """A larger fraction of unusable records (malformed, nobody else speaks in the context, an empty reply, two equal
+    replies, weight: 0) is an error; a smaller one is skipped and counted."""
 
 
 Pairs = Annotated[OnPolicyPairs | FilePairs, Field(discriminator="kind")]
 
 
 class DPORecipe(TrainingRecipe):
-    """A preference run: the policy it starts from (also the reference), and where pairs come from."""
+    """A preference run: the initial policy (also the reference model), and the sources of pairs."""
 
     stage: Literal["dpo"]
     init_from: Location
@@ -71,12 +71,12 @@ class DPORecipe(TrainingRecipe):
     beta: PositiveFloat = 0.1
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     max_pair_tokens: PositiveInt
-    """Longest prompt + reply. A longer prompt loses its oldest messages, but neither the narrator's opening nor the
-    newest message; a pair that still does not fit is left out and counted."""
+    """Longest prompt + reply. A longer prompt loses its oldest messages, but never the narrator's opening or the
+    newest message; a pair that still does not fit is skipped and counted."""
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
 
     def check_plan(self, plan: PlanCheck) -> None:
-        """Also whether the files of pairs can be used, before the stages that come first are trained."""
+        """Also read the files of pairs, before earlier stages are trained."""
         super().check_plan(plan)
         for source in self.pairs:
             if isinstance(source, FilePairs) and Path(source.path).is_file() and not plan.is_to_come(source.path):
@@ -84,7 +84,7 @@ class DPORecipe(TrainingRecipe):
                     read_pair_file(source.path, source.format, source.max_bad_fraction)
 
     def inputs(self) -> dict[str, str]:
-        """The finished runs and the files that it reads, by the recipe's keys for them."""
+        """The finished runs and files that the stage reads, by recipe key."""
         pairs = {
             f"pairs.{number}": source.scorer if isinstance(source, OnPolicyPairs) else source.path
             for number, source in enumerate(self.pairs)
@@ -94,13 +94,13 @@ class DPORecipe(TrainingRecipe):
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """Token ids of a pair: the prompt ends where the character's text begins, each reply ends in `<|end|>`."""
+    """Token ids of a pair. The prompt ends where the character's text begins; each reply ends with `<|end|>`."""
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
     group: str = ""
-    """Of pairs that must not be on two sides of a split."""
+    """Pairs with the same group stay on one side of the train/held-out split."""
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,11 @@ class PairBatch:
 
 @dataclass
 class PairRows:
-    """Preference pairs as numbered rows for the loop, with the reference's log-probabilities beside them."""
+    """Preference pairs as numbered rows for the loop, and their reference log-probabilities."""
 
     pairs: Sequence[EncodedPair]
     reference_RB: np.ndarray = field(default_factory=lambda: np.zeros((2, 0), np.float32))
-    """Row 0: chosen, row 1: rejected; one column a pair."""
+    """Row 0: chosen, row 1: rejected; one column per pair."""
 
     @property
     def n_rows(self) -> int:
@@ -133,7 +133,7 @@ class PairRows:
 
     @property
     def row_length(self) -> int:
-        """Tokens of the longest pair, both sides: a row is a pair here, and the loop counts rows."""
+        """Tokens of the longest pair, both sides together."""
         return max(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in self.pairs)
 
     @property
@@ -145,7 +145,7 @@ class PairRows:
         return digest.hexdigest()
 
     def collate(self, rows: np.ndarray) -> PairBatch:
-        """Pack these pairs: targets are the next tokens, and only reply tokens count."""
+        """Pack these pairs. Targets are the next tokens; the loss mask covers reply tokens."""
         chosen = [(self.pairs[row].prompt, self.pairs[row].chosen) for row in rows]
         rejected = [(self.pairs[row].prompt, self.pairs[row].rejected) for row in rows]
         tokens, targets, answer, sequence, lengths = [], [], [], [], []
@@ -166,7 +166,7 @@ class PairRows:
 def encode_pairs(
     pairs: Sequence[PreferencePair], tokenizer: DialogueTokenizer, max_tokens: int
 ) -> tuple[list[EncodedPair], Counter[str]]:
-    """Token ids of the pairs that fit `max_tokens` by the rule of data/prompt/fit.py, and how many do not."""
+    """Token ids of the pairs that fit `max_tokens` (data/prompt/fit.py), and counts of the others by reason."""
     encoded: list[EncodedPair] = []
     left_out: Counter[str] = Counter()
     encoder = MessageEncoder(tokenizer)
@@ -184,7 +184,7 @@ def encode_pairs(
 
 
 def reply_logprobs(trunk: Transformer, batch: PairBatch) -> Tensor:
-    """Log-probabilities of the 2B replies of a batch, float32: one forward for both sides."""
+    """Log-probabilities of the 2B replies of a batch, float32, from one forward pass."""
     device = trunk.embed_tokens.weight.device
     places_T = batch.loss_mask_T.nonzero()[:, 0].to(device)
     hidden_TD = trunk(batch.tokens_T.to(device), Documents.from_lengths(batch.sequence_lengths, device=device))
@@ -195,7 +195,7 @@ def reply_logprobs(trunk: Transformer, batch: PairBatch) -> Tensor:
 
 
 def preference_loss(module: LossModule, batch: PairBatch, beta: float, label_smoothing: float) -> Loss:
-    """The DPO loss of a batch and, beside it, what to watch: accuracy, margin, and both sides' drift."""
+    """DPO loss of a batch; also logs accuracy, margin, and drift of both sides from the reference (nats)."""
     policy_B = reply_logprobs(module.trunk, batch)
     reference_B = batch.reference_B.to(policy_B.device)
     chosen_B, rejected_B = policy_B.chunk(2)
@@ -213,14 +213,18 @@ def preference_loss(module: LossModule, batch: PairBatch, beta: float, label_smo
 
 @torch.no_grad()
 def add_reference(
-    rows: PairRows, trunk: Transformer, model_key: str, folder: Path, world: World, console: Console
-) -> None:
-    """Fill in the reference's log-probabilities: computed once per (pairs, model), kept in `folder`."""
+    rows: PairRows, trunk: Transformer, model_key: str, folder: Path, rows_per_micro_batch: int, world: World,
+    console: Console,
+) -> None:  # fmt: skip
+    """Set `rows.reference_RB` from `trunk`, cached in `folder` by the content of the pairs and by `model_key`.
+
+    The micro-batches are those of the evaluation at step 0, so that its margins are exactly 0.
+    """
     key = hashlib.sha256(f"{rows.fingerprint}:{model_key}".encode()).hexdigest()[:24]
     path = folder / f"reference_{key}.safetensors"
     if not path.exists():
         trunk.eval()
-        parts = [np.arange(at, min(at + 16, rows.n_rows)) for at in range(0, rows.n_rows, 16)][world.rank :: world.size]
+        parts = share_of_rank(np.arange(rows.n_rows), rows_per_micro_batch, world)
         values_RB = np.zeros((2, rows.n_rows), np.float32)
         for part in track(parts, "reference log-probabilities", console=console, disable=not console.is_terminal):
             values_RB[:, part] = reply_logprobs(trunk, rows.collate(part)).float().cpu().numpy().reshape(2, -1)
@@ -242,7 +246,7 @@ def add_reference(
 def collect_pairs(
     recipe: DPORecipe, policy: Transformer, tokenizer: DialogueTokenizer, world: World, console: Console
 ) -> list[PreferencePair]:
-    """The pairs of every source of the recipe, in the recipe's order, without repeated and contradicting ones."""
+    """Pairs of all sources in the recipe's order, without repeated and contradicting ones."""
     pairs: list[PreferencePair] = []
     for number, source in enumerate(recipe.pairs):
         if isinstance(source, OnPolicyPairs):
@@ -267,21 +271,19 @@ def collect_pairs(
 
 
 def _digest_of(source: OnPolicyPairs, recipe: DPORecipe) -> str:
-    """Of all that the sampled pairs depend on, so that those of another recipe or model are not taken for them."""
-    digest = hashlib.sha256(f"{json.dumps(identity(source))} {recipe.seed} {recipe.engine.precision}".encode())
-    policy, scorer = Path(recipe.init_from) / "model", Path(source.scorer) / "model"
-    dialogues = Path(recipe.data) / "dialogues" / "train.jsonl"
-    for path in (policy / WEIGHTS, scorer / WEIGHTS, scorer / SCALAR_HEAD, dialogues):
-        digest.update(bytes.fromhex(file_sha256(path)))
-    return digest.hexdigest()[:16]
+    """Hash of everything that sampled pairs depend on, to name their folder."""
+    inputs = {"init_from": init_input(recipe.init_from), "scorer": source.scorer, "data": recipe.data}
+    settings = f"{json.dumps(identity(source))} {recipe.seed} {recipe.engine.precision}"
+    return hashlib.sha256(f"{settings} {content_key(inputs)}".encode()).hexdigest()[:16]
 
 
 def prepare(recipe: DPORecipe, world: World, console: Console) -> Job:
-    """Pairs, reference and model of a preference run."""
-    initial = initial_model(recipe.init_from)
-    trunk = initial.load(recipe.attention)
-    dtype = torch.bfloat16 if recipe.engine.precision == "bfloat16" else torch.float32
-    trunk.to(world.device, dtype)
+    """Pairs, reference log-probabilities and model of a preference run."""
+    initial = initial_model(recipe.init_from, world)
+    trunk = initial.load(recipe.attention, world.device, recipe.engine.dtype)
+    settings = recipe.engine
+    # before the reference is computed, so that reference and policy round alike
+    blocks = shape_blocks(trunk.blocks, settings.blocks, settings.recompute, settings.recompute_blocks, world.device)
     initial.check_tokenizer([recipe.data])
     tokenizer = DialogueTokenizer.load(initial.directory)
     pairs = collect_pairs(recipe, trunk, tokenizer, world, console)
@@ -294,11 +296,12 @@ def prepare(recipe: DPORecipe, world: World, console: Console) -> Job:
     heldout, rows = (PairRows([encoded[i] for i in side]) for side in sides)
     if min(heldout.n_rows, rows.n_rows) < world.size:
         raise LoopError(_too_few(encoded, heldout.n_rows, recipe, world.size, fitting))
-    model_key = file_sha256(initial.weights) + recipe.engine.precision
+    model_key = f"{content_key({'init_from': init_input(recipe.init_from)})} {settings.precision} {blocks}"
+    folder, rows_per_micro_batch = Path(recipe.run_dir) / "reference", recipe.loop.rows_per_micro_batch
     for part in (rows, heldout):
-        add_reference(part, trunk, model_key, Path(recipe.run_dir) / "reference", world, console)
+        add_reference(part, trunk, model_key, folder, rows_per_micro_batch, world, console)
 
-    shares = share_of_rank(np.arange(heldout.n_rows), recipe.loop.rows_per_micro_batch, world)
+    shares = share_of_rank(np.arange(heldout.n_rows), rows_per_micro_batch, world)
     batches = [heldout.collate(part) for part in shares]
     return Job(
         module=LossModule(trunk, lambda m, batch: preference_loss(m, batch, recipe.beta, recipe.label_smoothing)),
@@ -314,7 +317,7 @@ def prepare(recipe: DPORecipe, world: World, console: Console) -> Job:
 
 
 def _too_few(encoded: Sequence[EncodedPair], n_heldout: int, recipe: DPORecipe, n_ranks: int, fitting: str) -> str:
-    """Why a split of the pairs leaves a side without enough, and what would mend it."""
+    """Why a side of the split has too few pairs, and what to change."""
     if not encoded:
         return f"{fitting}. Raise max_pair_tokens"
     sizes = sorted(Counter(pair.group for pair in encoded).values())
@@ -332,7 +335,7 @@ def _too_few(encoded: Sequence[EncodedPair], n_heldout: int, recipe: DPORecipe, 
 
 
 def _finish(outcome: Outcome, rows: PairRows, heldout: PairRows) -> tuple[str, dict[str, Any]]:
-    """Held-out accuracy beside what reply length alone would score: the commonest thing a policy learns instead."""
+    """Key figure: held-out accuracy, next to the accuracy of preferring by length alone."""
     longer = [
         0.5 if len(pair.chosen) == len(pair.rejected) else float(len(pair.chosen) > len(pair.rejected))
         for pair in heldout.pairs
@@ -350,7 +353,7 @@ def _finish(outcome: Outcome, rows: PairRows, heldout: PairRows) -> tuple[str, d
 
 def plan(recipe: DPORecipe) -> Plan:
     """What the recipe asks for."""
-    # a row is a pair: the prompt twice, each time with a reply
+    # a row is a pair: the prompt twice, once with each reply
     summary = summarize(recipe, recipe.data, loss="chosen tokens", row_tokens=2 * recipe.max_pair_tokens)
     return Plan(recipe.inputs(), summary, lambda world, console: prepare(recipe, world, console))
 

@@ -98,9 +98,9 @@ def heldout_auc(engine: TrainingEngine, batches: list[PackedBatch]) -> float:
 
 def prepare(recipe: EngagementRecipe, world: World) -> Job:
     """Data and model of a scorer run."""
-    initial = initial_model(recipe.init_from)
+    initial = initial_model(recipe.init_from, world)
     initial.check_tokenizer(data_directories(recipe.data).values())
-    trunk = initial.load(recipe.attention)
+    trunk = initial.load(recipe.attention, world.device, recipe.engine.dtype)
     dataset, heldout = open_data(recipe.data, trunk.config)
     head = ScalarHead(trunk.config.d_model)
     stage = packed_stage(

@@ -1,11 +1,14 @@
-"""The model that a stage starts from: that of a finished run, or of a bundle that serving_export has written."""
+"""The model that a stage starts from: a finished run's, or an exported bundle's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from data.format.tokenizer import MODEL_FILE
 from model.attention_ops import Backend
@@ -14,6 +17,8 @@ from model.config import ModelConfig
 from model.hugging_face import load_exported_config, load_exported_model
 from model.transformer import Transformer
 from model.weights import CONFIG, WEIGHTS, load_config, load_model
+from recipes.run_inputs import digest_inputs
+from train.deepspeed.world import World
 
 
 class InitialModelError(ValueError):
@@ -22,7 +27,7 @@ class InitialModelError(ValueError):
 
 @dataclass(frozen=True)
 class InitialModel:
-    """Where weights, architecture and tokenizer are; a bundle has them under Hugging Face's names."""
+    """Directory of weights, config and tokenizer. A bundle uses Hugging Face's parameter names."""
 
     directory: Path
     is_bundle: bool
@@ -31,21 +36,17 @@ class InitialModel:
     def tokenizer(self) -> Path:
         return self.directory / MODEL_FILE
 
-    @property
-    def weights(self) -> Path:
-        return self.directory / WEIGHTS
-
     def config(self) -> ModelConfig:
         """Raises WeightsError or NotPortableError when it cannot be read."""
         return load_exported_config(self.directory) if self.is_bundle else load_config(self.directory)
 
-    def load(self, attention: Backend) -> Transformer:
-        """The model in training mode, with float32 weights."""
+    def load(self, attention: Backend, device: torch.device, dtype: torch.dtype) -> Transformer:
+        """The model in training mode, its weights read directly into `dtype` on `device`."""
         load = load_exported_model if self.is_bundle else load_model
-        return load(self.directory, attention=attention).train()
+        return load(self.directory, device, dtype, attention).train()
 
     def check_tokenizer(self, data_directories: Iterable[str]) -> None:
-        """Raise InitialModelError unless the data's token ids mean what they mean to the model."""
+        """Raise InitialModelError unless data and model have the same tokenizer."""
         for data in data_directories:
             if not self.tokenizer.is_file():
                 raise InitialModelError(f"{self.tokenizer} does not exist: its model cannot be trained on {data}")
@@ -58,7 +59,7 @@ class InitialModel:
 
 
 def find_initial_model(init_from: str) -> InitialModel | None:
-    """The model of a run directory or of a bundle; None when the directory has none (yet)."""
+    """The model of a run directory or a bundle; None when there is none (yet)."""
     path = Path(init_from)
     if (path / "model" / CONFIG).is_file():
         return InitialModel(path / "model", is_bundle=False)
@@ -67,8 +68,12 @@ def find_initial_model(init_from: str) -> InitialModel | None:
     return None
 
 
-def initial_model(init_from: str) -> InitialModel:
-    """The same, to be loaded. Raises InitialModelError when there is none, BundleError for a bundle's changed file."""
+def initial_model(init_from: str, world: World) -> InitialModel:
+    """`find_initial_model`, checked. Raises InitialModelError when there is none, BundleError for a damaged bundle.
+
+    Rank 0 hashes a bundle's files and the other ranks compare sizes; a run's files were hashed by
+    `prepare_run_directory`.
+    """
     found = find_initial_model(init_from)
     if found is None:
         what = "holds no model" if Path(init_from).is_dir() else "does not exist"
@@ -77,18 +82,27 @@ def initial_model(init_from: str) -> InitialModel:
             f"exported bundle ({CONFIG}, {WEIGHTS})"
         )
     if found.is_bundle:
-        verify(found.directory)
+        verify(found.directory, hashes=world.is_main)
     return found
 
 
 def init_input(init_from: str) -> str:
-    """What a run that starts from `init_from` is known by: the run, or the manifest that has a bundle's hashes."""
+    """The input that identifies `init_from`: the run directory, or the manifest with a bundle's hashes."""
     found = find_initial_model(init_from)
     return str(found.directory / MANIFEST) if found and found.is_bundle else init_from
 
 
+def content_key(inputs: Mapping[str, str]) -> str:
+    """Hash of the content of finished runs and files, from the runs' done.json: no weights are read.
+
+    Raises InputError where a file's size differs from what its run wrote.
+    """
+    digests = digest_inputs(inputs)
+    return hashlib.sha256("".join(f"{name} {digests[name]['sha256']}\n" for name in inputs).encode()).hexdigest()
+
+
 def check_same_architecture(written: ModelConfig, found: ModelConfig, init_from: str) -> None:
-    """Raise InitialModelError when a recipe's `model` section is not the architecture that the weights have."""
+    """Raise InitialModelError when a recipe's `model` section is not the architecture of the weights."""
     ours, theirs = (_plain(config) for config in (written, found))
     lines = [f"  model.{key}: there {theirs[key]!r}, here {ours[key]!r}" for key in ours if ours[key] != theirs[key]]
     if lines:
@@ -100,7 +114,7 @@ def check_same_architecture(written: ModelConfig, found: ModelConfig, init_from:
 
 
 def _plain(config: ModelConfig) -> dict[str, Any]:
-    """Equal for equal architectures, however their layers are written down."""
+    """The config in one canonical spelling of `layers` and `window`."""
     has_windows = "S" in config.layer_kinds
     layers, window = "".join(config.layer_kinds), config.window if has_windows else None
     return {**config.model_dump(), "layers": layers, "window": window}

@@ -95,7 +95,7 @@ def architecture(recipe: PretrainRecipe) -> ModelConfig | None:
 
 def prepare(recipe: PretrainRecipe, world: World, console: Console) -> Job:
     """Data, model and baselines of a pre-training run."""
-    initial = initial_model(recipe.init_from) if recipe.init_from is not None else None
+    initial = initial_model(recipe.init_from, world) if recipe.init_from is not None else None
     config = architecture(recipe)
     assert config is not None, "plan has looked for it"
     dataset, heldout = open_data(recipe.data, config)
@@ -114,7 +114,7 @@ def prepare(recipe: PretrainRecipe, world: World, console: Console) -> Job:
 
     if initial:
         initial.check_tokenizer(data_directories(recipe.data).values())
-        trunk = initial.load(recipe.attention)
+        trunk = initial.load(recipe.attention, world.device, recipe.engine.dtype)
     else:
         with world.device:  # the weights are drawn where they will lie
             trunk = Transformer(config, recipe.attention, recipe.seed, recipe.engine.dtype)

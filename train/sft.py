@@ -58,9 +58,9 @@ def answer_loss(module: LossModule, batch: PackedBatch) -> Loss:
 
 def prepare(recipe: SFTRecipe, world: World) -> Job:
     """Data and model of a fine-tuning run."""
-    initial = initial_model(recipe.init_from)
+    initial = initial_model(recipe.init_from, world)
     initial.check_tokenizer(data_directories(recipe.data).values())
-    trunk = initial.load(recipe.attention)
+    trunk = initial.load(recipe.attention, world.device, recipe.engine.dtype)
     dataset, heldout = open_data(recipe.data, trunk.config)
 
     def finish(engine: TrainingEngine, outcome: Outcome, console: Console) -> tuple[str, dict[str, Any]]:

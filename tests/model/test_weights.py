@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from model.attention_ops import Documents
 from model.config import ModelConfig
@@ -46,3 +52,34 @@ def test_damage_is_named(tmp_path: Path) -> None:
     save_model(tmp_path / "m", CONFIG.model_copy(update={"d_ff": 32}), model.state_dict())
     with pytest.raises(WeightsError, match="has shape"):
         load_model(tmp_path / "m")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_read_one_tensor_at_a_time_into_their_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """No more than one tensor in the file's dtype is alive while the converted ones are made."""
+    model = Transformer(CONFIG, seed=1).to(torch.float16)
+    save_model(tmp_path / "m", CONFIG, model.state_dict())
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = 0
+
+    @contextmanager
+    def opened(path: Path, framework: str) -> Iterator[Any]:
+        nonlocal most
+        with safe_open(path, framework) as file:
+
+            def get_tensor(name: str) -> torch.Tensor:
+                nonlocal most
+                tensor = file.get_tensor(name)
+                alive.add(tensor)
+                most = max(most, len(alive))
+                return tensor
+
+            yield SimpleNamespace(keys=file.keys, get_tensor=get_tensor)
+
+    monkeypatch.setattr("model.weights.safe_open", opened)
+    loaded = load_model(tmp_path / "m", dtype=dtype)
+    assert 1 <= most <= 2  # the next one is read before the last reference to the one before is dropped
+    assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+    assert all(map(torch.equal, loaded.state_dict().values(), model.to(dtype).state_dict().values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from recipes.loader import RecipeError, load_recipe
 from serving_export.export.__main__ import BUNDLE_FILES, Names, write_bundle
 from serving_export.export.manifest import write_manifest
 from train.deepspeed.world import World
-from train.initial_model import InitialModelError, check_same_architecture, init_input
+from train.initial_model import InitialModelError, check_same_architecture, init_input, initial_model
 from train.pretrain import PretrainRecipe, plan, prepare
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -118,6 +119,31 @@ def test_a_changed_file_of_a_bundle_is_named(
     (source / "manifest.json").unlink()
     with pytest.raises(BundleError, match=r"manifest\.json does not exist: \S+ is not a finished bundle"):
         prepare(recipe, ALONE, Console(quiet=True))
+
+
+def test_only_rank_0_hashes_a_bundle(data_dir: Path, tmp_path: Path, weights: Transformer) -> None:
+    source = bundle(tmp_path / "source", weights, data_dir)
+    content = bytearray((source / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (source / "model.safetensors").write_bytes(content)
+    other = World(1, 2, torch.device("cpu"))
+    initial_model(str(source), other)
+    with pytest.raises(BundleError, match="has changed"):
+        initial_model(str(source), World(0, 2, torch.device("cpu")))
+    (source / "model.safetensors").write_bytes(content[:-1])
+    with pytest.raises(BundleError, match=r"bytes, the manifest says"):
+        initial_model(str(source), other)
+
+
+@pytest.mark.parametrize("make", [run_directory, bundle])
+def test_weights_are_loaded_in_the_engines_dtype(
+    make: Callable[..., Path], data_dir: Path, tmp_path: Path, weights: Transformer
+) -> None:
+    source = make(tmp_path / "source", weights, data_dir)
+    loaded = initial_model(str(source), ALONE).load("auto", torch.device("cpu"), torch.bfloat16)
+    assert loaded.training
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    assert all(map(torch.equal, loaded.state_dict().values(), weights.bfloat16().state_dict().values()))
 
 
 def test_architectures_are_equal_however_their_layers_are_written(weights: Transformer) -> None:

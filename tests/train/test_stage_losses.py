@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,9 +26,11 @@ from model.scalar_head import ScalarHead
 from model.transformer import Transformer
 from model.weights import save_model
 from recipes.loader import load_recipe
+from recipes.run_inputs import InputError, output_sizes
 from train.deepspeed.world import World
 from train.dpo import DPORecipe, EncodedPair, PairRows, add_reference, preference_loss, prepare, reply_logprobs
 from train.engagement import roc_auc, scorer_loss, scores
+from train.initial_model import content_key
 from train.losses import continuation_loss
 from train.preference.on_policy import score_replies
 from train.pretrain import language_model_loss
@@ -130,7 +135,7 @@ def plain_reply_logprobs(model: Transformer, pairs: list[EncodedPair]) -> Tensor
 
 def test_dpo_is_equation_7_over_a_plain_loop_with_the_kept_reference(tmp_path: Path) -> None:
     policy, reference, rows = Transformer(CONFIG, seed=1), Transformer(CONFIG, seed=2), PairRows(PAIRS)
-    add_reference(rows, reference, "key", tmp_path, ALONE, QUIET)
+    add_reference(rows, reference, "key", tmp_path, 1, ALONE, QUIET)
     ours, theirs = plain_reply_logprobs(policy, PAIRS), plain_reply_logprobs(reference, PAIRS)
     margins = [0.5 * float((ours[0, i] - theirs[0, i]) - (ours[1, i] - theirs[1, i])) for i in range(2)]
     module = LossModule(policy, lambda m, batch: preference_loss(m, batch, beta=0.5, label_smoothing=0.0))
@@ -162,7 +167,7 @@ def test_the_reference_is_kept_by_weights_and_by_both_sides(tmp_path: Path) -> N
         model = Transformer(CONFIG, seed=seed)
         for pairs in (PAIRS, other_rejected, other_chosen):
             rows = PairRows(pairs)
-            add_reference(rows, model, f"weights {seed}", tmp_path, ALONE, QUIET)
+            add_reference(rows, model, f"weights {seed}", tmp_path, 2, ALONE, QUIET)
             with torch.no_grad():
                 direct_B = reply_logprobs(model, rows.collate(np.arange(2)))
             assert rows.reference_RB.any()
@@ -194,6 +199,8 @@ def prepared(tmp_path: Path, data_dir: Path) -> Callable[[int], Any]:
         state = Transformer(config, seed=seed).state_dict()
         files = {path.name: path for path in data_dir.glob("tokenizer*")}
         save_model(tmp_path / "start" / "model", config, state, files=files)
+        done = {"content": f"content {seed}", "outputs": output_sizes(tmp_path / "start", ["model"])}
+        (tmp_path / "start" / "done.json").write_text(json.dumps(done))
         return prepare(load_recipe(DPORecipe, tmp_path / "dpo.yaml"), ALONE, QUIET)
 
     return prepare_from
@@ -205,6 +212,56 @@ def test_dpo_starts_at_margin_zero_with_each_start_models_own_reference(prepared
         loss = job.module(job.stage.collate(np.arange(4)))
         assert float(loss.total.detach()) == pytest.approx(4 * math.log(2), rel=1e-5)
         assert abs(float(loss.sums["margin"])) < 1e-5
+
+
+def heldout_margins(job: Any, fused: bool) -> list[float]:
+    """Margin of each held-out pair, from the batches that the evaluation at step 0 reads."""
+    for block in job.module.trunk.blocks:
+        assert block.fused == fused
+    found: list[Tensor] = []
+    keep = job.module.register_forward_hook(lambda module, given, loss: found.append(loss.sums["margin"]))
+    engine: Any = SimpleNamespace(module=job.module, world=ALONE)
+    figures = job.stage.evaluate(engine)
+    keep.remove()
+    assert figures["heldout_accuracy"] == 0.5
+    return [float(margin) for margin in found]
+
+
+def test_heldout_margins_are_exactly_zero_at_step_0(prepared: Callable[[int], Any]) -> None:
+    margins = heldout_margins(prepared(1), fused=False)
+    assert len(margins) > 2
+    assert set(margins) == {0.0}
+
+
+@pytest.mark.skipif(not find_spec("triton"), reason="fused blocks need Triton")
+def test_the_reference_runs_the_policys_fused_blocks(
+    prepared: Callable[[int], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared(1)  # leaves a reference that plain blocks computed
+    monkeypatch.setattr("model.execution.why_not_fused", lambda device: None)
+    job = prepared(1)
+    assert set(heldout_margins(job, fused=True)) == {0.0}
+    for block in job.module.trunk.blocks:
+        block.fused = False
+    batch = job.stage.collate(np.arange(4))
+    assert not torch.equal(reply_logprobs(job.module.trunk, batch), batch.reference_B), "plain blocks round differently"
+
+
+def test_a_start_model_is_known_by_its_run_and_its_weights_are_not_hashed(
+    prepared: Callable[[int], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hashed(path: Path) -> str:
+        assert "start/model" not in path.as_posix()
+        return "sha256"
+
+    monkeypatch.setattr("recipes.run_inputs.file_sha256", hashed)
+    prepared(1)
+    prepared(2)
+    assert len(list((tmp_path / "dpo" / "reference").iterdir())) == 4
+    weights = tmp_path / "start" / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b" ")
+    with pytest.raises(InputError, match=r"model\.safetensors has \d+ bytes"):
+        content_key({"init_from": str(tmp_path / "start")})
 
 
 def test_no_user_has_pairs_on_both_sides(prepared: Callable[[int], Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +331,7 @@ def test_preferences_raise_the_margin_of_unseen_pairs(tmp_path: Path) -> None:
     policy = Transformer(CONFIG, seed=1)
     rows, heldout = PairRows(pairs[::2]), PairRows(pairs[1::2])
     for part in (rows, heldout):
-        add_reference(part, policy, "key", tmp_path, ALONE, QUIET)
+        add_reference(part, policy, "key", tmp_path, 1, ALONE, QUIET)
     module = LossModule(policy, lambda m, batch: preference_loss(m, batch, beta=0.1, label_smoothing=0.0))
     train(module, lambda step: rows.collate(np.arange(14)), 40)
     with torch.no_grad():

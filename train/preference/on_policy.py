@@ -95,7 +95,7 @@ def sample_pairs(
     contexts = select_contexts(
         dialogues, tokenizer, settings.n_contexts, seed, settings.max_context_tokens, left_out=without
     )
-    trunk, head = load_scorer(Path(settings.scorer) / "model", world.device)
+    trunk, head = load_scorer(Path(settings.scorer) / "model", world.device, policy.embed_tokens.weight.dtype)
     policy.eval()
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(contexts), CONTEXTS_A_FILE)
