@@ -1,4 +1,4 @@
-"""Keep the weights of the evaluation with the best held-out figure, and stop when it has not improved for long."""
+"""Keep the weights of the best evaluation, and stop early when it does not improve."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FOLDER = "best"
 
 
 class KeepBest(Section):
-    """By which held-out figure the run's final weights are chosen: `heldout_loss` (lower), `heldout_auc` (higher)..."""
+    """The held-out figure that selects the run's final weights: `heldout_loss` (lower), `heldout_auc` (higher), ..."""
 
     figure: str
     better: Literal["lower", "higher"]
@@ -29,12 +29,12 @@ class FigureError(ValueError):
 
 
 class BestWeightsError(ValueError):
-    """The best model so far has been removed."""
+    """The best model so far, which a checkpoint names, is missing."""
 
 
 @dataclass(frozen=True)
 class Best:
-    """The best evaluation so far, and how many evaluations have followed it."""
+    """The best evaluation so far, and the number of evaluations since."""
 
     step: int
     figures: dict[str, float]
@@ -42,9 +42,9 @@ class Best:
 
 
 class BestWeights:
-    """Judges evaluations, and keeps the best one's model in `best/step_N` of the run directory.
+    """Tracks the best evaluation, and keeps its model in `best/step_N` of the run directory.
 
-    A checkpoint holds `to_save()`. The models that checkpoints name are kept, so that a killed run finds them.
+    A checkpoint stores `to_save()`. Models that checkpoints name are kept, so that a killed run finds them.
     """
 
     def __init__(
@@ -56,14 +56,14 @@ class BestWeights:
         write: Callable[[Path], None],
         state: Best | None,
     ):
-        """`write` writes the model of now into a directory (called on every rank); `state`: of the checkpoint."""
+        """`write` saves the current model to a directory (called on every rank); `state`: from the checkpoint."""
         self._settings, self._stop_after, self._world, self._write = settings, stop_after, world, write
         self._folder, self._checkpoints = run_dir / FOLDER, run_dir / "checkpoints"
         self.best = self._saved = state
         if state and not self.directory(state.step).is_dir():
             raise BestWeightsError(
-                f"{self.directory(state.step)} is missing, whose model the checkpoint names as the best so far; put it "
-                "back, or remove the folder checkpoints to start from the beginning"
+                f"{self.directory(state.step)} is missing, the best model so far according to the checkpoint; restore "
+                "it, or remove the folder checkpoints to start from the beginning"
             )
 
     @property
@@ -72,13 +72,13 @@ class BestWeights:
         return bool(self.best and self._stop_after and self.best.evaluations_since >= self._stop_after)
 
     def directory(self, step: int) -> Path:
-        """The model kept of a step."""
+        """Where the model of a step is kept."""
         return self._folder / f"step_{step:08d}"
 
     def judge(self, step: int, figures: dict[str, float]) -> None:
-        """Take note of an evaluation, and write the model when it is the best so far (called on every rank).
+        """Record an evaluation, and save the model if it is the best so far (called on every rank).
 
-        Raises FigureError when the figure is not there.
+        Raises FigureError when the figure is not among `figures`.
         """
         if self._settings is None:
             return
@@ -87,7 +87,7 @@ class BestWeights:
             raise FigureError(
                 f"loop.keep_best.figure: found {name}, this stage computes {', '.join(sorted(figures))}; choose one"
             )
-        # rank 0 decides: the last bits of the others' figures may differ
+        # rank 0 decides: the ranks' figures may differ in the last bits
         (is_better,) = self._world.sum([float(self._world.is_main and self._is_better(figures[name]))])
         if not is_better:
             assert self.best is not None, "the first evaluation is the best so far"
@@ -99,7 +99,7 @@ class BestWeights:
         on_main(self._world, lambda: self._remove_others(needed))
 
     def to_save(self) -> Best | None:
-        """What a checkpoint that is saved now has to hold; its model is kept until the next one is saved."""
+        """What a checkpoint saved now stores; its model is kept until the next checkpoint."""
         self._saved = self.best
         return self.best
 
@@ -113,7 +113,7 @@ class BestWeights:
         return value < best if self._settings.better == "lower" else value > best
 
     def _remove_others(self, steps: set[int]) -> None:
-        """Remove the models but those of `steps` and those that checkpoints name."""
+        """Remove all models except those of `steps` and those that checkpoints name."""
         for path in self._checkpoints.glob("step_*/state.json"):
             best = json.loads(path.read_text())["best"]
             steps |= {best["step"]} if best else set()
@@ -122,14 +122,14 @@ class BestWeights:
                 shutil.rmtree(path)
 
     def figures(self, last_step: int, max_steps: int) -> dict[str, int | bool]:
-        """What done.json says of the choice."""
+        """Figures for done.json."""
         if self.best is None:
             return {}
         return {"kept_step": self.best.step, "last_step": last_step, "stopped_early": last_step < max_steps}
 
 
 def best_of(content: dict[str, Any] | None) -> Best | None:
-    """What `json_of` gave."""
+    """The inverse of `json_of`."""
     if content is None:
         return None
     figures = {name: math.nan if value is None else value for name, value in content["figures"].items()}
@@ -137,7 +137,7 @@ def best_of(content: dict[str, Any] | None) -> Best | None:
 
 
 def json_of(best: Best | None) -> dict[str, Any] | None:
-    """As JSON, which has no NaN."""
+    """As JSON; non-finite figures become null."""
     if best is None:
         return None
     figures = {name: value if math.isfinite(value) else None for name, value in best.figures.items()}

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: staged, hashed, renamed beside the training; resume takes the newest sound."""
+"""Atomic checkpoints, written in the background: staged, hashed, renamed. Resume takes the newest intact one."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
 _NONE, _ALL_DAMAGED = -1.0, -2.0
 
 Write = Callable[[Path, threading.Event], Mapping[Path, str]]
-"""Writes one rank's files below a directory, synced, and says the hash of each; fails soon once the event is set."""
+"""Writes and fsyncs one rank's files below a directory; their hashes. Fails soon after the event is set."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or none of those there can be read."""
+    """A checkpoint could not be written, or no existing one can be read."""
 
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """What a checkpoint knows besides tensors: all that decides which data comes next, and who wrote it.
+    """State of the loop in a checkpoint, besides tensors.
 
-    max_steps: of the run that saved it, which its schedule hangs on; skipped_in_a_row: why each of the last steps was
-    not taken; recent_steps: what `loop.skip_spikes` judges the next step by; best: what `loop.keep_best` has found.
+    max_steps: of the run that saved it (the schedule depends on it). skipped_in_a_row: why each of the last steps was
+    skipped. recent_steps: windows of `loop.skip_spikes`. best: best evaluation of `loop.keep_best`.
     """
 
     step: int
@@ -49,7 +49,7 @@ class CheckpointState:
 
 @dataclass
 class _Pending:
-    """A checkpoint on its way to the disk: first every rank writes its part, then rank 0 completes it."""
+    """A checkpoint being written: first every rank writes its part, then rank 0 completes it."""
 
     state: CheckpointState
     staging: Path
@@ -62,8 +62,8 @@ class _Pending:
 class Checkpoints:
     """The `checkpoints/` folder of a run: step_N directories, and `latest` naming the newest.
 
-    Files are written by a thread of each rank. What the threads report rides on a sum the training loop takes anyway
-    (`report`, then `advance` with the sums), so all ranks see the same progress at the same step.
+    A thread of each rank writes its files. The threads' status is added to a sum that the training loop takes anyway
+    (`report`, then `advance` with the sums), so that all ranks see the same status at the same step.
     """
 
     def __init__(
@@ -75,19 +75,19 @@ class Checkpoints:
         max_steps: int = 0,
         stable_steps: Callable[[int], int] = lambda max_steps: 0,
     ):
-        """Keep the newest `keep`, and the newest one up to step `stable_steps(max_steps)`: a longer run starts from it.
+        """Keep the newest `keep`, and the newest up to step `stable_steps(max_steps)`, from which a longer run resumes.
 
-        stable_steps: how many steps of a run of so many have the same rate in any longer run.
+        stable_steps: max_steps -> number of initial steps whose learning rate is the same in any longer run.
         """
         self.directory, self._keep, self._world, self._console = directory, keep, world, console
         self._max_steps, self._stable_steps = max_steps, stable_steps
         self._pending: _Pending | None = None
 
     def save(self, state: CheckpointState, snapshot: Callable[[], Write]) -> None:
-        """Begin step_N: `snapshot()` copies what is to be saved and returns what writes this rank's share of it.
+        """Start saving step_N: `snapshot()` copies the state and returns the function that writes this rank's share.
 
-        A save that is still under way is waited for. Raises CheckpointError on every rank when any rank failed, here or
-        in a later `advance` or `finish`; older checkpoints are then as they were.
+        Waits for an unfinished earlier save. When any rank fails, every rank raises CheckpointError, here or in a later
+        `advance` or `finish`; older checkpoints are unchanged.
         """
         self.finish()
         target = self.directory / f"step_{state.step:08d}"
@@ -100,12 +100,12 @@ class Checkpoints:
         pending.work = Background(lambda: self._write_part(pending, write))
 
     def report(self) -> tuple[float, float]:
-        """Whether this rank's thread is busy, and whether it has failed, as numbers to be summed over all ranks."""
+        """(thread is busy, thread has failed) of this rank, as numbers to be summed over all ranks."""
         work = self._pending.work if self._pending else None
         return float(bool(work and work.busy)), float(bool(work and work.failure))
 
     def advance(self, n_busy: float, n_failed: float) -> None:
-        """Go on with the pending save, given the sum of all ranks' reports."""
+        """Continue the pending save, given the sum of all ranks' reports."""
         pending = self._pending
         if pending is None or n_busy:
             return
@@ -125,23 +125,23 @@ class Checkpoints:
             self.advance(*self._world.sum([*self.report()]))
 
     def abandon(self) -> None:
-        """Give up a save whose files are still being written, for a newer one that is urgent (called on every rank)."""
+        """Abandon a save that is still being written, for an urgent newer one (called on every rank)."""
         pending = self._pending
         if pending is None or pending.completing:
             return
-        assert pending.work is not None, "only a save that is being completed has ranks without work"
+        assert pending.work is not None, "only a save that is completing has ranks without work"
         pending.abandoned.set()
         while self._world.sum([self.report()[0]])[0]:
             pending.work.wait(POLL_SECONDS)
         self._pending = None  # the next save removes its files
 
     def newest(self) -> tuple[Path, CheckpointState] | None:
-        """The newest checkpoint whose every file has its recorded hash, or None when there is none at all.
+        """The newest checkpoint whose files match their hashes; None when there is no checkpoint.
 
-        A damaged one is named aloud and the one before it is tried; so is one that a run of fewer steps has saved after
-        its rate had begun to fall. Raises CheckpointError when all are damaged.
+        Prints and passes over damaged ones, and those that a shorter run saved after its learning rate decay began.
+        Raises CheckpointError when all are damaged.
         """
-        number, failure = on_main(self._world, self._newest_sound)
+        number, failure = on_main(self._world, self._newest_intact)
         if failure:
             raise CheckpointError(failure)
         if number == _NONE:
@@ -154,9 +154,9 @@ class Checkpoints:
         return path, _read_state(path)
 
     def tidy(self, newest: Path | None) -> None:
-        """Do what a killed process has left undone, given the newest sound checkpoint (called on every rank).
+        """Clean up after a killed process, given the newest intact checkpoint (called on every rank).
 
-        It may have been the last one to save: half a checkpoint goes, as do those beyond `keep`; `latest` is put right.
+        Removes partial checkpoints and those beyond `keep`, and corrects `latest`.
         """
 
         def work() -> None:
@@ -166,9 +166,9 @@ class Checkpoints:
 
         _, failure = on_main(self._world, work)
         if failure:
-            raise CheckpointError(f"{self.directory} could not be tidied: {failure}")
+            raise CheckpointError(f"{self.directory} could not be cleaned up: {failure}")
 
-    def _newest_sound(self) -> float:
+    def _newest_intact(self) -> float:
         any_damaged = False
         for path in sorted(self.directory.glob("step_*"), reverse=True):
             problem = damage(path)
@@ -183,13 +183,13 @@ class Checkpoints:
         return _ALL_DAMAGED if any_damaged else _NONE
 
     def _other_schedule(self, state: CheckpointState) -> str | None:
-        """Why a run of our number of steps cannot have come by this checkpoint; None when it can."""
+        """Why a run of our `max_steps` could not have saved this checkpoint; None when it could."""
         shared = self._stable_steps(min(state.max_steps, self._max_steps))
         if state.max_steps == self._max_steps or state.step <= shared:
             return None
         return (
-            f"it was saved with max_steps={state.max_steps}, whose rate falls from step {shared} on; "
-            "going back to one before that"
+            f"it was saved with max_steps={state.max_steps}, whose learning rate decays from step {shared} on; "
+            "looking for one before that"
         )
 
     def _error(self, reason: str) -> CheckpointError:
@@ -235,12 +235,12 @@ class Checkpoints:
             _remove(target)
         durable_rename(staging, target)
         for path in self.directory.glob("step_*"):
-            if path > target:  # a damaged one that a resume has passed over
+            if path > target:  # damaged: the resume passed over it
                 _remove(path)
         self._make_newest(target)
 
     def _make_newest(self, target: Path) -> None:
-        """Let `latest` name `target`, and remove what is older than the `keep` up to it."""
+        """Point `latest` to `target`, and keep only the `keep` newest up to it."""
         latest = self.directory / LATEST
         if not latest.exists() or latest.read_text() != target.name + "\n":
             with atomic_file(latest, "w") as file:
@@ -254,7 +254,7 @@ class Checkpoints:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint directory, or None when every file is as it was written."""
+    """What is wrong with a checkpoint directory, or None when every file has its recorded hash."""
     try:
         hashes = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError) as error:
@@ -275,12 +275,12 @@ def _read_state(path: Path) -> CheckpointState:
 
 
 def _remove(checkpoint: Path) -> None:
-    # out of sight first: a half-removed directory must not look like a checkpoint
+    # rename first: a half-removed directory must not look like a checkpoint
     shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".removing_{checkpoint.name}")))
 
 
 def _try_to_write(directory: Path) -> None:
-    """Raise the OSError that a write there meets now: torch's writer of files says nothing of a full disk."""
+    """Raise the OSError that a write there raises now: torch.save's RuntimeError does not mention a full disk."""
     with (directory / ".trial").open("wb") as file:
         file.write(bytes(1 << 20))
 

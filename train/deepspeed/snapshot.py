@@ -1,4 +1,4 @@
-"""A copy of the training state in host memory, taken between two steps and written to files while training goes on."""
+"""A copy of the training state in host memory, taken between steps and written to files in the background."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
-from train.checkpoint.hashed_file import HashedFile
+from train.checkpoint.hashed_file import hashed_file
 from train.deepspeed.host_memory import HostMemory
 
 
 class Snapshot:
-    """Files to be written, with copies of all they hold.
+    """Files to be written, with copies of their content.
 
-    It stands in for DeepSpeed's checkpoint engine during one `save_checkpoint` (the methods from `save` on are that
-    protocol), which therefore touches no disk: a full one cannot leave the ranks in different collectives.
+    Replaces DeepSpeed's checkpoint engine during `save_checkpoint` (`save` and the methods after it are that
+    protocol). `save_checkpoint` then does no I/O: a full disk cannot leave ranks in different collectives.
     """
 
     def __init__(self, memory: HostMemory) -> None:
@@ -30,45 +30,45 @@ class Snapshot:
         self._copied = torch.cuda.Event() if torch.cuda.is_available() else None
 
     def tensor(self, source: Tensor) -> Tensor:
-        """The copy of a tensor; the same one when asked again, so that shared tensors stay shared."""
+        """The copy of a tensor; the same copy for the same tensor, so that shared tensors stay shared."""
         key = (source.data_ptr(), source.shape, source.stride(), source.dtype)
-        if key not in self._copies:  # the source is kept as well: its address must not be given to another one
+        if key not in self._copies:  # the source is kept alive, so that its address is not reused
             self._copies[key] = (source, self.copy(source))
         return self._copies[key][1]
 
     def copy(self, source: Tensor) -> Tensor:
-        """A copy of its own, of a tensor that may be freed after this."""
+        """A new copy, of a tensor that may be freed afterwards."""
         self._lent.append(self._memory.copy(source))
         return self._lent[-1]
 
     def release(self) -> None:
-        """Nothing more will be written: the next snapshot may have the memory."""
+        """Return the buffers to the pool, after `write`."""
         self._files.clear()
         self._memory.give_back(self._lent)
         self._lent.clear()
 
     def finish(self) -> None:
-        """Nothing more will be copied."""
+        """Call after the last copy."""
         self._copies.clear()
         if self._copied:
             self._copied.record()
 
     def wait(self) -> None:
-        """Return when the copies hold what the tensors held."""
+        """Wait until all copies have arrived."""
         if self._copied:
             self._copied.synchronize()
 
     def write(self, directory: Path, abandoned: threading.Event) -> dict[Path, str]:
-        """Write the files below `directory`, synced; the hash of each. Ends early once `abandoned` is set."""
+        """Write and fsync the files below `directory`; their hashes. Raises AbandonedError once `abandoned` is set."""
         if self._failure:
             raise self._failure
         self.wait()
         hashes = {}
-        torch.serialization.set_crc32_options(False)  # of every tensor, in one thread; the file's hash says more
+        torch.serialization.set_crc32_options(False)  # slow, single-threaded; the file is hashed anyway
         for name, content in self._files:
             path = directory / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            with HashedFile(path, abandoned) as file:
+            with hashed_file(path, abandoned) as file:
                 torch.save(content, cast(IO[bytes], file))
             hashes[path] = file.hash
         return hashes
@@ -77,7 +77,7 @@ class Snapshot:
         try:
             self._files.append((Path(path), self._copy_of(state_dict)))
         except (RuntimeError, MemoryError, OSError) as error:
-            # raised by `write`: here the other ranks are in a collective
+            # raised later, by `write`: other ranks are in a collective now
             self._failure = error
 
     def create(self, info: Any) -> None: ...
