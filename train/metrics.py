@@ -79,7 +79,7 @@ class Metrics:
         except OSError as error:  # of a full disk, which does not say what was written
             raise OSError(error.errno, error.strerror, str(self._run_dir / METRICS)) from error
         if skipped:
-            self._console.print(f"step {step} was not taken: {skipped}", highlight=False, markup=False, soft_wrap=True)
+            self._console.print(f"step {step} skipped: {skipped}", highlight=False, markup=False, soft_wrap=True)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
         figures = "  ".join(f"{name} {_short(value)}" for name, value in values.items() if name in _ON_SCREEN)

@@ -99,7 +99,7 @@ def test_steps_that_are_never_finite_end_the_run(pretrain_recipe: Path, data_dir
         cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
-    assert "TrainingError: 3 steps in a row were not taken: 3 had a loss or gradient that is not finite" in done.stderr
+    assert "TrainingError: 3 consecutive steps were skipped: 3 had a non-finite loss or gradient" in done.stderr
     assert "Traceback" not in done.stderr
     bad = json.loads((tmp_path / "run" / "bad_step.json").read_text())
     dataset = PackedDataset(data_dir / "train")

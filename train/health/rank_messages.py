@@ -1,4 +1,4 @@
-"""What all ranks would say alike is said once: by rank 0, or by another one when that has not ended by then."""
+"""Print errors that all ranks share only once: by rank 0, or by another rank if rank 0 has none."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 SECONDS_FOR_RANK_0 = 10.0
-"""What another rank waits, when it has to end, for rank 0 to speak and the launcher to end them all."""
+"""How long another rank waits before it exits with an error, for the launcher to end it after rank 0's error."""
 
 
 @contextmanager
 def rank_0_speaks() -> Iterator[None]:
-    """Inside, before the ranks have joined, ranks other than 0 print nothing; on leaving by SystemExit it is too late.
+    """Inside (before the ranks join), ranks other than 0 buffer their output.
 
-    A rank that leaves with an exit code other than 0 waits for the launcher to end it, and else prints what it had to
-    say: then rank 0 does not have its problem, on another machine, say.
+    A rank that exits with a nonzero code first waits for the launcher to end it. If that does not happen, rank 0 does
+    not have the problem (another machine may lack a file), and the rank prints its errors.
     """
     rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
     if rank == 0:

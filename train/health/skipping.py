@@ -1,4 +1,4 @@
-"""Steps that are not taken, as not finite or out of all proportion to those before: judged, counted, told."""
+"""Skip optimizer steps with a non-finite or spiking loss or gradient norm, and give up after too many."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ from typing import Annotated, NoReturn
 import numpy as np
 from pydantic import Field, PositiveFloat
 
+from recipes.files import write_text
 from recipes.json_text import json_text
 from recipes.loader import Section
 from train.deepspeed.world import World
 
-NOT_FINITE, SPIKE = "a loss or gradient that is not finite", "a spike of the loss or the gradient norm"
-NO_TARGET = "nothing to train in any row"
+NOT_FINITE, SPIKE = "a non-finite loss or gradient", "a spike of the loss or gradient norm"
+NO_TARGET = "no target token in any row"
 _ADVICE = {
-    NOT_FINITE: "Lower optimizer.lr, or look at these rows",
-    SPIKE: "If the loss has only moved to another level, raise loop.skip_spikes.sigma (in a new run); else lower "
-    "optimizer.lr, or look at these rows",
-    NO_TARGET: "Raise loop.rows_per_step, or prepare data with more to train",
+    NOT_FINITE: "Lower optimizer.lr, or inspect these rows",
+    SPIKE: "If the loss has only moved to another level, raise loop.skip_spikes.sigma (in a new run); otherwise lower "
+    "optimizer.lr, or inspect these rows",
+    NO_TARGET: "Raise loop.rows_per_step, or prepare data with more targets",
 }
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
 
 class SkipSpikes(Section):
-    """Do not take a step whose loss or gradient norm is more than `sigma` deviations above the last `window` steps'.
+    """Skip steps whose loss or gradient norm is more than `sigma` standard deviations above that of the last `window`.
 
-    As OLMo-core's SkipStepOptimizer, and with its values: https://github.com/allenai/OLMo-core. Here the window holds
-    accepted steps only, so that a spike does not widen the bounds it is held against.
+    Like SkipStepOptimizer of https://github.com/allenai/OLMo-core, with its defaults, but the window holds accepted
+    steps only: a spike does not widen its own threshold.
     """
 
     sigma: PositiveFloat = 6.0
@@ -41,10 +42,10 @@ class SkipSpikes(Section):
 
 
 class RecentSteps:
-    """Losses and gradient norms of the last accepted steps, and the judgement of the next one by them.
+    """Losses and gradient norms of the last accepted steps, which decide whether the next step is accepted.
 
-    While fewer than half of `window` are known, every step is accepted. The same values give the same judgement, so
-    `state` is all that a checkpoint has to keep. Without settings it keeps nothing and costs nothing.
+    Until half of `window` is filled, every step is accepted. Decisions depend on `state` alone, which checkpoints
+    keep. Without settings it records nothing.
     """
 
     def __init__(self, settings: SkipSpikes | None, world: World, state: dict[str, list[float]] | None = None):
@@ -54,17 +55,17 @@ class RecentSteps:
             state = state or {"loss": [], "gradient_norm": []}
             self._values = {name: deque(values, settings.window) for name, values in state.items()}
         self.refusal: str | None = None
-        """Why the last step was not accepted."""
+        """Why the last step was skipped."""
 
     def state(self) -> dict[str, list[float]] | None:
-        """A copy of the windows, oldest first, to be given to `__init__`."""
+        """A copy of the windows, oldest first, for `__init__`."""
         return {name: list(values) for name, values in self._values.items()} or None
 
     def judge(self, means: Callable[[], dict[str, float]], n_targets: float = 1) -> Callable[[float], bool] | None:
-        """The `accepts` argument of `TrainingEngine.step`. All ranks give the same answer.
+        """The `accepts` argument of `TrainingEngine.step`; all ranks give the same answer.
 
-        `means` gives the step's "loss" over all ranks; it is called when the norm is there. A step without targets on
-        any rank is never taken: momentum and weight decay alone would move the weights.
+        `means` gives the step's "loss" over all ranks, and is called once the norm is known. A step without targets
+        (on all ranks) is always skipped: momentum and weight decay alone would move the weights.
         """
         self.refusal = None
         if not n_targets:
@@ -76,10 +77,10 @@ class RecentSteps:
         def accepts(gradient_norm: float) -> bool:
             found = {"loss": means()["loss"], "gradient_norm": gradient_norm}
             reasons = [reason for name, value in found.items() if (reason := self._reason(name, value))]
-            # their values could differ in the last bit, and then one rank alone would take the step
-            (n_refusing,) = self._world.sum([float(bool(reasons))])
-            if n_refusing:
-                self.refusal = "; ".join(reasons) or "refused by another rank"
+            # values could differ in the last bit, and one rank alone would take the step
+            (n_rejecting,) = self._world.sum([float(bool(reasons))])
+            if n_rejecting:
+                self.refusal = "; ".join(reasons) or "rejected by another rank"
                 return False
             for name, value in found.items():
                 self._values[name].append(value)
@@ -100,7 +101,7 @@ class RecentSteps:
 
 
 class SkippedSteps:
-    """Counts the steps that were not taken, and ends the training when too many follow each other."""
+    """Counts skipped steps, and ends training after too many in a row."""
 
     def __init__(self, most_in_a_row: int, run_dir: Path, world: World, total: int, in_a_row: Sequence[str] = ()):
         self._most_in_a_row, self._run_dir, self._world = most_in_a_row, run_dir, world
@@ -109,7 +110,7 @@ class SkippedSteps:
         self._reason = ""
 
     def note(self, taken: bool, refusal: str | None) -> str | None:
-        """Why a step was not taken: `refusal`, that of `RecentSteps`, or that it was not finite. None: it was."""
+        """Record a step. Returns why it was skipped: `refusal` (of `RecentSteps`) or non-finite; None: it was taken."""
         if taken:
             self._in_a_row.clear()
             return None
@@ -120,7 +121,7 @@ class SkippedSteps:
 
     @property
     def in_a_row(self) -> tuple[str, ...]:
-        """The kinds of the last steps, as far back as none was taken, to be given to `__init__`."""
+        """Kinds of the skipped steps since the last one taken, for `__init__`."""
         return tuple(self._in_a_row)
 
     @property
@@ -128,12 +129,12 @@ class SkippedSteps:
         return len(self._in_a_row) > self._most_in_a_row
 
     def give_up(self, step: int, rows: np.ndarray) -> NoReturn:
-        """Leave the last step's data rows in bad_step.json, and raise TrainingError with what to do about them."""
+        """Write the last step's data rows to bad_step.json and raise TrainingError with what to do."""
         path = self._run_dir / "bad_step.json"
         if self._world.is_main:
-            path.write_text(json_text({"step": step, "rows": rows.tolist(), "reason": self._reason}) + "\n")
+            write_text(path, json_text({"step": step, "rows": rows.tolist(), "reason": self._reason}) + "\n")
         had = " and ".join(f"{n} had {kind}" for kind, n in Counter(self._in_a_row).items())
         raise TrainingError(
-            f"{len(self._in_a_row)} steps in a row were not taken: {had}. The last was step {step} ({self._reason}); "
-            f"its data rows are in {path}. {_ADVICE[self._in_a_row[-1]]}; the weights of the last checkpoint are sound"
+            f"{len(self._in_a_row)} consecutive steps were skipped: {had}. The last was step {step} ({self._reason}); "
+            f"its data rows are in {path}. {_ADVICE[self._in_a_row[-1]]}. The last checkpoint is not affected"
         )

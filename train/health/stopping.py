@@ -1,4 +1,4 @@
-"""How a run is asked to end: SIGTERM, Ctrl-C, and the end of its launcher."""
+"""Stop requests: SIGTERM, Ctrl-C, and the death of the launcher."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from contextlib import contextmanager
 
 
 class StopRequest:
-    """SIGTERM, SIGHUP or Ctrl-C: noted inside `polled` until asked for; elsewhere, with nothing to save, the end.
-
-    There it raises KeyboardInterrupt at once, as a second Ctrl-C does anywhere.
-    """
+    """Handles SIGTERM, SIGHUP and Ctrl-C. Inside `polled` it sets a flag; outside, and on a second Ctrl-C, it raises
+    KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self._requested = self.by_keyboard = self._is_polled = False
@@ -25,7 +23,7 @@ class StopRequest:
 
     @contextmanager
     def polled(self) -> Iterator[None]:
-        """While inside, `requested` is looked at often enough."""
+        """Inside, the caller polls `requested`."""
         self._is_polled = True
         try:
             yield
@@ -33,8 +31,8 @@ class StopRequest:
             self._is_polled = False
 
     def end(self) -> None:
-        """The run is over, and the process about to end: a launcher that stops the ranks of a failed job changes
-        nothing, and Ctrl-C ends it without a traceback."""
+        """Call when the run is over: ignore SIGTERM and SIGHUP (which a launcher sends after another rank's failure),
+        and let Ctrl-C kill the process without a traceback."""
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -47,6 +45,6 @@ class StopRequest:
 
 
 def die_with_parent() -> None:
-    """On Linux, end with the launcher: a killed torchrun must not leave ranks that hold the run directory."""
+    """On Linux, die with the parent: a killed torchrun must not leave ranks that lock the run directory."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)

@@ -1,15 +1,17 @@
-"""A rank that is stuck, frozen or gone ends the job with a message that names it, instead of a collective's timeout.
+"""Ends a job when a rank hangs, freezes or dies, with a message that names it, before a collective times out.
 
-Every rank says in an attribute where it is (`RankProgress`); a thread of each publishes that in the store that torchrun
-started, and reads what the others say. The rules:
+Each rank records its phase (`RankProgress`). A thread of each rank publishes it to the store that torchrun started, and
+reads the others'. Rules:
 
-- A rank has failed whose process is gone (looked up on its own host), or that has published nothing for the timeout.
-- When none has moved for the timeout, those have failed that are furthest behind: the others wait for them. If all are
-  in the same phase, it is those that are not in a collective, and whose GPU is not in one either, since it has done all
-  it was given. But then a phase that may last is left alone: any of them until the first step is taken (checking data,
-  compiling), evaluating, saving, and what comes after the last step.
-- A rank that has ended by itself has told why; it is named if all others then wait for the timeout.
-- Every finished sum over the ranks is a move: whoever waits by polling, for a save or for rank 0, is never stuck.
+- A rank has failed if its process is gone (checked on its own host) or it has published nothing for the timeout.
+- When no rank has made progress for the timeout, the ranks that are furthest behind have failed: the others wait for
+  them. If all are in the same phase, it is the ranks outside a collective whose GPU is idle. Phases that may last
+  (everything before the first step, evaluating, saving, the end of the run) are then exempt.
+- A rank that exited on its own has printed why. It is named if all others then wait for the timeout.
+- Every sum over ranks counts as progress, so polling for a save or for rank 0 is never a hang.
+
+torch has no replacement that does this: monitored_barrier names ranks that do not arrive, but not where they are, and
+only if all others call it; NCCL's flight recorder is read after the fact, and gloo has none.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from types import TracebackType
 from typing import Self
@@ -43,9 +45,9 @@ LOST_PEER_SECONDS = 10.0
 class Report:
     """What a rank publishes.
 
-    beat: grows with each report; seconds: since it has moved; line: where its main thread is; in_collective: whether
-    that is a collective, or its GPU has not done all that it was given; has_left: it ends by itself, and tells why if
-    there is something to tell.
+    beat: number of the report. seconds: since the last progress. line: where the main thread is. in_collective: the
+    main thread is in a collective, or the GPU is busy. has_left: the rank is exiting and has printed why.
+    silent_seconds (since the report arrived) and is_gone (the process does not exist) are set by the reader.
     """
 
     rank: int
@@ -61,6 +63,8 @@ class Report:
     in_collective: bool = False
     has_left: bool = False
     pid_namespace: str = ""
+    silent_seconds: float = 0.0
+    is_gone: bool = False
 
     def __str__(self) -> str:
         return f"rank {self.rank} (pid {self.pid} on {self.host})"
@@ -69,85 +73,75 @@ class Report:
     def place(self) -> str:
         return f"step {self.step}, {self.phase}"
 
-
-@dataclass(frozen=True)
-class Heard:
-    """A rank's last report, how long ago it came, and whether its process is known to be gone."""
-
-    report: Report
-    silent_seconds: float = 0.0
-    is_gone: bool = False
-
     @property
     def idle_seconds(self) -> float:
-        return self.report.seconds + self.silent_seconds
+        return self.seconds + self.silent_seconds
 
 
-def verdict(ranks: Sequence[Heard], timeout_seconds: float, silence_seconds: float) -> str | None:
-    """What to tell when a rank has failed by the rules above; None while none has.
+def verdict(reports: Sequence[Report], timeout_seconds: float, silence_seconds: float) -> str | None:
+    """The message when a rank has failed by the rules above; None while none has.
 
-    silence_seconds: of a rank that has published nothing for so long it is not known whether it is stuck.
+    After `silence_seconds` without a report it is unknown whether a rank has made progress.
     """
-    there = [heard for heard in ranks if not heard.report.has_left]
-    failed = _lost(there, timeout_seconds)
-    if there and all(heard.idle_seconds > timeout_seconds and not heard.report.may_last for heard in there):
-        ended = [heard.report for heard in ranks if heard.report.has_left]
-        failed |= {report.rank: f"{report} has ended by itself at {report.place}, and said why" for report in ended}
-    # while one is silent, those behind others may be waiting for it; it will be named when its time is up
-    if not failed and all(heard.silent_seconds <= silence_seconds for heard in there):
-        failed = _stuck(there, timeout_seconds)
+    present = [report for report in reports if not report.has_left]
+    failed = _lost(present, timeout_seconds)
+    if present and all(report.idle_seconds > timeout_seconds and not report.may_last for report in present):
+        left = [report for report in reports if report.has_left]
+        failed |= {report.rank: f"{report} exited on its own at {report.place}, after printing why" for report in left}
+    # the ranks that are behind may be waiting for a silent one, which is named once it has been silent for the timeout
+    if not failed and all(report.silent_seconds <= silence_seconds for report in present):
+        failed = _stuck(present, timeout_seconds)
     if not failed:
         return None
-    waiting: dict[str, list[Heard]] = defaultdict(list)
-    for heard in there:
-        if heard.report.rank not in failed:
-            waiting[heard.report.place].append(heard)
+    waiting: dict[str, list[Report]] = defaultdict(list)
+    for report in present:
+        if report.rank not in failed:
+            waiting[report.place].append(report)
     lines = [failed[rank] for rank in sorted(failed)]
-    for place, those in waiting.items():
-        names = ", ".join(str(heard.report.rank) for heard in those)
-        longest = max(heard.idle_seconds for heard in those)
+    for place, at_place in waiting.items():
+        names = ", ".join(str(report.rank) for report in at_place)
+        longest = max(report.idle_seconds for report in at_place)
         lines.append(f"waiting at {place}, for {longest:.0f} s: rank {names}")
     return "\n".join(lines)
 
 
-def _lost(there: list[Heard], timeout_seconds: float) -> dict[int, str]:
-    """Ranks that are gone or silent, and what to say of each."""
+def _lost(present: list[Report], timeout_seconds: float) -> dict[int, str]:
+    """Messages for ranks that are gone or silent."""
     lost = {}
-    for heard in there:
-        report = heard.report
-        last = f"Last heard of {heard.silent_seconds:.0f} s ago, at {report.place}"
-        if heard.is_gone:
+    for report in present:
+        last = f"Last report {report.silent_seconds:.0f} s ago, at {report.place}"
+        if report.is_gone:
             lost[report.rank] = f"{report} is gone: its process has ended. {last}"
-        elif heard.silent_seconds > timeout_seconds:
+        elif report.silent_seconds > timeout_seconds:
             lost[report.rank] = (
-                f"{report} has given no sign of life for {heard.silent_seconds:.0f} s: it is frozen, or its machine is "
-                f"gone or cannot be reached. {last}"
+                f"{report} has not responded for {report.silent_seconds:.0f} s: it is frozen, or its machine is down "
+                f"or unreachable. {last}"
             )
     return lost
 
 
-def _stuck(there: list[Heard], timeout_seconds: float) -> dict[int, str]:
-    """Ranks that are alive and do not move, and what to say of each."""
-    if any(heard.idle_seconds <= timeout_seconds for heard in there):
+def _stuck(present: list[Report], timeout_seconds: float) -> dict[int, str]:
+    """Messages for ranks that are alive and make no progress."""
+    if any(report.idle_seconds <= timeout_seconds for report in present):
         return {}
-    last = min((heard.report.n_phases for heard in there), default=0)
-    behind = [heard for heard in there if heard.report.n_phases == last]
-    if len(behind) == len(there):
-        if any(heard.report.may_last for heard in there):
+    last = min((report.n_phases for report in present), default=0)
+    behind = [report for report in present if report.n_phases == last]
+    if len(behind) == len(present):
+        if any(report.may_last for report in present):
             return {}
-        behind = [heard for heard in there if not heard.report.in_collective] or there
+        behind = [report for report in present if not report.in_collective] or present
     return {
-        heard.report.rank: f"{heard.report} is alive, but stuck for {heard.idle_seconds:.0f} s at "
-        f"{heard.report.place}; its program is in {heard.report.line}"
-        for heard in behind
+        report.rank: f"{report} is alive, but stuck for {report.idle_seconds:.0f} s at {report.place}; its main thread "
+        f"is in {report.line}"
+        for report in behind
     }
 
 
 class Watchdog:
-    """The thread of a rank that publishes its progress and looks at the others', while inside `with`.
+    """Inside `with`, a thread publishes this rank's progress and watches the other ranks.
 
-    It ends the process with EXIT_CODE when a rank has failed, after one rank has told which; torchrun then ends the
-    others. A rank alone is not watched.
+    When a rank has failed, one rank prints which, and every rank exits with EXIT_CODE; torchrun ends the rest. A single
+    rank is not watched.
     """
 
     def __init__(self, world: World, timeout_seconds: float):
@@ -155,24 +149,25 @@ class Watchdog:
         self._progress, self._rank, self._size, self._device = world.progress, rank, size, world.device
         self._timeout = timeout_seconds
         self._period = min(5.0, timeout_seconds / 10)
-        # two containers of one machine may have its name, and each its own process numbers
+        # two containers on one machine may share its host name, and have pids of their own
         namespace = os.readlink("/proc/self/ns/pid") if sys.platform == "linux" else ""
         self._me = Report(rank, socket.gethostname(), os.getpid(), pid_namespace=namespace)
         self._main_thread = threading.get_ident()
         first = rank - int(os.environ.get("LOCAL_RANK", rank))
         self._near = sorted({0, *range(first, min(size, first + int(os.environ.get("LOCAL_WORLD_SIZE", size))))})
-        self._heard: dict[int, tuple[Report, float]] = {}
-        self._stop, self._looks = threading.Event(), threading.Lock()
+        self._received: dict[int, tuple[int, float]] = {}
+        """Of each rank: the newest beat, and when it arrived."""
+        self._stop, self._reading = threading.Event(), threading.Lock()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
         if self._size > 1:
-            # a connection of its own: a call on the process group's may block for as long as a collective
+            # a connection of its own: calls on the process group's may block for as long as a collective
             address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             timeout = timedelta(seconds=max(30.0, 3 * self._period))
             store = TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timeout)
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            self._store = PrefixStore(f"watchdog_{attempt}", store)  # not what an earlier attempt has told
+            self._store = PrefixStore(f"watchdog_{attempt}", store)  # without the keys of an earlier attempt
             self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
             self._thread.start()
         return self
@@ -183,13 +178,13 @@ class Watchdog:
             self._thread.join()
             try:
                 self._publish(has_left=True)
-            except RuntimeError:  # the store's host has left before
+            except RuntimeError:  # the host of the store has exited
                 return
 
     def end(self, code: int, tell: Callable[[], object]) -> int:
-        """Say why this rank ends by itself, unless another has said so; the exit code for all ranks.
+        """Print why this rank exits (`tell`), unless another rank has printed; the exit code for all ranks.
 
-        Call it inside `with`: a rank that finds this one gone must find that it has told.
+        Call it inside `with`, so that this rank has printed before others see that it has left.
         """
         if self._thread is None:
             tell()
@@ -198,7 +193,7 @@ class Watchdog:
             is_first = self._store.add(_TOLD, 1) == 1
             if is_first:
                 self._store.set(_CODE, str(code))
-        except RuntimeError:  # the store's host has left, and with it whoever has told
+        except RuntimeError:  # the host of the store has exited, after printing why
             return code
         if is_first:
             tell()
@@ -206,7 +201,7 @@ class Watchdog:
         return self.code()
 
     def code(self) -> int:
-        """The exit code of a rank that ends since another one does, after that one has had time to end first."""
+        """The exit code of a rank that ends because another one does; returns after that one has had time to exit."""
         time.sleep(1.0)
         try:
             return int(self._store.get(_CODE)) if self._store.check([_CODE]) else EXIT_CODE
@@ -214,7 +209,7 @@ class Watchdog:
             return EXIT_CODE
 
     def explains(self, error: RuntimeError) -> bool:
-        """Whether a failed collective is the doing of a peer that has ended; it is named, unless it told why itself."""
+        """Whether a collective failed because a peer has ended. The peer is named, unless it has printed why itself."""
         if self._thread is None or ("gloo" not in str(error).lower() and "nccl" not in str(error).lower()):
             return False
         until = time.monotonic() + LOST_PEER_SECONDS
@@ -222,19 +217,19 @@ class Watchdog:
             try:
                 if self._store.check([_TOLD]):
                     return True
-                ranks = self._look(range(self._size))
+                reports = self._read(range(self._size))
             except RuntimeError:
                 return False
-            if message := verdict(ranks, self._timeout, silence_seconds=self._timeout):
+            if message := verdict(reports, self._timeout, silence_seconds=self._timeout):
                 self._tell(message)
                 return True
-            if any(heard.report.has_left for heard in ranks):
+            if any(report.has_left for report in reports):
                 return True
             time.sleep(0.2)
         return False
 
     def _run(self) -> None:
-        if self._device.type == "cuda":  # for this thread, which would else come to another rank's
+        if self._device.type == "cuda":  # the default would create a context on another rank's device
             torch.cuda.set_device(self._device)
         while not self._stop.wait(self._period):
             try:
@@ -243,7 +238,7 @@ class Watchdog:
                 has_told = self._store.check([_TOLD])
             except RuntimeError as error:  # of torch's store
                 if not self._stop.is_set():
-                    print(f"rank {self._rank}: the other ranks cannot be watched any more: {error}", file=sys.stderr)
+                    print(f"rank {self._rank}: the other ranks can no longer be watched: {error}", file=sys.stderr)
                 return
             if self._stop.is_set():
                 return
@@ -251,61 +246,61 @@ class Watchdog:
                 self._tell(message)
                 os._exit(EXIT_CODE)
             if has_told:
-                os._exit(self.code())  # torchrun ends all ranks when the first one has ended: the other speaks before
+                os._exit(self.code())  # waits: torchrun kills all ranks when the first one exits, and one is printing
 
     def _watch(self) -> str | None:
-        """What to tell, or None. Rank 0 looks at all, the others at it and at those of their machine, or at all then.
+        """The message about a failed rank, or None.
 
-        Reading everything on every rank would be too much for one store when there are a thousand.
+        Rank 0 reads all reports. The others read those of rank 0 and of their machine, and all reports only if one of
+        these looks wrong: a thousand ranks that all read everything would overload the store.
         """
         silence = 4 * self._period
-        if self._rank != 0:
-            near = self._look(self._near)
-            if all(
-                heard.silent_seconds <= silence and not heard.is_gone and not heard.report.has_left for heard in near
-            ):
-                return None
-        return verdict(self._look(range(self._size)), self._timeout, silence)
+        if self._rank == 0 or any(
+            report.silent_seconds > silence or report.is_gone or report.has_left for report in self._read(self._near)
+        ):
+            return verdict(self._read(range(self._size)), self._timeout, silence)
+        return None
 
     def _publish(self, has_left: bool = False) -> None:
-        now, progress = time.monotonic(), self._progress
-        beat = self._me.beat + 1
-        self._me = Report(
-            self._rank, self._me.host, self._me.pid, beat, progress.step, progress.phase, progress.n_phases,
-            progress.may_last, now - progress.moved, *self._line(), has_left,
-            self._me.pid_namespace,
+        progress = self._progress
+        line, in_collective = self._line()
+        self._me = replace(
+            self._me, beat=self._me.beat + 1, step=progress.step, phase=progress.phase, n_phases=progress.n_phases,
+            may_last=progress.may_last, seconds=time.monotonic() - progress.moved, line=line,
+            in_collective=in_collective, has_left=has_left,
         )  # fmt: skip
         self._store.set(f"progress_{self._rank}", json.dumps(asdict(self._me)))
 
-    def _look(self, ranks: Sequence[int]) -> list[Heard]:
-        """Read the reports of some ranks, in one round trip once all have made one."""
+    def _read(self, ranks: Sequence[int]) -> list[Report]:
+        """The reports of these ranks that have published one; a single round trip once all have."""
         keys = [f"progress_{rank}" for rank in ranks]
         if not self._store.check(keys):
             keys = [key for key in keys if self._store.check([key])]
-        found = []
-        with self._looks:
+        reports = []
+        with self._reading:
             for text in self._store.multi_get(keys):
-                report = Report(**json.loads(text))
-                known = self._heard.get(report.rank)
-                if known is None or known[0].beat != report.beat:
-                    self._heard[report.rank] = known = (report, time.monotonic())
+                report, now = Report(**json.loads(text)), time.monotonic()
+                beat, arrived = self._received.get(report.rank, (-1, now))
+                if beat != report.beat:
+                    arrived = now
+                self._received[report.rank] = (report.beat, arrived)
                 is_near = (report.host, report.pid_namespace) == (self._me.host, self._me.pid_namespace)
-                gone = is_near and not report.has_left and not _is_running(report.pid)
-                found.append(Heard(report, time.monotonic() - known[1], gone))
-        return found
+                is_gone = is_near and not report.has_left and not _is_running(report.pid)
+                reports.append(replace(report, silent_seconds=now - arrived, is_gone=is_gone))
+        return reports
 
     def _line(self) -> tuple[str, bool]:
-        """Where the main thread is, and whether that is inside a collective or the device may be."""
+        """Where the main thread is, and whether it is in a collective or the GPU is busy."""
         frame = sys._current_frames().get(self._main_thread)
         if frame is None:
             return "?", False
         file = frame.f_code.co_filename
         in_collective = f"torch{os.sep}distributed{os.sep}" in file or f"deepspeed{os.sep}comm{os.sep}" in file
-        # NCCL's are waited for wherever a result is read
+        # NCCL's collectives are waited for wherever a result is read
         return f"{file}:{frame.f_lineno} ({frame.f_code.co_name})", in_collective or _is_busy(self._device)
 
     def _tell(self, message: str) -> None:
-        """Print it, unless another rank does."""
+        """Print the message, or, if another rank has printed one, give it time to finish."""
         try:
             is_first = self._store.add(_TOLD, 1) == 1
         except RuntimeError:
@@ -313,7 +308,7 @@ class Watchdog:
         if is_first:
             print(
                 f"\nA rank has failed, so the job ends (engine.timeout_minutes={self._timeout / 60:g}).\n{message}\n"
-                "The same command continues from the last checkpoint.",
+                "Run the same command again to resume from the last checkpoint.",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
         else:
@@ -321,12 +316,12 @@ class Watchdog:
 
 
 def _is_busy(device: torch.device) -> bool:
-    """Whether a GPU has not done all that the default stream gave it."""
+    """Whether a GPU has unfinished work on its default stream."""
     if device.type != "cuda":
         return False
     try:
         return not torch.cuda.default_stream(device).query()
-    except RuntimeError:  # of an earlier failure on the device, which the main thread will meet
+    except RuntimeError:  # an earlier failure on the device, which the main thread will meet
         return False
 
 

@@ -95,7 +95,7 @@ def test_a_step_without_targets_is_not_taken_and_enters_no_window(settings: Skip
     assert recent.refusal == NO_TARGET and recent.state() == before
     skipped = SkippedSteps(most_in_a_row=0, run_dir=tmp_path, world=ALONE, total=0)
     assert skipped.note(False, recent.refusal) == NO_TARGET
-    with pytest.raises(TrainingError, match=r"1 had nothing to train in any row.*rows_per_step"):
+    with pytest.raises(TrainingError, match=r"1 had no target token in any row.*rows_per_step"):
         skipped.give_up(1, np.array([1]))
     recent.judge(lambda: {"loss": 1.0}, n_targets=3)
     assert recent.refusal is None
@@ -125,7 +125,7 @@ def test_too_many_in_a_row_end_the_training_and_say_which_kind(tmp_path: Path) -
     skipped.note(False, "loss 9 is high")
     assert skipped.too_many
     assert skipped.total == 11
-    with pytest.raises(TrainingError, match="1 had a loss or gradient that is not finite and 2 had a spike") as error:
+    with pytest.raises(TrainingError, match="1 had a non-finite loss or gradient and 2 had a spike") as error:
         skipped.give_up(40, np.array([3, 1, 2]))
     assert "step 40 (loss 9 is high)" in str(error.value)
     assert "loop.skip_spikes.sigma" in str(error.value)

@@ -10,26 +10,27 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from train.deepspeed.world import RankProgress
-from train.health.watchdog import EXIT_CODE, Heard, Report, _is_busy, verdict
+from train.health.watchdog import EXIT_CODE, Report, _is_busy, verdict
 
 ROOT = Path(__file__).parents[3]
 TIMEOUT, SILENCE = 600.0, 20.0
 
 
-def rank(number: int, n_phases: int, seconds: float, silent: float = 0.0, gone: bool = False, **more: object) -> Heard:
+def rank(number: int, n_phases: int, seconds: float, silent: float = 0.0, gone: bool = False, **more: Any) -> Report:
     report = Report(
         number, f"node{number}", 4000 + number, step=7, phase=f"phase {n_phases}", n_phases=n_phases, seconds=seconds,
-        may_last=False, line=f"file_{number}.py:1 (f)",
+        may_last=False, line=f"file_{number}.py:1 (f)", silent_seconds=silent, is_gone=gone,
     )  # fmt: skip
-    return Heard(replace(report, **more), silent, gone)  # type: ignore[arg-type]
+    return replace(report, **more)
 
 
-def judged(*ranks: Heard) -> str | None:
+def judged(*ranks: Report) -> str | None:
     return verdict(ranks, TIMEOUT, SILENCE)
 
 
@@ -56,7 +57,7 @@ def test_a_stuck_rank_is_the_one_that_is_furthest_behind() -> None:
         [rank(0, 9, 700), rank(1, 8, 700), rank(2, 7, 590, silent=100)],  # perhaps they wait for the silent one
     ],
 )
-def test_a_rank_that_takes_its_time_is_left_alone(ranks: list[Heard]) -> None:
+def test_a_rank_that_takes_its_time_is_left_alone(ranks: list[Report]) -> None:
     assert judged(*ranks) is None
 
 
@@ -73,9 +74,9 @@ def test_a_silent_rank_and_one_that_is_gone_are_named_wherever_they_are() -> Non
     message = judged(rank(0, 5, 700), rank(1, 9, 3, silent=601), rank(2, 5, 2, gone=True), rank(3, 4, 700))
     assert message is not None
     silent, gone, *waiting = message.splitlines()
-    assert silent.startswith("rank 1 (pid 4001 on node1) has given no sign of life for 601 s")
+    assert silent.startswith("rank 1 (pid 4001 on node1) has not responded for 601 s")
     assert gone.startswith("rank 2 (pid 4002 on node2) is gone")
-    assert gone.endswith("Last heard of 0 s ago, at step 7, phase 5")
+    assert gone.endswith("Last report 0 s ago, at step 7, phase 5")
     assert [line.split()[0] for line in waiting] == ["waiting", "waiting"]
 
 
@@ -83,7 +84,7 @@ def test_a_rank_that_has_ended_is_named_when_the_others_wait_for_it() -> None:
     assert judged(rank(0, 9, 100), rank(1, 8, 700, has_left=True)) is None
     message = judged(rank(0, 9, 700), rank(1, 8, 700, has_left=True))
     assert message is not None
-    assert message.startswith("rank 1 (pid 4001 on node1) has ended by itself")
+    assert message.startswith("rank 1 (pid 4001 on node1) exited on its own")
     assert message.endswith("rank 0")
 
 
@@ -133,7 +134,7 @@ def start(how: str, failing: int, recipe: Path, *overrides: str) -> subprocess.P
     ("how", "failing", "says"),
     [
         ("loop", 1, r"rank 1 \(pid \d+ on .+\) is alive, but stuck for \d+ s at step 2, optimizer step.+turn_for_ever"),
-        ("freeze", 0, r"rank 0 \(pid \d+ on .+\) has given no sign of life for \d+ s: it is frozen"),
+        ("freeze", 0, r"rank 0 \(pid \d+ on .+\) has not responded for \d+ s: it is frozen"),
         ("kill", 1, r"rank 1 \(pid \d+ on .+\) is gone: its process has ended"),
     ],
 )
