@@ -1,4 +1,4 @@
-"""Work that runs beside the ranks' collectives, so that a slow disk neither stops training nor lets a peer time out."""
+"""Background threads for disk I/O, so that a slow disk neither stalls training nor makes a collective time out."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ POLL_SECONDS = 0.5
 
 
 class Background:
-    """An action in a thread of its own. `failure` says why it ended early, once it is no longer busy."""
+    """Runs an action in a thread. `failure`: its error message, set once it is no longer busy."""
 
     def __init__(self, action: Callable[[], None]):
         self.failure: str | None = None
         self._action = action
-        self._thread = threading.Thread(target=self._run, daemon=True)  # a process that is told to end does not wait
+        self._thread = threading.Thread(target=self._run, daemon=True)  # do not block process exit
         self._thread.start()
 
     @property
@@ -29,14 +29,14 @@ class Background:
     def _run(self) -> None:
         try:
             self._action()
-        except Exception as error:  # a full disk alone has several types: OSError, torch's, safetensors'
+        except Exception as error:  # a full disk alone raises several types
             self.failure = f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def on_main(world: World, action: Callable[[], float | None]) -> tuple[float, str | None]:
-    """What `action` returns, run by rank 0 alone, and why it failed, on every rank, however long it takes.
+    """Run `action` on rank 0; every rank gets (its result, or 0.0; its error, or None).
 
-    Ranks that waited inside one collective would be ended by the process group's timeout.
+    The other ranks poll with short collectives: waiting in a single one would hit the process group's timeout.
     """
     result = [0.0]
 

@@ -1,4 +1,4 @@
-"""The only module that knows DeepSpeed's keys: every value is written, since its defaults have changed silently."""
+"""DeepSpeed's configuration and engine. Every value is set explicitly: defaults changed silently between releases."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ from train.optim import AdamW, Muon, build_optimizer
 
 OPTIMIZER_DIRECTORY = "optimizer"
 BUCKET_ELEMENTS = {"cuda": 500_000_000, "cpu": 5_000_000}
-"""Gradients that ZeRO reduces at a time. train/memory/estimate.py counts these and the following."""
+"""Gradient elements that ZeRO reduces at a time. train/memory/estimate.py uses this and the following constants."""
 PERSISTENT_ELEMENTS = {"cuda": 100_000, "cpu": 0}
-"""ZeRO-3 shards larger tensors; on a CPU all, so that small tests take the paths of large runs."""
+"""ZeRO-3 shards tensors larger than this; on a CPU all of them, so that small tests take the same path."""
 PREFETCH_ELEMENTS, MAX_LIVE_PARAMETERS, MAX_REUSE_DISTANCE = 50_000_000, 1_000_000_000, 1_000_000_000
 SUB_GROUP_ELEMENTS = 1_000_000_000
 
 
 class EngineConfig(Section):
-    """How a module is trained: precision, sharding, and how long a silent peer is waited for."""
+    """Precision, sharding, recomputation, and the timeout for a rank that hangs."""
 
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     zero_stage: Literal[1, 2, 3] = 1
     timeout_minutes: MayChange[PositiveFloat] = 10.0
-    """A rank that does not go on for so long while others wait ends the job (train/health/watchdog.py)."""
+    """A rank that makes no progress for this long while others wait ends the job (train/health/watchdog.py)."""
     blocks: MayChange[Execution] = "auto"
-    """auto: fused blocks where their kernels run, which is on a GPU."""
+    """auto: fused blocks on a GPU, plain blocks on a CPU."""
     recompute: MayChange[Recompute] = "none"
     recompute_blocks: MayChange[NonNegativeInt] = 0
-    """So many blocks, from the first, keep only their input, whatever `recompute` says of the rest."""
+    """The first this many blocks keep only their input, whatever `recompute` is."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """What weights and activations are computed in."""
+        """Dtype of weights and activations."""
         return getattr(torch, self.precision)
 
 
@@ -57,7 +57,7 @@ class CheckpointStateError(ValueError):
 
 
 def deepspeed_config(settings: EngineConfig, optimizer: AdamW | Muon, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration with every value that matters written out."""
+    """DeepSpeed's configuration, with every value that matters set explicitly."""
     is_bfloat16 = settings.precision == "bfloat16"
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     return {
@@ -101,38 +101,40 @@ def deepspeed_config(settings: EngineConfig, optimizer: AdamW | Muon, world_size
         "zero_allow_untested_optimizer": False,
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
-        # on by default, and then the host waits for the device before and after every micro-batch
+        # on by default, and synchronizes with the device around every micro-batch
         "timers": {"throughput": {"enabled": False, "synchronized": False}},
         "dump_state": False,
     }
 
 
 class TrainingEngine:
-    """A module under DeepSpeed: accumulate gradients, step, save and load the optimizer's part of a checkpoint."""
+    """A module under DeepSpeed: accumulate gradients, step, save and load optimizer state."""
 
     def __init__(self, module: nn.Module, settings: EngineConfig, optimizer: AdamW | Muon, world: World):
         import deepspeed
+        from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
         obstacle = optimizer.obstacle(settings.precision, settings.zero_stage) if isinstance(optimizer, Muon) else None
         assert obstacle is None, obstacle
         self.world, self.host_memory = world, HostMemory()
         self.peak_lr, self._zero_stage = optimizer.lr, settings.zero_stage
-        module.to(world.device, torch.bfloat16 if settings.precision == "bfloat16" else torch.float32)
+        module.to(world.device, settings.dtype)
         if settings.zero_stage == 3:
-            # weights are gathered before a whole block: what is inside it may be compiled
+            # gather weights per block: what is inside a block may be compiled
             deepspeed.utils.set_z3_leaf_modules(module, [Block])
-        with redirect_stdout(io.StringIO()):  # twenty lines of memory figures
+        with redirect_stdout(io.StringIO()):  # prints twenty lines of memory figures
             self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
                 model=module,
                 optimizer=build_optimizer(module, optimizer),
                 config=deepspeed_config(settings, optimizer, world.size),
                 dist_init_required=False,
             )
-        if hasattr(self._optimizer, "_update_hp_grad"):
+        self._sums_gradients = isinstance(self._optimizer, BF16_Optimizer)
+        if self._sums_gradients:
             self._optimizer._update_hp_grad = _add_gradient
             _offer_gradient_sums(self._optimizer)
         self.module: nn.Module = self._deepspeed.module
-        # kept here, since a loaded checkpoint brings the rates of its own step into the groups
+        # loading a checkpoint overwrites the groups' learning rates with those of its step
         self._peak_lrs = [group["lr"] for group in self._optimizer.param_groups]
 
     def forward(self, batch: Any) -> Any:
@@ -140,18 +142,18 @@ class TrainingEngine:
         return self._deepspeed(batch)
 
     def accumulate(self, loss: Tensor) -> None:
-        """Add the gradient of `loss`. Ranks' gradients are summed (DeepSpeed averages them)."""
+        """Add the gradient of `loss`, summed over ranks (DeepSpeed averages, hence the factor)."""
         self._deepspeed.backward(loss * self.world.size, scale_wrt_gas=False)
 
     def step(self, lr_multiplier: float, accepts: Callable[[float], bool] | None = None) -> tuple[float, bool]:
-        """Update the weights. Returns the gradient norm before clipping, and whether the step was taken.
+        """Update the weights. Returns (gradient norm before clipping, whether the step was taken).
 
-        A step with a non-finite gradient is not taken, nor one whose norm `accepts` (asked on every rank) answers with
-        False; weights and optimizer state are then as they were.
+        Skips the step, leaving weights and optimizer state unchanged, when the gradient is non-finite or
+        `accepts(norm)` is False. `accepts` is called on every rank and must give the same answer.
         """
         for group, peak_lr in zip(self._optimizer.param_groups, self._peak_lrs, strict=True):
             group["lr"] = peak_lr * lr_multiplier
-        if hasattr(self._optimizer, "fp32_groups_has_gradients"):
+        if self._sums_gradients:
             _mark_gradient_sums(self._optimizer)
         with _norm_check(self._optimizer, accepts) as norm:
             self._deepspeed.step()
@@ -159,10 +161,11 @@ class TrainingEngine:
         return value, bool(self._deepspeed.was_step_applied())
 
     def snapshot(self) -> Snapshot:
-        """A copy of this rank's optimizer state and random state, to be written as files (called on every rank)."""
+        """Copy this rank's optimizer and RNG state, to be written to files later (called on every rank)."""
         snapshot = Snapshot(self.host_memory)
         usual, self._deepspeed.checkpoint_engine = self._deepspeed.checkpoint_engine, snapshot
-        self._deepspeed._copy_recovery_script = lambda save_path: None  # a script for the weights, which `model/` holds
+        # would copy zero_to_fp32.py, which nobody needs: model/ holds the weights
+        self._deepspeed._copy_recovery_script = lambda save_path: None
         self._deepspeed.save_checkpoint(
             ".",
             tag=OPTIMIZER_DIRECTORY,
@@ -174,10 +177,9 @@ class TrainingEngine:
         return snapshot
 
     def load(self, directory: Path, universal: Path | None = None) -> None:
-        """Restore what `snapshot` wrote: from `directory`, or, written by another number of ranks, from `universal`.
+        """Restore what `snapshot` wrote to `directory`; `universal`: its converted form, for another number of ranks.
 
-        In the latter case the saved random states belong to other ranks: each rank is seeded anew, from rank 0's state
-        and its own number.
+        With `universal`, each rank's RNG is seeded from rank 0's saved state and the rank's number.
         """
         groups = [{**group, "params": None} for group in self._optimizer.param_groups]
         self._deepspeed._config.load_universal_checkpoint = universal is not None
@@ -185,12 +187,13 @@ class TrainingEngine:
         if loaded is None:
             raise CheckpointStateError(f"{directory / OPTIMIZER_DIRECTORY} holds no optimizer state")
         if universal:
-            self._mend_universal_load(groups)
+            self._repair_universal_load(groups)
         state = torch.load(directory / f"random_rank_{0 if universal else self.world.rank}.pt", weights_only=True)
-        _set_random_state(state, self.world, is_foreign=universal is not None)
+        _set_random_state(state, self.world, is_resharded=universal is not None)
 
-    def _mend_universal_load(self, groups: list[dict[str, Any]]) -> None:
-        """DeepSpeed 0.19.8, ZeRO-3: all groups get the first one's settings, and all states one step counter tensor."""
+    def _repair_universal_load(self, groups: list[dict[str, Any]]) -> None:
+        """Undo a bug of DeepSpeed 0.19.8 under ZeRO-3: every group gets the first group's settings, and all states
+        share one step counter tensor."""
         for group, settings in zip(self._optimizer.param_groups, groups, strict=True):
             group.update({**settings, "params": group["params"]})
         for state in self._optimizer.optimizer.state.values():
@@ -198,16 +201,16 @@ class TrainingEngine:
                 state["step"] = state["step"].clone()
 
     def weights(self, snapshot: Snapshot) -> dict[str, Tensor]:
-        """Copies of the module's weights, whole, on rank 0; nothing on the others (called on every rank)."""
+        """Copies of the module's full weights on rank 0; empty on other ranks (called on every rank)."""
         if self._zero_stage < 3:
             state = self.module.state_dict() if self.world.is_main else {}
             return {name: snapshot.tensor(tensor.detach()) for name, tensor in state.items()}
         import deepspeed
 
-        # an evaluation may have left weights on their way, which cannot be gathered again before they arrive
+        # an evaluation may have left prefetches in flight, and a parameter in flight cannot be gathered
         self._optimizer.parameter_offload.partition_all_parameters()
         weights = {}
-        for name, parameter in self.module.named_parameters():  # one at a time: the whole need not fit on a device
+        for name, parameter in self.module.named_parameters():  # one at a time: all of them may not fit on the device
             with deepspeed.zero.GatheredParameters([parameter]):
                 if self.world.is_main:
                     weights[name] = snapshot.copy(parameter.detach())
@@ -216,7 +219,7 @@ class TrainingEngine:
 
 @dataclass
 class _Norm:
-    """The gradient's norm before clipping; None when it is not finite."""
+    """Gradient norm before clipping (None: non-finite), and whether `accepts` took it."""
 
     value: float | None = None
     is_accepted: bool = True
@@ -224,16 +227,16 @@ class _Norm:
 
 @contextmanager
 def _norm_check(optimizer: Any, accepts: Callable[[float], bool] | None) -> Iterator[_Norm]:
-    """Note the gradient's norm where DeepSpeed looks whether it is finite, and let `accepts` judge it there too.
+    """Patch DeepSpeed's check of the gradient norm, to read the norm and skip steps that `accepts` rejects.
 
-    BF16_Optimizer and both ZeRO optimizers ask `is_invalid_grad_norm` of the global norm, the same on all ranks, before
-    they touch weights or state, and then clear the gradients and return. ZeRO-1/2 asks again when it clips. To read the
-    norm afterwards would be to wait until the weights are updated.
+    BF16_Optimizer and both ZeRO optimizers call `is_invalid_grad_norm` with the global norm (equal on all ranks) before
+    they change weights or state; if it is True, they clear the gradients and return. ZeRO-1/2 calls it again when it
+    clips. Reading the norm after `step` instead would wait for the weight update.
     """
     module = sys.modules[type(optimizer).__module__]
     is_invalid, found = module.is_invalid_grad_norm, _Norm()
 
-    def is_refused(norm: Tensor | float) -> bool:
+    def is_rejected(norm: Tensor | float) -> bool:
         value = float(norm)
         if is_invalid(value):
             return True
@@ -241,7 +244,7 @@ def _norm_check(optimizer: Any, accepts: Callable[[float], bool] | None) -> Iter
             found.value, found.is_accepted = value, accepts is None or accepts(value)
         return not found.is_accepted
 
-    module.is_invalid_grad_norm = is_refused  # type: ignore[attr-defined]
+    module.is_invalid_grad_norm = is_rejected  # type: ignore[attr-defined]
     try:
         yield found
     finally:
@@ -249,7 +252,7 @@ def _norm_check(optimizer: Any, accepts: Callable[[float], bool] | None) -> Iter
 
 
 def _add_gradient(weight: nn.Parameter, group: int, number: int, clear_lp_grads: bool) -> None:
-    """BF16_Optimizer's own, without its float32 copy of every gradient (2% of a step of a billion parameters)."""
+    """Replaces BF16_Optimizer._update_hp_grad, which makes a float32 copy of every gradient (2% of a step at 1B)."""
     if weight.grad is None:
         return
     weight.main_grad.add_(weight.grad)  # type: ignore[attr-defined]
@@ -258,15 +261,15 @@ def _add_gradient(weight: nn.Parameter, group: int, number: int, clear_lp_grads:
 
 
 def _offer_gradient_sums(optimizer: Any) -> None:
-    """Give every weight its float32 gradient sum as `main_grad`, which fused blocks and `_add_gradient` add to."""
+    """Set `main_grad` of every weight to its float32 gradient sum, which fused blocks and `_add_gradient` add to."""
     for weights, sums in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):
         for weight, total in zip(weights, sums, strict=True):
-            weight._hp_grad = total  # where DeepSpeed's own accessors look
+            weight._hp_grad = total  # read by DeepSpeed's safe_get_full_grad
             weight.main_grad = total.view(weight.shape)
 
 
 def _mark_gradient_sums(optimizer: Any) -> None:
-    """BF16_Optimizer's own hooks note who has a gradient; here every weight has one."""
+    """Mark every weight as having a gradient, which `_update_hp_grad` would have done."""
     for group, weights in enumerate(optimizer.bf16_groups):
         optimizer.fp32_groups_has_gradients[group] = [True] * len(weights)
 
@@ -278,8 +281,8 @@ def _random_state() -> dict[str, Tensor]:
     return state
 
 
-def _set_random_state(state: dict[str, Tensor], world: World, is_foreign: bool) -> None:
-    if is_foreign:
+def _set_random_state(state: dict[str, Tensor], world: World, is_resharded: bool) -> None:
+    if is_resharded:
         seed = hashlib.sha256(bytes(state["cpu"].tolist()) + f"{world.rank} of {world.size}".encode()).digest()
         torch.manual_seed(int.from_bytes(seed[:8], "little"))
         return

@@ -1,4 +1,4 @@
-"""Host memory that a GPU copies into without anybody waiting: page-locked, of the size asked for, used again."""
+"""Reusable pinned host buffers of exact size, for asynchronous copies from the GPU."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 _SMALLEST = 1 << 20
-"""Bytes. Below, torch's own page-locked memory does; it comes in powers of two, so 4.4 GB of moments would take 8."""
+"""Bytes. Smaller copies use torch's pinned allocator, which rounds up to powers of two (4.4 GB would take 8)."""
 
 
 class HostMemory:
-    """Lends memory for copies of tensors. What is given back is lent again: to find and to lock it took its time."""
+    """A pool of host buffers. Returned buffers are reused, since allocating and pinning them is slow."""
 
     def __init__(self) -> None:
         self._free: dict[int, list[Tensor]] = defaultdict(list)
 
     def copy(self, source: Tensor) -> Tensor:
-        """A contiguous copy, which a GPU fills in the order of its stream.
+        """A contiguous copy, asynchronous from a GPU (in stream order).
 
-        Raises OSError or RuntimeError when there is not enough memory, or not enough may be locked.
+        Raises OSError or RuntimeError when memory runs out or the limit of pinned memory is reached.
         """
         n_bytes = source.numel() * source.element_size()
         if n_bytes < _SMALLEST:
@@ -34,7 +34,7 @@ class HostMemory:
         return target.copy_(source, non_blocking=True)
 
     def give_back(self, copies: Iterable[Tensor]) -> None:
-        """Nobody reads these any more; each once."""
+        """Return copies to the pool, each once; they must not be read afterwards."""
         for copied in copies:
             memory_N = copied.flatten().view(torch.uint8)
             if len(memory_N) >= _SMALLEST:
@@ -42,12 +42,14 @@ class HostMemory:
 
 
 def _new(n_bytes: int, is_locked: bool) -> Tensor:
-    """Bytes of host memory, which stay where they are when they are locked."""
+    """A buffer of host memory, pinned if `is_locked`."""
     if not is_locked:
         return torch.empty(n_bytes, dtype=torch.uint8)
     memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)  # a thousand times fewer pages to find and to lock
-    bytes_N = torch.frombuffer(memory, dtype=torch.uint8).zero_()  # by many threads; the lock would take one
+        memory.madvise(mmap.MADV_HUGEPAGE)  # far fewer pages to fault in and to pin
+    bytes_N = torch.frombuffer(
+        memory, dtype=torch.uint8
+    ).zero_()  # faults pages in with many threads; pinning would use one
     torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(bytes_N.data_ptr(), n_bytes, 0))
     return bytes_N

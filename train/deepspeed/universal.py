@@ -1,4 +1,4 @@
-"""A checkpoint of another number of ranks: its optimizer state in DeepSpeed's universal form, read by any number."""
+"""Convert optimizer state to DeepSpeed's universal checkpoint, to resume on another number of ranks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def universal_form(checkpoint: Path, world: World, console: Console) -> Iterator
 
 
 def _convert(checkpoint: Path, directory: Path) -> None:
-    """Run DeepSpeed's converter: a process of its own, since it is one that forks workers and prints its progress."""
+    """Run DeepSpeed's converter in a subprocess: it forks workers and prints progress."""
     shutil.rmtree(directory, ignore_errors=True)
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
     command += ["--input_folder", str(checkpoint / OPTIMIZER_DIRECTORY)]
@@ -46,6 +46,6 @@ def _convert(checkpoint: Path, directory: Path) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """Ours without what torchrun says of this rank: the converter is no rank."""
+    """Our environment without torchrun's variables: the converter is not a rank."""
     ours = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     return {**ours, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}

@@ -1,4 +1,4 @@
-"""The process group of a run: joining it, and sums and barriers over its ranks."""
+"""The process group of a run: joining it, sums and barriers over ranks, and each rank's progress."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from torch import Tensor
 
 
 class LaunchError(ValueError):
-    """The environment does not say which rank this process is."""
+    """The environment variables do not describe a rank that this machine can run."""
 
 
 @dataclass
 class RankProgress:
-    """Where a rank is in the run. The phases of a run follow each other in the same order on all ranks."""
+    """Where a rank is in the run. All ranks go through the same phases in the same order.
+
+    may_last: the phase may take longer than the timeout. moved: monotonic time of the last progress.
+    """
 
     step: int = 0
     phase: str = "starting"
@@ -29,32 +32,32 @@ class RankProgress:
     _first_step: int | None = None
 
     def begin(self, step: int) -> None:
-        """A turn of the training loop begins."""
+        """Start an iteration of the training loop."""
         self.step = step
         self._first_step = step if self._first_step is None else self._first_step
 
     def at(self, phase: str, may_last: bool = False) -> None:
-        """A phase begins."""
+        """Start a phase. Until the first step is taken (data checks, compilation) any phase may last."""
         self.phase = phase
         self.may_last = may_last or self._first_step is None or self.step == self._first_step
         self.n_phases += 1
         self.moved = time.monotonic()
 
     def tick(self) -> None:
-        """Something was done within the phase; how often may differ between ranks."""
+        """Record progress within a phase; ranks may tick at different rates."""
         self.moved = time.monotonic()
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers."""
+    """This process's rank, and collectives over all ranks."""
 
     rank: int
     size: int
     device: torch.device
     progress: RankProgress = field(default_factory=RankProgress, compare=False)
     cpu_group: torch.distributed.ProcessGroup | None = field(default=None, compare=False)
-    """The gloo group of all ranks under NCCL: agreeing on host numbers does not wait for the GPU's queue."""
+    """A gloo group of all ranks beside NCCL, so that summing host numbers does not wait for the GPU."""
 
     @property
     def is_main(self) -> bool:
@@ -71,7 +74,7 @@ class World:
         return values
 
     def sum_later(self, values: dict[str, Tensor]) -> Callable[[], dict[str, float]]:
-        """The same for scalars on the device, which goes on working meanwhile: what is returned waits for the sums."""
+        """Start summing device scalars over all ranks; calling the result waits for the sums."""
         names = sorted(values)
         totals = torch.stack([values[name].detach().double() for name in names])
         if self.size > 1:
@@ -91,7 +94,7 @@ class World:
         return sums
 
     def first_text(self, text: str | None) -> str:
-        """The text of the first rank that has one, with its number."""
+        """The text of the lowest rank that has one, prefixed with the rank; empty if none has."""
         if self.size == 1:
             return text or ""
         texts: list[str | None] = [None] * self.size
@@ -104,7 +107,7 @@ class World:
 
 
 def check_launch() -> None:
-    """Raise LaunchError when the environment does not describe a rank that this machine can run."""
+    """Raise LaunchError unless the environment describes a rank that this machine can run, or none."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     there = [name for name in names if os.environ.get(name)]
     advice = "start ranks with python -m train.launch (or torchrun), or unset them to train in this process alone"
@@ -125,7 +128,7 @@ def check_launch() -> None:
 
 
 def join_world(timeout_minutes: float) -> World:
-    """Join the process group that torchrun describes; alone when started without it."""
+    """Join the process group that torchrun describes, or make one of a single rank."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "RANK" not in os.environ:
@@ -135,7 +138,7 @@ def join_world(timeout_minutes: float) -> World:
     from deepspeed import comm
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # used by inference only, and building it costs a minute and a C++ compiler on the first run
+    # only inference uses it, and building it takes a minute and a C++ compiler on the first run
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -143,7 +146,7 @@ def join_world(timeout_minutes: float) -> World:
         backend = "nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-    # longer than the watchdog's, which says more
+    # longer than the watchdog's timeout, whose message is better
     timeout = timedelta(minutes=1.25 * timeout_minutes + 0.5)
     comm.init_distributed(backend, verbose=False, timeout=timeout)
     size = int(os.environ["WORLD_SIZE"])
