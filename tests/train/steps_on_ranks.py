@@ -114,6 +114,15 @@ def held_bytes(engine: TrainingEngine) -> int:
     return sum(storages.values())
 
 
+def copied_bytes(engine: TrainingEngine) -> int:
+    """Bytes of host memory that a checkpoint's copies take."""
+    snapshot = engine.snapshot()
+    engine.weights(snapshot)
+    n_bytes = sum(tensor.nbytes for tensor in snapshot._lent)
+    snapshot.release()
+    return n_bytes
+
+
 def run(case: dict[str, Any], world: World) -> dict[str, Any]:
     """The steps of one case."""
     module = LossModule(Transformer(CONFIG, "sdpa", seed=3), loss, ScalarHead(CONFIG.d_model))
@@ -142,6 +151,7 @@ def run(case: dict[str, Any], world: World) -> dict[str, Any]:
         "taken": taken,
         "settings": settings_in_use(engine),
         "held_bytes": held_in_memory,
+        "host_bytes": copied_bytes(engine),
     }
 
 

@@ -1,89 +1,51 @@
-"""What a block keeps for its backward pass, tensor by tensor, in bytes a token.
+"""Bytes that a block keeps for its backward pass, counted from the architecture.
 
-Fused, it is what model/kernels/fused_block.py holds on to. As written ("plain"), autograd keeps the inputs of every
-operation; where rms_norm is no single kernel (on a CPU) it keeps more than is counted here. What is counted is
-compared with real blocks in tests/train/memory/test_activations.py.
+Fused: the tensors that model/kernels/fused_block.py keeps. Plain: the inputs of every operation, which autograd keeps
+(where rms_norm is not a single kernel, as on a CPU, it keeps more). tests/train/memory/test_activations.py compares the
+counts with real blocks.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from model.config import ModelConfig
 from model.execution import Recompute
 
-_FUSED = frozenset({"none", "elementwise"})
-_ALL = _FUSED | {"plain"}
-_MADE_AGAIN = frozenset({"none", "plain"})
-"""Results of norms, rotations and gates, which `elementwise` makes again."""
-_PLAIN = frozenset({"plain"})
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A tensor that a block keeps: `width` elements a token in the block's precision, `width32` in float32, by levels.
-
-    A further level of `recompute` is one more name in the sets of the tensors it keeps.
-    """
-
-    what: str
-    levels: frozenset[str]
-    width: int = 0
-    width32: int = 0
-
-
-def kept_tensors(config: ModelConfig, owns_cache: bool, itemsize: int) -> list[Kept]:
-    """Everything some level keeps of one block. Keys and values that another layer owns are counted there."""
-    queries, d_model, d_ff = config.n_heads * config.d_head, config.d_model, config.d_ff
-    keys = config.n_kv_heads * config.d_head if owns_cache else 0
-    key_norms = 2 * config.n_kv_heads if owns_cache else 0
-    # 16 bits: a plain block rounds the float32 tables anew, for queries and for keys
-    tables = config.d_head if itemsize == 2 else 0
-    return [
-        Kept("block's input", _ALL | {"block"}, d_model),
-        Kept("attention's normed input", _MADE_AGAIN, d_model),
-        Kept("projected queries, keys and values", _ALL, queries + 2 * keys),
-        Kept("rotary tables", _PLAIN, tables * (2 if owns_cache else 1)),
-        Kept("rotated queries", _MADE_AGAIN, queries),
-        Kept("keys and values as attended to", _ALL | {"block"}, 2 * keys),
-        Kept("attention's output", _ALL, queries),
-        Kept("its log-normaliser", _ALL, width32=config.n_heads),
-        Kept("its projection", _ALL, d_model),
-        Kept("residual after attention", _PLAIN, d_model),
-        Kept("feed-forward's normed input", _MADE_AGAIN, d_model),
-        Kept("gate and input", _ALL, 2 * d_ff),
-        Kept("activated gate", _PLAIN, d_ff),
-        Kept("gated product", _MADE_AGAIN, d_ff),
-        Kept("feed-forward's output", _ALL, d_model),
-        Kept("scales of the norms", _ALL, width32=4),
-        Kept("scales of the heads' norms", _PLAIN, width32=config.n_heads + key_norms),
-    ]
-
 
 def kept_bytes(config: ModelConfig, layer: int, tokens: int, itemsize: int, recompute: Recompute, fused: bool) -> int:
-    """Bytes that one block keeps of a micro-batch between its forward and its backward pass."""
+    """Bytes that one block keeps of a micro-batch between its forward and its backward pass.
+
+    Keys and values of another layer are counted there.
+    """
+    d_model, d_ff, queries = config.d_model, config.d_ff, config.n_heads * config.d_head
     owns_cache = config.kv_source(layer) == layer
-    level = recompute if recompute == "block" or fused else "plain"
-    tensors = [kept for kept in kept_tensors(config, owns_cache, itemsize) if level in kept.levels]
-    width = sum(itemsize * kept.width + 4 * kept.width32 for kept in tensors)
-    return tokens * width + (_stacked_weights(config, itemsize) if owns_cache and level == "plain" else 0)
+    keys = config.n_kv_heads * config.d_head if owns_cache else 0
+    width, width32, constant = d_model + 2 * keys, 0, 0  # the block's input, keys and values as attended to
+    if recompute != "block":
+        width += queries + 2 * keys + queries + d_model  # projected q, k, v; attention's output, and its projection
+        width += 2 * d_ff + d_model  # gate and input; the feed-forward's output
+        width32 += config.n_heads + 4  # attention's logsumexp; scales of the norms
+        if recompute == "none" or not fused:
+            width += 2 * d_model + queries + d_ff  # normed inputs; rotated queries; gated product
+        if not fused:
+            width += d_model + d_ff  # residual after attention; activated gate
+            width32 += config.n_heads + (2 * config.n_kv_heads if owns_cache else 0)  # scales of the heads' norms
+            if itemsize == 2:  # float32 rotary tables, rounded anew for queries and for keys
+                width += config.d_head * (2 if owns_cache else 1)
+            if owns_cache:  # model/attention.py stacks the weights of q, k and v: a copy that autograd keeps
+                constant = itemsize * d_model * (config.n_heads + 2 * config.n_kv_heads) * config.d_head
+    return tokens * (itemsize * width + 4 * width32) + constant
 
 
 def backward_bytes(config: ModelConfig, tokens: int, itemsize: int, recompute: Recompute, fused: bool) -> int:
-    """Bytes that one block's backward adds to what it kept: what is computed again, and the gradients under way.
+    """Bytes that one block's backward pass adds to what it kept: recomputed tensors, and live gradients.
 
-    Fused, most at attention's kernel: two gradients of hidden states, those of its output and of q, q itself, and the
-    float32 sum that the kernel makes of the latter. Plain, most at the gate: gradients of gate and input, of the
-    block's output and of one hidden state; the product's own gradient takes the place of the product.
+    Fused, the peak is at attention's kernel: two gradients of hidden states, those of its output and of q, q itself,
+    and the kernel's float32 sum for q. Plain, it is at the gate: gradients of gate and input, of the block's output and
+    of one hidden state; the gradient of the product replaces the product.
     """
     queries, owner = config.n_heads * config.d_head, config.kv_layers[0]
     widths = 2 * config.d_model + 3 * queries if fused else 2 * config.d_ff + 2 * config.d_model
     gradients = tokens * (itemsize * widths + (4 * queries if fused else 0))
     whole: Recompute = "elementwise" if fused else "none"
-    made_again = kept_bytes(config, owner, tokens, itemsize, whole, fused)
-    return max(made_again - kept_bytes(config, owner, tokens, itemsize, recompute, fused), 0) + gradients
-
-
-def _stacked_weights(config: ModelConfig, itemsize: int) -> int:
-    """Query, key and value weights side by side: a copy that autograd keeps (model/attention.py)."""
-    return itemsize * config.d_model * (config.n_heads + 2 * config.n_kv_heads) * config.d_head
+    recomputed = kept_bytes(config, owner, tokens, itemsize, whole, fused)
+    return max(recomputed - kept_bytes(config, owner, tokens, itemsize, recompute, fused), 0) + gradients

@@ -1,8 +1,7 @@
-"""What a rank's training step holds in device memory, counted from the architecture before anything runs.
+"""Estimate of a rank's device memory, counted from the architecture before anything runs.
 
-States are what DeepSpeed 0.19.8 allocates under the configuration of train/deepspeed/engine.py; activations are what a
-block keeps for its backward pass, tensor by tensor (train/memory/activations.py). Nothing here is fitted to a
-measurement.
+States are what DeepSpeed 0.19.8 allocates with the configuration of train/deepspeed/engine.py; activations are what
+blocks keep for the backward pass (train/memory/activations.py). Nothing is fitted to measurements.
 """
 
 from __future__ import annotations
@@ -32,20 +31,20 @@ from train.token_logprobs import LOGIT_CHUNK_ELEMENTS
 
 GIB = 2**30
 LossKind = Literal["every token", "chosen tokens", "score"]
-"""What the loss makes: logits of all positions, of chosen ones (a copy of their hidden states), or one number each."""
+"""Output of the loss: logits of all positions, of chosen ones (whose hidden states are copied), or one score each."""
 
 WORKSPACE_BYTES = 64 * 2**20
-"""cuBLAS: 32 MiB a handle on Hopper, one handle for the forward and one for the backward thread."""
+"""cuBLAS: 32 MiB per handle on Hopper, one handle each for the forward and the backward thread."""
 
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Elements of every parameter, by the groups the optimizer makes of them."""
+    """Elements of every parameter, by optimizer group."""
 
     block_matrices: tuple[int, ...]
     others: tuple[int, ...]
     block: int
-    """All of the largest block."""
+    """Parameters of the largest block."""
     embedding: int
 
     @classmethod
@@ -71,7 +70,7 @@ class ParameterCounts:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of device memory a rank at the moment that needs most, by what they are for."""
+    """Bytes of a rank's device memory at its peak, by purpose. moment: when the peak occurs."""
 
     moment: str
     weights: int = 0
@@ -93,7 +92,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Load:
-    """A training run as far as memory is concerned. `tokens`: of one micro-batch of one rank, an upper bound."""
+    """The settings of a training run that determine its memory. tokens: upper bound for a micro-batch of one rank."""
 
     config: ModelConfig
     engine: EngineConfig
@@ -116,12 +115,12 @@ class Load:
         return self.engine.blocks != "plain"
 
     def states(self, world_size: int, stage: int | None = None) -> dict[str, int]:
-        """Bytes a rank holds from the first step to the last: weights, master, gradients, moments."""
+        """Bytes a rank holds throughout training: weights, float32 master weights, gradients, moments."""
         stage, n, size = stage or self.engine.zero_stage, self.counts.total, self.itemsize
         share = math.ceil(n / world_size)
         matrices, others = (math.ceil(sum(x) / world_size) for x in (self.counts.block_matrices, self.counts.others))
         persistent = self._persistent if world_size > 1 else 0
-        # ZeRO-1: BF16_Optimizer accumulates the gradients of all parameters; in float32 they are the parameters' .grad
+        # ZeRO-1: BF16_Optimizer sums gradients of all parameters; in float32 these are the parameters' .grad
         gradients = 4 * n if stage == 1 else 4 * share
         return {
             "weights": size * (share + persistent) if stage == 3 else size * n,
@@ -131,12 +130,12 @@ class Load:
         }
 
     def estimate(self, world_size: int, stage: int | None = None) -> Estimate:
-        """The moment that needs most memory: of a training step, or the start, when every rank has whole weights."""
+        """The peak of a training step, or of the start, when every rank holds all weights."""
         start = Estimate("start", weights=self.itemsize * self.counts.total, master=4 * max(self.counts.each))
         return max(self.step_estimate(world_size, stage), start, key=lambda moment: moment.total)
 
     def step_estimate(self, world_size: int, stage: int | None = None) -> Estimate:
-        """The fullest moment of a training step: the loss, the last block's backward, a reduction, or the update."""
+        """The peak of a training step: at the loss, the last block's backward, a reduction, or the update."""
         stage = stage or self.engine.zero_stage
         states, idle = self.states(world_size, stage), self._idle(stage, world_size)
         moments = [
@@ -149,7 +148,7 @@ class Load:
 
     @property
     def activations(self) -> int:
-        """Bytes kept from the forward pass when it ends."""
+        """Bytes kept at the end of the forward pass."""
         config, size = self.config, self.itemsize
         kinds = set(config.layer_kinds)
         blocks = sum(
@@ -162,7 +161,7 @@ class Load:
 
     @property
     def _persistent(self) -> int:
-        """Elements that ZeRO-3 leaves whole on every rank."""
+        """Elements of parameters that ZeRO-3 does not shard."""
         return sum(count for count in self.counts.each if count <= self.persistent_elements)
 
     def _recompute(self, layer: int) -> Recompute:
@@ -170,7 +169,7 @@ class Load:
 
     @property
     def _loss_bytes(self) -> int:
-        """train/token_logprobs.py at its peak: the next chunk's logits are made while the last chunk's live."""
+        """Peak of train/token_logprobs.py: a chunk's logits are computed while the previous chunk's are live."""
         config, size = self.config, self.itemsize
         if self.loss == "score":
             return 4 * self.tokens
@@ -180,7 +179,7 @@ class Load:
         return live * chunk * config.vocab_size * size + 4 * self.counts.embedding + hidden
 
     def _idle(self, stage: int, world_size: int) -> int:
-        """Buffers that exist during forward and backward: ZeRO-3's bucket and gathered weights; workspaces."""
+        """Buffers during forward and backward: ZeRO-3's bucket and gathered weights; workspaces."""
         if stage < 3:
             return WORKSPACE_BYTES
         gathered = self._gathered if world_size > 1 else 0  # one rank's partitions are the weights
@@ -188,10 +187,10 @@ class Load:
 
     @property
     def _gathered(self) -> int:
-        """Elements of whole weights that ZeRO-3 holds where the forward pass turns into the backward pass.
+        """Elements of gathered weights under ZeRO-3 between forward and backward.
 
-        Blocks are gathered whole (leaf modules), and one gather is copied once more. What is used again within the
-        reuse distance stays: the last blocks, each passed twice. The tied embedding is needed at both ends.
+        Blocks are gathered as a whole (leaf modules), and one gather is copied. Weights reused within the reuse
+        distance stay gathered: the last blocks, used twice. The tied embedding is used at both ends.
         """
         counts = self.counts
         live = MAX_REUSE_DISTANCE // 2 + PREFETCH_ELEMENTS + counts.embedding + counts.block
@@ -199,12 +198,12 @@ class Load:
         return live + counts.block
 
     def _backward(self, stage: int, states: dict[str, int], idle: int) -> Estimate:
-        """The last block's backward: all the others still keep theirs. The loss left its gradient of the embedding."""
+        """The last block's backward: all blocks' activations are live, and the embedding's gradient from the loss."""
         counts, size = self.counts, self.itemsize
         recompute = self._recompute(self.config.n_layers - 1)
         working = backward_bytes(self.config, self.tokens, size, recompute, self.fused)
         buffers = idle + (self._bucket(stage) if self._has_late_bucket(stage) else 0)
-        if size == 2 and not (stage == 1 and self.fused):  # else they are added to the states at once
+        if size == 2 and not (stage == 1 and self.fused):  # otherwise they are added to the states at once
             buffers += size * counts.block
         return Estimate(
             "backward", **states, activations=self.activations + working,
@@ -212,16 +211,16 @@ class Load:
         )  # fmt: skip
 
     def _has_late_bucket(self, stage: int) -> bool:
-        """Whether DeepSpeedZeroOptimizer runs, whose bucket exists from a backward's first gradient to its last."""
+        """Whether DeepSpeedZeroOptimizer runs, whose bucket is allocated during the backward pass."""
         return stage == 2 or (stage == 1 and self.itemsize == 4)
 
     def _bucket(self, stage: int) -> int:
         return self.bucket_elements * (4 if stage == 3 else self.itemsize)
 
     def _reduction(self, stage: int, states: dict[str, int], idle: int, world_size: int) -> Estimate:
-        """A full bucket on its way: copied once in its own precision, once in float32 (ZeRO-2), or once (ZeRO-3).
+        """Reduction of a full bucket: copied in its own precision and in float32 (ZeRO-2), or once (ZeRO-3).
 
-        Blocks whose gradients filled it keep nothing any more. BF16_Optimizer reduces its gradients in place.
+        The activations of blocks whose gradients are in the bucket are freed. BF16_Optimizer reduces in place.
         """
         if stage == 1:
             return Estimate("reduction", **states, buffers=idle)
@@ -234,29 +233,20 @@ class Load:
         return Estimate("reduction", **states, activations=int(self.activations * left), buffers=buffers)
 
     def _step_bytes(self, stage: int, world_size: int) -> int:
-        """What the update allocates beside the states."""
+        """Bytes that the update allocates besides the states."""
         largest, share = max(self.counts.each), math.ceil(self.counts.total / world_size)
         if stage == 1 and self.itemsize == 2:
             if self.optimizer == "adamw":
                 return 0
-            # gradient, momentum, and the orthogonalised update of one matrix, and pieces of split ones in transit
+            # gradient, momentum and orthogonalized update of one matrix, and pieces of split matrices in transit
             return 4 * 6 * max(self.counts.block_matrices)
         norms = 8 * largest  # one gradient in float64
         return max(norms, 4 * min(share, SUB_GROUP_ELEMENTS)) if stage == 3 or self.itemsize == 4 else norms
 
-    def host_bytes(self, world_size: int, is_main: bool, pinned: bool = True) -> int:
-        """Bytes of host memory a rank's copy of a checkpoint takes (train/deepspeed/snapshot.py), kept for the next
-        one.
+    def host_bytes(self, world_size: int, is_main: bool) -> int:
+        """Bytes of host memory for a rank's copy of a checkpoint (train/deepspeed/snapshot.py), reused by the next one.
 
-        PyTorch's pinned allocator rounds every block up to a power of two. Rank 0 also holds the whole weights.
+        Rank 0 also copies all weights.
         """
-        counts = self.counts
-        groups = [(sum(counts.block_matrices), 2 if self.optimizer == "muon" else 3), (sum(counts.others), 3)]
-        sizes = []
-        for elements, copies in groups:
-            share = math.ceil(elements / world_size)
-            whole, rest = divmod(share, SUB_GROUP_ELEMENTS) if self.engine.zero_stage == 3 else (0, share)
-            sizes += copies * [*whole * [4 * SUB_GROUP_ELEMENTS], 4 * rest]
-        if is_main:
-            sizes += [self.itemsize * count for count in counts.each]
-        return sum(2 ** math.ceil(math.log2(max(size, 1))) if pinned else size for size in sizes)
+        states = self.states(world_size)
+        return states["master"] + states["moments"] + (self.itemsize * self.counts.total if is_main else 0)

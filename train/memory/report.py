@@ -1,4 +1,4 @@
-"""What is printed before and after training: the model's cost, and the estimate of memory beside what there is."""
+"""What is printed before and after training: the model's cost, and estimated and measured memory."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ WORLD_SIZES = (1, 2, 8, 64)
 
 @dataclass(frozen=True)
 class Summary:
-    """Lines about a run, and its load on memory: None when the architecture is not known yet.
+    """Lines about a run, and its memory load (None while the architecture is unknown).
 
-    `bound`: what the load assumes of the data, where it is an upper bound.
+    bound: what the load assumes about the data, where it is an upper bound.
     """
 
     lines: list[str]
@@ -33,7 +33,7 @@ class Summary:
     bound: str = ""
 
     def print(self, console: Console) -> None:
-        """The lines, the last of them the memory of this recipe at this number of ranks."""
+        """Print the lines, and the memory of this recipe on the launched number of ranks."""
         lines = list(self.lines)
         if self.load:
             size = launched_ranks()
@@ -45,7 +45,7 @@ class Summary:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def print_memory(self, console: Console) -> None:
-        """A table of stages and numbers of ranks, and the parts of the recipe's own choice."""
+        """Print a table of memory by ZeRO stage and number of ranks, and the parts of the recipe's own estimate."""
         if self.load is None:
             return
         size, stage = launched_ranks(), self.load.engine.zero_stage
@@ -62,15 +62,15 @@ class Summary:
         parts = ", ".join(f"{name} {_gib(value)}" for name, value in own.parts.items())
         host = self.load.host_bytes(size, is_main=True), self.load.host_bytes(size, is_main=False)
         for line in (
-            f"* this recipe on {size} rank(s), fullest at the {own.moment}: {parts}",
+            f"* this recipe on {size} rank(s), peak at the {own.moment}: {parts}",
             *self._start(size, own),
-            f"  recompute {self._recompute}; not counted: CUDA's own 0.5 to 1 GiB, NCCL, fragmentation",
+            f"  recompute {self._recompute}; not included: CUDA context (0.5 to 1 GiB), NCCL, fragmentation",
             f"  a checkpoint's copy in host memory: {_gib(host[0])} GiB on rank 0, {_gib(host[1])} on the others",
         ):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def warn(self, console: Console, world: World) -> None:
-        """Say what to change where the estimate is more than the device has."""
+        """Print what to change when the estimate exceeds the device's memory."""
         if self.load is None or world.device.type != "cuda":
             return
         there = torch.cuda.get_device_properties(world.device).total_memory
@@ -78,7 +78,7 @@ class Summary:
             console.print(f"[bold yellow]memory[/]: {text}", highlight=False, soft_wrap=True)
 
     def compare(self, console: Console, world: World) -> None:
-        """The measured peak beside the estimate, once at the end."""
+        """Print the measured peak next to the estimate, at the end of a run."""
         if self.load is None or world.device.type != "cuda":
             return
         measured, expected = torch.cuda.max_memory_allocated(world.device), self.load.estimate(world.size)
@@ -93,7 +93,7 @@ class Summary:
         start = self.load.estimate(size)
         if start.total <= own.total:
             return []
-        return [f"  a step needs {_gib(own.total)}; at the start every rank has whole weights: {_gib(start.total)}"]
+        return [f"  a step needs {_gib(own.total)}; at the start every rank holds all weights: {_gib(start.total)}"]
 
     @property
     def _recompute(self) -> str:
@@ -113,12 +113,12 @@ class Summary:
 
 
 def launched_ranks() -> int:
-    """How many ranks torchrun started; one without it."""
+    """Number of ranks that torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def warning(load: Load, rows_per_micro_batch: int, world_size: int, device_bytes: int) -> str | None:
-    """What to change in a recipe that is estimated to need more than a device has; None when it fits."""
+    """What to change in a recipe whose estimate exceeds the device's memory; None when it fits."""
     own = load.estimate(world_size)
     if own.total <= device_bytes:
         return None
@@ -127,15 +127,15 @@ def warning(load: Load, rows_per_micro_batch: int, world_size: int, device_bytes
     less = [f"{change} ({_gib(estimate.total)})" for change, estimate in changes if estimate.total < own.total]
     advice = f"set {' or '.join(enough)}" if enough else f"combine {', '.join([*less, 'more ranks'])}"
     return (
-        f"about {_gib(own.total)} GiB a rank are needed at the {own.moment}, the device has {_gib(device_bytes)}; "
-        f"if it runs out, {advice}"
+        f"a rank needs about {_gib(own.total)} GiB at the {own.moment}, the device has {_gib(device_bytes)}; "
+        f"if it runs out of memory, {advice}"
     )
 
 
 def _changes(
     load: Load, rows_per_micro_batch: int, world_size: int, device_bytes: int
 ) -> Iterator[tuple[str, Estimate]]:
-    """Single changes of a recipe that save memory, cheapest in time first."""
+    """Single changes of a recipe that save memory, cheapest first."""
     levels = [level for level in get_args(Recompute) if level != "elementwise" or load.fused]
     if load.engine.recompute in levels:
         levels = levels[levels.index(load.engine.recompute) + 1 :]
@@ -154,7 +154,7 @@ def _changes(
 
 
 def _fewest_blocks(load: Load, world_size: int, device_bytes: int) -> Iterator[tuple[str, Estimate]]:
-    """Numbers of whole blocks to make again that are enough."""
+    """Numbers of blocks to recompute as a whole that fit."""
     for n_blocks in range(load.engine.recompute_blocks + 1, load.config.n_layers):
         engine = load.engine.model_copy(update={"recompute_blocks": n_blocks})
         estimate = replace(load, engine=engine).estimate(world_size)

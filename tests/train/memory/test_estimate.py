@@ -57,7 +57,7 @@ def test_the_estimate_is_within_a_tenth_of_the_measured(recipe: str, overrides: 
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_states_are_what_deepspeed_holds(
+def test_states_are_what_deepspeed_holds_and_a_checkpoint_copies(
     steps_on_ranks: Callable[[int, dict[str, Any]], list[dict[str, Any]]], ranks: int
 ) -> None:
     """Between the last backward and the update of the second step, when moments and gradients are all there."""
@@ -82,6 +82,9 @@ def test_states_are_what_deepspeed_holds(
             # the scorer's head, alignment, step counters and ZeRO-2's flags: less than the smallest part of it all
             held = result[name]["held_bytes"]
             assert abs(held - expected) < 8192, (name, held, expected)
+        for rank, result in enumerate(results):
+            copied, expected = result[name]["host_bytes"], load.host_bytes(ranks, is_main=rank == 0)
+            assert abs(copied - expected) < 8192, (name, rank, copied, expected)
 
 
 def test_parameters_are_those_of_the_architecture() -> None:
@@ -107,12 +110,11 @@ def test_more_ranks_recomputation_and_shorter_micro_batches_need_no_more() -> No
     assert replace(load, optimizer="muon").estimate(1).total < load.estimate(1).total
 
 
-def test_a_checkpoint_on_the_host_is_rounded_up_by_pinned_memory() -> None:
+def test_a_checkpoint_on_the_host_is_moments_master_and_weights() -> None:
     load = load_of(BENCH / "mqa_1b_global.yaml", [])
     n = load.counts.total
-    assert load.host_bytes(1, is_main=True, pinned=False) == 12 * n + 2 * n
-    assert load.host_bytes(8, is_main=False, pinned=False) == pytest.approx(12 * n / 8, rel=1e-6)
-    assert 1 < load.host_bytes(1, True) / load.host_bytes(1, True, pinned=False) < 2
+    assert load.host_bytes(1, is_main=True) == 12 * n + 2 * n
+    assert load.host_bytes(8, is_main=False) == pytest.approx(12 * n / 8, rel=1e-6)
 
 
 def test_a_recipe_that_does_not_fit_is_told_what_to_change() -> None:
