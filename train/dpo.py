@@ -37,9 +37,10 @@ from train.deepspeed.world import World
 from train.initial_model import content_key, init_input, initial_model
 from train.loop import LoopError, Loss, Outcome, TrainingStage, no_grad_sum
 from train.losses import dpo_loss, sequence_logprobs
+from train.memory.report import Summary
 from train.preference.on_policy import OnPolicyPairs, sample_pairs
 from train.run import run_stage
-from train.stage import Job, LossModule, Plan, TrainingRecipe, share_of_rank
+from train.stage import Job, LossModule, TrainingRecipe, share_of_rank
 from train.summary import summarize
 from train.token_logprobs import token_logprobs
 
@@ -351,16 +352,14 @@ def _finish(outcome: Outcome, rows: PairRows, heldout: PairRows) -> tuple[str, d
     return f"held-out pair accuracy {accuracy:.3f} of {heldout.n_rows} (length alone {by_length:.3f})", figures
 
 
-def plan(recipe: DPORecipe) -> Plan:
-    """What the recipe asks for."""
-    # a row is a pair: the prompt twice, once with each reply
-    summary = summarize(recipe, recipe.data, loss="chosen tokens", row_tokens=2 * recipe.max_pair_tokens)
-    return Plan(recipe.inputs(), summary, lambda world, console: prepare(recipe, world, console))
-
-
 def main() -> int:
     """Entry point."""
-    return run_stage(DPORecipe, __doc__, plan)
+
+    def summary(recipe: DPORecipe) -> Summary:
+        # a row is a pair: the prompt twice, once with each reply
+        return summarize(recipe, recipe.data, loss="chosen tokens", row_tokens=2 * recipe.max_pair_tokens)
+
+    return run_stage(DPORecipe, __doc__, summary, prepare)
 
 
 if __name__ == "__main__":

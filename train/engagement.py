@@ -1,4 +1,4 @@
-"""Train the engagement scorer, P(the partner writes again): `python -m train.engagement RECIPE`."""
+"""Train the reward model, P(the partner writes again): `python -m train.engagement RECIPE`."""
 
 from __future__ import annotations
 
@@ -7,41 +7,25 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import PositiveInt
 from rich.console import Console
 from scipy.stats import mannwhitneyu
 
 from data.packed.batch import PackedBatch
-from data.packed.mixture import MixtureData
 from model.scalar_head import ScalarHead
-from recipes.run_identity import Location
 from train.deepspeed.engine import TrainingEngine
 from train.deepspeed.world import World
-from train.initial_model import initial_model
 from train.loop import Loss, Outcome
 from train.losses import continuation_loss
 from train.run import run_stage
-from train.stage import (
-    Job,
-    LossModule,
-    Plan,
-    TrainingRecipe,
-    data_directories,
-    documents_of,
-    open_data,
-    packed_stage,
-)
+from train.stage import FineTuningRecipe, Job, LossModule, documents_of, load_start, packed_stage
 from train.summary import summarize
 from train.targets import Targets
 
 
-class EngagementRecipe(TrainingRecipe):
-    """A scorer run: the trunk it starts from, and dialogues whose turns carry labels."""
+class EngagementRecipe(FineTuningRecipe):
+    """A reward model run, on dialogues whose turns have engagement labels."""
 
     stage: Literal["engagement"]
-    init_from: Location
-    data: Location | MixtureData
-    evaluation_rows: PositiveInt
 
 
 def scores(module: LossModule, batch: PackedBatch) -> torch.Tensor:
@@ -58,27 +42,27 @@ def scorer_loss(module: LossModule, batch: PackedBatch) -> Loss:
 
 
 def n_by_label(batch: PackedBatch) -> dict[str, int]:
-    """How many turns of a batch carry each label."""
+    """Number of turns of a batch with each label."""
     return {"partner continues": int((batch.label_T == 1).sum()), "partner leaves": int((batch.label_T == 0).sum())}
 
 
 LABELS = Targets(
     n_by_label,
-    "The scorer learns from both. Label what users did (metadata.engagement_label of a reply, or data.feedback), give "
+    "The scorer needs both. Label what users did (metadata.engagement_label of a reply, or data.feedback), give "
     "the messages times and set continue_within_seconds, or add dialogues that end because the partner left "
     "(chat_jsonl: the last message is the character's); then prepare the data again",
 )
 
 
 def roc_auc(score: np.ndarray, label: np.ndarray) -> float:
-    """Area under the ROC curve: the chance that a positive outranks a negative (Mann-Whitney U)."""
+    """Area under the ROC curve: P(a positive scores above a negative), ties one half (Mann-Whitney U)."""
     positive, negative = score[label == 1], score[label == 0]
     assert len(positive) and len(negative), "check_targets refuses one class"
     return float(mannwhitneyu(positive, negative).statistic / (len(positive) * len(negative)))
 
 
 def heldout_auc(engine: TrainingEngine, batches: list[PackedBatch]) -> float:
-    """AUC over the labelled turns of these batches, gathered from all ranks."""
+    """AUC over the labeled turns of all ranks' batches."""
     engine.module.eval()
     pairs = []
     with torch.no_grad():
@@ -96,12 +80,9 @@ def heldout_auc(engine: TrainingEngine, batches: list[PackedBatch]) -> float:
     return roc_auc(score, label)
 
 
-def prepare(recipe: EngagementRecipe, world: World) -> Job:
-    """Data and model of a scorer run."""
-    initial = initial_model(recipe.init_from, world)
-    initial.check_tokenizer(data_directories(recipe.data).values())
-    trunk = initial.load(recipe.attention, world.device, recipe.engine.dtype)
-    dataset, heldout = open_data(recipe.data, trunk.config)
+def prepare(recipe: EngagementRecipe, world: World, console: Console) -> Job:
+    """Data and model of a reward model run."""
+    initial, trunk, dataset, heldout = load_start(recipe, world)
     head = ScalarHead(trunk.config.d_model)
     stage = packed_stage(
         dataset, heldout, recipe.evaluation_rows, recipe.loop.rows_per_micro_batch, world, LABELS,
@@ -120,15 +101,9 @@ def prepare(recipe: EngagementRecipe, world: World) -> Job:
     )
 
 
-def plan(recipe: EngagementRecipe) -> Plan:
-    """What the recipe asks for."""
-    summary = summarize(recipe, recipe.data, loss="score")
-    return Plan(recipe.inputs(), summary, lambda world, console: prepare(recipe, world))
-
-
 def main() -> int:
     """Entry point."""
-    return run_stage(EngagementRecipe, __doc__, plan)
+    return run_stage(EngagementRecipe, __doc__, lambda recipe: summarize(recipe, recipe.data, loss="score"), prepare)
 
 
 if __name__ == "__main__":

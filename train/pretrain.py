@@ -25,11 +25,11 @@ from train.deepspeed.world import World
 from train.initial_model import check_same_architecture, find_initial_model, initial_model
 from train.loop import Loss, Outcome
 from train.losses import next_token_loss
+from train.memory.report import Summary
 from train.run import run_stage
 from train.stage import (
     Job,
     LossModule,
-    Plan,
     TrainingRecipe,
     data_directories,
     documents_of,
@@ -41,7 +41,7 @@ from train.targets import Targets
 
 
 class PretrainRecipe(TrainingRecipe):
-    """A pre-training run: the data (a directory, a mixture of several, or made-up tokens), the model, the training."""
+    """A pre-training run on a data directory, a mixture of several, or synthetic tokens."""
 
     stage: Literal["pretrain"]
     data: Location | Annotated[SyntheticData | MixtureData, Field(discriminator="kind")]
@@ -49,9 +49,9 @@ class PretrainRecipe(TrainingRecipe):
     ngram_baselines: bool = True
     z_loss: NonNegativeFloat = 0.0
     init_from: Location | None = None
-    """A run or an exported bundle whose weights are trained on, with a fresh optimizer; null: weights are drawn."""
+    """A run or an exported bundle whose weights to start from, with a new optimizer; null: random weights."""
     model: ModelConfig | None = None
-    """Left out, the architecture is that of `init_from`."""
+    """null: the architecture of `init_from`."""
 
     @model_validator(mode="after")
     def _has_an_architecture(self) -> PretrainRecipe:
@@ -73,7 +73,7 @@ TOKENS = Targets(
 
 
 def language_model_loss(module: LossModule, batch: PackedBatch, z_loss: float = 0.0) -> Loss:
-    """Next-token cross-entropy over every target inside a document; in training, the z-loss too."""
+    """Next-token cross-entropy over all targets inside documents; in training, also the z-loss."""
     batch = batch.to(module.trunk.embed_tokens.weight.device)
     hidden_TD = module.trunk(batch.tokens_T, documents_of(batch))
     z_loss = z_loss if module.training else 0.0
@@ -81,7 +81,7 @@ def language_model_loss(module: LossModule, batch: PackedBatch, z_loss: float = 
 
 
 def architecture(recipe: PretrainRecipe) -> ModelConfig | None:
-    """That of `init_from`, which must be the recipe's own where it has one; None when `init_from` is not there yet."""
+    """The architecture of `init_from` or of the recipe, which must agree; None while neither is known."""
     if recipe.init_from is None:
         return recipe.model
     initial = find_initial_model(recipe.init_from)
@@ -97,7 +97,7 @@ def prepare(recipe: PretrainRecipe, world: World, console: Console) -> Job:
     """Data, model and baselines of a pre-training run."""
     initial = initial_model(recipe.init_from, world) if recipe.init_from is not None else None
     config = architecture(recipe)
-    assert config is not None, "plan has looked for it"
+    assert config is not None, "checked by the recipe and by initial_model"
     dataset, heldout = open_data(recipe.data, config)
 
     def finish(engine: TrainingEngine, outcome: Outcome, console: Console) -> tuple[str, dict[str, Any]]:
@@ -116,7 +116,7 @@ def prepare(recipe: PretrainRecipe, world: World, console: Console) -> Job:
         initial.check_tokenizer(data_directories(recipe.data).values())
         trunk = initial.load(recipe.attention, world.device, recipe.engine.dtype)
     else:
-        with world.device:  # the weights are drawn where they will lie
+        with world.device:  # initialize on the device
             trunk = Transformer(config, recipe.attention, recipe.seed, recipe.engine.dtype)
     return Job(
         module=LossModule(trunk, partial(language_model_loss, z_loss=recipe.z_loss)),
@@ -138,15 +138,13 @@ def _print_comparison(loss: float, baselines: dict[str, float], console: Console
     console.print(table)
 
 
-def plan(recipe: PretrainRecipe) -> Plan:
-    """What the recipe asks for."""
-    summary = summarize(recipe, recipe.data, architecture(recipe))
-    return Plan(recipe.inputs(), summary, lambda world, console: prepare(recipe, world, console))
-
-
 def main() -> int:
     """Entry point."""
-    return run_stage(PretrainRecipe, __doc__, plan)
+
+    def summary(recipe: PretrainRecipe) -> Summary:
+        return summarize(recipe, recipe.data, architecture(recipe))
+
+    return run_stage(PretrainRecipe, __doc__, summary, prepare)
 
 
 if __name__ == "__main__":

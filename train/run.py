@@ -1,4 +1,4 @@
-"""A training stage from its command line to its end: one message for an error, resume, signals, the model directory."""
+"""Run a training stage: command line, errors as one message, resume, signals, and the final model directory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -21,7 +21,7 @@ from model.execution import shape_blocks, what_slows
 from model.weights import copy_model, save_model
 from recipes.interrupt import EXIT_CODE as INTERRUPTED
 from recipes.interrupt import print_interrupt
-from recipes.loader import CommandLine, dump_recipe, parse_command_line, print_error
+from recipes.loader import dump_recipe, parse_command_line, print_error
 from recipes.run_directory import RunState, finish_run, prepare_run_directory
 from recipes.stage_errors import USER_ERROR, print_os_error, run_entry
 from train.checkpoint.best import BestWeights
@@ -36,42 +36,51 @@ from train.health.rank_messages import rank_0_speaks
 from train.health.skipping import TrainingError
 from train.health.stopping import StopRequest, die_with_parent
 from train.health.watchdog import Watchdog
-from train.loop import train
+from train.loop import Outcome, train
+from train.memory.report import Summary
 from train.metrics import Metrics, plot_metrics
-from train.stage import Job, Plan, TrainingRecipe
+from train.stage import Job, TrainingRecipe
 from train.throughput import Throughput
 
 R = TypeVar("R", bound=TrainingRecipe)
 TRAINING_FAILED = 1
 
 
-def run_stage(schema: type[R], description: str | None, plan: Callable[[R], Plan]) -> int:
-    """Run the training stage of the command line's recipe to its end; the exit code.
+def run_stage(
+    schema: type[R],
+    description: str | None,
+    summarize: Callable[[R], Summary],
+    prepare: Callable[[R, World, Console], Job],
+) -> int:
+    """Run the training stage of the command line's recipe; the exit code.
 
-    SIGTERM saves and exits 0; Ctrl-C saves and exits 130; user errors print one message and exit 2; a training that
-    cannot go on and files that cannot be written exit 1, a rank that has failed exits 3.
+    summarize: what to print before the ranks join (and by --dry-run). SIGTERM saves and exits 0; Ctrl-C saves and exits
+    130; user errors print one message and exit 2; training that cannot continue and files that cannot be written exit
+    1; a rank that has failed exits 3.
     """
     with rank_0_speaks():
         command = parse_command_line(schema, description=description)
-        planned: list[Plan] = []
-        if code := run_entry(lambda: planned.append(_checked(plan, command)), command.recipe.run_dir):
+        recipe = command.recipe
+        summaries: list[Summary] = []
+
+        def plan() -> None:
+            if not command.dry_run:
+                check_launch()
+            summaries.append(summarize(recipe))
+
+        if code := run_entry(plan, recipe.run_dir):
             sys.exit(code)
+        (summary,) = summaries
         if command.dry_run:
             console = Console()
-            console.print(dump_recipe(command.recipe), highlight=False, markup=False)
-            planned[0].summary.print(console)
-            planned[0].summary.print_memory(console)
+            console.print(dump_recipe(recipe), highlight=False, markup=False)
+            summary.print(console)
+            summary.print_memory(console)
             return 0
-    return _run_ranks(command.recipe, planned[0])
+    return _run_ranks(recipe, summary, partial(prepare, recipe))
 
 
-def _checked(plan: Callable[[R], Plan], command: CommandLine[R]) -> Plan:
-    if not command.dry_run:
-        check_launch()
-    return plan(command.recipe)
-
-
-def _run_ranks(recipe: TrainingRecipe, plan: Plan) -> int:
+def _run_ranks(recipe: TrainingRecipe, summary: Summary, prepare: Callable[[World, Console], Job]) -> int:
     die_with_parent()
     stop = StopRequest()
     world = join_world(recipe.engine.timeout_minutes)
@@ -81,7 +90,7 @@ def _run_ranks(recipe: TrainingRecipe, plan: Plan) -> int:
     try:
         with Watchdog(world, 60 * recipe.engine.timeout_minutes) as watchdog:
             try:
-                return _run(recipe, plan, world, console, stop)
+                return _run(recipe, summary, prepare, world, console, stop)
             except KeyboardInterrupt:
                 code = INTERRUPTED if stop.by_keyboard else 0
                 return watchdog.end(code, partial(print_interrupt, "the same command continues"))
@@ -92,7 +101,7 @@ def _run_ranks(recipe: TrainingRecipe, plan: Plan) -> int:
                     raise
                 return watchdog.code()
             except OSError as error:
-                # what does not exist is the user's; a full or broken disk is not, and what was saved before is there
+                # a missing file is a user error; a full or broken disk is not, and the last checkpoint is intact
                 code = USER_ERROR if isinstance(error, FileNotFoundError) else TRAINING_FAILED
                 return watchdog.end(code, partial(print_os_error, error, recipe.run_dir))
             except ValueError as error:
@@ -102,8 +111,11 @@ def _run_ranks(recipe: TrainingRecipe, plan: Plan) -> int:
         torch.distributed.destroy_process_group()
 
 
-def _run(recipe: TrainingRecipe, plan: Plan, world: World, console: Console, stop: StopRequest) -> int:
-    began, inputs, summary = time.monotonic(), plan.inputs, plan.summary
+def _run(
+    recipe: TrainingRecipe, summary: Summary, prepare: Callable[[World, Console], Job], world: World, console: Console,
+    stop: StopRequest,
+) -> int:  # fmt: skip
+    began, inputs = time.monotonic(), recipe.inputs()
     run_dir = Path(recipe.run_dir)
     held = prepare_run_directory(run_dir, recipe, inputs) if world.is_main else nullcontext(RunState.NEW)
     with held as state:
@@ -114,7 +126,7 @@ def _run(recipe: TrainingRecipe, plan: Plan, world: World, console: Console, sto
         summary.print(console)
         summary.warn(console, world)
         world.progress.at("preparing data and model")
-        job = plan.prepare(world, console)
+        job = prepare(world, console)
         _set_up_blocks(job, recipe, world, console)
         engine = TrainingEngine(job.module, recipe.engine, recipe.optimizer, world)
         steps = recipe.loop.max_steps
@@ -130,7 +142,7 @@ def _run(recipe: TrainingRecipe, plan: Plan, world: World, console: Console, sto
         metrics = None
         if world.is_main:
             first = start.step if start else -1
-            metrics = Metrics(run_dir, console, recipe.wandb, recipe.model_dump(), first, recipe.loop.max_steps)
+            metrics = Metrics(run_dir, console, recipe.wandb, recipe.model_dump(), first, steps)
         throughput = Throughput(job.module.trunk.config, world)
         with metrics or nullcontext(), stop.polled():
             outcome = train(
@@ -142,18 +154,9 @@ def _run(recipe: TrainingRecipe, plan: Plan, world: World, console: Console, sto
             if recipe.loop.save_every is None:
                 kept = "without a checkpoint (loop.save_every: null)"
             console.print(f"stopped at step {outcome.step} {kept}")
-            return 130 if stop.by_keyboard else 0
+            return INTERRUPTED if stop.by_keyboard else 0
         summary.compare(console, world)
-        world.progress.at("writing the model", may_last=True)
-        if best.best:
-            of_best = best.directory(best.best.step)
-            _write(world, run_dir / "model", lambda: copy_model(of_best, run_dir / "model"))
-        else:
-            _save_weights(engine, job, run_dir / "model")
-        world.progress.at("finishing", may_last=True)
-        key_figure, figures = job.finish(engine, outcome, console)
-        if best.best:
-            key_figure += f", step {best.best.step} of {outcome.step} kept"
+        key_figure, figures = _write_results(engine, job, best, outcome, run_dir, console)
         if world.is_main:
             figures |= best.figures(outcome.step, steps)
             plot_metrics(run_dir, figures.get("baselines"), figures.get("kept_step"))
@@ -165,8 +168,26 @@ def _run(recipe: TrainingRecipe, plan: Plan, world: World, console: Console, sto
     return 0
 
 
+def _write_results(
+    engine: TrainingEngine, job: Job, best: BestWeights, outcome: Outcome, run_dir: Path, console: Console
+) -> tuple[str, dict[str, Any]]:
+    """Write the final model; the key figure and the figures of the run (called on every rank)."""
+    world = engine.world
+    world.progress.at("writing the model", may_last=True)
+    if best.best:
+        of_best = best.directory(best.best.step)
+        _write(world, run_dir / "model", lambda: copy_model(of_best, run_dir / "model"))
+    else:
+        _save_weights(engine, job, run_dir / "model")
+    world.progress.at("finishing", may_last=True)
+    key_figure, figures = job.finish(engine, outcome, console)
+    if best.best:
+        key_figure += f", step {best.best.step} of {outcome.step} kept"
+    return key_figure, figures
+
+
 def _set_up_blocks(job: Job, recipe: TrainingRecipe, world: World, console: Console) -> None:
-    """Choose how blocks are run, and say so."""
+    """Choose fused or plain blocks, and print the choice."""
     backend = choose_backend(recipe.attention, world.device, recipe.engine.dtype)
     settings = recipe.engine
     execution = shape_blocks(
@@ -183,7 +204,7 @@ def _set_up_blocks(job: Job, recipe: TrainingRecipe, world: World, console: Cons
 
 
 def resume(checkpoints: Checkpoints, engine: TrainingEngine, rows: Rows, console: Console) -> CheckpointState | None:
-    """Load the newest sound checkpoint into `engine`; None when there is none.
+    """Load the newest intact checkpoint into `engine`; None when there is none.
 
     Raises CheckpointError when it was trained on data with another fingerprint.
     """
@@ -208,7 +229,7 @@ def resume(checkpoints: Checkpoints, engine: TrainingEngine, rows: Rows, console
 
 
 def _snapshot(engine: TrainingEngine, job: Job) -> Write:
-    """Copy all that a checkpoint holds; the function that writes this rank's share of it below a directory."""
+    """Copy the state of a checkpoint; returns the function that writes this rank's share below a directory."""
     state = engine.snapshot()
     weights = engine.weights(state)
     state.finish()
@@ -232,7 +253,7 @@ def _snapshot(engine: TrainingEngine, job: Job) -> Write:
 
 
 def _save_weights(engine: TrainingEngine, job: Job, directory: Path) -> None:
-    """Write the model as it is now (called on every rank)."""
+    """Write the current model (called on every rank)."""
     snapshot = Snapshot(engine.host_memory)
     weights = engine.weights(snapshot)
     snapshot.finish()
@@ -244,12 +265,12 @@ def _save_weights(engine: TrainingEngine, job: Job, directory: Path) -> None:
 
 
 def _write(world: World, directory: Path, action: Callable[[], None]) -> None:
-    """Let rank 0 write a directory. Raises CheckpointError on every rank when it cannot."""
+    """Run `action`, which writes `directory`, on rank 0. Raises CheckpointError on every rank when it fails."""
     _, failure = on_main(world, action)
     if failure:
         raise CheckpointError(
-            f"{directory} could not be written: {failure}. The last checkpoint is there; run the same command again "
-            "once there is room"
+            f"{directory} could not be written: {failure}. The last checkpoint is intact; make room and run the same "
+            "command again"
         )
 
 

@@ -1,8 +1,8 @@
-"""What all stages share around the loop: recipe sections, start-up, resume, signals, the final model directory."""
+"""What the stages share: recipe sections, opening data, and a packed stage."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,8 @@ from recipes.plan_check import PlanCheck
 from recipes.run_identity import Location, MayChange
 from train.deepspeed.engine import EngineConfig, TrainingEngine
 from train.deepspeed.world import World
-from train.initial_model import init_input
+from train.initial_model import InitialModel, init_input, initial_model
 from train.loop import LoopConfig, LoopError, Loss, Outcome, TrainingStage, no_grad_sum
-from train.memory.report import Summary
 from train.metrics import WandbConfig
 from train.optim import Muon, Optimizer
 from train.schedule import Schedule
@@ -36,7 +35,7 @@ from train.targets import Targets, check_targets
 
 
 class TrainingRecipe(Section):
-    """Sections every training stage has."""
+    """Sections of every training stage."""
 
     run_dir: Location
     seed: NonNegativeInt = 0
@@ -47,21 +46,21 @@ class TrainingRecipe(Section):
     engine: EngineConfig
     wandb: MayChange[WandbConfig] = WandbConfig()
     threads: MayChange[PositiveInt | None] = None
-    """CPU threads a rank; left out, what torchrun or the system gives. The same number gives the same bits."""
+    """CPU threads per rank; null: the default of torchrun or the system. Equal numbers give bit-identical results."""
 
     @property
     def keys_that_may_grow(self) -> tuple[str, ...]:
-        """A finished run is continued with a larger number of steps, unless its whole schedule hangs on that."""
+        """A finished run can be extended, unless its whole schedule depends on the number of steps."""
         return ("loop.max_steps",) if self.schedule.stable_steps(self.loop.max_steps) else ()
 
     def inputs(self) -> dict[str, str]:
-        """The finished runs and the files that it reads, by the recipe's keys for them."""
+        """The finished runs and files that the stage reads, by recipe key."""
         init_from = getattr(self, "init_from", None)
         initial = {} if init_from is None else {"init_from": init_input(init_from)}
         return initial | data_directories(getattr(self, "data", None))
 
     def check_plan(self, plan: PlanCheck) -> None:
-        """What the loop and the model need of the data and of the stage before, as far as it can be told already."""
+        """Check what the loop and the model need of the data and of earlier stages, as far as it is known."""
         loop = self.loop
         if problem := loop.misfit(plan.n_ranks):
             plan.problem(problem)
@@ -81,10 +80,18 @@ class TrainingRecipe(Section):
         return engine
 
 
-class LossModule(nn.Module):
-    """A trunk (and a head, where the stage has one) whose forward is the stage's loss.
+class FineTuningRecipe(TrainingRecipe):
+    """A stage that starts from a trained model and reads packed dialogues."""
 
-    The loss is inside the module so that DeepSpeed's hooks see every use of every parameter.
+    init_from: Location
+    data: Location | MixtureData
+    evaluation_rows: PositiveInt
+
+
+class LossModule(nn.Module):
+    """A trunk, and a scalar head if the stage has one. `forward` computes the stage's loss.
+
+    The loss is computed inside the module so that DeepSpeed's hooks see every use of every parameter.
     """
 
     def __init__(self, trunk: Transformer, loss: Callable[[LossModule, Any], Loss], head: ScalarHead | None = None):
@@ -96,19 +103,11 @@ class LossModule(nn.Module):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a recipe asks for, before the ranks have joined: its inputs (name: path), its cost, and what prepares it."""
-
-    inputs: Mapping[str, str]
-    summary: Summary
-    prepare: Callable[[World, Console], Job]
-
-
-@dataclass(frozen=True)
 class Job:
-    """A stage ready to be trained. `finish` runs after the last step and returns the key figure and figures to keep.
+    """A stage ready to be trained.
 
-    tokenizer: the file to put beside the weights (None: the tokens are made up).
+    tokenizer: the file to copy next to the weights (None: synthetic data). finish: called after the last step; returns
+    the key figure as text, and figures for done.json.
     """
 
     module: LossModule
@@ -118,12 +117,12 @@ class Job:
 
 
 def documents_of(batch: PackedBatch) -> Documents:
-    """The boundaries of a packed batch, as attention takes them, on the batch's device."""
+    """Document boundaries of a packed batch, on the batch's device."""
     return Documents.on_device(batch.document_lengths, len(batch.tokens_T), batch.row_length, batch.row_length)
 
 
 def open_data(data: str | SyntheticData | MixtureData, config: ModelConfig) -> tuple[PackedRows, PackedRows]:
-    """Training and held-out rows of a data directory, of several or made up, checked to fit the model."""
+    """Training and held-out rows of a data directory, a mixture, or synthetic data. Raises LoopError for a misfit."""
     dataset: PackedRows
     heldout: PackedRows
     shards: PackedDataset | MixtureRows
@@ -148,22 +147,30 @@ def open_data(data: str | SyntheticData | MixtureData, config: ModelConfig) -> t
     return dataset, heldout
 
 
+def load_start(recipe: FineTuningRecipe, world: World) -> tuple[InitialModel, Transformer, PackedRows, PackedRows]:
+    """The initial model, its loaded trunk, and training and held-out rows."""
+    initial = initial_model(recipe.init_from, world)
+    initial.check_tokenizer(data_directories(recipe.data).values())
+    trunk = initial.load(recipe.attention, world.device, recipe.engine.dtype)
+    return initial, trunk, *open_data(recipe.data, trunk.config)
+
+
 def described(data: str | SyntheticData | MixtureData) -> str:
-    """What to call training data in a sentence."""
+    """The data in words, for messages."""
     if isinstance(data, MixtureData):
         return " + ".join(f"{part.path} ({part.weight:g})" for part in data.parts)
     return data if isinstance(data, str) else "made-up tokens"
 
 
 def data_directories(data: str | SyntheticData | MixtureData | None) -> dict[str, str]:
-    """The directories that training data is read from, each under the recipe's key for it."""
+    """The directories of training data, by recipe key."""
     if isinstance(data, MixtureData):
         return {f"data.parts.{number}": part.path for number, part in enumerate(data.parts)}
     return {"data": data} if isinstance(data, str) else {}
 
 
 def share_of_rank(rows: np.ndarray, rows_per_micro_batch: int, world: World) -> list[np.ndarray]:
-    """This rank's share of `rows` in micro-batches: at least one row, if there are as many rows as ranks."""
+    """This rank's share of `rows` in micro-batches; not empty if there are as many rows as ranks."""
     size = min(rows_per_micro_batch, len(rows) // world.size)
     return [rows[at : at + size] for at in range(0, len(rows), size)][world.rank :: world.size]
 
@@ -177,9 +184,9 @@ def packed_stage(
     targets: Targets,
     extra: Callable[[TrainingEngine, list[PackedBatch]], dict[str, float]] = lambda engine, batches: {},
 ) -> TrainingStage:
-    """A stage over packed shards, evaluated on `evaluation_rows` evenly spread held-out rows (also by `extra`).
+    """A stage over packed shards, evaluated on `evaluation_rows` evenly spread held-out rows.
 
-    Raises NoTargetsError where a side has nothing of what the loss sums over.
+    extra: computes further held-out figures. Raises NoTargetsError when a side has no targets.
     """
     if isinstance(heldout, MixtureRows):
         numbers = heldout.spread(evaluation_rows)

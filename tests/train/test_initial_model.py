@@ -19,7 +19,8 @@ from serving_export.export.__main__ import BUNDLE_FILES, Names, write_bundle
 from serving_export.export.manifest import write_manifest
 from train.deepspeed.world import World
 from train.initial_model import InitialModelError, check_same_architecture, init_input, initial_model
-from train.pretrain import PretrainRecipe, plan, prepare
+from train.pretrain import PretrainRecipe, architecture, prepare
+from train.summary import summarize
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -61,7 +62,7 @@ def test_the_weights_are_those_of_init_from(
 ) -> None:
     source = make(tmp_path / "source", weights, data_dir)  # type: ignore[operator]
     recipe = changed(pretrain_recipe, source, keep_model)
-    assert "33,792" in "\n".join(plan(recipe).summary.lines)
+    assert "33,792" in "\n".join(summarize(recipe, recipe.data, architecture(recipe)).lines)
     found = prepare(recipe, ALONE, Console(quiet=True)).module.trunk
     assert found.training
     expected = weights.state_dict()
@@ -84,7 +85,7 @@ def test_another_architecture_is_an_error(
     assert recipe.model is not None
     other = recipe.model_copy(update={"model": recipe.model.model_copy(update={"d_ff": 64})})
     with pytest.raises(InitialModelError, match=r"model\.d_ff: there 48, here 64"):
-        plan(other)
+        architecture(other)
 
 
 def test_another_tokenizer_is_an_error(
