@@ -1,4 +1,4 @@
-"""Multi-query attention with learned query/key norms, weightless value norm, and shared key/value caches."""
+"""Multi-query attention with learned query/key norms, a weightless value norm, and shared KV caches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Rope = tuple[Tensor, Tensor]
 
 
 class Attention(nn.Module):
-    """One layer's projections. A layer that reads another layer's cache has no key and value weights."""
+    """One layer's attention. A layer that reads another layer's cache has no key and value weights."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -27,26 +27,26 @@ class Attention(nn.Module):
         self.eps = config.norm_eps
         self.window = config.window if config.layer_kinds[layer] == "S" else None
         self.owns_cache = config.kv_source(layer) == layer
-        # one after the other, so that an engine's flat buffer holds the three as one matrix
+        # in this order, so that they are one matrix in an engine's flat buffer
         self.w_q = nn.Linear(config.d_model, config.n_heads * config.d_head, bias=False)
         if self.owns_cache:
             self.w_k = nn.Linear(config.d_model, config.n_kv_heads * config.d_head, bias=False)
             self.w_v = nn.Linear(config.d_model, config.n_kv_heads * config.d_head, bias=False)
             self.k_norm = RMSNorm(config.d_head, config.norm_eps)
         self.w_o = nn.Linear(config.n_heads * config.d_head, config.d_model, bias=False)
-        # the only scale of the attention logits, so it starts where 1/sqrt(d_head) would be
+        # attention has no other scale, so it starts at 1/sqrt(d_head)
         self.q_norm = RMSNorm(config.d_head, config.norm_eps, initial_scale=1 / math.sqrt(config.d_head))
 
     def queries(self, x_TD: Tensor, rope: Rope) -> Tensor:
-        """q_THK: projected, normalised, rotated."""
+        """q_THK: projected, normalized, rotated."""
         return self._normed_queries(self.w_q(x_TD), rope)
 
     def key_value(self, x_TD: Tensor, rope: Rope) -> KeyValue:
-        """k_TGK (normalised, rotated) and v_TGK (normalised): what the cache stores."""
+        """k_TGK (normalized, rotated) and v_TGK (normalized): what the cache stores."""
         return self._normed_key_value(self.w_k(x_TD), self.w_v(x_TD), rope)
 
     def _project(self, x_TD: Tensor, rope: Rope, shared: KeyValue | None) -> tuple[Tensor, KeyValue]:
-        """Queries, keys and values in one product: one head's keys alone are too narrow a matrix for a GPU."""
+        """Queries, keys and values in one product, since the key matrix of a single head is too narrow for a GPU."""
         if shared is not None:
             return self.queries(x_TD, rope), shared
         weights = [self.w_q.weight, self.w_k.weight, self.w_v.weight]
@@ -63,16 +63,16 @@ class Attention(nn.Module):
     def forward(
         self, x_TD: Tensor, rope: Rope, shared: KeyValue | None, documents: Documents, attend: AttentionOp
     ) -> tuple[Tensor, KeyValue]:
-        """Attention of packed documents among themselves, as in training, and the keys and values it read.
+        """(output_TD, (k_TGK, v_TGK)) for packed documents, as in training.
 
-        `shared`: those of another layer, for a layer that has none.
+        shared: keys and values of the layer that this one reads, if it has none of its own.
         """
         q_THK, key_value = self._project(x_TD, rope, shared)
         out_THK = attend(q_THK, *key_value, documents, self.window)
         return self.w_o(out_THK.flatten(1)), key_value
 
     def read_cache(self, x_TD: Tensor, rope: Rope, pools: KeyValue, plan: QueryPlan) -> Tensor:
-        """Attention of new tokens over the slots of `plan`; all query heads of a group are rows of one product."""
+        """Attention of new tokens over the cache slots of `plan`. A group's query heads are rows of one product."""
         n_sequences, group = len(plan.gather_BM), self.n_heads // self.n_kv_heads
         q_THK = self.queries(x_TD, rope)
         q_BLHK = q_THK.new_zeros(n_sequences * plan.n_queries, self.n_heads, self.d_head)
@@ -87,7 +87,7 @@ class Attention(nn.Module):
 
 
 def store(pools: KeyValue, key_value: KeyValue, slots_T: Tensor) -> None:
-    """Write new keys and values into their cache slots, in place."""
+    """Write new keys and values to their cache slots."""
     with torch.no_grad():
         for pool_SGK, new_TGK in zip(pools, key_value, strict=True):
             pool_SGK.index_copy_(0, slots_T, new_TGK.to(pool_SGK.dtype))

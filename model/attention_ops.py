@@ -1,4 +1,4 @@
-"""Training attention over packed documents: one function, several back ends, a plain reference to test them by."""
+"""Training attention over packed documents: several back ends, and a plain reference to test them."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from torch.nn import functional as F
 from model.obstacle import INSTALL_GPU, Obstacle, import_obstacle
 
 Backend = Literal["auto", "flash_attn_4", "flash_attn_2", "varlen", "flex", "sdpa", "reference"]
-"""Fastest first, which is the order "auto" tries them in."""
+"""Fastest first; "auto" tries them in this order."""
 
 BOUNDARY_PADDING = 32
-"""Kernels get their boundaries padded to a multiple of this by empty documents, so that there are few shapes.
+"""cu_seqlens are padded with empty documents to a multiple of this, so that kernels see few shapes.
 
-Not to a larger one: flash-attn-4 looks at a tile for every document and head, which is 2% of a step at 512.
+Larger padding is slower: flash-attn-4 schedules a tile per document and head (2% of a step at 512).
 """
 
 
 class AttentionBackendError(ValueError):
-    """A named attention back end cannot run here."""
+    """The requested attention back end cannot run here."""
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Where documents begin and end in a run of packed tokens; no token sees another document.
+    """Document boundaries in packed tokens; tokens attend within their document only.
 
-    `boundaries`: cumulative lengths with a leading zero (int32); `padded_boundaries`: the same with empty documents
-    after the last; `max_length`: no document is longer; `row_length`: when set, documents never cross a multiple of it.
+    boundaries: cu_seqlens, cumulative lengths with a leading zero (int32). padded_boundaries: the same with empty
+    documents appended. max_length: upper bound of the lengths. row_length: if set, no document crosses a multiple.
     """
 
     lengths: Tensor
@@ -47,7 +47,7 @@ class Documents:
     def from_lengths(
         cls, lengths: Sequence[int] | Tensor, row_length: int | None = None, device: torch.device | str = "cpu"
     ) -> Documents:
-        """Documents of these lengths, one after the other."""
+        """Consecutive documents of these lengths."""
         host = torch.as_tensor(lengths, dtype=torch.int32, device="cpu")
         assert host.ndim == 1 and bool((host >= 0).all())
         n_tokens = int(host.sum())
@@ -56,25 +56,25 @@ class Documents:
 
     @classmethod
     def on_device(cls, lengths: Tensor, n_tokens: int, max_length: int, row_length: int | None = None) -> Documents:
-        """Documents of lengths that lie on a device already, and sum to n_tokens: nothing waits for the device."""
+        """Documents from lengths that are already on a device (and sum to n_tokens), without synchronizing."""
         boundaries = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
         padded = F.pad(boundaries, (0, -len(boundaries) % BOUNDARY_PADDING), value=n_tokens)
         return cls(lengths, boundaries, padded, n_tokens, max_length, row_length)
 
     @cached_property
     def document_T(self) -> Tensor:
-        """The number of the document each token belongs to."""
+        """Document index of each token."""
         numbers = torch.arange(len(self.lengths), device=self.lengths.device)
         return numbers.repeat_interleave(self.lengths.long(), output_size=self.n_tokens)
 
     @cached_property
     def positions_T(self) -> Tensor:
-        """Position of each token inside its document."""
+        """Position of each token in its document."""
         starts_T = self.boundaries[:-1].long()[self.document_T]
         return torch.arange(self.n_tokens, device=self.lengths.device) - starts_T
 
     def mask_B1LL(self, window: int | None) -> Tensor:
-        """True where a query of a row sees a key of the same row: same document, not later, inside the window."""
+        """Attention mask of each row: True for keys of the same document, not later, within the window."""
         if window not in self._masks:
             assert self.row_length is not None
             row = self.row_length
@@ -85,7 +85,7 @@ class Documents:
         return self._masks[window]
 
     def block_mask(self, window: int | None) -> Any:
-        """The same as a BlockMask over all tokens, for flex attention."""
+        """The same mask over all tokens as a BlockMask, for flex attention."""
         key = ("flex", window)
         if key not in self._masks:
             from torch.nn.attention.flex_attention import create_block_mask
@@ -100,7 +100,7 @@ class Documents:
         return self._masks[key]
 
     def window_mask_LL(self, length: int, window: int) -> Tensor:
-        """True where a query sees a key by distance alone: not later, fewer than `window` tokens back."""
+        """True where the key is not later and fewer than `window` tokens back."""
         place_L = torch.arange(length, device=self.lengths.device)
         distance_LL = place_L[:, None] - place_L[None, :]
         return (distance_LL >= 0) & (distance_LL < window)
@@ -112,7 +112,7 @@ AttentionOp = Callable[[Tensor, Tensor, Tensor, Documents, "int | None"], Tensor
 def reference_attention(
     q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: Documents, window: int | None
 ) -> Tensor:
-    """Softmax attention, document by document, as written in arXiv 1706.03762 (scale 1: q carries it)."""
+    """Softmax attention, document by document (arXiv 1706.03762; scale 1, since q is scaled)."""
     heads_per_group = q_THK.shape[1] // k_TGK.shape[1]
     parts = []
     for q_LHK, k_LGK, v_LGK in zip(*(x.split(documents.lengths.tolist()) for x in (q_THK, k_TGK, v_TGK)), strict=True):
@@ -126,12 +126,12 @@ def reference_attention(
 
 
 def sdpa_attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: Documents, window: int | None) -> Tensor:
-    """PyTorch's own kernel; a batch entry is a row of packed documents, or a padded document without rows."""
+    """PyTorch's SDPA. A batch entry is a row of packed documents, or one padded document if there are no rows."""
     row = documents.row_length or documents.max_length
     if documents.row_length is None:
         place_T = documents.document_T * row + documents.positions_T
         q_RHK, k_RGK, v_RGK = (_padded(x, place_T, len(documents.lengths) * row) for x in (q_THK, k_TGK, v_TGK))
-        # padding comes after every token of its document, so causality alone hides it
+        # padding follows the document, so causality masks it
         mask = None if window is None or window >= row else documents.window_mask_LL(row, window)
     else:
         q_RHK, k_RGK, v_RGK, mask = q_THK, k_TGK, v_TGK, documents.mask_B1LL(window)
@@ -188,7 +188,7 @@ def varlen_attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: Doc
     heads_per_group = q_THK.shape[1] // k_TGK.shape[1]
     out_THK = varlen_attn(
         q_THK,
-        # torch 2.11 wants as many key as query heads
+        # torch 2.11 requires as many key heads as query heads
         k_TGK.repeat_interleave(heads_per_group, dim=1),
         v_TGK.repeat_interleave(heads_per_group, dim=1),
         documents.padded_boundaries,
@@ -203,7 +203,7 @@ def varlen_attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: Doc
 
 
 def flex_attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: Documents, window: int | None) -> Tensor:
-    """PyTorch's flex attention (arXiv 2412.05496), compiled on a GPU: it skips key blocks no query of a block sees."""
+    """PyTorch's flex attention (arXiv 2412.05496), compiled on a GPU; skips fully masked blocks."""
     q_1HTK, k_1GTK, v_1GTK = (x.transpose(0, 1)[None] for x in (q_THK, k_TGK, v_TGK))
     out_1HTK = _flex_kernel(q_THK.device.type)(
         q_1HTK, k_1GTK, v_1GTK, block_mask=documents.block_mask(window), scale=1.0, enable_gqa=True
@@ -226,9 +226,9 @@ AttentionBackward = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...
 def attend_with_backward(
     attend: AttentionOp, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, documents: Documents, window: int | None
 ) -> tuple[Tensor, AttentionBackward]:
-    """Attention outside of autograd: its output, and what gives its gradients, called with the same q, k and v.
+    """Attention outside of autograd: its output, and a function for its gradients, called with the same q, k, v.
 
-    With flash-attn-4 q, k and v need not be kept for that call; they may be made again.
+    With flash-attn-4, q, k and v may be freed in between and recomputed for that call.
     """
     if attend is flash_attention_4:
         from model.kernels.flash_attention import flash_backward, flash_forward
@@ -255,12 +255,12 @@ _FLASH_MODULES = {
     "flash_attn_2": ("flash_attn.flash_attn_interface", "pip install flash-attn --no-build-isolation"),
     "varlen": ("torch.nn.attention.varlen", "pip install -U torch"),
 }
-"""The module of each, and the command that installs it."""
+"""Back end -> (module, command that installs it)."""
 _FLASH_CAPABILITY = {"flash_attn_4": 9, "flash_attn_2": 8, "varlen": 8}
 
 
 def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> Obstacle | None:
-    """Why this back end cannot run on this device, or None when it can."""
+    """Why this back end cannot run on this device, or None."""
     if backend in ("sdpa", "reference"):
         return None
     if device.type != "cuda":
@@ -281,11 +281,14 @@ def _import_once(backend: str) -> Obstacle | None:
 
 
 _AUTO_ORDER = [name for name in get_args(Backend) if name not in ("auto", "flex")]
-"""Without flex, which compiles for a minute and is slower than those before it."""
+"""Without flex, which takes a minute to compile and is slower than those before it."""
 
 
 def choose_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> str:
-    """The back end to use on `device`: the fastest that runs for "auto", the named one or an error otherwise."""
+    """The back end to use on `device`: the fastest available for "auto", else the named one.
+
+    Raises AttentionBackendError when the named one cannot run.
+    """
     if backend == "auto":
         return next(name for name in _AUTO_ORDER if why_not(name, device, dtype) is None)
     reason = why_not(backend, device, dtype)
@@ -295,10 +298,7 @@ def choose_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -
 
 
 def faster_backend(chosen: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Obstacle] | None:
-    """The fastest back end that "auto" would take before the chosen one were it installed and sound, and what it lacks.
-
-    None where this machine could run none.
-    """
+    """The fastest back end that this machine could run instead of the chosen one, and what it lacks; None if none."""
     for name in _AUTO_ORDER[: _AUTO_ORDER.index(chosen)]:
         obstacle = why_not(name, device, dtype)
         if obstacle and obstacle.kind != "unfit":

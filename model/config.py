@@ -1,4 +1,4 @@
-"""The architecture as data: which layers see what, who owns a key/value cache, and what a token of cache costs."""
+"""Model configuration: layer kinds, KV sharing, and counts of parameters, FLOPs and KV cache bytes."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ class _Part(BaseModel):
 
 
 class NoSharing(_Part):
-    """Every layer owns its key/value cache."""
+    """Every layer has its own KV cache."""
 
     kind: Literal["none"] = "none"
 
 
 class TailSharing(_Part):
-    """The last `n_layers` layers read the last unshared layer of their own kind (the form stock engines run)."""
+    """The last `n_layers` layers read the cache of the last unshared layer of their kind (as in stock engines)."""
 
     kind: Literal["tail"]
     n_layers: PositiveInt
 
 
 class AdjacentSharing(_Part):
-    """Consecutive layers of one kind share the cache of the first of every `group` (CLA, arXiv 2405.12981)."""
+    """Each `group` of consecutive layers of a kind shares the cache of its first (CLA, arXiv 2405.12981)."""
 
     kind: Literal["adjacent"]
     group: Annotated[int, Field(ge=2)]
@@ -39,10 +39,10 @@ KVSharing = Annotated[NoSharing | TailSharing | AdjacentSharing, Field(discrimin
 
 
 class ModelConfig(_Part):
-    """A decoder of the portable family: sandwich norms, q/k/v norms, GeGLU, tied embeddings.
+    """A decoder with sandwich norms, q/k/v norms, GeGLU and tied embeddings.
 
-    `layers` is a pattern of local (S) and global (G) layers, repeated to `n_layers`; the last layer must be global.
-    `window` counts the keys a local layer sees, the token itself included.
+    layers: pattern of local (S) and global (G) layers, repeated to `n_layers`; the last layer must be global.
+    window: number of keys that a local layer's query attends to, including its own.
     """
 
     vocab_size: PositiveInt
@@ -84,12 +84,12 @@ class ModelConfig(_Part):
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
-        """'S' (local window) or 'G' (global) for every layer."""
+        """'S' (local window) or 'G' (global) of every layer."""
         pattern = self.layers * math.ceil(self.n_layers / len(self.layers))
         return tuple("S" if letter == "S" else "G" for letter in pattern[: self.n_layers])
 
     def kv_source(self, layer: int) -> int:
-        """The layer whose keys and values `layer` reads; itself when it owns a cache."""
+        """The layer whose KV cache `layer` reads; itself when it has its own."""
         kinds = self.layer_kinds
         if isinstance(self.kv_sharing, TailSharing):
             first_shared = self.n_layers - self.kv_sharing.n_layers
@@ -102,26 +102,26 @@ class ModelConfig(_Part):
 
     @property
     def kv_layers(self) -> tuple[int, ...]:
-        """The layers that own a key/value cache."""
+        """Layers with a KV cache of their own."""
         return tuple(layer for layer in range(self.n_layers) if self.kv_source(layer) == layer)
 
     @property
     def n_tail_layers(self) -> int:
-        """Final layers that own no cache: a prompt's inner tokens need not pass through them at prefill."""
+        """Final layers without a cache: prefill needs them only for a prompt's last token."""
         return self.kv_sharing.n_layers if isinstance(self.kv_sharing, TailSharing) else 0
 
     def kv_bytes_per_token(self, bytes_per_element: int = 2) -> int:
-        """Bytes of cache one more token costs while every layer still sees the whole context."""
+        """Cache bytes of one more token, while every layer still attends to the whole context."""
         return 2 * len(self.kv_layers) * self.n_kv_heads * self.d_head * bytes_per_element
 
     def kv_bytes(self, length: int, bytes_per_element: int = 2) -> int:
-        """Bytes of cache a sequence of `length` tokens needs when local layers keep only their window."""
+        """Cache bytes of a sequence of `length` tokens when local layers keep only their window."""
         held = sum(min(length, self.window) if self.layer_kinds[i] == "S" else length for i in self.kv_layers)
         return 2 * held * self.n_kv_heads * self.d_head * bytes_per_element
 
     @property
     def n_parameters(self) -> int:
-        """Trainable parameters, the tied embedding counted once."""
+        """Number of trainable parameters, with the tied embedding counted once."""
         query, key = self.n_heads * self.d_head, self.n_kv_heads * self.d_head
         per_layer = 2 * self.d_model * query + 3 * self.d_model * self.d_ff + 4 * self.d_model + self.d_head
         per_owner = 2 * self.d_model * key + self.d_head
@@ -130,8 +130,8 @@ class ModelConfig(_Part):
     def training_flops(self, document_lengths: Iterable[int]) -> int:
         """FLOPs that a forward and backward pass over documents of these lengths needs (arXiv 2204.02311, appendix B).
 
-        6 per matrix parameter and token, and per layer 12 * n_heads * d_head per pair of a query and a key it sees:
-        causal, in the same document, in a local layer's window.
+        6 per matrix parameter and token, and per layer 12 * n_heads * d_head per visible (query, key) pair: causal, in
+        the same document, and within a local layer's window.
         """
         lengths = list(document_lengths)
         vectors = self.n_layers * (4 * self.d_model + self.d_head) + len(self.kv_layers) * self.d_head + self.d_model
@@ -142,6 +142,6 @@ class ModelConfig(_Part):
 
 
 def _visible_pairs(length: int, window: int) -> int:
-    """How many (query, key) pairs causal attention with this window sees in a document."""
+    """Number of (query, key) pairs of a document under causal attention with this window."""
     full = min(length, window)
     return full * (full + 1) // 2 + (length - full) * window

@@ -1,4 +1,4 @@
-"""How a model's blocks are run in training: fused or as written, and what is kept of them for the backward pass."""
+"""How blocks run in training: fused or plain, and what is recomputed in the backward pass."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from model.transformer import Block
 
 Execution = Literal["auto", "fused", "plain"]
 Recompute = Literal["none", "elementwise", "block"]
-"""What is computed again in the backward pass instead of being kept, in the order of memory saved and time lost.
+"""What the backward pass recomputes, in order of memory saved and time lost.
 
-elementwise: norms, rotations and the gated product (fused blocks only); block: all of a block but its input
+elementwise: norms, rotations and the gated product (fused blocks only). block: everything except the block's input
 (arXiv 1604.06174).
 """
 
 
 class ExecutionError(ValueError):
-    """Blocks cannot be run as asked."""
+    """Blocks cannot run as requested."""
 
 
 def why_not_fused(device: torch.device) -> Obstacle | None:
-    """Why fused blocks cannot run on this device, or None when they can."""
+    """Why fused blocks cannot run on this device, or None."""
     if device.type != "cuda":
         return Obstacle("unfit", f"its kernels need a GPU, not {device.type}")
     return import_obstacle("triton", "pip install triton, in the version that this torch names")
@@ -34,29 +34,29 @@ def why_not_fused(device: torch.device) -> Obstacle | None:
 def what_slows(
     attention: Backend, chosen: str, blocks: Execution, execution: str, device: torch.device, dtype: torch.dtype
 ) -> list[str]:
-    """What this machine could run faster, and why it does not: a sentence for each."""
+    """A sentence for each faster kernel that this machine could run, with why it does not."""
     told = []
     faster = faster_backend(chosen, device, dtype) if attention == "auto" else None
     if faster:
-        told.append(f"attention could be {faster[0]}, which is faster, but: {faster[1]}")
+        told.append(f"attention {faster[0]} would be faster, but: {faster[1]}")
     obstacle = why_not_fused(device)
     if blocks == "auto" and obstacle and obstacle.kind != "unfit":
-        told.append(f"blocks could be fused, which is faster, but: {obstacle}")
+        told.append(f"fused blocks would be faster, but: {obstacle}")
     if execution == "fused":
         from model.kernels.gated_product import why_not_in_one
 
         obstacle = why_not_in_one(device, dtype)
         if obstacle and obstacle.kind != "unfit":
-            told.append(f"the gated product is two kernels, which costs 2% of the speed: {obstacle}")
+            told.append(f"the gated product runs as two kernels, which is 2% slower: {obstacle}")
     return [f"{text}. python -m model.doctor checks every kernel" for text in told]
 
 
 def shape_blocks(
     blocks: nn.ModuleList, execution: Execution, recompute: Recompute, recompute_blocks: int, device: torch.device
 ) -> str:
-    """Set how every block runs; the first `recompute_blocks` keep only their input. Returns "fused" or "plain".
+    """Configure every block; the first `recompute_blocks` keep only their input. Returns "fused" or "plain".
 
-    Raises ExecutionError where that cannot be.
+    Raises ExecutionError when the blocks cannot run like that here.
     """
     assert execution in get_args(Execution) and recompute in get_args(Recompute)
     obstacle = why_not_fused(device)

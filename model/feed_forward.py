@@ -1,4 +1,4 @@
-"""GeGLU feed-forward (arXiv 2002.05202), tanh form of GELU: the only gate all stock engines compute alike."""
+"""GeGLU feed-forward (arXiv 2002.05202) with the tanh form of GELU, which all stock engines support."""
 
 from __future__ import annotations
 

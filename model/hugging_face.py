@@ -1,4 +1,4 @@
-"""Hugging Face names for this architecture: a Gemma4 text config and weights that the stock engines load."""
+"""Conversion to and from Hugging Face: a Gemma4 text config and weights that stock engines load."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ _LAYER_SCALAR = re.compile(r"model\.layers\.(\d+)\.layer_scalar")
 
 
 class NotPortableError(ValueError):
-    """An architecture, or a foreign model, that one side of the export cannot express."""
+    """An architecture that cannot be exported, or a bundle that cannot be imported."""
 
 
 def hf_config(config: ModelConfig, dtype: str, bos_id: int, end_id: int, pad_id: int) -> dict[str, Any]:
-    """config.json of the exported model. Raises NotPortableError when Gemma4 cannot express `config`, with the reason.
+    """config.json of the exported model. Raises NotPortableError with the reason when Gemma4 cannot express `config`.
 
     `dtype` is "float32", "bfloat16" or "float16". Loads in transformers 5.16 to 5.22 and in vLLM 0.32 and later.
     """
@@ -65,7 +65,7 @@ def hf_config(config: ModelConfig, dtype: str, bos_id: int, end_id: int, pad_id:
         "num_attention_heads": config.n_heads,
         "num_key_value_heads": config.n_kv_heads,
         "head_dim": config.d_head,
-        # Left out, the global layers would get the default widths of the original (512).
+        # the default (512) would apply to global layers
         "global_head_dim": config.d_head,
         "num_global_key_value_heads": config.n_kv_heads,
         "layer_types": ["sliding_attention" if kind == "S" else "full_attention" for kind in config.layer_kinds],
@@ -100,7 +100,7 @@ def hf_config(config: ModelConfig, dtype: str, bos_id: int, end_id: int, pad_id:
 
 
 def model_config(content: Mapping[str, Any]) -> ModelConfig:
-    """The inverse of `hf_config`. Raises NotPortableError for a config that uses what this architecture has not."""
+    """The inverse of `hf_config`. Raises NotPortableError for a config that uses other features."""
     head = content["head_dim"]
     wanted = {
         "model_type": "gemma4_text",
@@ -140,7 +140,7 @@ def model_config(content: Mapping[str, Any]) -> ModelConfig:
 
 
 def to_hf(name: str) -> str:
-    """Hugging Face's name of one of our parameters."""
+    """Hugging Face's name for one of our parameters."""
     if name in _WHOLE:
         return _WHOLE[name]
     match = _OUR_BLOCK.fullmatch(name)
@@ -150,7 +150,7 @@ def to_hf(name: str) -> str:
 
 
 def from_hf(name: str) -> str:
-    """Our name of one of Hugging Face's parameters."""
+    """Our name for one of Hugging Face's parameters."""
     if name in _OURS_WHOLE:
         return _OURS_WHOLE[name]
     match = _THEIR_BLOCK.fullmatch(name)
@@ -160,7 +160,7 @@ def from_hf(name: str) -> str:
 
 
 def state_to_hf(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The exported state dict: our weights under their names, and the layer scalars, which are ones here."""
+    """The exported state dict: our weights under Hugging Face's names, and layer scalars of one."""
     theirs = {to_hf(name): tensor for name, tensor in state.items()}
     ones_1 = torch.ones(1, dtype=state["embed_tokens.weight"].dtype)
     theirs |= {f"model.layers.{layer}.layer_scalar": ones_1.clone() for layer in range(config.n_layers)}
@@ -177,7 +177,7 @@ def state_from_hf(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, 
 
 
 def load_exported_config(directory: str | Path) -> ModelConfig:
-    """The architecture of a bundle. Raises NotPortableError naming config.json when it is none of ours."""
+    """The architecture of a bundle. Raises NotPortableError naming config.json when it is not ours."""
     path = Path(directory) / CONFIG
     if not path.is_file():
         raise NotPortableError(f"{path} does not exist: {directory} is not a bundle")
@@ -193,10 +193,10 @@ def load_exported_model(
     dtype: torch.dtype = torch.float32,
     attention: Backend = "auto",
 ) -> Transformer:
-    """Our transformer from the config.json and model.safetensors of a bundle, in evaluation mode.
+    """The transformer of a bundle, in evaluation mode.
 
-    Raises NotPortableError for another architecture, WeightsError naming the file of weights when it is missing,
-    damaged or does not fit its config.json.
+    Raises NotPortableError for another architecture, WeightsError when model.safetensors is missing, damaged, or does
+    not fit config.json.
     """
     config = load_exported_config(directory)
     path = Path(directory) / WEIGHTS

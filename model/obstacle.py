@@ -1,4 +1,4 @@
-"""Why a kernel or an attention back end does not run: the original words, their cause where known, what mends it."""
+"""Why a kernel or an attention back end does not run: the original error, its cause if known, and the fix."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _DISTRIBUTIONS = {
     "torch_c_dlpack_ext": "torch-c-dlpack-ext",
     "einops": "einops",
 }
-"""What pip calls the packages that the back ends import; the gpu extra brings all but flash-attn 2."""
+"""Import name -> pip name. The gpu extra installs all of them except flash-attn 2."""
 
 _MOST_WORDS = 400
-"""Characters of an exception in one line: compilers print pages. model.doctor prints more."""
+"""Characters of an error that are shown in one line (compilers print pages). model.doctor prints more."""
 
 
 @dataclass(frozen=True)
 class Obstacle:
-    """`kind`: the machine is unfit for it, a package is missing, or what is installed fails or computes wrongly."""
+    """kind: the machine does not support it, a package is missing, or an installed one fails or gives wrong results."""
 
     kind: Literal["unfit", "missing", "broken"]
     words: str
@@ -42,7 +42,7 @@ class Obstacle:
 
 
 def import_obstacle(module: str, install: str = INSTALL_GPU) -> Obstacle | None:
-    """Why `module` cannot be imported, whatever its import raises; `install` is the command that brings it."""
+    """Why `module` cannot be imported (any exception), or None. install: the command that installs it."""
     try:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -50,13 +50,13 @@ def import_obstacle(module: str, install: str = INSTALL_GPU) -> Obstacle | None:
             package = next((pip for name, pip in _DISTRIBUTIONS.items() if module.startswith(name)), module)
             return Obstacle("missing", f"import {module}: {error}", f"{package} is not installed", install)
         return failure(error, f"import {module}: ", install)
-    except Exception as error:  # a package's import may load libraries and ask drivers
+    except Exception as error:  # an import may load libraries and query drivers
         return failure(error, f"import {module}: ", install)
     return None
 
 
 def failure(error: BaseException, doing: str = "", install: str = INSTALL_GPU) -> Obstacle:
-    """An exception's own words, with what is known of them."""
+    """An exception's message, with its cause and fix if they are known."""
     words = f"{doing}{type(error).__name__}: {str(error).strip()}"
     for pattern, cause, remedy in _KNOWN:
         if re.search(pattern, words, re.IGNORECASE):
@@ -67,7 +67,7 @@ def failure(error: BaseException, doing: str = "", install: str = INSTALL_GPU) -
         package = _DISTRIBUTIONS.get(error.name.partition(".")[0], error.name)
         return Obstacle("broken", words, f"it needs {package}, which is not installed", install)
     if isinstance(error, ImportError | AttributeError | TypeError):
-        return Obstacle("broken", words, "packages of versions that do not fit each other would say this", install)
+        return Obstacle("broken", words, "probably package versions that are incompatible with each other", install)
     return Obstacle("broken", words)
 
 
@@ -108,16 +108,16 @@ _KNOWN = [
         "point TRITON_CACHE_DIR and TMPDIR to a directory with room",
     ),
 ]
-"""(what the words match, cause, remedy); the first that matches counts."""
+"""(pattern of the message, cause, remedy); the first match applies."""
 
 
 def _outside_site_packages() -> str:
-    """What quack means: it fingerprints the functions its kernels use, and knows installed ones by their folder."""
+    """The cause of quack's error: it fingerprints functions that kernels use, except those of installed packages."""
     folders = []
     for module in ("quack", "cutlass", "torch"):
         spec = find_spec(module)
         places = list(spec.submodule_search_locations or ()) if spec else []
         if places and not {"site-packages", "dist-packages"} & set(Path(places[0]).parts):
-            folders.append(f"{module} lies in {places[0]}")
-    where = ", ".join(folders) or "some of them lie elsewhere"
-    return f"quack takes only packages below a folder called site-packages or dist-packages for installed: {where}"
+            folders.append(f"{module} is in {places[0]}")
+    where = ", ".join(folders) or "some of them are elsewhere"
+    return f"quack recognizes installed packages by a folder called site-packages or dist-packages: {where}"

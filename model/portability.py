@@ -1,4 +1,4 @@
-"""Which engines can run an architecture unmodified, and why the others cannot: known before training, not after."""
+"""Which engines can run an architecture unmodified, and why others cannot; printed before training."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ ENGINES = ("transformers", "vllm", "sglang", "llama.cpp")
 
 
 def obstacles(config: ModelConfig) -> dict[str, str | None]:
-    """For each engine, why its Gemma4ForCausalLM cannot express `config`; None when it can."""
+    """By engine: why its Gemma4ForCausalLM cannot express `config`, or None."""
     reasons: dict[str, str | None] = dict.fromkeys(ENGINES)
     if isinstance(config.kv_sharing, AdjacentSharing):
         reason = 'kv_sharing kind "adjacent" has no counterpart there; use kind "tail"'
         return {**dict.fromkeys(ENGINES, reason)}
     tail = config.n_tail_layers
     if tail:
-        # llama.cpp finds the two layers that are read by their distance from the tail
+        # llama.cpp finds the two source layers by their distance from the tail
         kinds, first = config.layer_kinds, config.n_layers - tail
         reads_local = "S" in kinds[first:]
         if first < 2 or kinds[first - 1] != "G" or (reads_local and kinds[first - 2] != "S"):
@@ -27,7 +27,7 @@ def obstacles(config: ModelConfig) -> dict[str, str | None]:
 
 
 def describe(config: ModelConfig) -> list[tuple[str, str]]:
-    """What a reader wants to know of an architecture before training it: (what, value) lines."""
+    """(name, value) lines about an architecture, for the dry run."""
     local = sum(kind == "S" for kind in config.layer_kinds)
     length = config.max_length
     engines = "; ".join(

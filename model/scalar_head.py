@@ -1,4 +1,4 @@
-"""One logit a position on top of the trunk: the engagement scorer's head."""
+"""The reward model's head: one logit per position."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class ScalarHead(nn.Module):
-    """hidden_TD -> score_T: the logit of the scored event at each position. Starts at zero (probability one half)."""
+    """hidden_TD -> score_T: the logit of the scored event at each position. Initialized to zero (probability 0.5)."""
 
     def __init__(self, d_model: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The decoder: sandwich-normed blocks over packed documents in training, over a paged cache in generation."""
+"""The decoder: sandwich-norm blocks over packed documents (training) or over a paged KV cache (generation)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from model.rope import rope_tables
 
 
 class Embedding(nn.Module):
-    """Token embeddings, tied to the output: scaled by sqrt(d_model) on the way in, used as they are on the way out."""
+    """Tied token embeddings: scaled by sqrt(d_model) at the input, unscaled at the output."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -30,7 +30,7 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
 
     def forward(self, tokens_T: Tensor) -> Tensor:
-        # rounded to the weight's dtype first, as the stock engines do; a tensor on the device would be waited for
+        # rounded to the weight's dtype, as stock engines do; on the host, since item() of a device tensor synchronizes
         scale = torch.tensor(self.scale, dtype=self.weight.dtype, device="cpu").item()
         if hasattr(self.weight, "main_grad"):
             return _EmbeddedTokens.apply(tokens_T, self.weight, scale)
@@ -38,7 +38,7 @@ class Embedding(nn.Module):
 
 
 class _EmbeddedTokens(torch.autograd.Function):
-    """The same, its gradient added to the float32 one that the engine keeps as `main_grad`: rows of tokens, not all."""
+    """Scaled embedding lookup that adds its gradient to the engine's float32 `main_grad`, only in the tokens' rows."""
 
     @staticmethod
     def forward(ctx: Any, tokens_T: Tensor, weight_VD: Tensor, scale: float) -> Tensor:
@@ -55,11 +55,11 @@ class _EmbeddedTokens(torch.autograd.Function):
 
 
 class Block(nn.Module):
-    """x + norm(attention(norm(x))), then the same around the feed-forward: four norms ("sandwich")."""
+    """x + norm(attention(norm(x))), then the same with the feed-forward: four norms ("sandwich")."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        # two residual additions a layer: their sum has the same variance at any depth (see Transformer.initialize)
+        # two residual additions per layer: the variance of their sum does not depend on depth (see initialize)
         residual_scale = config.d_model**0.125 / math.sqrt(2 * config.n_layers)
         self.attention_norm_in = RMSNorm(config.d_model, config.norm_eps)
         self.attention_norm_out = RMSNorm(config.d_model, config.norm_eps, residual_scale)
@@ -72,14 +72,14 @@ class Block(nn.Module):
     def forward(
         self, x_TD: Tensor, rope: Rope, shared: KeyValue | None, documents: Documents, attend: AttentionOp
     ) -> tuple[Tensor, KeyValue]:
-        """Packed documents through the block; `shared` holds another layer's keys and values where this has none."""
+        """(output_TD, (k_TGK, v_TGK)) for packed documents. `shared`: keys and values of another layer to read."""
         if self.fused:
-            from model.kernels.fused_block import fused_block  # Triton is not everywhere
+            from model.kernels.fused_block import fused_block  # needs Triton
 
             return fused_block(self, x_TD, rope, shared, documents, attend)
         if self.recompute == "block" and torch.is_grad_enabled():
             inputs = (x_TD, rope, shared, documents, attend)
-            # DeepSpeed's ZeRO needs it not to be reentrant
+            # non-reentrant, as DeepSpeed's ZeRO requires
             return checkpoint(self._plain, *inputs, use_reentrant=False, preserve_rng_state=False)
         return self._plain(x_TD, rope, shared, documents, attend)
 
@@ -96,7 +96,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A decoder of `config`, initialised from `seed`, its parameters in `dtype`."""
+    """The decoder of `config`, initialized from `seed`, with parameters in `dtype`."""
 
     def __init__(
         self, config: ModelConfig, attention: Backend = "auto", seed: int = 0, dtype: torch.dtype = torch.float32
@@ -113,18 +113,18 @@ class Transformer(nn.Module):
             self.initialize(seed, device, dtype)
 
     def initialize(self, seed: int, device: torch.device, dtype: torch.dtype) -> None:
-        """Make the weights: matrices at std 1/sqrt(fan_in), norms at their scale, embeddings at std d_model^(-5/8).
+        """Initialize: matrices with std 1/sqrt(fan_in), norms with their scale, embeddings with std d_model^(-5/8).
 
-        The embeddings are tied, so the logit of the token that was just read is sqrt(d_model) times the cosine between
-        its embedding and the last hidden state. Were they as large as what the layers add, a wide model would start out
-        certain that every token repeats itself (loss 23 instead of 9 at width 1024). They enter at d_model^(-1/8), and
-        the layers add d_model^(1/8) in all: that logit, and the loss beyond ln(vocab_size), start small at any width.
+        Since embeddings are tied, the logit of the current token is sqrt(d_model) times the cosine between its
+        embedding and the last hidden state. If embeddings were as large as the sum of the layers' outputs, a wide model
+        would initially predict that every token repeats (loss 23 instead of 9 at width 1024). With inputs at scale
+        d_model^(-1/8) and the layers' outputs at d_model^(1/8), the initial loss is near ln(vocab_size) at any width.
         """
         generator = torch.Generator(device).manual_seed(seed)
         for module in self.modules():
             if not isinstance(module, RMSNorm | nn.Linear | Embedding):
                 continue
-            # float32 whatever the dtype, so that the draw is the same; one at a time, so that it costs nothing
+            # drawn in float32, so that the values do not depend on dtype; one tensor at a time, to save memory
             weight = torch.empty(module.weight.shape, dtype=torch.float32, device=device)
             if isinstance(module, RMSNorm):
                 weight.fill_(module.initial_scale)
@@ -157,9 +157,9 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def extend(self, step: CacheStep, cache: PagedKVCache) -> Tensor:
-        """Append new tokens to cached sequences; hidden_BD (after the final norm) at each sequence's last new token.
+        """Append new tokens to cached sequences. Returns hidden_BD (final norm applied) of the last new tokens.
 
-        Tail layers own no cache, so inner prompt tokens never enter them: prefill skips the tail for all but the last.
+        Tail layers have no cache, so prefill runs them for the last token of each prompt only.
         """
         config = self.config
         sequence_T = torch.arange(len(step.new_lengths_B), device=step.tokens_T.device)

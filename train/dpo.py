@@ -323,9 +323,9 @@ def _too_few(encoded: Sequence[EncodedPair], n_heldout: int, recipe: DPORecipe, 
         return f"{fitting}. Raise max_pair_tokens"
     sizes = sorted(Counter(pair.group for pair in encoded).values())
     found = (
-        f"{fitting}. Of these, heldout_fraction {recipe.heldout_fraction:g} leaves {len(encoded) - n_heldout} to train "
-        f"on and {n_heldout} held out; each side needs {n_ranks} or more, one a rank. Pairs of one user "
-        "(metadata.user), or of one context where no user is given, stay on one side, and the pairs are of "
+        f"{fitting}. Of these, heldout_fraction {recipe.heldout_fraction:g} leaves {len(encoded) - n_heldout} for "
+        f"training and {n_heldout} held out; each side needs at least {n_ranks}, one per rank. Pairs of one user "
+        "(metadata.user), or without a user of one context, stay on one side, and there are "
         f"{len(sizes)} user(s) or context(s)"
     )
     smallest = sizes[0] / len(encoded)

@@ -67,10 +67,10 @@ def heldout_auc(engine: TrainingEngine, batches: list[PackedBatch]) -> float:
     pairs = []
     with torch.no_grad():
         for batch in batches:
-            labelled_T = batch.label_T >= 0
+            labeled_T = batch.label_T >= 0
             assert isinstance(engine.module, LossModule)
             score_T = scores(engine.module, batch).float().cpu()
-            pairs.append(torch.stack([score_T[labelled_T], batch.label_T[labelled_T].float()]))
+            pairs.append(torch.stack([score_T[labeled_T], batch.label_T[labeled_T].float()]))
     engine.module.train()
     mine = torch.cat(pairs, dim=1).numpy()
     gathered: list[Any] = [mine] * engine.world.size

@@ -1,7 +1,7 @@
 """Start the ranks of a training stage: `python -m train.launch --nproc-per-node 2 -m train.pretrain RECIPE`.
 
-It is torchrun, with its options, but for how it ends: with the exit code of the ranks and without a traceback of its
-own, since a rank that fails has said why. Ctrl-C and SIGTERM are passed on to the ranks, which save and stop.
+Takes torchrun's options. Unlike torchrun it exits with the ranks' exit code and prints no traceback of its own, since a
+failing rank prints the reason. Ctrl-C and SIGTERM are forwarded to the ranks, which save and stop.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from recipes.loader import print_error
 from recipes.stage_errors import USER_ERROR
 
 _QUIET = ("torch.distributed.elastic.multiprocessing", "torch.distributed.elastic.agent", "torch.distributed.run")
-"""Loggers that tell again what a rank has told."""
+"""Loggers that repeat what a rank has printed."""
 
 
 def exit_code(failures: Sequence[ProcessFailure]) -> int:
-    """Of a job some of whose ranks have failed: a user's error or an interrupt explains the other ranks' failures."""
+    """The exit code of a failed job: that of a user error or an interrupt, else of the rank that failed first."""
     codes = [failure.exitcode for failure in sorted(failures, key=lambda failure: failure.timestamp)]
     for code in (USER_ERROR, INTERRUPTED):
         if code in codes:
@@ -33,7 +33,7 @@ def exit_code(failures: Sequence[ProcessFailure]) -> int:
 
 
 def pass_on(number: int, frame: object) -> None:
-    """Send a signal that this process got to its ranks, each of which has a session of its own."""
+    """Forward a signal to the ranks, which have sessions of their own."""
     for rank in psutil.Process().children():
         try:
             rank.send_signal(number)
@@ -44,7 +44,7 @@ def pass_on(number: int, frame: object) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     arguments = torchrun.parse_args(list(sys.argv[1:] if argv is None else argv))
-    arguments.signals_to_handle = "SIGQUIT"  # the others' handlers are ours, and stay
+    arguments.signals_to_handle = "SIGQUIT"  # keep our handlers of the others
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, pass_on)
     for name in _QUIET:
@@ -55,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for rank, failure in sorted(error.failures.items()):
             if failure.exitcode < 0 and exit_code(list(error.failures.values())) != USER_ERROR:
                 name = signal.Signals(-failure.exitcode).name
-                print(f"rank {rank} (pid {failure.pid}) was ended by {name}", file=sys.stderr)
+                print(f"rank {rank} (pid {failure.pid}) was killed by {name}", file=sys.stderr)
         return exit_code(list(error.failures.values()))
-    except ValueError as error:  # of options that do not fit each other
+    except ValueError as error:  # contradicting options
         print_error(error)
         return USER_ERROR
     return 0

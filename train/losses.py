@@ -1,4 +1,4 @@
-"""Losses as pure functions. Each returns a sum; the loop divides by the global count of what was summed."""
+"""Losses as pure functions. Each returns a sum; the loop divides by the global number of terms."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from train.token_logprobs import summed_loss
 def next_token_loss(
     model: Transformer, hidden_TD: Tensor, targets_T: Tensor, counted_T: Tensor | None = None, z_loss: float = 0.0
 ) -> Tensor:
-    """Sum of -log p(target) over positions (nats), only counted ones where `counted_T` is given.
+    """Sum of -log p(target) over positions (nats); if `counted_T` is given, over positions where it is True.
 
-    `z_loss` times the squared log-normaliser is added: it keeps logits from drifting (section 5 of arXiv 2204.02311).
+    Adds `z_loss` times the squared logsumexp, which keeps logits from drifting (section 5 of arXiv 2204.02311).
     """
     weight_T = torch.ones_like(targets_T, dtype=torch.float32) if counted_T is None else counted_T.float()
     softcap = model.config.final_logit_softcap
@@ -23,13 +23,13 @@ def next_token_loss(
 
 
 def continuation_loss(score_T: Tensor, label_T: Tensor) -> Tensor:
-    """Sum of the binary cross-entropy at labelled positions; a label is 1, 0 or -1 (not labelled)."""
+    """Sum of the binary cross-entropy at labeled positions; a label is 1, 0 or -1 (no label)."""
     places_T = (label_T >= 0).nonzero()[:, 0]
     return F.binary_cross_entropy_with_logits(score_T[places_T].float(), label_T[places_T].float(), reduction="sum")
 
 
 def sequence_logprobs(logprobs_T: Tensor, sequence_T: Tensor, n_sequences: int) -> Tensor:
-    """Sum of token log-probabilities per sequence; sequence_T says which sequence each token belongs to."""
+    """Sum of token log-probabilities of each sequence. sequence_T: sequence index of each token."""
     return logprobs_T.new_zeros(n_sequences).index_add(0, sequence_T, logprobs_T)
 
 
@@ -41,9 +41,9 @@ def dpo_loss(
     beta: float,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Direct preference optimisation, equation 7 of arXiv 2305.18290; smoothing as in arXiv 2403.00409.
+    """Direct preference optimization, equation 7 of arXiv 2305.18290; label smoothing of arXiv 2403.00409.
 
-    Takes log-probabilities of whole replies. Returns (loss summed over pairs, implicit reward margin_B).
+    Takes log-probabilities of whole replies (nats). Returns (loss summed over pairs, implicit reward margin_B).
     """
     margin_B = beta * ((chosen_B - reference_chosen_B) - (rejected_B - reference_rejected_B))
     loss_B = -(1 - label_smoothing) * F.logsigmoid(margin_B) - label_smoothing * F.logsigmoid(-margin_B)

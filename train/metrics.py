@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a progress line, metrics.jsonl, wandb, and a picture of the curves."""
+"""Training metrics: a progress line, metrics.jsonl, wandb, and the loss plot."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ METRICS = "metrics.jsonl"
 
 
 class WandbConfig(Section):
-    """Where runs are tracked. `auto`: online when the user is logged in, else kept in the run directory."""
+    """Tracking with wandb. auto: online when logged in, else offline in the run directory."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     project: str = "dramatis"
 
 
 class Metrics:
-    """Metrics of one run, on the main rank. Lines after the step a run resumes from are dropped first."""
+    """Metrics of one run, on rank 0. On resume, drops the lines after the checkpoint's step."""
 
     def __init__(
         self, run_dir: Path, console: Console, wandb: WandbConfig, recipe: dict[str, Any], start: int, max_steps: int
@@ -58,16 +58,13 @@ class Metrics:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._progress.stop()
-        with nullcontext() if kind is None else suppress(OSError):  # what could not be written is tried once more
+        with nullcontext() if kind is None else suppress(OSError):  # close() retries a failed write
             self._file.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
     def log(self, step: int, values: dict[str, float], skipped: str | None = None) -> None:
-        """Record the values of a step: a line in metrics.jsonl, a point in wandb, the progress line.
-
-        `skipped`: why the step was not taken.
-        """
+        """Write the values of a step to metrics.jsonl, wandb and the progress line. skipped: why it was skipped."""
         line = {
             "step": step,
             **{k: round(v, 6) for k, v in values.items()},
@@ -76,7 +73,7 @@ class Metrics:
         try:
             self._file.write(json_text(finite_figures(line)) + "\n")
             self._file.flush()
-        except OSError as error:  # of a full disk, which does not say what was written
+        except OSError as error:  # a full disk; the error has no path
             raise OSError(error.errno, error.strerror, str(self._run_dir / METRICS)) from error
         if skipped:
             self._console.print(f"step {step} skipped: {skipped}", highlight=False, markup=False, soft_wrap=True)
@@ -90,7 +87,7 @@ class Metrics:
             self._console.print(f"step {step}/{self._max_steps}  {figures}", highlight=False)
 
     def first_step(self) -> dict[str, float]:
-        """Say how long this process took to its first finished step: imports, data, weights, compilation."""
+        """Print and return the seconds from the start of the process to the end of its first step."""
         seconds = time.time() - psutil.Process().create_time()
         self._console.print(f"first step {seconds:.0f} s after the start of the process", highlight=False)
         return {"seconds_to_first_step": seconds}
@@ -104,7 +101,7 @@ def _short(value: float) -> str:
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
-    """A resumed run repeats the steps after its checkpoint: their old lines go, and so does a half-written one."""
+    """Drop lines after `step`, which a resumed run repeats, and a partial last line."""
     if not path.exists():
         return
     kept = []
@@ -137,15 +134,15 @@ def _start_wandb(run_dir: Path, settings: WandbConfig, recipe: dict[str, Any]) -
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, NaN for figures that were not finite."""
+    """The lines of a metrics.jsonl, with NaN for non-finite figures."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [{key: as_number(value) if value is None else value for key, value in line.items()} for line in lines]
 
 
 def plot_metrics(run_dir: Path, baselines: dict[str, float] | None = None, kept_step: int | None = None) -> Path | None:
-    """Draw plots/loss.png of a run: training and held-out loss over steps, baselines as lines. Returns its path.
+    """Draw plots/loss.png of a run: training and held-out loss by step, baselines as lines. Returns its path.
 
-    kept_step: whose weights are the run's, where they are not those of the last step.
+    kept_step: the step whose weights were kept, if not the last.
     """
     import matplotlib
 
@@ -180,7 +177,7 @@ def plot_metrics(run_dir: Path, baselines: dict[str, float] | None = None, kept_
 
 
 def _smooth(values: tuple[float, ...], weight: float = 0.9) -> list[float]:
-    """Exponential moving average without the bias of its start."""
+    """Bias-corrected exponential moving average."""
     average, total, smoothed = 0.0, 0.0, []
     for value in values:
         average, total = weight * average + (1 - weight) * value, weight * total + 1 - weight

@@ -16,7 +16,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class AdamW(Section):
-    """AdamW (arXiv 1711.05101). Matrices decay; norms, embeddings and biases do not."""
+    """AdamW (arXiv 1711.05101). Weight decay applies to matrices, not to norms, embeddings and biases."""
 
     kind: Literal["adamw"]
     lr: PositiveFloat
@@ -30,8 +30,8 @@ class AdamW(Section):
 class Muon(Section):
     """Muon (arXiv 2502.16982) for the matrices of the blocks; AdamW for embeddings, norms and heads.
 
-    An update has all singular values near lr * sqrt(max(1, rows / columns)), whatever the gradient's size. `lr` and
-    `momentum` are of the matrices, the `adamw_` settings of the rest; `weight_decay` is of matrices in either.
+    All singular values of an update are near lr * sqrt(max(1, rows / columns)), for any gradient norm. `lr` and
+    `momentum` apply to the blocks' matrices, `adamw_*` to the rest, `weight_decay` to all matrices.
     """
 
     kind: Literal["muon"]
@@ -45,17 +45,17 @@ class Muon(Section):
     adamw_eps: PositiveFloat = 1e-8
 
     def obstacle(self, precision: str, zero_stage: int) -> str | None:
-        """Why Muon does not run right in this engine, or None.
+        """Why Muon does not work with this precision and ZeRO stage, or None.
 
-        Only DeepSpeed's bfloat16 optimizer with float32 accumulation (stage 1) clips *before* it orthogonalises. The
-        others clip the orthogonalised update, which scales it by an arbitrary factor, and report its norm as the
-        gradient's, so that no threshold of `gradient_clipping` would mean anything there.
+        Only DeepSpeed's bfloat16 optimizer with float32 accumulation (stage 1) clips *before* it orthogonalizes. The
+        others clip the orthogonalized update, which rescales it arbitrarily, and report its norm as the gradient norm,
+        so that `gradient_clipping` has no meaning.
         """
         if precision == "bfloat16" and zero_stage == 1:
             return None
         return (
             f"optimizer.kind muon needs precision bfloat16 and zero_stage 1, found {precision} and {zero_stage}: "
-            "elsewhere DeepSpeed clips the orthogonalised update instead of the gradient. Change these, or use "
+            "elsewhere DeepSpeed clips the orthogonalized update instead of the gradient. Change these, or use "
             "optimizer.kind adamw"
         )
 
@@ -65,18 +65,18 @@ Optimizer = Annotated[AdamW | Muon, Field(discriminator="kind")]
 
 @dataclass(frozen=True)
 class ParameterRoles:
-    """The parameters of a module by what an optimizer may do to them."""
+    """The parameters of a module, by how the optimizer treats them."""
 
     block_matrices: list[nn.Parameter] = field(default_factory=list)
-    """Linear maps between hidden states: these decay, and are what Muon orthogonalises."""
+    """Linear layers of blocks: with weight decay, and orthogonalized by Muon."""
     head_matrices: list[nn.Parameter] = field(default_factory=list)
-    """Other linear maps, such as a scorer's: these decay."""
+    """Other linear layers, such as a reward model's head: with weight decay."""
     others: list[nn.Parameter] = field(default_factory=list)
-    """Embeddings, norms and biases: these never decay."""
+    """Embeddings, norms and biases: without weight decay."""
 
 
 def parameter_roles(module: nn.Module) -> ParameterRoles:
-    """Sort by the modules that hold the parameters, not by their names or shapes."""
+    """Classify by the modules that hold the parameters, not by their names or shapes."""
     blocks = [block for block in module.modules() if isinstance(block, Block)]
     in_block = {id(linear.weight) for block in blocks for linear in _linears(block)}
     matrices = {id(linear.weight) for linear in _linears(module)}
@@ -94,7 +94,7 @@ def _linears(module: nn.Module) -> list[nn.Linear]:
 
 
 def build_optimizer(module: nn.Module, settings: AdamW | Muon) -> torch.optim.Optimizer:
-    """The optimizer over `module`, its groups at their peak learning rates."""
+    """The optimizer of `module`, with parameter groups at their peak learning rates."""
     roles = parameter_roles(module)
     return _adamw(roles, settings) if isinstance(settings, AdamW) else _muon(roles, settings)
 
@@ -117,7 +117,7 @@ def _muon(roles: ParameterRoles, settings: Muon) -> torch.optim.Optimizer:
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
     if not roles.others[0].is_cuda:
-        # its Newton-Schulz iteration is compiled; on a CPU that takes a C++ compiler and a minute, and gains nothing
+        # compiling its Newton-Schulz iteration on a CPU takes a C++ compiler and a minute, and gains nothing
         torch.compiler.set_stance("force_eager")
     muon = {
         "use_muon": True,

@@ -132,8 +132,8 @@ def prepare(recipe: PretrainRecipe, world: World, console: Console) -> Job:
 def _print_comparison(loss: float, baselines: dict[str, float], console: Console) -> None:
     table = Table("model of the held-out tokens", "nats/token", "ours is better by", title="against n-gram models")
     for name, value in baselines.items():
-        colour = "green" if loss < value else "red"
-        table.add_row(name, f"{value:.3f}", f"[{colour}]{value - loss:+.3f}[/]")
+        color = "green" if loss < value else "red"
+        table.add_row(name, f"{value:.3f}", f"[{color}]{value - loss:+.3f}[/]")
     table.add_row("[bold]this model[/]", f"[bold]{loss:.3f}[/]", "")
     console.print(table)
 

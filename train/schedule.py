@@ -1,4 +1,4 @@
-"""Learning-rate schedules as pure functions of the step."""
+"""Learning rate schedules as pure functions of the step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class WSD(Section):
-    """Warm up, stay, decay linearly over the last `decay_fraction` of the steps (arXiv 2404.06395)."""
+    """Warmup, constant, then linear decay over the last `decay_fraction` of the steps (arXiv 2404.06395)."""
 
     kind: Literal["wsd"]
     warmup_steps: NonNegativeInt = 0
@@ -21,11 +21,11 @@ class WSD(Section):
     final_fraction: Fraction = 0.0
 
     def stable_steps(self, max_steps: int) -> int:
-        """How many steps, from the first, have the same rate whatever larger number of steps a run has."""
+        """Number of initial steps whose learning rate is the same in any longer run."""
         return min(max_steps, math.floor(max_steps - self.decay_fraction * max_steps) + 1)
 
     def multiplier(self, step: int, max_steps: int) -> float:
-        """Share of the peak learning rate at `step` of `max_steps`."""
+        """Fraction of the peak learning rate at `step` of `max_steps`."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         decay_steps = self.decay_fraction * max_steps
@@ -36,18 +36,18 @@ class WSD(Section):
 
 
 class Cosine(Section):
-    """Warm up, then half a cosine down to `final_fraction` (arXiv 1608.03983)."""
+    """Warmup, then cosine decay to `final_fraction` (arXiv 1608.03983)."""
 
     kind: Literal["cosine"]
     warmup_steps: NonNegativeInt = 0
     final_fraction: Fraction = 0.1
 
     def stable_steps(self, max_steps: int) -> int:
-        """None: the whole curve hangs on the number of steps."""
+        """0: the whole curve depends on the number of steps."""
         return 0
 
     def multiplier(self, step: int, max_steps: int) -> float:
-        """Share of the peak learning rate at `step` of `max_steps`."""
+        """Fraction of the peak learning rate at `step` of `max_steps`."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         progress = min((step - self.warmup_steps) / max(max_steps - self.warmup_steps, 1), 1)

@@ -1,4 +1,4 @@
-"""The summary of a training recipe: the model's cost, the tokens ahead, and what a rank will hold in memory."""
+"""The summary of a training recipe: model cost, tokens, epochs, and memory per rank."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def summarize(
 ) -> Summary:
     """What is printed before training and by --dry-run.
 
-    `config` is the recipe's own architecture, or None when it comes with the weights of `init_from`; `row_tokens`: the
-    most tokens a row can have, where rows are not those of `data`.
+    config: the recipe's architecture, or None if it is that of `init_from`. row_tokens: maximum tokens of a row, if
+    rows are not those of `data`.
     """
     if config is None:
         init_from = getattr(recipe, "init_from")  # noqa: B009 (only some stages have it)
@@ -70,7 +70,7 @@ def _data_lines(
 
 
 def size_of(data: str | SyntheticData | MixtureData) -> tuple[int, int] | None:
-    """(rows, tokens a row) of training data; None when it is not there yet."""
+    """(rows, tokens per row) of training data; None when it does not exist yet."""
     if isinstance(data, SyntheticData):
         return data.n_rows, data.row_length
     directories = [Path(path) / "train" for path in data_directories(data).values()]

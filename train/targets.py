@@ -1,6 +1,6 @@
-"""Whether there is anything to train and to measure: looked at before the first step, for what is zero teaches nothing.
+"""Check before the first step that training and held-out rows have targets.
 
-A run without targets would end in a loss of 0.000 and weights that weight decay alone has moved.
+A run without targets would report a loss of 0.000, and only weight decay would change its weights.
 """
 
 from collections import Counter
@@ -16,37 +16,37 @@ _ROWS_AT_ONCE = 64
 
 
 class NoTargetsError(ValueError):
-    """A side of the data has nothing for the loss; the message has the counts and says what to do."""
+    """Training or held-out rows have no targets; the message has the counts and says what to do."""
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What a stage's loss is summed over: how many of each kind a batch holds, and what to do where a kind is missing.
+    """What a stage's loss sums over: counts of each kind in a batch, and what to do if a kind is missing.
 
-    Every kind must be on both sides: a scorer that saw one class cannot tell two apart.
+    Both sides of the data need every kind: a classifier needs both classes.
     """
 
     counts: Callable[[PackedBatch], dict[str, int]]
     advice: str
 
     def total(self, batch: PackedBatch) -> int:
-        """How many things the loss of a batch sums over."""
+        """Number of terms in the loss of a batch."""
         return sum(self.counts(batch).values())
 
 
 def check_targets(targets: Targets, dataset: PackedRows, heldout: PackedRows, evaluation_rows: np.ndarray) -> None:
-    """Raise NoTargetsError unless every kind is among the training rows and among the held-out rows that are evaluated.
+    """Raise NoTargetsError unless training rows and evaluated held-out rows have targets of every kind.
 
-    Rows are read until all kinds are found, so that sound data cost a few reads. Each part of a mixture must have
-    some target, or its weight has no effect.
+    Reads rows until all kinds are found, usually a few. Each part of a mixture must have targets, or its weight has no
+    effect.
     """
     _check("the training side", targets, dataset, [np.arange(dataset.n_rows)])
     if isinstance(dataset, MixtureRows):
         for part in dataset.parts:
             if not any(targets.total(batch) for batch in _batches(part, np.arange(part.n_rows))):
                 raise NoTargetsError(
-                    f"{part.directory} has nothing to train, so that its weight has no effect; leave it out of the "
-                    f"mixture. {targets.advice}"
+                    f"{part.directory} has no targets, so its weight has no effect; remove it from the mixture. "
+                    f"{targets.advice}"
                 )
     others = np.setdiff1d(np.arange(heldout.n_rows), evaluation_rows)
     where = f"the held-out rows of evaluation_rows ({len(evaluation_rows)})"
@@ -54,7 +54,7 @@ def check_targets(targets: Targets, dataset: PackedRows, heldout: PackedRows, ev
 
 
 def _check(where: str, targets: Targets, rows: PackedRows, groups: Sequence[np.ndarray]) -> None:
-    """The first group must have every kind; the others tell whether reading more of them would mend it."""
+    """Raise unless the first group has every kind; the other groups tell whether more rows would help."""
     found: Counter[str] = Counter()
     for batch in _batches(rows, groups[0]):
         found.update(targets.counts(batch))
@@ -66,8 +66,8 @@ def _check(where: str, targets: Targets, rows: PackedRows, groups: Sequence[np.n
         for batch in _batches(rows, group):
             more.update(targets.counts(batch))
     if more and all(more.values()):
-        raise NoTargetsError(f"nothing to measure in {where}: {told}; other rows hold some, so raise evaluation_rows")
-    raise NoTargetsError(f"nothing to train or to measure in {where}: {told}. {targets.advice}")
+        raise NoTargetsError(f"no targets in {where}: {told}; other rows have some, so raise evaluation_rows")
+    raise NoTargetsError(f"no targets in {where}: {told}. {targets.advice}")
 
 
 def _batches(rows: PackedRows, numbers: np.ndarray) -> Iterator[PackedBatch]:

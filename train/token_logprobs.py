@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens from hidden states, in chunks: the logits never exist as a whole."""
+"""Log-probabilities of tokens from hidden states, in chunks: the full logits are never materialized."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from model.kernels.matrix_product import add_product, product, scaled_gradient
 
 LOGIT_CHUNK_ELEMENTS = 2**27
-"""Logits that exist at one time (256 MiB in bfloat16)."""
+"""Logits of a chunk (256 MiB in bfloat16)."""
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """hidden_TD, embed_VD, targets_T -> logprob_T and log-normaliser_T, float32.
+    """hidden_TD, embed_VD, targets_T -> logprob_T and logsumexp_T, float32.
 
-    More than one chunk: the backward pass makes a chunk's logits again, which costs a third of the product's FLOPs and
-    saves what they would occupy. The gradient of the embedding is summed in float32.
+    With more than one chunk, the backward pass recomputes each chunk's logits (a third more FLOPs). The gradient of the
+    embedding accumulates in float32.
     """
 
     @staticmethod
@@ -54,10 +54,10 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 class _SummedLoss(torch.autograd.Function):
-    """Sum over tokens of weight * (z_loss * log-normaliser^2 - logprob).
+    """Sum over tokens of weight * (z_loss * logsumexp^2 - logprob).
 
-    What each token's loss is multiplied by is known up to one factor, so the gradients are made while a chunk's logits
-    are there, and nothing is computed twice (as in Liger, arXiv 2410.10989).
+    The gradient is known up to a scalar factor, so the forward pass computes it while a chunk's logits are live, and
+    nothing is recomputed (as in Liger, arXiv 2410.10989).
     """
 
     @staticmethod
@@ -98,7 +98,7 @@ class _SummedLoss(torch.autograd.Function):
 def summed_loss(
     hidden_TD: Tensor, embed_VD: Tensor, targets_T: Tensor, weight_T: Tensor, z_loss: float, softcap: float | None
 ) -> Tensor:
-    """Sum of weight_T * (-logprob + z_loss * log-normaliser^2), float32, of logits hidden_TD @ embed_VD.T (nats)."""
+    """Sum of weight_T * (-logprob + z_loss * logsumexp^2), float32, of logits hidden_TD @ embed_VD.T (nats)."""
     if not len(targets_T):
         return hidden_TD.float().sum() * 0  # keeps the graph: every rank must run the same backward pass
     return _SummedLoss.apply(hidden_TD, embed_VD, targets_T, weight_T, z_loss, softcap)
@@ -107,7 +107,7 @@ def summed_loss(
 def token_logprobs(
     hidden_TD: Tensor, embed_VD: Tensor, targets_T: Tensor, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """(log-probability of each target, log of the softmax's denominator), float32, of logits hidden_TD @ embed_VD.T."""
+    """(log-probability of each target, logsumexp), float32, of logits hidden_TD @ embed_VD.T (nats)."""
     if not len(targets_T):
         nothing = hidden_TD.float().sum() * 0  # keeps the graph: every rank must run the same backward pass
         return nothing.expand(0), nothing.expand(0)
@@ -121,7 +121,7 @@ def _losses(logprob_C: Tensor, normalizer_C: Tensor, weight_C: Tensor, z_loss: f
 def _losses_and_gradient_(
     logits_CV: Tensor, targets_C: Tensor, weight_C: Tensor, z_loss: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Weighted losses and their gradient by the logits, which are overwritten."""
+    """Weighted losses, and their gradient with respect to the logits, which are overwritten."""
     if logits_CV.is_cuda:
         from model.kernels.cross_entropy import losses_and_gradient_
 
@@ -134,7 +134,7 @@ def _losses_and_gradient_(
 
 
 def _statistics(logits_CV: Tensor, targets_C: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """(log-probability of each target, log-normaliser), float32."""
+    """(log-probability of each target, logsumexp), float32."""
     if logits_CV.is_cuda:
         from model.kernels.cross_entropy import logit_statistics
 
@@ -152,7 +152,7 @@ def _logit_gradient_(
     normalizer_gradient_C: Tensor,
     softcap: float | None,
 ) -> Tensor:
-    """d/d logits of target - normaliser, and of the normaliser: (one-hot - softmax), softmax. Overwrites the logits."""
+    """Gradient of the logits from those of logprob (one-hot - softmax) and logsumexp (softmax). Overwrites them."""
     if logits_CV.is_cuda:
         from model.kernels.cross_entropy import logit_gradient_
 

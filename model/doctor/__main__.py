@@ -1,7 +1,7 @@
-"""Which attention back ends and kernels run on this machine, each checked: `python -m model.doctor`.
+"""Check which attention back ends and kernels run on this machine: `python -m model.doctor`.
 
-Every one is compared with its reference, forward and backward. Exit code 0: all that this machine can run computes what
-it should; 1: something is broken or wrong.
+Each is compared with its reference, forward and backward. Exit code 0: everything that runs here is correct; 1:
+something fails or gives wrong results.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SHOWN = {"unfit": "not here", "missing": "not installed", "wrong": "WRONG", "br
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of a check; `error` is a share of the reference's norm."""
+    """Result of a check. error: relative to the norm of the reference."""
 
     check: Check
     state: Literal["works", "wrong", "broken", "missing", "unfit"]
@@ -51,32 +51,32 @@ class Finding:
 
 
 def examine(check: Check) -> Finding:
-    """Run one check; whatever it raises is a finding."""
+    """Run one check; an exception of any type becomes a finding."""
     began = time.monotonic()
     try:
         obstacle = check.obstacle()
         if obstacle:
             return Finding(check, obstacle.kind, time.monotonic() - began, obstacle=obstacle)
         error = check.run()
-    except Exception as raised:  # compilers, drivers and libraries each have their own
+    except Exception as raised:  # compilers, drivers and libraries raise their own types
         return Finding(check, "broken", time.monotonic() - began, obstacle=failure(raised))
     seconds = time.monotonic() - began
     if error <= check.bound:
         return Finding(check, "works", seconds, error)
-    words = f"its error is {error:.2g} of the norm of {check.reference}; at most {check.bound:.2g} is rounding"
-    cause = "the kernel computes something else here: it was not tried with these versions or on this GPU"
+    words = f"its error is {error:.2g} of the norm of {check.reference}; rounding explains at most {check.bound:.2g}"
+    cause = "the kernel gives wrong results here: it was not tested with these versions or on this GPU"
     return Finding(check, "wrong", seconds, error, Obstacle("broken", words, cause, INSTALL_GPU))
 
 
 def pinned_versions(path: Path = CONSTRAINTS) -> dict[str, str]:
-    """The versions of a constraints file by package; none where there is no such file."""
+    """Package -> version of a constraints file; empty if there is no such file."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return dict(line.split("==") for line in lines if re.match(r"[A-Za-z0-9]", line))
 
 
 def version_table(pinned: dict[str, str]) -> Table:
-    """Installed versions of the packages that kernels come from, beside the tried ones."""
-    table = Table("package", "installed", "tried (constraints-gpu.txt)", title="versions", title_justify="left")
+    """Installed and tested versions of the packages that provide kernels."""
+    table = Table("package", "installed", "tested (constraints-gpu.txt)", title="versions", title_justify="left")
     for name in KERNEL_PACKAGES:
         try:
             installed = version(name)
@@ -89,7 +89,7 @@ def version_table(pinned: dict[str, str]) -> Table:
 
 
 def machine() -> str:
-    """A line: Python, torch, its CUDA, and the GPU."""
+    """One line about Python, torch, CUDA and the GPU."""
     import torch
 
     parts = [f"Python {sys.version.split()[0]}", f"torch {torch.__version__}"]
@@ -97,14 +97,14 @@ def machine() -> str:
         major, minor = torch.cuda.get_device_capability()
         parts.append(f"CUDA {torch.version.cuda}, {torch.cuda.get_device_name()}, compute capability {major}.{minor}")
     elif torch.version.cuda is None:
-        parts.append("built without CUDA" + (", but a GPU's driver is here" if _has_driver() else ""))
+        parts.append("built without CUDA" + (", but a GPU driver is installed" if _has_driver() else ""))
     else:
         parts.append(f"CUDA {torch.version.cuda}, which finds no GPU")
     return ", ".join(parts)
 
 
 def unusable_gpu() -> Obstacle | None:
-    """Why torch does not use a GPU whose driver is on this machine; None where it does, or there is none."""
+    """Why torch does not use the GPU although its driver is installed; None if it does, or there is no driver."""
     import torch
 
     if torch.cuda.is_available() or not _has_driver():
@@ -116,7 +116,7 @@ def unusable_gpu() -> Obstacle | None:
         torch.cuda.init()
     except Exception as error:
         return failure(error)
-    return Obstacle("broken", "torch finds no GPU", "CUDA_VISIBLE_DEVICES may hide it, or a container may")
+    return Obstacle("broken", "torch finds no GPU", "CUDA_VISIBLE_DEVICES or a container may hide it")
 
 
 def _has_driver() -> bool:
@@ -143,7 +143,7 @@ def findings_table(findings: Sequence[Finding]) -> Table:
 
 
 def explain(name: str, obstacle: Obstacle) -> str:
-    """The original words, their cause and what to do about it."""
+    """The original error, its cause, and what to do."""
     words = obstacle.words
     if len(words) > _MOST_WORDS:
         words = f"{words[: _MOST_WORDS // 2]}\n[...]\n{words[-_MOST_WORDS // 2 :]}"
@@ -156,7 +156,7 @@ def explain(name: str, obstacle: Obstacle) -> str:
 
 
 def taken(device: torch.device) -> str:
-    """What `attention: auto` and `engine.blocks: auto` choose on this device; 16 bits on a GPU."""
+    """What `attention: auto` and `engine.blocks: auto` choose on this device (with bfloat16 on a GPU)."""
     import torch
 
     from model.attention_ops import choose_backend
@@ -168,7 +168,7 @@ def taken(device: torch.device) -> str:
 
 
 def diagnose(console: Console) -> int:
-    """Check everything and print what was found; the exit code."""
+    """Check everything and print the findings; the exit code."""
     import torch
 
     from model.doctor.checks import all_checks
@@ -188,13 +188,13 @@ def diagnose(console: Console) -> int:
     for obstacle in obstacles:
         alike = [finding.check.part for finding in findings if finding.obstacle == obstacle]
         console.print(explain(", ".join(alike), obstacle), highlight=False, soft_wrap=True)
-    console.print(f"training takes {taken(device)}", highlight=False)
+    console.print(f"training uses {taken(device)}", highlight=False)
     unsound = [finding.check.part for finding in findings if not finding.is_sound] + ["GPU"] * (gpu is not None)
     n_works = sum(finding.state == "works" for finding in findings)
     if unsound:
-        console.print(f"[bold red]not sound: {', '.join(unsound)}[/]; {n_works} work", highlight=False, soft_wrap=True)
+        console.print(f"[bold red]broken: {', '.join(unsound)}[/]; {n_works} work", highlight=False, soft_wrap=True)
     else:
-        console.print(f"[green]all that runs here computes what it should ({n_works} parts)[/]", highlight=False)
+        console.print(f"[green]everything that runs here is correct ({n_works} parts)[/]", highlight=False)
     return 1 if unsound else 0
 
 

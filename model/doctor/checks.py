@@ -1,4 +1,4 @@
-"""The checks of model.doctor: each runs one kernel or back end, and returns how far it is from its reference."""
+"""The checks of model.doctor: each runs one kernel or back end and returns its error against a reference."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from model.transformer import Block, Transformer
 
 _EPS = 1e-6
 _LENGTHS = [1, 0, 150, 0, 33, 3, 69]
-"""Ragged documents in a row of 256: empty ones, some longer and some shorter than the window."""
+"""Ragged documents in a row of 256: some empty, some longer and some shorter than the window."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """`obstacle`: why it is not run here; `run` gives its error as a share of the reference's norm, at most `bound`."""
+    """obstacle: why it cannot run here. run: error relative to the reference's norm, expected to be at most `bound`."""
 
     part: str
     reference: str
@@ -36,7 +36,7 @@ class Check:
 
 
 def all_checks(device: torch.device, interpreted: bool) -> list[Check]:
-    """All of them, in the order they are told. `interpreted`: Triton's kernels run on a CPU, in its interpreter."""
+    """All checks, in printing order. interpreted: run Triton kernels on the CPU in Triton's interpreter."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     bound = 0.02 if device.type == "cuda" else 1e-4
     names = [name for name in get_args(Backend) if name not in ("auto", "reference")]
@@ -68,7 +68,7 @@ def all_checks(device: torch.device, interpreted: bool) -> list[Check]:
             obstacle = why_not_in_one(device, dtype)
         return obstacle
 
-    whole = "plain block in float32; 1 is the plain one's own rounding" if device.type == "cuda" else "plain block"
+    whole = "plain block in float32; 1 is the plain block's own rounding" if device.type == "cuda" else "plain block"
     gated, fused = partial(gated_error, device, dtype), partial(fused_block_error, device, dtype)
     return [
         *checks,
@@ -78,7 +78,7 @@ def all_checks(device: torch.device, interpreted: bool) -> list[Check]:
 
 
 def distance(found: Iterable[Tensor | None], expected: Iterable[Tensor | None]) -> float:
-    """The largest difference of a pair, as a share of the expected one's norm; infinite where one is not finite."""
+    """The largest relative error (norm of the difference / norm of the expected) of any pair; inf for NaN."""
     worst = 0.0
     for ours, theirs in zip(found, expected, strict=True):
         assert ours is not None and theirs is not None and ours.shape == theirs.shape
@@ -89,8 +89,8 @@ def distance(found: Iterable[Tensor | None], expected: Iterable[Tensor | None]) 
 
 
 def attention_error(name: str, device: torch.device, dtype: torch.dtype) -> float:
-    """Output and gradients on ragged documents, with and without a window, one and several key heads."""
-    # a kernel is compiled for each form of heads and window; flex for each size besides
+    """Output and gradients on ragged documents, with and without a window, with one and several key heads."""
+    # kernels compile for each combination of heads and window, flex also for each size
     heads = [(4, 1, 64)] if name == "flex" else [(8, 1, 128), (4, 2, 64)]
     row_lengths = [sum(_LENGTHS), None] if name == "sdpa" else [sum(_LENGTHS)]
     worst = 0.0
@@ -208,7 +208,7 @@ def add_rows_error(device: torch.device) -> float:
 
 
 def gated_error(device: torch.device, dtype: torch.dtype) -> float:
-    """The product with the gate in it, on sizes that fill no tile."""
+    """The fused product and gate, on sizes that are not multiples of a tile."""
     from model.kernels.gated_product import gated_product
 
     x_TD, w_gate_in_XD = (tensor.to(dtype) for tensor in _random(device, (513, 256), (592, 256)))
@@ -219,7 +219,7 @@ def gated_error(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def fused_block_error(device: torch.device, dtype: torch.dtype) -> float:
-    """Hidden states and all gradients of a small decoder. In 16 bits: their error over that of the plain blocks."""
+    """Hidden states and all gradients of a small decoder. In 16 bits: error relative to that of plain blocks."""
     n_heads, d_head, d_ff = (2, 64, 256) if device.type == "cuda" else (2, 4, 16)  # the interpreter is slow
     config = ModelConfig(
         vocab_size=128, d_model=n_heads * d_head, n_layers=4, n_heads=n_heads, n_kv_heads=1, d_head=d_head, d_ff=d_ff,
@@ -240,7 +240,7 @@ def fused_block_error(device: torch.device, dtype: torch.dtype) -> float:
 def _decoder_outputs(
     config: ModelConfig, device: torch.device, dtype: torch.dtype, attention: str, fused: bool
 ) -> list[Tensor]:
-    """Hidden states, and the gradients of all parameters; the same weights, rounded to 16 bits, in either dtype."""
+    """Hidden states and gradients of all parameters, with the same weights (rounded to 16 bits) for any dtype."""
     model = Transformer(config, "sdpa", seed=1).to(device)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,10 +1,10 @@
-"""Sampling, and batched generation through the paged cache with prompts prefilled once for all their samples."""
+"""Sampling, and batched generation over the paged KV cache; each prompt is prefilled once for all its samples."""
 
 from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,19 +19,19 @@ NO_TOKEN = -1
 
 
 class SamplingError(ValueError):
-    """A sampling value that has no meaning; the message names it."""
+    """A sampling parameter out of range; the message names it."""
 
 
 class NonFiniteLogits(ValueError):  # noqa: N818 (reads as what happened)
-    """Logits that are infinite or not numbers, so that no token can be drawn."""
+    """Non-finite logits, from which no token can be sampled."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a reply is drawn (arXiv 1904.09751). Raises SamplingError for a value out of range.
+    """Sampling parameters (nucleus sampling: arXiv 1904.09751). Raises SamplingError for a value out of range.
 
-    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 cut nothing. Tokens that tie with the k-th likeliest are kept,
-    and the likeliest token is kept whatever `top_p` is.
+    temperature 0 is greedy. top_k 0 and top_p 1 disable the filters. Ties with the k-th most likely token are kept, and
+    the most likely token is kept for any top_p.
     """
 
     max_new_tokens: int
@@ -43,7 +43,7 @@ class Sampling:
     forbidden_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        # a comparison, unlike float(), takes an integer of any size
+        # unlike float(), a comparison accepts integers of any size
         if not 0 <= self.temperature <= sys.float_info.max:
             raise SamplingError(f"temperature is {self.temperature!r}; expected a finite number of at least 0")
         if not 0 < self.top_p <= 1:
@@ -54,7 +54,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Completion:
-    """Generated ids (the stop id included when it was drawn) and their log-probabilities under the model itself."""
+    """Generated ids (including a sampled stop id), and their log-probabilities under the unmodified model."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -62,16 +62,16 @@ class Completion:
 
 
 def uniform(seed: int, position: int) -> float:
-    """The number in [0, 1) that draws token `position` of a reply, whatever was computed or drawn before it."""
+    """The random number in [0, 1) for token `position` of a reply; depends on seed and position only."""
     digest = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
 def sampling_probabilities(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """(B, V) float64: what each row is drawn from: tempered, cut to top_k, then to the smallest set of mass top_p.
+    """Float64 sampling probabilities (B, V), after temperature, top_k and top_p.
 
-    A row is NaN when one of its logits is not finite or all its tokens are forbidden. Temperature 0 is the limit: the
-    likeliest tokens share the mass.
+    A row is NaN when it has a non-finite logit or all its tokens are forbidden. Temperature 0 splits the mass between
+    the most likely tokens.
     """
     allowed_BV = _allowed(logits_BV, samplings).double()
     for row, sampling in enumerate(samplings):
@@ -91,7 +91,7 @@ def sampling_probabilities(logits_BV: Tensor, samplings: Sequence[Sampling]) -> 
 
 
 def _allowed(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """A copy of the logits: -inf for a row's forbidden tokens, NaN in all of a row with a logit that is not finite."""
+    """A copy of the logits with -inf for forbidden tokens; a row with a non-finite logit becomes NaN."""
     allowed_BV = logits_BV.masked_fill(~logits_BV.isfinite().all(-1, keepdim=True), torch.nan)
     for row, sampling in enumerate(samplings):
         if sampling.forbidden_ids:
@@ -101,7 +101,7 @@ def _allowed(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
 
 
 def _nucleus(logits_V: Tensor, probabilities_V: Tensor, top_p: float) -> Tensor:
-    """The smallest set of the likeliest tokens whose mass is at least `top_p`, at least one token, as probabilities."""
+    """Renormalized probabilities of the smallest set of most likely tokens with mass >= `top_p` (at least one)."""
     order_V = logits_V.argsort(descending=True, stable=True)
     sorted_V = probabilities_V[order_V]
     mass_V = sorted_V.cumsum(0)
@@ -112,10 +112,10 @@ def _nucleus(logits_V: Tensor, probabilities_V: Tensor, top_p: float) -> Tensor:
 
 
 def sample(logits_BV: Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """(token_B, logprob_B): one draw a row, each by its own rule and its number of [0, 1) (see `uniform`).
+    """(token_B, logprob_B): one token per row, with the row's own parameters and random number (see `uniform`).
 
-    The log-probability is the model's own (temperature 1, nothing cut). No row depends on another: one that cannot be
-    drawn, as `sampling_probabilities` says, has token NO_TOKEN and a log-probability of NaN.
+    Log-probabilities are the model's own (temperature 1, no filters). Rows are independent; one whose
+    `sampling_probabilities` are NaN gets NO_TOKEN and a log-probability of NaN.
     """
     is_greedy_B = torch.tensor([sampling.temperature == 0 for sampling in samplings], device=logits_BV.device)
     if bool(is_greedy_B.all()):
@@ -126,13 +126,13 @@ def sample(logits_BV: Tensor, samplings: Sequence[Sampling], uniforms: Sequence[
         token_B = _inverse_cumulative(probabilities_BV, uniforms)
         if bool(is_greedy_B.any()):
             token_B = torch.where(is_greedy_B, probabilities_BV.argmax(-1), token_B)
-        is_drawn_B = ~probabilities_BV[:, 0].isnan()  # a row is NaN as a whole
+        is_drawn_B = ~probabilities_BV[:, 0].isnan()  # rows are NaN as a whole
     logprob_B = logits_BV.float().log_softmax(-1).gather(1, token_B[:, None])[:, 0]
     return token_B.where(is_drawn_B, NO_TOKEN), logprob_B.where(is_drawn_B, torch.nan)
 
 
 def _inverse_cumulative(probabilities_BV: Tensor, uniforms: Sequence[float]) -> Tensor:
-    """For each row the first token whose cumulative probability is above its number; never one of probability 0."""
+    """Inverse transform sampling: each row's first token whose cumulative probability exceeds its random number."""
     cumulative_BV = probabilities_BV.cumsum(-1).masked_fill(probabilities_BV == 0, 0)
     uniform_B = torch.tensor(uniforms, dtype=torch.float64, device=probabilities_BV.device)
     above_BV = cumulative_BV > (uniform_B * cumulative_BV.amax(-1))[:, None]
@@ -146,14 +146,11 @@ def generate(
     sampling: Sampling,
     n_samples: int = 1,
     page_size: int = 16,
-    on_step: Callable[[int], None] | None = None,
 ) -> list[list[Completion]]:
     """`n_samples` completions of every prompt; each prompt is prefilled once and its full pages are shared.
 
-    Sample j of prompt i draws by a seed of (sampling.seed, i, j), whatever else is in the batch.
-    `on_step` is called after every decoding step with the number of sequences still running.
-    Raises ValueError for an empty prompt or one that leaves no room below the model's max_length, NonFiniteLogits
-    where the model's logits are no numbers.
+    Sample j of prompt i is seeded by (sampling.seed, i, j), independent of the rest of the batch. Raises ValueError for
+    a prompt that is empty or not shorter than the model's max_length, NonFiniteLogits for non-finite logits.
     """
     if not prompts:
         return []
@@ -183,8 +180,6 @@ def generate(
             sequence.tokens.append(token)
             sequence.logprobs.append(logprob)
         running = [sequence for sequence in running if not sequence.is_done(sampling.stop_ids)]
-        if on_step is not None:
-            on_step(len(running))
         if running:
             step = CacheStep.build([(s.tokens[-1:], s.n_prompt + len(s.tokens) - 1, s.pages) for s in running], device)
             logits_BV = model.logits(model.extend(step, cache))
@@ -198,7 +193,7 @@ def generate(
 def _prepare(
     model: Transformer, prompts: Sequence[Sequence[int]], sampling: Sampling, n_samples: int, page_size: int
 ) -> tuple[PagedKVCache, list[list[int]], list[int]]:
-    """A cache with room for all samples, pages for every prompt, and the length that each prompt's samples may reach.
+    """A cache for all samples, the pages of every prompt, and the maximum length of each prompt's samples.
 
     Raises ValueError for a prompt that is empty or too long.
     """
@@ -230,7 +225,7 @@ class _Sequence:
 
 
 def _fork(cache: PagedKVCache, pages: list[int], n_tokens: int) -> list[int]:
-    """Pages of a second sequence with the same `n_tokens` tokens: full pages shared, the last partial one copied."""
+    """Pages of a second sequence with the same `n_tokens` tokens: shares full pages, copies a partial last one."""
     n_full = n_tokens // cache.page_size
     cache.allocator.retain(pages[:n_full])
     own = cache.allocator.allocate(len(pages) - n_full)

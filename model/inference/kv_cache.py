@@ -1,4 +1,4 @@
-"""The paged key/value cache: one pool a cache-owning layer, pages with reference counts, and the plan of one step."""
+"""The paged KV cache: a pool per cache-owning layer, reference-counted pages, and the slots of a step."""
 
 from __future__ import annotations
 
@@ -12,52 +12,52 @@ from model.config import ModelConfig
 
 
 class OutOfPages(RuntimeError):  # noqa: N818 (reads as what happened)
-    """The cache has fewer free pages than were asked for."""
+    """The cache has fewer free pages than requested."""
 
 
 class PageAllocator:
-    """Free pages and how many holders each taken page has; a page is free again when its last holder lets go."""
+    """Page allocator with reference counts; a page is free when its refcount drops to zero."""
 
     def __init__(self, n_pages: int):
         self.n_pages = n_pages
         self._free = list(range(n_pages - 1, -1, -1))
-        self._holders = [0] * n_pages
+        self._refcounts = [0] * n_pages
 
     @property
     def n_free(self) -> int:
         return len(self._free)
 
     def allocate(self, count: int) -> list[int]:
-        """`count` pages with one holder each. Raises OutOfPages and takes none when there are not enough."""
+        """Allocate `count` pages with refcount 1. Raises OutOfPages, allocating none, when there are not enough."""
         if count > len(self._free):
             raise OutOfPages(f"{count} cache pages asked for, {len(self._free)} of {self.n_pages} are free")
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
-            self._holders[page] = 1
+            self._refcounts[page] = 1
         return pages
 
     def retain(self, pages: Iterable[int]) -> None:
-        """One more holder for each page."""
+        """Increment the refcount of each page."""
         for page in pages:
-            assert self._holders[page] > 0, f"page {page} is free"
-            self._holders[page] += 1
+            assert self._refcounts[page] > 0, f"page {page} is free"
+            self._refcounts[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
-        """One holder fewer for each page."""
+        """Decrement the refcount of each page."""
         for page in pages:
-            assert self._holders[page] > 0, f"page {page} is free"
-            self._holders[page] -= 1
-            if not self._holders[page]:
+            assert self._refcounts[page] > 0, f"page {page} is free"
+            self._refcounts[page] -= 1
+            if not self._refcounts[page]:
                 self._free.append(page)
 
-    def holders(self, page: int) -> int:
-        return self._holders[page]
+    def refcount(self, page: int) -> int:
+        return self._refcounts[page]
 
 
 class PagedKVCache:
     """Keys (after norm and rotation) and values of every cache-owning layer, in pages of `page_size` tokens.
 
-    A page number means the same slots in every layer's pool. Layers that share read their owner's pool.
+    A page number addresses the same slots in every layer's pool. Sharing layers read their owner's pool.
     """
 
     def __init__(
@@ -75,11 +75,11 @@ class PagedKVCache:
         self.v_SGK = {layer: torch.zeros(shape, dtype=dtype, device=device) for layer in config.kv_layers}
 
     def pages_for(self, n_tokens: int) -> int:
-        """How many pages hold `n_tokens` tokens."""
+        """Number of pages for `n_tokens` tokens."""
         return -(-n_tokens // self.page_size)
 
     def copy_page(self, source: int, target: int) -> None:
-        """Copy a page's slots in every layer: a sequence that forks inside a page needs its own."""
+        """Copy a page in every layer, for a sequence that forks inside a page."""
         slots = slice(source * self.page_size, (source + 1) * self.page_size)
         target_slots = slice(target * self.page_size, (target + 1) * self.page_size)
         for pool in (*self.k_SGK.values(), *self.v_SGK.values()):
@@ -88,10 +88,10 @@ class PagedKVCache:
 
 @dataclass(frozen=True)
 class CacheStep:
-    """New tokens of several sequences, packed, and where their keys and values live.
+    """New tokens of several sequences, packed, and their pages.
 
-    tokens_T: the new tokens, sequence after sequence. new_lengths_B: how many each sequence adds (at least one).
-    context_lengths_B: how many it has cached already. page_table_BP: its pages, padded with its first page.
+    tokens_T: new tokens, concatenated. new_lengths_B: number of new tokens of each sequence (at least one).
+    context_lengths_B: number of tokens already cached. page_table_BP: pages, padded with the first page.
     """
 
     tokens_T: Tensor
@@ -103,7 +103,7 @@ class CacheStep:
     def build(
         cls, sequences: Sequence[tuple[Sequence[int], int, Sequence[int]]], device: torch.device | str = "cpu"
     ) -> CacheStep:
-        """From (new tokens, tokens cached already, pages) for each sequence."""
+        """From (new tokens, number of cached tokens, pages) of each sequence."""
         widest = max(len(pages) for _, _, pages in sequences)
         table = [[*pages, *[pages[0]] * (widest - len(pages))] for _, _, pages in sequences]
         return cls(
@@ -116,10 +116,10 @@ class CacheStep:
 
 @dataclass(frozen=True)
 class QueryPlan:
-    """Which cache slots the queries of a step read, for one kind of layer.
+    """The cache slots that the queries of a step read, for one kind of layer.
 
-    gather_BM: slots to read (padding repeats a slot that is written, so poison never enters a masked product).
-    mask_B1LM: which of these each query sees. flat_T: where packed query t stands in the padded (B, L) layout.
+    gather_BM: slots to read; padding repeats a written slot, so that masked products never read NaN. mask_B1LM: the
+    slots each query attends to. flat_T: index of packed query t in the padded (B, L) layout.
     """
 
     gather_BM: Tensor
@@ -129,13 +129,13 @@ class QueryPlan:
 
 
 def slots_of(step: CacheStep, positions_BM: Tensor, page_size: int) -> Tensor:
-    """Cache slots of these positions of each sequence, shape (B, M)."""
+    """Cache slots (B, M) of these positions of each sequence."""
     page_BM = torch.gather(step.page_table_BP, 1, positions_BM // page_size)
     return page_BM * page_size + positions_BM % page_size
 
 
 def plan_queries(step: CacheStep, page_size: int, window: int | None, last_only: bool) -> QueryPlan:
-    """The plan for all new tokens of a step, or for each sequence's last one only (`last_only`)."""
+    """The plan for all new tokens of a step, or with `last_only` for each sequence's last one."""
     device = step.tokens_T.device
     new_lengths_B = torch.ones_like(step.new_lengths_B) if last_only else step.new_lengths_B
     total_B = step.context_lengths_B + step.new_lengths_B
@@ -152,7 +152,7 @@ def plan_queries(step: CacheStep, page_size: int, window: int | None, last_only:
     distance_BLM = query_position_BL[:, :, None] - key_position_BM[:, None, :]
     mask_BLM = (distance_BLM >= 0) & exists_BM[:, None, :]
     if window is not None:
-        # a padding query may have left the window of every key that exists; its output is dropped
+        # let padding queries beyond the window attend to something: a fully masked row gives NaN; it is discarded
         mask_BLM &= (distance_BLM < window) | (query_position_BL >= total_B[:, None])[:, :, None]
 
     sequence_T = torch.arange(len(total_B), device=device).repeat_interleave(new_lengths_B)

@@ -1,1 +1,1 @@
-"""Triton kernels of the training block: what lies between its matrix products, each read and written once."""
+"""Triton kernels for the operations between a block's matrix products: one read and one write of each tensor."""

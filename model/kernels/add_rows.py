@@ -1,4 +1,4 @@
-"""Rows summed into vectors that hold something already: in one pass and with all of them read at once."""
+"""Add the sum of rows to existing vectors, in one kernel."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _add_rows_kernel(
 
 
 def add_rows(totals_D: Sequence[Tensor], rows_PD: Sequence[Tensor]) -> None:
-    """Each total += the sum of its rows, in place. One or two of them, alike in shape and strides; all float32."""
+    """Each total += the sum of its rows, in place, for one or two pairs of equal shape and strides, float32."""
     n_rows, n_columns = rows_PD[0].shape
     assert len(totals_D) == len(rows_PD) <= 2
     assert all(rows.shape == rows_PD[0].shape and rows.stride() == rows_PD[0].stride() for rows in rows_PD)

@@ -1,4 +1,4 @@
-"""Log-probabilities of targets from logits, and the logits' gradient in their place: one read each, one write."""
+"""Log-probabilities of targets from logits, and the logits' gradient, which overwrites the logits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _capped(logits, softcap, HAS_CAP: tl.constexpr):
 
 @triton.jit
 def _normalizer(row_ptr, vocab_size, softcap, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr):
-    """Log of the sum of exp over a row, in one read."""
+    """Logsumexp of a row, in one read (online softmax)."""
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, vocab_size, BLOCK):
@@ -38,7 +38,7 @@ def _normalizer(row_ptr, vocab_size, softcap, HAS_CAP: tl.constexpr, BLOCK: tl.c
 def _write_gradient(
     row_ptr, columns, vocab_size, target, normalizer, grad_logprob, grad_normalizer, softcap, HAS_CAP: tl.constexpr
 ):  # fmt: skip
-    """Over logits: of grad_logprob * log-probability of the target + grad_normalizer * normalizer."""
+    """Overwrite logits with the gradient of grad_logprob * logprob(target) + grad_normalizer * logsumexp."""
     inside = columns < vocab_size
     capped = _capped(tl.load(row_ptr + columns, mask=inside, other=0.0).to(tl.float32), softcap, HAS_CAP)
     grad = tl.exp(capped - normalizer) * (grad_normalizer - grad_logprob)
@@ -82,11 +82,11 @@ def _loss_kernel(
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * vocab_size
     target, weight = tl.load(target_ptr + row), tl.load(weight_ptr + row)
-    logit = _capped(tl.load(row_ptr + target).to(tl.float32), softcap, HAS_CAP)  # before anything is overwritten
+    logit = _capped(tl.load(row_ptr + target).to(tl.float32), softcap, HAS_CAP)  # before the row is overwritten
     normalizer = _normalizer(row_ptr, vocab_size, softcap, HAS_CAP, BLOCK)
     tl.store(loss_ptr + row, weight * (z_loss * normalizer * normalizer - (logit - normalizer)))
     tl.debug_barrier()
-    for start in range(0, vocab_size, BLOCK):  # the row again, from the cache
+    for start in range(0, vocab_size, BLOCK):  # rereads the row, from the cache
         _write_gradient(
             row_ptr, start + tl.arange(0, BLOCK), vocab_size, target, normalizer, -weight,
             2 * z_loss * normalizer * weight, softcap, HAS_CAP,
@@ -94,7 +94,7 @@ def _loss_kernel(
 
 
 def logit_statistics(logits_CV: Tensor, targets_C: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """(log-probability of each target, log of the softmax's denominator), float32, of softcapped logits (nats)."""
+    """(log-probability of each target, logsumexp), float32, of softcapped logits (nats)."""
     n_rows, vocab_size = logits_CV.shape
     logprob_C, normalizer_C = (torch.empty(n_rows, dtype=torch.float32, device=logits_CV.device) for _ in range(2))
     _statistics_kernel[(n_rows,)](
@@ -108,7 +108,7 @@ def logit_gradient_(
     logits_CV: Tensor, targets_C: Tensor, normalizer_C: Tensor, grad_logprob_C: Tensor, grad_normalizer_C: Tensor,
     softcap: float | None,
 ) -> Tensor:  # fmt: skip
-    """The logits' gradient from those of both statistics, written over the logits, which are returned."""
+    """Gradient of the logits from the gradients of both statistics; overwrites and returns the logits."""
     n_rows, vocab_size = logits_CV.shape
     block = min(_BLOCK, triton.next_power_of_2(vocab_size))
     _gradient_kernel[(n_rows, triton.cdiv(vocab_size, block))](
@@ -121,7 +121,7 @@ def logit_gradient_(
 def losses_and_gradient_(
     logits_CV: Tensor, targets_C: Tensor, weight_C: Tensor, z_loss: float, softcap: float | None
 ) -> Tensor:
-    """loss_C = weight * (z_loss * log-normaliser^2 - log-probability), float32; its gradient overwrites the logits."""
+    """loss_C = weight * (z_loss * logsumexp^2 - log-probability), float32; its gradient overwrites the logits."""
     n_rows, vocab_size = logits_CV.shape
     loss_C = torch.empty(n_rows, dtype=torch.float32, device=logits_CV.device)
     _loss_kernel[(n_rows,)](

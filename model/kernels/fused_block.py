@@ -1,7 +1,8 @@
-"""A block of the decoder as one differentiable function, its gradient written out: on a GPU, no pass too many.
+"""The transformer block as one autograd.Function with a hand-written backward.
 
-Autograd would keep every intermediate and read each again by itself. Here the passes between the matrix products are
-one kernel each (model/kernels), a gradient product adds into the engine's float32 sum, and what is cheap is made again.
+Autograd would save every intermediate and launch a kernel for each operation. Here the operations between two matrix
+products are one kernel (model/kernels), weight gradients accumulate into the engine's float32 `main_grad` inside the
+product, and cheap intermediates can be recomputed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Weights:
-    """A block's parameters. A layer without a cache of its own has no w_k, w_v and k_norm."""
+    """A block's parameters. Layers without a KV cache have no w_k, w_v and k_norm."""
 
     attention_norm_in: Tensor
     w_q: Tensor
@@ -48,18 +49,18 @@ class _Weights:
 
     @property
     def heads(self) -> list[Tensor]:
-        """The projections to queries, keys and values that there are."""
+        """Projections to queries and, if present, keys and values."""
         return [weight for weight in (self.w_q, self.w_k, self.w_v) if weight is not None]
 
 
 _NAMES = [field.name for field in fields(_Weights)]
 _Gradients = dict[str, "Tensor | None"]
-"""Of the weights, by name; None where the engine has been given it already."""
+"""Weight gradients by name; None if added to `main_grad`."""
 
 
 @dataclass(frozen=True)
 class _Form:
-    """What a block is beside its weights. `n_kv_heads` is 0 where it reads another layer's keys and values."""
+    """Settings of a block. n_kv_heads is 0 if it reads another layer's keys and values."""
 
     n_heads: int
     n_kv_heads: int
@@ -71,13 +72,13 @@ class _Form:
 
     @property
     def owns_cache(self) -> bool:
-        """Whether the block makes keys and values, rather than reading another's."""
+        """Whether the block computes keys and values instead of reading another layer's."""
         return self.n_kv_heads > 0
 
 
 @dataclass
 class _Kept:
-    """What the forward pass leaves to the backward one; None is made again."""
+    """Tensors saved for the backward pass; None is recomputed."""
 
     attention_normed_TD: Tensor | None
     start_scales: Scales
@@ -98,7 +99,7 @@ class _Kept:
 def fused_block(
     block: Block, x_TD: Tensor, rope: Rope, shared: KeyValue | None, documents: Documents, attend: AttentionOp
 ) -> tuple[Tensor, KeyValue]:
-    """What `Block` computes, in fewer passes; norms and rotations are rounded once where the block rounds thrice."""
+    """The output of `Block`, with fewer kernels. Norms and rotations round once; the plain block rounds three times."""
     attention, feed_forward = block.attention, block.feed_forward
     has_own = attention.owns_cache
     n_kv_heads = attention.n_kv_heads if has_own else 0
@@ -162,7 +163,7 @@ class _FusedBlock(torch.autograd.Function):
 def _run(
     x_TD: Tensor, shared: KeyValue | None, rope: Rope, form: _Form, w: _Weights
 ) -> tuple[Tensor, Tensor, Tensor, _Kept]:
-    """The block's output, the keys and values it read, and what is kept."""
+    """The block's output, the keys and values it read, and the saved tensors."""
     keeps_all = form.recompute == "none"
     _, attention_normed_TD, start_scales = add_norm(x_TD, None, None, w.attention_norm_in, form.eps)
     assert attention_normed_TD is not None
@@ -202,13 +203,13 @@ def _run(
 def _feed_forward_backward(
     grad_TD: Tensor, x_TD: Tensor, form: _Form, w: _Weights, kept: _Kept, gradients: _Gradients
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the sum between attention and feed-forward, and of the attention's output; fills in weights'."""
+    """Gradients of the residual stream after attention and of attention's output; sets weights' in `gradients`."""
     end = add_norm_backward(grad_TD, None, None, kept.ff_out_TD, w.ff_norm_out, None, kept.end_scales)
     assert end.u_TD is not None and end.w_u_PD is not None
     (gradients["ff_norm_out"],) = _vector_gradients([w.ff_norm_out], [end.w_u_PD])
     grad_TF = end.u_TD @ w.w_out
     kept.gate_in_TX = geglu_backward(kept.gate_in_TX, grad_TF, kept.interleaved, kept.product_TF is None)
-    product_TF = grad_TF if kept.product_TF is None else kept.product_TF  # made again in the gradient's place
+    product_TF = grad_TF if kept.product_TF is None else kept.product_TF  # recomputed in place of the gradient
     (gradients["w_out"],) = weight_gradients([w.w_out], end.u_TD, product_TF)
     del grad_TF, product_TF, end
     grad_normed_TD = kept.gate_in_TX @ stacked([w.w_gate, w.w_in])
@@ -231,9 +232,9 @@ def _attention_backward(
     grad_out_TD: Tensor, grad_sum_TD: Tensor, x_TD: Tensor, key_value: KeyValue, rope: Rope, form: _Form, w: _Weights,
     kept: _Kept, gradients: _Gradients, k_grad_TGK: Tensor | None, v_grad_TGK: Tensor | None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of x and of shared keys and values, from those of the attention's output and of the sum it goes to.
+    """Gradients of x and of shared keys and values, from those of attention's output and of the residual stream.
 
-    `k_grad_TGK`, `v_grad_TGK`: what other layers that read this one's keys and values ask of them.
+    k_grad_TGK, v_grad_TGK: gradients from other layers that read this layer's keys and values.
     """
     grad_attended_THK = (grad_out_TD @ w.w_o).unflatten(1, (form.n_heads, -1))
     (gradients["w_o"],) = weight_gradients([w.w_o], grad_out_TD, kept.attended_TX)
@@ -241,8 +242,8 @@ def _attention_backward(
     q_grad_THK, *key_value_grads = kept.attention_backward(grad_attended_THK, q_THK, *key_value)
     del grad_attended_THK, q_THK
     if form.owns_cache:
-        asked = (k_grad_TGK, v_grad_TGK)
-        key_value_grads = [ours if more is None else ours + more for ours, more in zip(key_value_grads, asked)]
+        others = (k_grad_TGK, v_grad_TGK)
+        key_value_grads = [ours if more is None else ours + more for ours, more in zip(key_value_grads, others)]
         k_grad_TGK, v_grad_TGK = (grad.contiguous() for grad in key_value_grads)
     heads_grad_TX, *norm_grads_PK = normed_heads_backward(
         kept.heads_TX, w.q_norm, w.k_norm, *rope, q_grad_THK.contiguous(), k_grad_TGK, v_grad_TGK, form.eps
@@ -267,7 +268,7 @@ def _normed_heads(heads_TX: Tensor, rope: Rope, form: _Form, w: _Weights) -> tup
 
 
 def _vector_gradients(weights: Sequence[Tensor], parts_PD: Sequence[Tensor]) -> list[Tensor | None]:
-    """The sums of float32 parts in the weights' dtype; None where they were added to the engine's `main_grad`."""
+    """Sums of float32 parts in the weights' dtype; None if they were added to `main_grad`."""
     totals: list[Tensor] = [weight.main_grad for weight in weights if hasattr(weight, "main_grad")]
     if len(totals) < len(weights):
         return [parts.sum(0).to(weight.dtype) for weight, parts in zip(weights, parts_PD, strict=True)]

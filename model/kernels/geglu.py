@@ -1,4 +1,4 @@
-"""The gate of the feed-forward (GeGLU, tanh form) and its gradient, each in one pass."""
+"""GeGLU (tanh form) and its gradient, one kernel each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BLOCK = 1024
 def _gelu_parts(gate):
     """gelu(gate) in its tanh form (arXiv 1606.08415), and its derivative."""
     inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-    t = 1 - 2 / (1 + tl.exp(2 * inner))  # tanh, exact to 1e-7 of one
+    t = 1 - 2 / (1 + tl.exp(2 * inner))  # tanh, to 1e-7
     value = 0.5 * gate * (1 + t)
     slope = 0.5 * (1 + t) + 0.5 * gate * (1 - t * t) * 0.7978845608028654 * (1 + 0.134145 * gate * gate)
     return value, slope
@@ -56,7 +56,7 @@ def _geglu_backward_kernel(
 
 
 def geglu(gate_in_TX: Tensor) -> Tensor:
-    """product_TF = gelu(gate) * linear, of gate_in_TX: the gate's F columns and then the linear branch's."""
+    """product_TF = gelu(gate) * linear. gate_in_TX: F columns of the gate, then F of the linear branch."""
     n_tokens, d_ff = len(gate_in_TX), gate_in_TX.shape[1] // 2
     product_TF = gate_in_TX.new_empty(n_tokens, d_ff)
     if n_tokens:
@@ -65,14 +65,14 @@ def geglu(gate_in_TX: Tensor) -> Tensor:
 
 
 def geglu_backward(gate_in_TX: Tensor, grad_TF: Tensor, interleaved: bool, remakes_product: bool) -> Tensor:
-    """The gradient of gate_in_TX, all of the gate's columns first, from grad_TF, that of the product.
+    """Gradient of gate_in_TX (the gate's columns first) from grad_TF, the gradient of the product.
 
-    `interleaved`: gate_in_TX itself holds the two branches' columns in turn. If it does not, its gradient takes its
-    place. `remakes_product`: the product takes the place of grad_TF.
+    interleaved: gate_in_TX has alternating columns; otherwise the gradient overwrites it. remakes_product: overwrite
+    grad_TF with the recomputed product.
     """
     n_tokens, d_ff = grad_TF.shape
     gradient_TX = torch.empty_like(gate_in_TX) if interleaved else gate_in_TX
-    block = _BLOCK // 2 if interleaved else _BLOCK  # 16 bytes a load
+    block = _BLOCK // 2 if interleaved else _BLOCK  # 16-byte loads
     if n_tokens:
         _geglu_backward_kernel[(n_tokens, triton.cdiv(d_ff, block))](
             gate_in_TX, grad_TF, gradient_TX, d_ff,

@@ -1,4 +1,4 @@
-"""What the kernels' launches have in common."""
+"""Grid sizes of kernels that sum over rows."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from functools import cache
 import torch
 
 MOST_SUMS = 512
-"""Programs that each leave a sum: as many as `add_rows` reads at once."""
+"""Maximum number of programs that each write a partial sum: the rows that `add_rows` reads at once."""
 
 
 def n_summing_programs(n_blocks: int, programs_a_processor: int, device: torch.device) -> int:
-    """Programs that share n_blocks of work and each leave a sum of theirs."""
+    """Number of programs for n_blocks of work, each of which writes a partial sum."""
     return min(n_blocks, programs_a_processor * _n_processors(device), MOST_SUMS)
 
 

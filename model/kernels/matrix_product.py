@@ -1,4 +1,4 @@
-"""Products with weights that lie side by side as with one, and weights' gradients summed in float32."""
+"""Products with adjacent weights as one matrix, and weight gradients accumulated in float32."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 def product(left_XT: Tensor, right_TY: Tensor) -> Tensor:
-    """left @ right in float32, whatever the factors' dtype."""
+    """left @ right with a float32 result, for any dtype of the factors."""
     if left_XT.dtype != torch.float32 and left_XT.device.type == "cuda":
         return torch.mm(left_XT, right_TY, out_dtype=torch.float32)
     return (left_XT @ right_TY).float()
 
 
 def add_product(total_XY: Tensor, left_XT: Tensor, right_TY: Tensor) -> None:
-    """total += left @ right in float32, in place, whatever the factors' dtype."""
+    """total += left @ right in float32, in place, for any dtype of the factors."""
     if left_XT.dtype == total_XY.dtype:
         total_XY.addmm_(left_XT, right_TY)
     elif left_XT.device.type == "cuda":
@@ -26,9 +26,9 @@ def add_product(total_XY: Tensor, left_XT: Tensor, right_TY: Tensor) -> None:
 
 
 def stacked(matrices: Sequence[Tensor]) -> Tensor:
-    """The matrices (equally wide) below each other: a view where they already lie so in memory, else a copy.
+    """The matrices (of equal width) stacked: a view if they are adjacent in memory, else a copy.
 
-    An engine that keeps all weights in one buffer lays a module's neighbours side by side.
+    In an engine's flat buffer, a module's consecutive weights are adjacent.
     """
     view = _as_one(matrices)
     return torch.cat(list(matrices)) if view is None else view
@@ -37,8 +37,8 @@ def stacked(matrices: Sequence[Tensor]) -> Tensor:
 def weight_gradients(weights: Sequence[Tensor], grad_TX: Tensor, input_TY: Tensor) -> list[Tensor | None]:
     """The gradients grad^T input of weights stacked along X.
 
-    A weight whose engine keeps its float32 gradient as `main_grad` gets it added there, inside the product, and None
-    is returned for it: no 16-bit gradient is written and read again.
+    If the weights have a float32 `main_grad`, the product accumulates there and None is returned for each, which saves
+    writing and reading 16-bit gradients.
     """
     sizes = [len(weight) for weight in weights]
     sums: list[Tensor] = [weight.main_grad for weight in weights if hasattr(weight, "main_grad")]
@@ -54,7 +54,7 @@ def weight_gradients(weights: Sequence[Tensor], grad_TX: Tensor, input_TY: Tenso
 
 
 def scaled_gradient(weight: Tensor, gradient: Tensor, scale: Tensor) -> Tensor | None:
-    """A float32 gradient times a scalar in the weight's dtype (its memory is used): None when added to `main_grad`."""
+    """A float32 gradient (overwritten) times a scalar, in the weight's dtype; None if added to `main_grad`."""
     if hasattr(weight, "main_grad"):
         weight.main_grad.addcmul_(gradient, scale)
         return None
@@ -62,7 +62,7 @@ def scaled_gradient(weight: Tensor, gradient: Tensor, scale: Tensor) -> Tensor |
 
 
 def _as_one(matrices: Sequence[Tensor]) -> Tensor | None:
-    """A view of matrices that lie one after the other in one storage; None when they do not."""
+    """A view of matrices that are adjacent in one storage; None if they are not."""
     first, width = matrices[0], matrices[0].shape[1]
     end = first.storage_offset()
     for matrix in matrices:

@@ -1,6 +1,6 @@
-"""RMS norms around a residual addition in one pass: out = x + norm(u) * w_u, then y = norm(out) * w_y.
+"""RMS norms around a residual addition in one kernel: out = x + norm(u) * w_u, y = norm(out) * w_y.
 
-Either half may be left out: without `u` it is a norm, without `w_y` an addition of a normed branch. Sums are float32.
+Without `u` it is only the second norm, without `w_y` only the addition. Sums are float32.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from model.kernels.launch import n_summing_programs
 
-_PROGRAMS_A_PROCESSOR, _STAGES = 4, 3  # of 4 warps at width 2048: the fastest on an H100 of 2 to 16 and 1 to 4
-_WIDEST_AHEAD = 4096  # what is read ahead lies in shared memory, of which there is not enough for wider rows
+_PROGRAMS_A_PROCESSOR, _STAGES = 4, 3  # fastest on an H100 at width 2048 of 2 to 16 programs and 1 to 4 stages
+_WIDEST_AHEAD = 4096  # wider rows do not fit in shared memory when prefetched
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def _add_norm_backward_kernel(
 
 @dataclass(frozen=True)
 class Scales:
-    """1 / rms of every row of `u` and of `out`, float32, for the backward pass; None where that is not normed."""
+    """1 / rms of every row of `u` and of `out`, float32, for the backward pass; None if not computed."""
 
     u_T: Tensor | None
     out_T: Tensor | None
@@ -102,9 +102,9 @@ class Scales:
 
 @dataclass(frozen=True)
 class AddNormGradients:
-    """Gradients of `add_norm`, those of the weights as the kernel's P programs summed them, and y once more if asked.
+    """Gradients of `add_norm` (weights': partial sums of the kernel's P programs), and y if recomputed.
 
-    Where there is no y, the gradient of x is that of out, unchanged, and not repeated.
+    x_TD is None without y: the gradient of x is then that of out.
     """
 
     x_TD: Tensor | None
@@ -136,9 +136,9 @@ def add_norm_backward(
     grad_out_TD: Tensor, grad_y_TD: Tensor | None, x_TD: Tensor | None, u_TD: Tensor | None, w_u_D: Tensor | None,
     w_y_D: Tensor | None, scales: Scales, remakes_y: bool = False,
 ) -> AddNormGradients:  # fmt: skip
-    """From the gradients of out and y, and the inputs of `add_norm`; x is read only where there is a y.
+    """From the gradients of out and y, and the inputs of `add_norm`; x is needed only with y.
 
-    `remakes_y`: return y as well; it costs one write here, and a pass of its own anywhere else.
+    remakes_y: also return y, at the cost of one write.
     """
     n_rows, width = grad_out_TD.shape
     block, n_warps = _launch(width)
@@ -162,6 +162,6 @@ def add_norm_backward(
 
 
 def _launch(width: int) -> tuple[int, int]:
-    """Columns of a program (a power of two, all of a row) and its warps: sixteen columns a thread, two wide loads."""
+    """(columns of a program: a row, padded to a power of two; warps: sixteen columns per thread)."""
     block = triton.next_power_of_2(width)
     return block, min(max(block // 512, 1), 16)

@@ -1,4 +1,4 @@
-"""Heads of one product normalised, weighted and rotated in one pass: queries, keys, and the values' weightless norm."""
+"""Norm, weight and rotation of queries and keys, and the weightless norm of values, in one kernel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from model.kernels.launch import n_summing_programs
 
 _TOKENS = 16
-_PROGRAMS_A_PROCESSOR, _STAGES = 4, 3  # of the backward pass: the fastest on an H100 of 4 to 32, 4 to 16 and 1 to 3
+_PROGRAMS_A_PROCESSOR, _STAGES = 4, 3  # backward: fastest on an H100 of 4 to 16 programs and 1 to 3 stages
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def _load_weight(pointer, columns_1C, half):
 
 @triton.jit
 def _load_normed(pointer, offset_T1, columns_1C, inside_TC, half, eps):
-    """Halves of a head divided by its root mean square, and what they were multiplied by."""
+    """Halves of a head divided by its RMS, and the factor 1 / RMS."""
     first, second = _load_halves(pointer, offset_T1, columns_1C, inside_TC, half)
     scale = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * half) + eps)[:, None]
     return first * scale, second * scale, scale
@@ -140,10 +140,10 @@ def normed_heads(
     x_TX: Tensor, w_q_K: Tensor, w_k_K: Tensor | None, cos_TC: Tensor, sin_TC: Tensor, n_heads: int, n_kv_heads: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(q_THK, k_TGK, v_TGK) of x_TX, which holds the heads' products side by side: H of q, G of k, G of v.
+    """(q_THK, k_TGK, v_TGK) from x_TX, which has H heads of q, G of k and G of v side by side.
 
-    q and k are rms-normed, weighted and rotated (halves against each other), v is rms-normed. C is half of K;
-    `n_kv_heads` is 0 (and w_k None) for a layer that reads another layer's keys and values.
+    q and k are RMS-normed, weighted and rotated (halves paired); v is RMS-normed. C is K / 2. `n_kv_heads` is 0 and w_k
+    None for a layer that reads another layer's keys and values.
     """
     n_tokens, d_head = len(x_TX), 2 * cos_TC.shape[1]
     q_THK = x_TX.new_empty(n_tokens, n_heads, d_head)
@@ -161,9 +161,9 @@ def normed_heads_backward(
     x_TX: Tensor, w_q_K: Tensor, w_k_K: Tensor | None, cos_TC: Tensor, sin_TC: Tensor, grad_q_THK: Tensor,
     grad_k_TGK: Tensor | None, grad_v_TGK: Tensor | None, eps: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of x_TX, w_q_K and, where there are keys, w_k_K, from those of q, k and v.
+    """Gradients of x_TX, w_q_K and, if there are keys, w_k_K, from those of q, k and v.
 
-    Those of the weights are float32 and a row for each of the kernel's P programs, to be summed.
+    Weight gradients are float32 partial sums, one row for each of the kernel's P programs.
     """
     n_tokens, n_heads, d_head = grad_q_THK.shape
     n_kv_heads = 0 if grad_k_TGK is None else grad_k_TGK.shape[1]

@@ -109,7 +109,7 @@ class PrefixCache:
         for block in self._by_age:
             if len(found) >= at_most:
                 break
-            is_read = self.allocator.holders(block.page) > 1
+            is_read = self.allocator.refcount(block.page) > 1
             if is_read or block in above_read:
                 if block not in above_read:
                     read.append(block)

@@ -33,7 +33,7 @@ SAMPLINGS = st.builds(sampling, TEMPERATURES, TOP_K, TOP_P, st.sampled_from([(),
 
 
 def reference(logits: list[float], rule: Sampling) -> list[float]:
-    """Python floats and sorting: temper, cut to top_k, normalise, cut to the smallest set of mass top_p, normalise."""
+    """Python floats and sorting: temper, cut to top_k, normalize, cut to the smallest set of mass top_p, normalize."""
     allowed = {i: logit for i, logit in enumerate(logits) if i not in rule.forbidden_ids}
     ranked = sorted(allowed, key=lambda i: (-allowed[i], i))
     if rule.top_k:

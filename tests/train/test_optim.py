@@ -73,8 +73,8 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def test_exactly_the_blocks_matrices_are_orthogonalised(ranks: Results) -> None:
-    orthogonalised = set()
+def test_exactly_the_blocks_matrices_are_orthogonalized(ranks: Results) -> None:
+    orthogonalized = set()
     muon, gradients = update(ranks[0]["muon"]), update(ranks[0]["gradient"])
     for name, step in muon.items():
         if step.ndim == 1:
@@ -86,11 +86,11 @@ def test_exactly_the_blocks_matrices_are_orthogonalised(ranks: Results) -> None:
         sizes = torch.linalg.svdvals(step)[values > values[0] / 30] / size
         cosine = float((step * nearest).sum() / step.norm() / nearest.norm())
         if bool(((sizes > 0.55) & (sizes < 1.3)).all()) and cosine > 0.9 and min(step.shape) > 1:
-            orthogonalised.add(name)
+            orthogonalized.add(name)
         else:
             assert relative(step, 3e-3 * gradients[name].sign()) < 0.05, name
-    assert orthogonalised == {name for name in muon if is_block_matrix(name)}
-    assert len(orthogonalised) == 3 * 7
+    assert orthogonalized == {name for name in muon if is_block_matrix(name)}
+    assert len(orthogonalized) == 3 * 7
 
 
 def plain_gradients(weights: dict[str, Tensor], numbers: range) -> dict[str, Tensor]:

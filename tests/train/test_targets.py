@@ -74,14 +74,14 @@ def test_what_stands_in_any_row_is_found(n_rows: int) -> None:
         check(REPLY_TOKENS, one, one, range(n_rows))
         check(REPLY_TOKENS, MixtureRows([one, one], [1.0, 1.0]), one, [place])  # type: ignore[arg-type, list-item]
         others = [row for row in range(n_rows) if row != place]
-        with pytest.raises(NoTargetsError, match="0 trained.*other rows hold some" if others else "no rows"):
+        with pytest.raises(NoTargetsError, match="0 trained.*other rows have some" if others else "no rows"):
             check(REPLY_TOKENS, one, one, others)
 
 
 def test_no_rows_are_an_error() -> None:
     good = Rows([1], [0])
     for train, heldout, evaluated in ((Rows([], []), good, [0]), (good, Rows([], []), [])):
-        with pytest.raises(NoTargetsError, match=r"nothing to train or to measure in .*: no rows\. "):
+        with pytest.raises(NoTargetsError, match=r"no targets in .*: no rows\. "):
             check(REPLY_TOKENS, train, heldout, evaluated)
 
 
@@ -103,7 +103,7 @@ def test_each_part_of_a_mixture_has_something_to_train() -> None:
     good, empty = Rows([1, 1], [0, 1], "good"), Rows([0] * 200, [-1] * 200, "empty")
     heldout = Rows([1], [0])
     check(REPLY_TOKENS, MixtureRows([good, good], [1.0, 1.0]), heldout, [0])  # type: ignore[arg-type, list-item]
-    with pytest.raises(NoTargetsError, match=r"empty has nothing to train.*leave it out"):
+    with pytest.raises(NoTargetsError, match=r"empty has no targets.*remove it from the mixture"):
         check(REPLY_TOKENS, MixtureRows([good, empty], [1.0, 1.0]), heldout, [0])  # type: ignore[arg-type, list-item]
 
 

@@ -1,4 +1,4 @@
-"""On-policy preference pairs: sample several replies to real contexts, let the scorer rank them, keep the extremes."""
+"""On-policy preference pairs: sample replies to real contexts, score them, and pair the best with the worst."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TOO_CLOSE = "scores closer than min_score_difference"
 TOO_UNEVEN = "lengths further apart than max_length_ratio"
 _REMEDIES = {
     UNFINISHED: "raise max_new_tokens or n_candidates",
-    EQUAL_SCORES: "use a scorer that tells replies apart (its held-out AUC), or raise n_candidates",
+    EQUAL_SCORES: "use a scorer with a higher held-out AUC, or raise n_candidates",
     TOO_CLOSE: "lower min_score_difference or raise n_candidates",
     TOO_UNEVEN: "raise max_length_ratio or n_candidates",
     NEWEST_TOO_LONG: "raise max_context_tokens",
@@ -50,11 +50,11 @@ _REMEDIES = {
 
 
 class NoPairsError(ValueError):
-    """No context gave a pair; the message has the counts by reason and names the keys to change."""
+    """No context gave a pair; the message has counts by reason and names the keys to change."""
 
 
 class OnPolicyPairs(Section):
-    """Pairs made by the model itself: `n_candidates` replies to each context, best against worst by the scorer."""
+    """Pairs sampled from the policy: `n_candidates` replies to each context, best against worst by the scorer."""
 
     kind: Literal["on_policy"]
     scorer: Location
@@ -66,14 +66,14 @@ class OnPolicyPairs(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     min_score_difference: NonNegativeFloat = 0.0
     max_length_ratio: Annotated[float, Field(ge=1)] | None = None
-    """Longest allowed ratio of the two replies' token counts: keeps "longer" from standing in for "better"."""
+    """Largest allowed ratio of the two replies' token counts, so that length does not stand for quality."""
 
 
 @torch.no_grad()
 def score_replies(
     trunk: Transformer, head: ScalarHead, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]]
 ) -> list[float]:
-    """Logit that the partner writes again, at the last token of each prompt + reply."""
+    """Logit of "the partner writes again" at the last token of each prompt + reply."""
     device = trunk.embed_tokens.weight.device
     sequences = [[*prompt, *reply] for prompt, reply in zip(prompts, replies, strict=True)]
     tokens_T = torch.tensor([token for sequence in sequences for token in sequence], device=device)
@@ -86,9 +86,9 @@ def sample_pairs(
     settings: OnPolicyPairs, policy: Transformer, data: Path, tokenizer: DialogueTokenizer,
     seed: int, folder: Path, world: World, console: Console,
 ) -> list[PreferencePair]:  # fmt: skip
-    """The pairs of `settings`, kept below `folder` in small files: an interrupted run makes the missing ones only.
+    """The pairs of `settings`, cached in small files below `folder`: an interrupted run resumes with the missing files.
 
-    The files, and what is in them, do not depend on the number of ranks. Raises NoPairsError where there is no pair.
+    The files do not depend on the number of ranks. Raises NoPairsError when there is no pair.
     """
     dialogues = list(read_dialogues(data / "dialogues" / "train.jsonl"))
     without: Counter[str] = Counter()
@@ -128,12 +128,12 @@ def sample_pairs(
 
 
 def _counts_of(path: Path) -> Path:
-    """Where the contexts of a file of pairs that gave none are counted; it is written first."""
+    """Counts of the contexts without a pair of a file of pairs, written before it."""
     return path.with_suffix(".json")
 
 
 def _advice(reasons: Counter[str]) -> str:
-    """What to change, the commonest reason first."""
+    """What to change, most common reason first."""
     remedies = dict.fromkeys(_REMEDIES[reason] for reason, _ in reasons.most_common() if reason in _REMEDIES)
     if not remedies:
         return "On-policy pairs need dialogues whose character answers somebody: look at the data with data.inspect"
@@ -149,7 +149,7 @@ def _pairs_of(
     tokenizer: DialogueTokenizer,
     seed: int,
 ) -> list[PreferencePair | LeftOut]:
-    """For each context its pair, or why it gave none."""
+    """The pair of each context, or why it has none."""
     sampling = Sampling(
         max_new_tokens=settings.max_new_tokens,
         stop_ids=(tokenizer.end_id,),
@@ -171,7 +171,7 @@ def _pairs_of(
 
 
 def distinct_replies(completions: Sequence[Completion], tokenizer: DialogueTokenizer) -> list[Completion]:
-    """The finished replies that say something, and of those that say the same the first."""
+    """Finished, non-empty replies, without repetitions."""
     replies: dict[str, Completion] = {}
     for completion in completions:
         text = decode_reply(tokenizer, completion.tokens)
@@ -184,7 +184,7 @@ def extremes(
     context: ReplyContext, replies: Sequence[Completion], scores: Sequence[float], settings: OnPolicyPairs,
     tokenizer: DialogueTokenizer,
 ) -> PreferencePair | LeftOut:  # fmt: skip
-    """Best against worst of distinct replies, unless their scores are too close or their lengths too different."""
+    """Best against worst of distinct replies, unless scores are too close or lengths too different."""
     ranked = sorted(range(len(replies)), key=lambda i: scores[i])
     worst, best = ranked[0], ranked[-1]
     difference = scores[best] - scores[worst]

@@ -92,7 +92,7 @@ def test_a_failure_is_told_in_its_own_words(
 ) -> None:
     code, shown = diagnosis([check(fails), check()], monkeypatch, capsys)
     assert code == 1
-    assert "KeyError: 'no such key'" in shown and "FAILS" in shown and "not sound: a kernel" in shown
+    assert "KeyError: 'no such key'" in shown and "FAILS" in shown and "broken: a kernel" in shown
 
 
 def test_what_is_not_installed_or_not_for_this_machine_is_no_failure(

@@ -100,7 +100,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         cached = self.cached_pages()
         for page in range(self.N_PAGES):
             readers = sum(pages.count(page) for _, pages, _ in self.running)
-            assert self.cache.allocator.holders(page) == readers + cached.count(page)
+            assert self.cache.allocator.refcount(page) == readers + cached.count(page)
 
     @invariant()
     def the_tree_is_consistent(self) -> None:
@@ -201,8 +201,8 @@ def test_eviction_looks_at_as_many_pages_as_it_frees(monkeypatch: pytest.MonkeyP
         store(cache, [number, number])
     cache.allocator.retain([block.page for block in list(cache._by_age)[:n_read]])
     looks = list[int]()
-    holders = cache.allocator.holders
-    monkeypatch.setattr(cache.allocator, "holders", lambda page: looks.append(page) or holders(page))
+    refcount = cache.allocator.refcount
+    monkeypatch.setattr(cache.allocator, "refcount", lambda page: looks.append(page) or refcount(page))
     assert cache.evict(1) == 1
     assert len(looks) == n_read + 1
     looks.clear()
