@@ -35,20 +35,20 @@ def what_slows(
     attention: Backend, chosen: str, blocks: Execution, execution: str, device: torch.device, dtype: torch.dtype
 ) -> list[str]:
     """A sentence for each faster kernel that this machine could run, with why it does not."""
-    told = []
+    sentences = []
     faster = faster_backend(chosen, device, dtype) if attention == "auto" else None
     if faster:
-        told.append(f"attention {faster[0]} would be faster, but: {faster[1]}")
+        sentences.append(f"attention {faster[0]} would be faster, but: {faster[1]}")
     obstacle = why_not_fused(device)
     if blocks == "auto" and obstacle and obstacle.kind != "unfit":
-        told.append(f"fused blocks would be faster, but: {obstacle}")
+        sentences.append(f"fused blocks would be faster, but: {obstacle}")
     if execution == "fused":
         from model.kernels.gated_product import why_not_in_one
 
         obstacle = why_not_in_one(device, dtype)
         if obstacle and obstacle.kind != "unfit":
-            told.append(f"the gated product runs as two kernels, which is 2% slower: {obstacle}")
-    return [f"{text}. python -m model.doctor checks every kernel" for text in told]
+            sentences.append(f"the gated product runs as two kernels, which is 2% slower: {obstacle}")
+    return [f"{text}. python -m model.doctor checks every kernel" for text in sentences]
 
 
 def shape_blocks(

@@ -260,14 +260,14 @@ def collect_pairs(
                 console.print(f"the first {source.max_pairs:,} of them are used (max_pairs)", highlight=False)
             pairs += found.pairs[: source.max_pairs]
     distinct, left_out = distinct_pairs(pairs)
-    told = f"{len(distinct):,} distinct pairs"
+    message = f"{len(distinct):,} distinct pairs"
     if left_out:
-        told += f"; left out of {len(pairs):,}: {reasons_text(left_out)}"
+        message += f"; left out of {len(pairs):,}: {reasons_text(left_out)}"
     if n_continue := sum(pair.continues for pair in distinct):
-        told += f"; in {n_continue:,} the character writes twice in a row"
+        message += f"; in {n_continue:,} the character writes twice in a row"
     if not distinct:
-        raise LoopError(f"{told}: nothing to train on; add pairs that do not contradict each other")
-    console.print(told, highlight=False, soft_wrap=True)
+        raise LoopError(f"{message}: nothing to train on; add pairs that do not contradict each other")
+    console.print(message, highlight=False, soft_wrap=True)
     return distinct
 
 

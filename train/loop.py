@@ -136,7 +136,7 @@ def train(
             at("evaluating", may_last=True)
             with throughput.paused():
                 evaluation = stage.evaluate(engine)
-                best.judge(step, evaluation)
+                best.record(step, evaluation)
             is_last = is_last or best.is_over
             if metrics:
                 metrics.log(step, evaluation | ({"best_step": best.best.step} if best.best else {}))
@@ -176,7 +176,7 @@ def train(
         throughput.add(batches, flops)
         means = accumulate(engine, batches, count)
         at("optimizer step")
-        gradient_norm, taken = engine.step(schedule.multiplier(step, config.max_steps), recent.judge(means, count))
+        gradient_norm, taken = engine.step(schedule.multiplier(step, config.max_steps), recent.check(means, count))
         if metrics and fresh:
             extra |= metrics.first_step()
         step, fresh = step + 1, False

@@ -243,8 +243,8 @@ def _snapshot(engine: TrainingEngine, job: Job) -> Write:
 
     def write(directory: Path, abandoned: threading.Event) -> dict[Path, str]:
         try:
-            with ThreadPoolExecutor(1) as beside:
-                model = beside.submit(write_model, directory / "model")
+            with ThreadPoolExecutor(1) as thread:
+                model = thread.submit(write_model, directory / "model")
                 return {**state.write(directory, abandoned), **model.result()}
         finally:
             state.release()
@@ -280,5 +280,5 @@ def _write_model(job: Job, weights: Mapping[str, torch.Tensor], directory: Path)
         part, rest = name.split(".", 1)
         parts[part][rest] = tensor
     config = job.module.trunk.config
-    beside = {"tokenizer.model": job.tokenizer} if job.tokenizer else {}
-    save_model(directory, config, parts["trunk"], parts["head"] or None, beside)
+    files = {"tokenizer.model": job.tokenizer} if job.tokenizer else {}
+    save_model(directory, config, parts["trunk"], parts["head"] or None, files)

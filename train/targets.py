@@ -54,20 +54,20 @@ def check_targets(targets: Targets, dataset: PackedRows, heldout: PackedRows, ev
 
 
 def _check(where: str, targets: Targets, rows: PackedRows, groups: Sequence[np.ndarray]) -> None:
-    """Raise unless the first group has every kind; the other groups tell whether more rows would help."""
+    """Raise unless the first group has every kind; the other groups show whether more rows would help."""
     found: Counter[str] = Counter()
     for batch in _batches(rows, groups[0]):
         found.update(targets.counts(batch))
         if all(found.values()):
             return
-    told = ", ".join(f"{count:,} {kind}" for kind, count in found.items()) or "no rows"
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in found.items()) or "no rows"
     more = Counter(found)
     for group in groups[1:]:
         for batch in _batches(rows, group):
             more.update(targets.counts(batch))
     if more and all(more.values()):
-        raise NoTargetsError(f"no targets in {where}: {told}; other rows have some, so raise evaluation_rows")
-    raise NoTargetsError(f"no targets in {where}: {told}. {targets.advice}")
+        raise NoTargetsError(f"no targets in {where}: {counts}; other rows have some, so raise evaluation_rows")
+    raise NoTargetsError(f"no targets in {where}: {counts}. {targets.advice}")
 
 
 def _batches(rows: PackedRows, numbers: np.ndarray) -> Iterator[PackedBatch]:

@@ -30,7 +30,7 @@ class PageAllocator:
     def allocate(self, count: int) -> list[int]:
         """Allocate `count` pages with refcount 1. Raises OutOfPages, allocating none, when there are not enough."""
         if count > len(self._free):
-            raise OutOfPages(f"{count} cache pages asked for, {len(self._free)} of {self.n_pages} are free")
+            raise OutOfPages(f"{count} cache pages requested, {len(self._free)} of {self.n_pages} are free")
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
             self._refcounts[page] = 1

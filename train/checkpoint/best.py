@@ -75,7 +75,7 @@ class BestWeights:
         """Where the model of a step is kept."""
         return self._folder / f"step_{step:08d}"
 
-    def judge(self, step: int, figures: dict[str, float]) -> None:
+    def record(self, step: int, figures: dict[str, float]) -> None:
         """Record an evaluation, and save the model if it is the best so far (called on every rank).
 
         Raises FigureError when the figure is not among `figures`.

@@ -276,7 +276,9 @@ def _read_state(path: Path) -> CheckpointState:
 
 def _remove(checkpoint: Path) -> None:
     # rename first: a half-removed directory must not look like a checkpoint
-    shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".removing_{checkpoint.name}")))
+    hidden = checkpoint.with_name(f".removing_{checkpoint.name}")
+    durable_rename(checkpoint, hidden)
+    shutil.rmtree(hidden)
 
 
 def _try_to_write(directory: Path) -> None:

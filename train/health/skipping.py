@@ -61,7 +61,7 @@ class RecentSteps:
         """A copy of the windows, oldest first, for `__init__`."""
         return {name: list(values) for name, values in self._values.items()} or None
 
-    def judge(self, means: Callable[[], dict[str, float]], n_targets: float = 1) -> Callable[[float], bool] | None:
+    def check(self, means: Callable[[], dict[str, float]], n_targets: float = 1) -> Callable[[float], bool] | None:
         """The `accepts` argument of `TrainingEngine.step`; all ranks give the same answer.
 
         `means` gives the step's "loss" over all ranks, and is called once the norm is known. A step without targets

@@ -113,17 +113,17 @@ def sample_pairs(
     reasons: Counter[str] = Counter()
     for path in paths:
         reasons.update(json.loads(_counts_of(path).read_text(encoding="utf-8")))
-    told = (
+    message = (
         f"{len(pairs)} on-policy pairs from {len(contexts)} contexts x {settings.n_candidates} candidates "
         f"({settings.n_contexts} contexts asked for, {len(dialogues)} dialogues in {data})"
     )
     if reasons:
-        told += f"; contexts without a pair: {reasons_text(reasons)}"
+        message += f"; contexts without a pair: {reasons_text(reasons)}"
     if without:
-        told += f"; dialogues without a context: {reasons_text(without)}"
+        message += f"; dialogues without a context: {reasons_text(without)}"
     if not pairs:
-        raise NoPairsError(f"{told}. {_advice(reasons or without)}")
-    console.print(told, highlight=False, soft_wrap=True)
+        raise NoPairsError(f"{message}. {_advice(reasons or without)}")
+    console.print(message, highlight=False, soft_wrap=True)
     return pairs
 
 

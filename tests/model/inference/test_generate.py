@@ -120,6 +120,6 @@ def test_pages_are_counted() -> None:
     allocator.retain(pages[:1])
     allocator.release(pages)
     assert allocator.n_free == 2
-    with pytest.raises(OutOfPages, match="3 cache pages asked for, 2 of 3 are free"):
+    with pytest.raises(OutOfPages, match="3 cache pages requested, 2 of 3 are free"):
         allocator.allocate(3)
     assert allocator.n_free == 2

@@ -37,7 +37,7 @@ def test_the_first_best_figure_is_kept(values: list[float], lower: bool) -> None
     with tempfile.TemporaryDirectory() as folder:
         kept = BestWeights(settings, None, Path(folder), ALONE, write, None)
         for step, value in enumerate(values):
-            kept.judge(step, {"f": value})
+            kept.record(step, {"f": value})
         numbers = [value for value in values if not math.isnan(value)]
         expected = values.index((min if lower else max)(numbers)) if numbers else 0
         assert kept.best is not None
@@ -51,21 +51,21 @@ def test_it_ends_after_so_many_evaluations_without_a_better_one(tmp_path: Path) 
     kept = BestWeights(LOWER, 2, tmp_path, ALONE, write, None)
     over = []
     for step, loss in enumerate([3.0, 2.0, 2.5, 1.0, 1.0, 1.5]):
-        kept.judge(step, {"heldout_loss": loss})
+        kept.record(step, {"heldout_loss": loss})
         over.append(kept.is_over)
     assert over == [False, False, False, False, False, True]
 
 
 def test_models_that_checkpoints_name_stay(tmp_path: Path) -> None:
     kept = BestWeights(LOWER, None, tmp_path, ALONE, write, None)
-    kept.judge(0, {"heldout_loss": 3.0})
+    kept.record(0, {"heldout_loss": 3.0})
     checkpoint = tmp_path / "checkpoints" / "step_00000000" / "state.json"
     checkpoint.parent.mkdir(parents=True)
     checkpoint.write_text(json.dumps({"best": json_of(kept.to_save())}))
-    kept.judge(1, {"heldout_loss": 2.0})
+    kept.record(1, {"heldout_loss": 2.0})
     kept.to_save()  # a checkpoint that is being written
-    kept.judge(2, {"heldout_loss": 1.5})
-    kept.judge(3, {"heldout_loss": 1.0})
+    kept.record(2, {"heldout_loss": 1.5})
+    kept.record(3, {"heldout_loss": 1.0})
     there = sorted(int(path.name.removeprefix("step_")) for path in (tmp_path / "best").iterdir())
     assert there == [0, 1, 3]
 
@@ -73,7 +73,7 @@ def test_models_that_checkpoints_name_stay(tmp_path: Path) -> None:
 def test_errors_say_what_there_is(tmp_path: Path, pretrain_recipe: Path) -> None:
     kept = BestWeights(KeepBest(figure="heldout_auc", better="higher"), None, tmp_path, ALONE, write, None)
     with pytest.raises(FigureError, match="found heldout_auc, this stage computes heldout_loss"):
-        kept.judge(0, {"heldout_loss": 1.0})
+        kept.record(0, {"heldout_loss": 1.0})
     with pytest.raises(BestWeightsError, match="step_00000004 is missing"):
         BestWeights(LOWER, None, tmp_path, ALONE, write, Best(4, {"heldout_loss": 1.0}))
     with pytest.raises(RecipeError, match="stop_after needs keep_best"):

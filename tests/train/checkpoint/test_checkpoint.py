@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from data.packed.sampler import DataPosition
 from train.checkpoint.checkpoint import CheckpointError, Checkpoints, CheckpointState, Write, _Pending, damage
-from train.checkpoint.hashed_file import HashedFile, file_hash
+from train.checkpoint.hashed_file import file_hash, hashed_file
 from train.deepspeed.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -123,7 +124,7 @@ def test_an_abandoned_save_makes_way_for_the_next(checkpoints: Checkpoints) -> N
     save(checkpoints, 5)
 
     def endless(staging: Path, abandoned: threading.Event) -> dict[Path, str]:
-        with HashedFile(staging / "state.pt", abandoned) as file:
+        with hashed_file(staging / "state.pt", abandoned) as file:
             while True:
                 file.write(b"x")
 
@@ -238,7 +239,7 @@ def two_ranks_write(directory: Path) -> Checkpoints:
 
         def write_share(staging: Path, abandoned: threading.Event, rank: int = rank) -> dict[Path, str]:
             (staging / "optimizer").mkdir(exist_ok=True)
-            with HashedFile(staging / "optimizer" / f"rank_{rank}.pt", abandoned) as file:
+            with hashed_file(staging / "optimizer" / f"rank_{rank}.pt", abandoned) as file:
                 file.write(bytes(range(50)))
             return {staging / "optimizer" / f"rank_{rank}.pt": file.hash}
 
@@ -288,3 +289,26 @@ def test_everything_is_synced_before_the_rename_and_the_rename_before_latest(
         assert f"sync {name}" in before, name
     assert before.index("rename manifest.json") < len(before) - 1 - before[::-1].index("sync .writing_step_00000005")
     assert after == [f"sync {tmp_path.name}", "sync .latest.partial", "rename latest", f"sync {tmp_path.name}"]
+
+
+def test_an_old_checkpoint_is_renamed_and_synced_before_its_files_go(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    fsync, rmtree = os.fsync, shutil.rmtree
+
+    def recorded_fsync(descriptor: int) -> None:
+        order.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        fsync(descriptor)
+
+    def recorded_rmtree(path: Path, **options: Any) -> None:
+        order.append(f"remove {Path(path).name}")
+        rmtree(path, **options)
+
+    for step in (1, 2):
+        save(checkpoints, step)
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(shutil, "rmtree", recorded_rmtree)
+    save(checkpoints, 3)
+    removed = order.index("remove .removing_step_00000001")
+    assert order[removed - 1] == f"sync {checkpoints.directory.name}"

@@ -19,9 +19,9 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 
 def accepts(recent: RecentSteps, loss: float, gradient_norm: float) -> bool:
-    judge = recent.judge(lambda: {"loss": loss})
-    assert judge is not None
-    return judge(gradient_norm)
+    accept = recent.check(lambda: {"loss": loss})
+    assert accept is not None
+    return accept(gradient_norm)
 
 
 def after(values: list[float], settings: SkipSpikes) -> RecentSteps:
@@ -33,7 +33,7 @@ def after(values: list[float], settings: SkipSpikes) -> RecentSteps:
 
 def test_without_the_option_there_is_nothing_to_ask() -> None:
     recent = RecentSteps(None, ALONE)
-    assert recent.judge(dict) is None
+    assert recent.check(dict) is None
     assert recent.state() is None
 
 
@@ -50,16 +50,16 @@ def test_the_bound_is_sigma_deviations_above_the_last_accepted_steps(which: str)
     counted = values[-6:] if which == "loss" else [2 * value for value in values[-6:]]
     bound = mean(counted) + 3.0 * stdev(counted)
 
-    def judged(value: float) -> tuple[bool, str | None]:
+    def checked(value: float) -> tuple[bool, str | None]:
         recent = RecentSteps(settings, ALONE, {"loss": values[-6:], "gradient_norm": [2 * v for v in values[-6:]]})
         taken = accepts(recent, value, 2.0) if which == "loss" else accepts(recent, 1.0, value)
         return taken, recent.refusal
 
-    assert judged(bound * 0.999) == (True, None)
-    taken, refusal = judged(bound * 1.001)
+    assert checked(bound * 0.999) == (True, None)
+    taken, refusal = checked(bound * 1.001)
     assert not taken
     assert refusal is not None and refusal.startswith(which) and "3.0 standard deviations above the mean" in refusal
-    assert judged(0.0) == (True, None), "only what lies above is a spike"
+    assert checked(0.0) == (True, None), "only what lies above is a spike"
 
 
 def test_a_spike_does_not_widen_the_bounds_and_an_accepted_step_moves_the_window() -> None:
@@ -90,14 +90,14 @@ def test_a_resumed_window_judges_as_if_nothing_had_happened(values: list[float],
 def test_a_step_without_targets_is_not_taken_and_enters_no_window(settings: SkipSpikes | None, tmp_path: Path) -> None:
     recent = RecentSteps(settings, ALONE)
     before = recent.state()
-    accepts = recent.judge(lambda: {"loss": 0.0}, n_targets=0)
+    accepts = recent.check(lambda: {"loss": 0.0}, n_targets=0)
     assert accepts is not None and not accepts(0.0)
     assert recent.refusal == NO_TARGET and recent.state() == before
     skipped = SkippedSteps(most_in_a_row=0, run_dir=tmp_path, world=ALONE, total=0)
     assert skipped.note(False, recent.refusal) == NO_TARGET
     with pytest.raises(TrainingError, match=r"1 had no target token in any row.*rows_per_step"):
         skipped.give_up(1, np.array([1]))
-    recent.judge(lambda: {"loss": 1.0}, n_targets=3)
+    recent.check(lambda: {"loss": 1.0}, n_targets=3)
     assert recent.refusal is None
 
 
