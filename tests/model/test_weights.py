@@ -34,6 +34,9 @@ def test_round_trip(tmp_path: Path) -> None:
     assert torch.equal(loaded(tokens_T, documents), model(tokens_T, documents))
     assert torch.equal(loaded_head.score.weight, head.score.weight)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+    trunk, half_head = load_scorer(tmp_path / "m", dtype=torch.bfloat16)
+    assert trunk.embed_tokens.weight.dtype == torch.bfloat16
+    assert half_head(trunk(tokens_T, documents)).dtype == torch.float32, "scores in 16 bits would tie"
 
 
 def test_damage_is_named(tmp_path: Path) -> None:

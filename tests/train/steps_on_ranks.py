@@ -24,7 +24,7 @@ from model.attention_ops import Documents
 from model.config import ModelConfig
 from model.scalar_head import ScalarHead
 from model.transformer import Transformer
-from train.deepspeed.engine import EngineConfig, TrainingEngine
+from train.deepspeed.engine import EngineConfig, TrainingEngine, _add_gradient
 from train.deepspeed.world import World, join_world
 from train.loop import Loss, accumulate
 from train.losses import next_token_loss
@@ -84,6 +84,8 @@ def settings_in_use(engine: TrainingEngine) -> dict[str, Any]:
         "zero_allow_untested_optimizer": config.zero_allow_untested_optimizer,
         "torch_autocast": runtime.torch_autocast_enabled(),
         "fp16": config.float16_config.enabled,
+        "main_grads": [hasattr(parameter, "main_grad") for parameter in engine.module.parameters()],
+        "adds_to_main_grads": getattr(wrapper, "_update_hp_grad", None) is _add_gradient,
         "bf16": config.bfloat16_config.model_dump(),
         "zero_optimization": config.zero_config.model_dump(mode="json"),
     }

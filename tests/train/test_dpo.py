@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +17,9 @@ from data.format.encode import encode_prompt, encode_reply
 from data.format.tokenizer import DialogueTokenizer
 from data.sources.preferences import CONTRADICTED, REPEATED, PreferencePair, write_pairs
 from train.deepspeed.world import World
-from train.dpo import CONTEXT_CUT, FilePairs, collect_pairs, encode_pairs
+from train.dpo import CONTEXT_CUT, FilePairs, _digest_of, collect_pairs, encode_pairs
 from train.loop import LoopError
+from train.preference.on_policy import OnPolicyPairs
 
 
 def pair(context: str, chosen: str, rejected: str, *more: Message) -> PreferencePair:
@@ -57,3 +59,28 @@ def test_a_context_that_is_cut_down_to_the_characters_own_message_is_left_out(da
     whole = len(encode_prompt(tokenizer, one.messages, "Ben")) + reply
     assert len(encode_pairs([one], tokenizer, whole)[0]) == 1
     assert encode_pairs([one], tokenizer, whole - 1) == ([], {CONTEXT_CUT: 1})
+
+
+@pytest.mark.parametrize("changed", ["init_from", "scorer", "data", "seed", "n_candidates", "precision"])
+def test_sampled_pairs_are_known_by_all_that_they_depend_on(tmp_path: Path, changed: str) -> None:
+    def digest(content: dict[str, str], seed: int = 1, n_candidates: int = 3, precision: str = "float32") -> str:
+        for name, text in content.items():
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / "done.json").write_text(json.dumps({"content": text}))
+        source = OnPolicyPairs(
+            kind="on_policy", scorer=str(tmp_path / "scorer"), n_contexts=9, max_context_tokens=9, max_new_tokens=9,
+            n_candidates=n_candidates,
+        )  # fmt: skip
+        recipe: Any = SimpleNamespace(
+            init_from=str(tmp_path / "init_from"), data=str(tmp_path / "data"), seed=seed,
+            engine=SimpleNamespace(precision=precision),
+        )  # fmt: skip
+        return _digest_of(source, recipe)
+
+    content = {"init_from": "a", "scorer": "b", "data": "c"}
+    first = digest(content)
+    if changed in content:
+        assert digest(content | {changed: "other"}) != first
+    else:
+        assert digest(content, **{changed: {"precision": "bfloat16"}.get(changed, 5)}) != first  # type: ignore[arg-type]
+    assert digest(content) == first

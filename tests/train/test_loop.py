@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.packed.sampler import RowOrder
+from model.config import ModelConfig
+from train.checkpoint.best import BestWeights
 from train.deepspeed.world import World
-from train.loop import LoopConfig, StepReader, TrainingStage
+from train.loop import LoopConfig, Loss, StepReader, TrainingStage, train
+from train.schedule import WSD
+from train.throughput import Throughput
 
 
 class Numbered(NamedTuple):
@@ -57,3 +64,66 @@ def test_every_run_reads_on_where_the_last_one_stopped(
                 assert np.array_equal(rows, RowOrder(n_rows, seed).rows(step * rows_per_step, rows_per_step))
             step += 1
     assert np.array_equal(np.concatenate(consumed), RowOrder(n_rows, seed).rows(0, step * rows_per_step))
+
+
+class Doubling(World):
+    """Rank 0 of two ranks whose values are equal."""
+
+    def sum(self, values: list[float]) -> list[float]:
+        return [2 * value for value in values]
+
+    def sum_later(self, values: dict[str, torch.Tensor]) -> Any:
+        return lambda: {name: 2 * float(value) for name, value in values.items()}
+
+
+def test_logged_speed_is_of_all_ranks_and_without_evaluations_and_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, world = SimpleNamespace(seconds=0.0), Doubling(0, 2, torch.device("cpu"))
+
+    def takes(seconds: float, result: Any = None) -> Any:
+        def action(*given: Any) -> Any:
+            clock.seconds += seconds
+            return result
+
+        return action
+
+    for module in ("loop", "throughput"):
+        monkeypatch.setattr(f"train.{module}.time", SimpleNamespace(perf_counter=lambda: clock.seconds))
+    monkeypatch.setattr("train.throughput.peak_flops", lambda device: 1e9)
+    config = ModelConfig(vocab_size=9, d_model=8, n_layers=1, n_heads=1, d_head=8, d_ff=8, layers="G", max_length=16)
+    batch = SimpleNamespace(tokens_T=torch.zeros(16), sequence_lengths=[9, 4])
+    loss = Loss(torch.tensor(3.0))
+    lines: list[tuple[int, dict[str, float]]] = []
+    stage = TrainingStage(Numbered(8), lambda rows: batch, lambda batch: 13, takes(100, {"heldout_loss": 2.0}))
+    engine = SimpleNamespace(world=world, forward=lambda batch: loss, accumulate=takes(1), peak_lr=1e-3)
+    engine.step = takes(1, (0.5, True))
+    checkpoints = SimpleNamespace(
+        report=lambda: (0.0, 0.0), advance=takes(0), save=takes(50), finish=takes(0), abandon=takes(0)
+    )
+    metrics = SimpleNamespace(log=lambda step, values, reason=None: lines.append((step, values)), first_step=dict)
+    settings = LoopConfig(
+        max_steps=4, rows_per_step=4, rows_per_micro_batch=1, evaluate_every=1, save_every=1, log_every=2
+    )
+    given: Any = (
+        stage,
+        engine,
+        settings,
+        WSD(kind="wsd"),
+        0,
+        None,
+        checkpoints,
+        dict,
+        metrics,
+        lambda: False,
+        tmp_path,
+    )
+    outcome = train(*given, Throughput(config, world), BestWeights(None, None, tmp_path, world, takes(0), None))
+    assert (outcome.step, outcome.finished, outcome.last_evaluation) == (4, True, {"heldout_loss": 2.0})
+    # two steps of two micro-batches a rank, each of one second, and a second for the update: six seconds
+    steps = [values for _, values in lines if "loss" in values]
+    assert [values["tokens_per_second"] for values in steps] == [2 * 2 * 2 * 16 / 6] * 2
+    needed = 2 * 2 * 2 * config.training_flops([9, 4])
+    assert [values["mfu"] for values in steps] == pytest.approx([needed / 6 / 2e9] * 2)
+    assert [values["loss"] for values in steps] == pytest.approx([3.0 / 13] * 2)
+    assert [values["save_seconds"] for values in steps] == [50.0] * 2

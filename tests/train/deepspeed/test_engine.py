@@ -55,6 +55,7 @@ def test_deepspeed_runs_with_what_is_written(in_use: dict[str, Any], kind: str, 
     assert found["managed_gradient_accumulation"] is False
     assert found["zero_allow_untested_optimizer"] is False
     assert (found["fp16"], found["torch_autocast"]) == (False, False)
+    assert set(found["main_grads"]) == {found["adds_to_main_grads"]} == {found["optimizer"] == "BF16_Optimizer"}
     optimizer = Muon(**MUON) if kind == "muon" else AdamW(**ADAMW)  # type: ignore[arg-type]
     written = deepspeed_config(EngineConfig(precision=precision, zero_stage=stage), optimizer, 1)  # type: ignore[arg-type]
     for section in ("bf16", "zero_optimization"):

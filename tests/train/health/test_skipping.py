@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from statistics import mean, stdev
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,6 +101,16 @@ def test_a_step_without_targets_is_not_taken_and_enters_no_window(settings: Skip
         skipped.give_up(1, np.array([1]))
     recent.check(lambda: {"loss": 1.0}, n_targets=3)
     assert recent.refusal is None
+
+
+def test_all_ranks_skip_what_one_of_them_rejects() -> None:
+    """Ranks' values may differ in the last bits, so that one alone finds a spike."""
+    other: Any = SimpleNamespace(sum=lambda values: [value + 1.0 for value in values])
+    recent = RecentSteps(SkipSpikes(sigma=6.0, window=4), other)
+    before = recent.state()
+    assert not accepts(recent, 1.0, 1.0)
+    assert recent.refusal == "rejected by another rank"
+    assert recent.state() == before
 
 
 def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
