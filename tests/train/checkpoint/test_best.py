@@ -76,7 +76,7 @@ def test_errors_say_what_there_is(tmp_path: Path, pretrain_recipe: Path) -> None
         kept.record(0, {"heldout_loss": 1.0})
     with pytest.raises(BestWeightsError, match="step_00000004 is missing"):
         BestWeights(LOWER, None, tmp_path, ALONE, write, Best(4, {"heldout_loss": 1.0}))
-    with pytest.raises(RecipeError, match="stop_after needs keep_best"):
+    with pytest.raises(RecipeError, match="stop_after compares the figure of keep_best"):
         load_recipe(PretrainRecipe, pretrain_recipe, ["loop.stop_after=2"])
 
 

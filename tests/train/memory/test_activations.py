@@ -17,7 +17,7 @@ from model.kernels.norm import Scales
 from model.transformer import Block
 from train.memory.activations import kept_bytes
 
-TOKENS, N_LAYERS = 1024, 6
+TOKENS, N_LAYERS = 64, 6
 CONFIG = ModelConfig(
     vocab_size=64, d_model=256, n_layers=N_LAYERS, n_heads=8, n_kv_heads=1, d_head=32, d_ff=704, layers="SG", window=8,
     kv_sharing=TailSharing(kind="tail", n_layers=2), max_length=TOKENS,
