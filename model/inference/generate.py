@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -146,11 +146,13 @@ def generate(
     sampling: Sampling,
     n_samples: int = 1,
     page_size: int = 16,
+    on_step: Callable[[int], None] | None = None,
 ) -> list[list[Completion]]:
     """`n_samples` completions of every prompt; each prompt is prefilled once and its full pages are shared.
 
-    Sample j of prompt i is seeded by (sampling.seed, i, j), independent of the rest of the batch. Raises ValueError for
-    a prompt that is empty or not shorter than the model's max_length, NonFiniteLogits for non-finite logits.
+    Sample j of prompt i is seeded by (sampling.seed, i, j), independent of the rest of the batch. on_step: called
+    after every decoding step with the number of running sequences. Raises ValueError for a prompt that is empty or not
+    shorter than the model's max_length, NonFiniteLogits for non-finite logits.
     """
     if not prompts:
         return []
@@ -180,6 +182,8 @@ def generate(
             sequence.tokens.append(token)
             sequence.logprobs.append(logprob)
         running = [sequence for sequence in running if not sequence.is_done(sampling.stop_ids)]
+        if on_step is not None:
+            on_step(len(running))
         if running:
             step = CacheStep.build([(s.tokens[-1:], s.n_prompt + len(s.tokens) - 1, s.pages) for s in running], device)
             logits_BV = model.logits(model.extend(step, cache))
