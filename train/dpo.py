@@ -313,7 +313,7 @@ def prepare(recipe: DPORecipe, world: World, console: Console) -> Job:
             evaluate=lambda engine: no_grad_sum(engine, batches, lambda batch: len(batch.sequence_lengths) // 2),
         ),
         tokenizer=initial.tokenizer,
-        finish=lambda engine, outcome, console: _finish(outcome, rows, heldout),
+        finish=lambda engine, outcome, console: _figures(outcome, rows, heldout),
     )
 
 
@@ -335,7 +335,7 @@ def _too_few(encoded: Sequence[EncodedPair], n_heldout: int, recipe: DPORecipe, 
     return f"{found}: add pairs of other users or contexts"
 
 
-def _finish(outcome: Outcome, rows: PairRows, heldout: PairRows) -> tuple[str, dict[str, Any]]:
+def _figures(outcome: Outcome, rows: PairRows, heldout: PairRows) -> tuple[str, dict[str, Any]]:
     """Key figure: held-out accuracy, next to the accuracy of preferring by length alone."""
     longer = [
         0.5 if len(pair.chosen) == len(pair.rejected) else float(len(pair.chosen) > len(pair.rejected))

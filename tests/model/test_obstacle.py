@@ -40,7 +40,7 @@ def test_what_is_not_installed_is_missing() -> None:
     ("source", "words", "cause"),
     [
         ("import cutlass_that_is_not", "No module named 'cutlass_that_is_not'", "which is not installed"),
-        ("from json import no_such_name", "cannot import name 'no_such_name'", "versions that do not fit"),
+        ("from json import no_such_name", "cannot import name 'no_such_name'", "versions that are incompatible"),
         ("raise RuntimeError('No CTK flavor installed: expected one')", "RuntimeError: No CTK", "lacks its libraries"),
         ("raise OSError('libcuda.so.1: cannot open')", "OSError: libcuda.so.1: cannot open", ""),
     ],
