@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -37,6 +38,7 @@ PRELOADED = (
     "datatrove.executor", "jinja2.sandbox", "fastapi", "uvicorn", "matplotlib.pyplot", "chitchat_dataset",
 )  # fmt: skip
 """Libraries that our programs import; our own modules are imported by each program."""
+ROOT = Path(__file__).resolve().parents[1]
 OURS = ("data", "eval", "model", "recipes", "serving_export", "train", "tests")
 _PR_SET_CHILD_SUBREAPER = 36
 _HEADER = struct.Struct("!I")
@@ -125,7 +127,11 @@ class _Server:
     def _launch(self) -> socket.socket:
         ours, theirs = socket.socketpair()
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore", "MPLBACKEND": "Agg"}
-        words = [sys.executable, str(Path(__file__).resolve()), str(theirs.fileno())]
+        program = (
+            f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+            "from tests import fork_server\nfork_server.serve(int(sys.argv[1]))"
+        )
+        words = [sys.executable, "-c", program, str(theirs.fileno())]
         real, subprocess._fork_exec = subprocess._fork_exec, _real_fork_exec  # type: ignore[attr-defined]
         try:
             self._process = subprocess.Popen(words, env=environment, pass_fds=[theirs.fileno()])
@@ -149,9 +155,9 @@ def _receive(connection: socket.socket, n_bytes: int) -> bytes:
     return content
 
 
-def serve(connection: socket.socket) -> None:
-    """Start a program for each request until the client closes the socket."""
-    import importlib
+def serve(descriptor: int) -> None:
+    """Start a program for each request on this socket until the client closes it."""
+    connection = socket.socket(fileno=descriptor)
 
     for name in PRELOADED:
         try:
@@ -245,6 +251,9 @@ def _take_place(program: Program, streams: list[int]) -> None:
 
 def _exit_code(program: Program) -> int:
     """Run the program's main module; the code its process ends with."""
+    main = sys.modules["__main__"]
+    for name in [name for name in vars(main) if not name.startswith("__")]:
+        delattr(main, name)
     try:
         try:
             if program.module:
@@ -280,7 +289,3 @@ def _finish(code: int) -> NoReturn:
         code = code or 120
     finally:
         os._exit(code)
-
-
-if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])))
