@@ -53,7 +53,10 @@ def test_what_is_installed_and_fails_is_broken(packages: Path, source: str, word
     assert cause in obstacle.cause
 
 
-def test_quack_outside_of_site_packages_is_told_with_its_folder(packages: Path) -> None:
+def test_quack_outside_of_site_packages_is_told_with_its_folder(
+    packages: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "quack", raising=False)  # of an installation
     (packages / "quack").mkdir()
     (packages / "quack" / "__init__.py").touch()
     obstacle = failure(TypeError(QUACK))

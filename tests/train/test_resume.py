@@ -110,7 +110,7 @@ def test_sigterm_to_two_ranks_saves_and_the_same_command_continues(
         assert time.monotonic() - began < 120
         assert job.poll() is None
         time.sleep(0.02)
-    ranks = [child for child in psutil.Process(job.pid).children() if "train.pretrain" in child.cmdline()]
+    ranks = [child for child in psutil.Process(job.pid).children() if os.getsid(child.pid) == child.pid]
     assert len(ranks) == 2
     (job if whom == "launcher" else ranks[1]).send_signal(signal.SIGTERM)
     output, _ = job.communicate(timeout=60)
