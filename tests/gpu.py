@@ -27,9 +27,10 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def outcomes(report: Path) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
-    """Counts of each outcome by test file, and the reasons of skipped tests with their counts, of a JUnit report."""
+def outcomes(report: Path) -> tuple[dict[str, dict[str, int]], list[str], dict[str, int]]:
+    """Of a JUnit report: counts of each outcome by test file, failed tests, and the reasons of skipped ones."""
     by_file: dict[str, Counter[str]] = {}
+    failed: list[str] = []
     reasons: Counter[str] = Counter()
     for case in ElementTree.parse(report).iter("testcase"):
         outcome = "passed"
@@ -38,8 +39,10 @@ def outcomes(report: Path) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
                 outcome = child.tag if child.tag == "skipped" else "failed"
             if child.tag == "skipped":
                 reasons[child.get("message", "")] += 1
+        if outcome == "failed":
+            failed.append(f"{case.get('classname')}::{case.get('name')}")
         by_file.setdefault(case.get("classname", ""), Counter())[outcome] += 1
-    return {name: dict(counts) for name, counts in sorted(by_file.items())}, dict(reasons)
+    return {name: dict(counts) for name, counts in sorted(by_file.items())}, failed, dict(reasons)
 
 
 def installed() -> dict[str, str | None]:
@@ -66,7 +69,7 @@ def main() -> int:
         code = subprocess.run(
             [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}", *TESTS], cwd=ROOT
         ).returncode
-        by_file, reasons = outcomes(report)
+        by_file, failed, reasons = outcomes(report)
     doctor = subprocess.run([sys.executable, "-m", "model.doctor"], cwd=ROOT, capture_output=True, text=True)
     print(doctor.stdout, doctor.stderr)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -79,6 +82,7 @@ def main() -> int:
         "versions": installed(),
         "exit_codes": {"pytest": code, "model.doctor": doctor.returncode},
         "totals": dict(sum((Counter(counts) for counts in by_file.values()), Counter())),
+        "failed": failed,
         "skipped": reasons,
         "tests": by_file,
     }
