@@ -6,7 +6,8 @@ all else (pid, parent, pipes, signals, exit code) is as before, and every other 
 program starts its own Python programs (ranks of a launcher, stages of a pipeline) the same way.
 
 What a fork cannot show: the environment that libraries read as they are loaded, imports that are missing, another
-PYTHONHASHSEED. `DRAMATIS_REAL_LAUNCHES=1` starts all programs as a user does.
+PYTHONHASHSEED; and libraries that fork or watch processes themselves (Ray, DeepSpeed's conversion of checkpoints) need
+a process of their own. `DRAMATIS_REAL_LAUNCHES=1` starts all programs as a user does.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ PRELOADED = (
 )  # fmt: skip
 """Libraries that our programs import; our own modules are imported by each program."""
 ROOT = Path(__file__).resolve().parents[1]
+REAL_LAUNCHES = "DRAMATIS_REAL_LAUNCHES"
+"""In pytest's environment, no program is a fork; in that of one program, this one and those that it starts are not."""
 OURS = ("data", "eval", "model", "recipes", "serving_export", "train", "tests")
 _PR_SET_CHILD_SUBREAPER = 36
 _HEADER = struct.Struct("!I")
@@ -87,6 +90,8 @@ def _python_program(arguments: tuple[Any, ...]) -> Program | None:
     if environment.get("PYTHONHASHSEED") != os.environ.get("PYTHONHASHSEED") or not rest:
         return None
     path = environment.get("PYTHONPATH", "").split(os.pathsep)
+    if REAL_LAUNCHES in environment:
+        return None
     if any((Path(entry) / "sitecustomize.py").exists() for entry in filter(None, path)):
         return None  # it runs as the interpreter starts
     directory = os.fsdecode(cwd) if cwd is not None else os.getcwd()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from data.prepare import main
+from tests.fork_server import REAL_LAUNCHES
 
 Contents = Callable[[Path], dict[str, bytes]]
 ROOT = Path(__file__).parents[3]
@@ -117,13 +118,14 @@ def test_ray_tasks_do_what_local_processes_do(recipe_file: Path, tmp_path: Path,
     given = [str(recipe_file), "unit_bytes=4000"]
     assert main([*given, f"run_dir={tmp_path}/local"]) == 0
     command = [sys.executable, "-m", "data.prepare", *given, "tasks=2", "executor={kind: ray, workers: 2}"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    environment = {**os.environ, REAL_LAUNCHES: "1"}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert contents(tmp_path / "run") == contents(tmp_path / "local")
     with open(tmp_path / "chats.jsonl", "a") as file:
         file.write("{broken\n")
     failing = [*command, f"run_dir={tmp_path}/failing"]
-    ended = subprocess.run(failing, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    ended = subprocess.run(failing, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert ended.returncode == 2
     assert ended.stderr.startswith("CleanError: source chat_jsonl: 1 of 41 records are bad")
     assert "Traceback" not in ended.stdout + ended.stderr
