@@ -19,7 +19,7 @@ settings.register_profile("dramatis", deadline=None, derandomize=True)
 settings.load_profile("dramatis")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels run on the CPU, slowly
-    if sys.platform == "linux" and not os.environ.get("DRAMATIS_REAL_LAUNCHES"):
+    if sys.platform == "linux" and not os.environ.get(fork_server.REAL_LAUNCHES):
         fork_server.install()  # a fork of a process that has initialized CUDA cannot use it
 
 

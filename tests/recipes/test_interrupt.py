@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ import pytest
 import recipes.pipeline
 import recipes.sweep
 from recipes.interrupt import EXIT_CODE
+from tests.interrupted import interrupted_at_import
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,18 +28,7 @@ ROOT = Path(__file__).parents[2]
     ],
 )
 def test_ctrl_c_while_modules_are_imported_is_one_line(tmp_path: Path, module: str, imported: str) -> None:
-    # a module finder that sends Ctrl-C to its own process when the named module is asked for
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, signal, sys\n"
-        "class Interrupts:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        f"        if name == {imported!r}:\n"
-        "            os.kill(os.getpid(), signal.SIGINT)\n"
-        "sys.meta_path.insert(0, Interrupts())\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    command = [sys.executable, "-m", module, "recipes/demo", "--dry-run"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    done = interrupted_at_import(imported, tmp_path, [module, "recipes/demo", "--dry-run"])
     assert (done.returncode, done.stdout) == (EXIT_CODE, "")
     assert done.stderr.split("\n") == ["", "interrupted; run the same command again", ""]
 
