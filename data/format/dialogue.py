@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
-from data.sources.unix_time import TimeError, unix_seconds
+from data.sources.unix_time import EARLIEST, LATEST, TimeError, unix_seconds
 
 NARRATOR = "narrator"
 SPEAKER_END = ":"  # after the speaker's name, which must not contain it
@@ -41,7 +41,7 @@ class Message:
             raise DialogueError(f"text is {type(self.text).__name__}: expected a string")
         if not self.text.isascii():
             _check_encodable("text", self.text)
-        if self.time is not None:
+        if self.time is not None and not (type(self.time) is float and EARLIEST <= self.time < LATEST):
             _check_time(self.time)
         if self.metadata is not None and not isinstance(self.metadata, Mapping):
             raise DialogueError(f"metadata is {type(self.metadata).__name__}: expected an object")

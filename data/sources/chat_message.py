@@ -22,8 +22,6 @@ ROLES = {**OPENAI_ROLES, "human": USER, "gpt": ASSISTANT, "chatgpt": ASSISTANT}
 """The meaning of each role's name."""
 TOOL_ROLES = ("tool", "function", "observation", "function_call", "tool_call", "tool_response", "ipython")
 
-_MESSAGE_KEYS = frozenset({"speaker", "text", "time", "metadata"})
-
 
 @dataclass(frozen=True, slots=True)
 class RoleNames:
@@ -37,7 +35,7 @@ class RoleNames:
         return {SYSTEM: NARRATOR, USER: self.user, ASSISTANT: self.assistant}[role]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, which takes three times as long to make; there is one per message read
 class ChatMessage:
     """A message with its role (None if it has only a speaker), and its training flag."""
 
@@ -95,6 +93,8 @@ def supervised(read: Sequence[ChatMessage], character: str, trained: bool | None
 
     Raises DialogueError for a flag to train another speaker, and for another role with the character's name.
     """
+    if trained is None and all(one.role is None and one.trained is None for one in read):
+        return tuple([one.message for one in read])  # most logs
     roles = {one.role: number for number, one in reversed(list(enumerate(read))) if one.message.speaker == character}
     if len(roles) > 1 and ASSISTANT in roles:
         (other, number), *_ = ((role, number) for role, number in roles.items() if role != ASSISTANT)
@@ -133,12 +133,12 @@ def _read(record: object, names: RoleNames, needs_role: bool, keeps_other_keys: 
 
 def _is_own(record: dict[str, Any]) -> bool:
     """Whether the object has only a Message's keys with types that need no conversion."""
-    if not {"speaker", "text"} <= record.keys() <= _MESSAGE_KEYS:
+    time, metadata = record.get("time"), record.get("metadata")
+    if len(record) != 2 + (time is not None) + (metadata is not None) or "speaker" not in record:
         return False
-    metadata = record.get("metadata")
-    if isinstance(metadata, dict) and speaks_of_training(metadata):
+    if not isinstance(record.get("text"), str) or isinstance(time, str):
         return False
-    return isinstance(record["text"], str) and not isinstance(record.get("time"), str)
+    return not (isinstance(metadata, dict) and speaks_of_training(metadata))
 
 
 def take_speaker(record: dict[str, Any], names: RoleNames, needs_role: bool = False) -> tuple[str, str | None]:

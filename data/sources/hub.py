@@ -1,11 +1,12 @@
 """Data sets of the Hugging Face Hub, streamed by `datasets`, and local Parquet and JSON lines with any columns."""
 
+import difflib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data.format.dialogue import Dialogue, DialogueError
 from data.sources.chat_jsonl import ChatJsonlFormat
@@ -17,12 +18,19 @@ from data.sources.openai_messages import OpenaiMessagesFormat
 from data.sources.parquet import n_row_groups, parquet_rows, plain
 from data.sources.preference_pairs import PreferencePairsFormat
 from data.sources.record import LeftOut, RecordError, Rejected, SourceError, read_record
+from data.sources.record_keys import RECORD_ALIASES, TRAINED_FLAGS
 from data.sources.sharegpt import SharegptFormat
+from data.sources.strict_json import without_nulls
 from recipes.loader import Section
 from recipes.run_identity import Location
 
 LOOK_UP_SECONDS = 10.0
 _PARQUET = ".parquet"
+_KNOWN_KEYS = sorted(
+    {*RECORD_ALIASES, *(alias for aliases in RECORD_ALIASES.values() for alias in aliases), *TRAINED_FLAGS}
+    | {"character", "participants", "metadata", "prompt", "completion", "chosen", "rejected"}
+)
+"""Keys that formats read; formats that keep other keys keep them as metadata."""
 
 Format = Annotated[
     ChatJsonlFormat | HhRlhfFormat | OpenaiMessagesFormat | PreferencePairsFormat | SharegptFormat,
@@ -60,6 +68,16 @@ class DatasetsSource(JsonSource):
         if (self.path is None) == (self.hub is None):
             raise ValueError("expected path (local files) or hub (a data set's name), one of the two")
         return self
+
+    @field_validator("columns")
+    @classmethod
+    def _keys_are_spelled_right(cls, columns: dict[str, str] | None) -> dict[str, str] | None:
+        """A misspelled key would become metadata, without a word."""
+        for key in columns or {}:
+            close = [] if key in _KNOWN_KEYS else difflib.get_close_matches(key, _KNOWN_KEYS, n=1, cutoff=0.8)
+            if close:
+                raise ValueError(f"unknown key {key!r}; did you mean {close[0]!r}?")
+        return columns
 
     def files(self) -> list[Path]:
         if self.hub is None:
@@ -99,8 +117,9 @@ class DatasetsSource(JsonSource):
         if self.columns is None:
             return super()._of_object(place, record)
         lacking = self._lacking(record)
+        given = {key: record[column] for key, column in self.columns.items() if column in record}
         try:
-            return super()._of_object(place, {key: record.get(column) for key, column in self.columns.items()})
+            return super()._of_object(place, given)
         except (RecordError, DialogueError) as error:
             raise RecordError(f"{error}; {lacking}" if lacking else str(error)) from None
 
@@ -114,7 +133,7 @@ class DatasetsSource(JsonSource):
             raise row
         if self.hub is None and (lacking := self._lacking(row)):
             raise RecordError(lacking)
-        return self._of_object(place, row)
+        return self._of_object(place, without_nulls(row))
 
     def _of_hub(self, hub: HubDataset, part: int, n_parts: int) -> Iterator[Dialogue | LeftOut | Rejected]:
         """Shard by shard, so that ids do not depend on the parts."""

@@ -67,7 +67,7 @@ class JsonSource(JsonFormat, CorpusSource):
 
     def _of_lines(self, file: OpenFile, reader: LineReader) -> Iterator[Dialogue | LeftOut | Rejected]:
         for offset, line in reader:
-            make = partial(self._made, f"{file.name}@{offset}", parse_object, line)
+            make = partial(self._made, f"{file.name}@{offset}", _object_of_line, line)
             yield read_record(make, file.place, lambda: reader.number, line)
 
     def _of_list(self, file: OpenFile) -> Iterator[Dialogue | LeftOut | Rejected]:
@@ -85,14 +85,18 @@ class JsonSource(JsonFormat, CorpusSource):
         return self._of_object(place, parse(record))
 
     def _of_object(self, place: str, record: dict[str, Any]) -> Dialogue | LeftOut:
-        return self.dialogue(place, without_nulls(record))
+        return self.dialogue(place, record)
 
 
 def _is_lines(name: str) -> bool:
     return not name.endswith((".json", ".json.gz"))
 
 
+def _object_of_line(line: bytes) -> dict[str, Any]:
+    return parse_object(line, keeps_nulls=False)
+
+
 def _object(record: Any) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise RecordError(f"expected a JSON object, found {type(record).__name__}")
-    return dict(record)
+    return without_nulls(record)

@@ -111,7 +111,8 @@ def speaks_of_training(metadata: Mapping[str, Any]) -> bool:
 
 def take_trained(record: dict[str, Any]) -> bool | None:
     """Remove the TRAINED_FLAGS from a record or a message and from its metadata; returns whether it is trained, or None
-    without a flag. The metadata is replaced, not modified; TRAINED_KEY as a boolean stays in it.
+    without a flag. The metadata is replaced, not modified; TRAINED_KEY as a boolean stays in it, and so do values that
+    cannot be a flag: a weight of 60 is somebody's.
 
     Raises DialogueError for a flag that is not a boolean, for contradictory flags, and for partial training in the
     metadata.
@@ -121,15 +122,27 @@ def take_trained(record: dict[str, Any]) -> bool | None:
     if isinstance(metadata, dict) and speaks_of_training(metadata):
         own = {key: value for key, value in metadata.items() if key == TRAINED_KEY and value in (None, False, True)}
         record["metadata"] = metadata = dict(metadata)
+        others = {*TRAINED_FLAGS[1:], _NOT_TRAINED_FLAG} & metadata.keys()  # TRAINED_KEY has this one meaning
+        kept = {key: metadata.pop(key) for key in others if not _may_be_flag(metadata[key])}
         found |= _take_flags(metadata, "metadata.")
         refuse(metadata, _PART_OF_MESSAGE, "metadata.")
-        metadata |= {key: None if value is None else bool(value) for key, value in own.items()}
+        metadata |= {key: None if value is None else bool(value) for key, value in own.items()} | kept
     if len(set(found.values())) > 1:
         raise DialogueError(f"{' and '.join(found)} contradict each other on what is trained; give one of them")
     return next(iter(found.values()), None)
 
 
 _OF_TRAINING = frozenset((*TRAINED_FLAGS, _NOT_TRAINED_FLAG, *_PART_OF_MESSAGE))
+
+
+def _may_be_flag(value: Any) -> bool:
+    """Whether a training flag may have this value: a boolean, a weight from 0 to 1, or one of them as text."""
+    if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+        return True
+    try:
+        return 0 <= float(value) <= 1
+    except (TypeError, ValueError):
+        return value is None
 
 
 def _take_flags(record: dict[str, Any], place: str) -> dict[str, bool]:

@@ -87,12 +87,13 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise SourceError(f"{path}: cannot be read{after} ({error}); the file is missing or damaged") from None
 
 
-def parse_object(line: bytes) -> dict[str, Any]:
-    """The JSON object of a line. Raises RecordError that says what it is instead."""
+def parse_object(line: bytes, *, keeps_nulls: bool = True) -> dict[str, Any]:
+    """The JSON object of a line, without null keys unless `keeps_nulls`. Raises RecordError that says what it is
+    instead."""
     if isinstance(line, LongLine):
         raise RecordError(f"a line of {line.n_bytes:,} bytes; the limit is {MAX_LINE_BYTES:,}")
     try:
-        record = parse_json(line.decode("utf-8"))
+        record = parse_json(line.decode("utf-8"), keeps_nulls=keeps_nulls)
     except UnicodeDecodeError as error:
         raise RecordError(f"byte {error.start} is not UTF-8") from None
     if not isinstance(record, dict):

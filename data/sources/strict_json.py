@@ -8,10 +8,11 @@ from typing import Any, NoReturn
 from data.sources.record import RecordError
 
 
-def parse_json(text: str) -> Any:
-    """The value of a JSON text. Raises RecordError for invalid or ambiguous JSON."""
+def parse_json(text: str, *, keeps_nulls: bool = True) -> Any:
+    """The value of a JSON text, its objects without null keys unless `keeps_nulls`. Raises RecordError for invalid or
+    ambiguous JSON."""
     try:
-        return _DECODER.decode(text)
+        return (_DECODER if keeps_nulls else _DECODER_WITHOUT_NULLS).decode(text)
     except RecordError:
         raise
     except RecursionError:
@@ -20,12 +21,16 @@ def parse_json(text: str) -> Any:
         raise RecordError(f"not JSON: {error}") from None
 
 
-def without_nulls(value: Any) -> Any:
-    """The value without null keys, which mean the same as absent keys in a record: Parquet fills absent keys with
+def without_nulls(record: dict[str, Any]) -> dict[str, Any]:
+    """The record without null keys at any depth, which mean the same as absent keys: Parquet fills absent keys with
     null."""
+    return {key: _without_nulls(item) for key, item in record.items() if item is not None}
+
+
+def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+        return without_nulls(value)
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -33,6 +38,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) != len(pairs):
         ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
         raise RecordError(f"the key {twice[:80]!r} is twice in an object")
+    return made
+
+
+def _object_without_nulls(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = {key: item for key, item in pairs if item is not None}
+    if len(made) != len(pairs):
+        _object(pairs)  # raises for a duplicate key
     return made
 
 
@@ -47,4 +59,7 @@ def _constant(name: str) -> NoReturn:
     raise RecordError(f"not JSON: {name} is no number")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_float, parse_constant=_constant)
+_DECODER, _DECODER_WITHOUT_NULLS = (
+    json.JSONDecoder(object_pairs_hook=hook, parse_float=_float, parse_constant=_constant)
+    for hook in (_object, _object_without_nulls)
+)

@@ -117,6 +117,13 @@ def test_flags_in_metadata_are_flags(tmp_path: Path, kind: str, flag: str) -> No
     assert isinstance(bad, Rejected) and f"message 1: metadata.{flag} is 0.5: expected 0 or 1" in bad.reason
     bad = made({"metadata": {"loss_mask": [1, 0]}})
     assert isinstance(bad, Rejected) and "message 1: metadata.loss_mask is not read" in bad.reason
+    for value in (60, -1, "heavy", [0], {"kg": 1}) if flag != "trained" else ():
+        kept = made({"metadata": {flag: value}}, metadata={flag: value})
+        assert trained(kept) == [False, True, False, True]
+        assert isinstance(kept, Dialogue) and (kept.messages[1].metadata or {})[flag] == value
+        assert kept.metadata.get("metadata", kept.metadata)[flag] == value
+    bad = made({"metadata": {flag: "false"}})
+    assert isinstance(bad, Rejected) and f"metadata.{flag} is 'false': expected 0 or 1" in bad.reason
 
 
 @pytest.mark.parametrize("kind", KINDS)

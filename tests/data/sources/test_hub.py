@@ -76,6 +76,18 @@ def test_columns_are_read_under_other_names(tmp_path: Path) -> None:
     assert bad.reason == "no column 'chat'; found 'turns', 'who', 'about', 'unread'"
 
 
+def test_a_misspelled_key_of_columns_is_an_error(tmp_path: Path) -> None:
+    """It would become metadata, and the participants, the flag or the system prompt would be missing without a word."""
+    rows = {"turns": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}], "of": "you"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(rows) + "\n")
+    for misspelled, right in (("partcipants", "participants"), ("sytem", "system"), ("trianed", "trained")):
+        with pytest.raises(ValueError, match=f"unknown key '{misspelled}'; did you mean '{right}'"):
+            source(path=str(tmp_path), columns={"messages": "turns", misspelled: "of"})
+    columns = {"messages": "turns", "mood": "of"}
+    (dialogue,) = source(path=str(tmp_path), format={"kind": "openai_messages"}, columns=columns).read()
+    assert isinstance(dialogue, Dialogue) and dialogue.metadata == {"mood": "you"}
+
+
 def test_a_column_that_a_line_lacks_is_null_there(tmp_path: Path) -> None:
     said = [{"speaker": "Ann", "text": "hi"}, {"speaker": "Bob", "text": "yo"}]
     rows = [{"turns": said, "who": ["u1"]}, {"turns": said, "who": None}, {"turns": said}, {"who": ["u2"]}]
