@@ -7,7 +7,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,6 +26,8 @@ from data.format.tokenizer import DialogueTokenizer
 from data.prompt.fit import fit_prompt
 from data.sources.preferences import PreferencePair, distinct_pairs, hold_out, read_pair_file, reason_against_context
 from data.sources.record import LeftOut
+from eval.number_text import estimate_text
+from eval.statistics import Bootstrap
 from model.attention_ops import Documents
 from model.execution import shape_blocks
 from model.transformer import Transformer
@@ -33,6 +35,7 @@ from recipes.files import durable_rename, sync_path
 from recipes.loader import Section
 from recipes.plan_check import PlanCheck
 from recipes.run_identity import Location, identity
+from train.deepspeed.engine import TrainingEngine
 from train.deepspeed.world import World
 from train.initial_model import content_key, init_input, initial_model
 from train.loop import LoopError, Loss, Outcome, TrainingStage, no_grad_sum
@@ -40,7 +43,7 @@ from train.losses import dpo_loss, sequence_logprobs
 from train.memory.report import Summary
 from train.preference.on_policy import OnPolicyPairs, sample_pairs
 from train.run import run_stage
-from train.stage import Job, LossModule, TrainingRecipe, share_of_rank
+from train.stage import Job, LossModule, TrainingRecipe, of_all_ranks, share_of_rank
 from train.summary import summarize
 from train.token_logprobs import token_logprobs
 
@@ -313,7 +316,9 @@ def prepare(recipe: DPORecipe, world: World, console: Console) -> Job:
             evaluate=lambda engine: no_grad_sum(engine, batches, lambda batch: len(batch.sequence_lengths) // 2),
         ),
         tokenizer=initial.tokenizer,
-        finish=lambda engine, outcome, console: _figures(outcome, rows, heldout),
+        finish=lambda engine, outcome, console: _figures(
+            outcome, rows, heldout, heldout_wins(engine, list(zip(shares, batches, strict=True)), heldout.n_rows)
+        ),
     )
 
 
@@ -335,21 +340,39 @@ def _too_few(encoded: Sequence[EncodedPair], n_heldout: int, recipe: DPORecipe, 
     return f"{found}: add pairs of other users or contexts"
 
 
-def _figures(outcome: Outcome, rows: PairRows, heldout: PairRows) -> tuple[str, dict[str, Any]]:
-    """Key figure: held-out accuracy, next to the accuracy of preferring by length alone."""
-    longer = [
-        0.5 if len(pair.chosen) == len(pair.rejected) else float(len(pair.chosen) > len(pair.rejected))
-        for pair in heldout.pairs
-    ]
-    accuracy, by_length = outcome.last_evaluation["heldout_accuracy"], float(np.mean(longer))
-    by_length = max(by_length, 1 - by_length)
+@torch.no_grad()
+def heldout_wins(engine: TrainingEngine, batches: Sequence[tuple[np.ndarray, PairBatch]], n_pairs: int) -> np.ndarray:
+    """wins_N of the held-out pairs: 1 where the policy prefers the chosen reply more than the reference does, 0.5 where
+    equally, 0 otherwise. `batches`: this rank's rows, and their batch."""
+    assert isinstance(engine.module, LossModule)
+    engine.module.eval()
+    mine_N = np.full(n_pairs, np.nan)
+    for rows, batch in batches:
+        change_B = reply_logprobs(engine.module.trunk, batch).float().cpu() - batch.reference_B.cpu()
+        chosen_B, rejected_B = change_B.chunk(2)
+        mine_N[rows] = (0.5 + 0.5 * torch.sign(chosen_B - rejected_B)).numpy()
+    engine.module.train()
+    return np.nanmax(of_all_ranks(mine_N[:, None], engine.world), axis=1)  # a pair is on one rank
+
+
+def _figures(outcome: Outcome, rows: PairRows, heldout: PairRows, wins_N: np.ndarray) -> tuple[str, dict[str, Any]]:
+    """Key figure: held-out accuracy, next to the accuracy of preferring by length alone, with 95% intervals over the
+    users or contexts that a split keeps together."""
+    longer_N = 0.5 + 0.5 * np.sign([len(pair.chosen) - len(pair.rejected) for pair in heldout.pairs])
+    if longer_N.mean() < 0.5:
+        longer_N = 1 - longer_N
+    groups = [pair.group for pair in heldout.pairs]
+    accuracy, by_length = (Bootstrap().mean(values_N, groups) for values_N in (wins_N, longer_N))
     figures = {
         **outcome.last_evaluation,
-        "heldout_length_only_accuracy": by_length,
+        "heldout_accuracy_interval": [accuracy.low, accuracy.high],
+        "heldout_length_only_accuracy": by_length.value,
+        "heldout_length_only_interval": [by_length.low, by_length.high],
         "training_pairs": rows.n_rows,
         "heldout_pairs": heldout.n_rows,
     }
-    return f"held-out pair accuracy {accuracy:.3f} of {heldout.n_rows} (length alone {by_length:.3f})", figures
+    shown, alone = (estimate_text(asdict(estimate), 3) for estimate in (accuracy, by_length))
+    return f"held-out pair accuracy {shown} of {heldout.n_rows} (length alone {alone})", figures
 
 
 def main() -> int:

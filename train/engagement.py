@@ -17,7 +17,7 @@ from train.deepspeed.world import World
 from train.loop import Loss, Outcome
 from train.losses import continuation_loss
 from train.run import run_stage
-from train.stage import FineTuningRecipe, Job, LossModule, documents_of, load_start, packed_stage
+from train.stage import FineTuningRecipe, Job, LossModule, documents_of, load_start, of_all_ranks, packed_stage
 from train.summary import summarize
 from train.targets import Targets
 
@@ -72,11 +72,7 @@ def heldout_auc(engine: TrainingEngine, batches: list[PackedBatch]) -> float:
             score_T = scores(engine.module, batch).float().cpu()
             pairs.append(torch.stack([score_T[labeled_T], batch.label_T[labeled_T].float()]))
     engine.module.train()
-    mine = torch.cat(pairs, dim=1).numpy()
-    gathered: list[Any] = [mine] * engine.world.size
-    if engine.world.size > 1:
-        torch.distributed.all_gather_object(gathered, mine)
-    score, label = np.concatenate(gathered, axis=1)
+    score, label = of_all_ranks(torch.cat(pairs, dim=1).numpy(), engine.world)
     return roc_auc(score, label)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from pydantic import NonNegativeInt, PositiveInt, ValidationInfo, field_validator
 from rich.console import Console
 from torch import nn
@@ -173,6 +174,14 @@ def share_of_rank(rows: np.ndarray, rows_per_micro_batch: int, world: World) -> 
     """This rank's share of `rows` in micro-batches; not empty if there are as many rows as ranks."""
     size = min(rows_per_micro_batch, len(rows) // world.size)
     return [rows[at : at + size] for at in range(0, len(rows), size)][world.rank :: world.size]
+
+
+def of_all_ranks(mine: np.ndarray, world: World) -> np.ndarray:
+    """The arrays of all ranks, concatenated along the last axis in the order of the ranks."""
+    gathered: list[Any] = [mine] * world.size
+    if world.size > 1:
+        torch.distributed.all_gather_object(gathered, mine)
+    return np.concatenate(gathered, axis=-1)
 
 
 def packed_stage(

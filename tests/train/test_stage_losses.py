@@ -29,7 +29,16 @@ from model.weights import save_model
 from recipes.loader import load_recipe
 from recipes.run_inputs import InputError, output_sizes
 from train.deepspeed.world import World
-from train.dpo import DPORecipe, EncodedPair, PairRows, add_reference, preference_loss, prepare, reply_logprobs
+from train.dpo import (
+    DPORecipe,
+    EncodedPair,
+    PairRows,
+    add_reference,
+    heldout_wins,
+    preference_loss,
+    prepare,
+    reply_logprobs,
+)
 from train.engagement import roc_auc, scorer_loss, scores
 from train.initial_model import content_key
 from train.losses import continuation_loss
@@ -213,6 +222,21 @@ def test_dpo_starts_at_margin_zero_with_each_start_models_own_reference(prepared
         loss = job.module(job.stage.collate(np.arange(4)))
         assert float(loss.total.detach()) == pytest.approx(4 * math.log(2), rel=1e-5)
         assert abs(float(loss.sums["margin"])) < 1e-5
+
+
+def test_heldout_wins_are_those_of_their_pairs(prepared: Callable[[int], Any]) -> None:
+    job = prepared(1)
+    rows = job.stage.rows
+    parts = np.array_split(np.random.default_rng(0).permutation(rows.n_rows), 3)
+    batches = []
+    for part in parts:
+        batch = rows.collate(part)
+        chosen, rejected = reply_logprobs(job.module.trunk, batch).detach().chunk(2)
+        change = torch.tensor([[-1.0, 0.0, 2.0][row % 3] for row in part])  # how much more the policy prefers chosen
+        batches.append((part, dataclasses.replace(batch, reference_B=torch.cat([chosen - change, rejected]))))
+    engine: Any = SimpleNamespace(module=job.module, world=ALONE)
+    wins = heldout_wins(engine, batches, rows.n_rows)
+    assert wins.tolist() == [[0.0, 0.5, 1.0][row % 3] for row in range(rows.n_rows)]
 
 
 def heldout_margins(job: Any, fused: bool) -> list[float]:

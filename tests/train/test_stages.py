@@ -81,6 +81,8 @@ def test_fine_tuning_scoring_and_preferences(runs: Path, data_dir: Path) -> None
     figures = finished("dpo", runs, body)
     assert figures["training_pairs"] + figures["heldout_pairs"] > 12, "some of the sampled ones"
     assert {"heldout_accuracy", "heldout_length_only_accuracy", "heldout_margin"} <= figures.keys()
+    low, high = figures["heldout_accuracy_interval"]
+    assert low is None or low <= figures["heldout_accuracy"] <= high
     assert list((runs / "dpo" / "reference").glob("reference_*.safetensors"))
     before, after = load_model(runs / "sft" / "model"), load_model(runs / "dpo" / "model")
     assert not torch.equal(before.embed_tokens.weight, after.embed_tokens.weight)
