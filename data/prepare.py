@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.console import Console
 
-from data.entry import Entry, Made
 from data.format.dialogue import Dialogue
 from data.format.tokenizer import MODEL_FILE, DialogueTokenizer, TokenizerError
 from data.packed.shards import FORMAT, MANIFEST_FILE, FormatError, PackedDataset, ShardError
@@ -31,6 +30,7 @@ from data.pipeline.work_folder import StageError, WorkFolder
 from data.sources.record import LeftOut
 from data.sources.registry import named_sources
 from recipes.run_directory import RunDirectoryError
+from recipes.stage_command import Made, StageCommand
 
 
 def prepare(recipe: DataRecipe, steps: Steps) -> dict[str, Any]:
@@ -128,16 +128,17 @@ def _is_whole(run_dir: Path) -> bool:
     return all((run_dir / "dialogues" / f"{side}.jsonl").is_file() for side in ("train", "heldout"))
 
 
-def _make(recipe: DataRecipe, steps: Steps) -> Made:
-    manifest = prepare(recipe, steps)
+def _make(recipe: DataRecipe, console: Console) -> Made:
+    with Steps(console) as steps:
+        manifest = prepare(recipe, steps)
     return Made(
         key_figure({side: manifest[side] for side in SIDES}),
-        {"fingerprint": manifest["train"]["fingerprint"]},
         lambda seconds, console: print_report(Path(recipe.run_dir), manifest, seconds, console),
+        {"fingerprint": manifest["train"]["fingerprint"]},
     )
 
 
-ENTRY = Entry(
+COMMAND = StageCommand(
     DataRecipe,
     __doc__,
     make=_make,
@@ -148,9 +149,10 @@ ENTRY = Entry(
     by_size=tuple(SIDES),
     recipe_errors=RECIPE_ERRORS,
     other_errors=(StageError,),
+    after_interrupt="run the same command again to continue",
     remove_work=lambda run_dir: WorkFolder(run_dir).remove(),
 )
-main = ENTRY.main
+main = COMMAND.main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 
 from eval.context import dialogues_of, human_replies, sample_replies
-from eval.entry import Entry
 from eval.figure import HUMAN
 from eval.number_text import interval_text, number_text
 from eval.parts.dialogue_quality import summarize_quality
@@ -21,12 +21,13 @@ from eval.parts.ranking import evaluate_ranking
 from eval.parts.section import Part, run_parts
 from eval.parts.training_curve import training_curves
 from eval.parts.user_sensitivity import evaluate_user_sensitivity
-from eval.report import write_report
+from eval.report import to_json, write_report
 from eval.scoring import OnProgress, reply_logprobs, share_of, sigmoid, spread_rows
 from eval.speed.decode import device_name
-from eval.workspace import EvalRecipe, Workspace, open_workspace
+from eval.workspace import EvalRecipe, Workspace, open_workspace, print_inputs
 from model.weights import load_config
 from recipes.run_directory import read_done
+from recipes.stage_command import Made, StageCommand, text_report
 
 
 def perplexity_part(space: Workspace, on_progress: OnProgress) -> dict[str, Any] | None:
@@ -222,23 +223,25 @@ def key_figure(report: dict[str, Any]) -> str:
     return ", ".join(parts).strip() or "see report.html"
 
 
-def write(run_dir: Path, report: dict[str, Any]) -> str:
-    """Write the report; what to print about it."""
-    html = write_report(run_dir, report)["html"]
-    return f"{key_figure(report)}\nreport: {html.resolve()}"
+def make(recipe: EvalRecipe, console: Console) -> Made:
+    """Evaluate, and write the report."""
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    report = to_json(evaluate(recipe, console))
+    html, figure = write_report(Path(recipe.run_dir), report)["html"], key_figure(report)
+    return Made(figure, text_report(f"{figure}\nreport: {html.resolve()}"))
 
 
 def print_plan(recipe: EvalRecipe, console: Console) -> None:
+    """Print which inputs exist, and what a run would do."""
+    print_inputs(recipe.inputs(), console)
     console.print(f"parts: {', '.join(recipe.parts())}", highlight=False)
     console.print(f"report: {Path(recipe.run_dir) / 'report.html'}", highlight=False)
 
 
-ENTRY = Entry(EvalRecipe, __doc__, evaluate, key_figure, write, ("report.json", "report.html", "plots"), print_plan)
-
-
-def main() -> int:
-    """Entry point: 0 when the report is written, 2 for a user error."""
-    return ENTRY.main()
+FILES = ("report.json", "report.html", "plots")
+COMMAND = StageCommand(EvalRecipe, __doc__, make, print_plan, FILES, by_size=FILES)
+main = COMMAND.main
 
 
 if __name__ == "__main__":

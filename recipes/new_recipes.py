@@ -229,7 +229,7 @@ def _row_length(choices: Choices, lengths: list[int], look: Any) -> int:
     """The template's row length, or a shorter power of two that most dialogues fit."""
     longest = choices.recipes["data"]["row_length"]
     row_length = 128
-    while row_length < longest and row_length < look.quantile(lengths, 0.95):
+    while row_length < look.quantile(lengths, 0.95):
         row_length *= 2
     return int(min(row_length, longest))
 

@@ -21,7 +21,7 @@ from model.execution import shape_blocks, what_slows
 from model.weights import copy_model, save_model
 from recipes.interrupt import EXIT_CODE as INTERRUPTED
 from recipes.interrupt import print_interrupt
-from recipes.loader import dump_recipe, parse_command_line, print_error
+from recipes.loader import parse_command_line, print_error, print_recipe
 from recipes.run_directory import RunState, finish_run, prepare_run_directory
 from recipes.stage_errors import USER_ERROR, print_os_error, run_entry
 from train.checkpoint.best import BestWeights
@@ -73,7 +73,7 @@ def run_stage(
         (summary,) = summaries
         if command.dry_run:
             console = Console()
-            console.print(dump_recipe(recipe), highlight=False, markup=False)
+            print_recipe(recipe, console)
             summary.print(console)
             summary.print_memory(console)
             return 0

@@ -25,7 +25,6 @@ from data.clean.quarantine import Quarantine
 from data.clean.records import CleanError, check_bad_fraction
 from data.clean.scrub import Scrub
 from data.clean.stable_hash import pseudonym
-from data.entry import Entry, Made
 from data.feedback.conversation import NO_CONTEXT, Conversation, LoggedTurn, join_turns
 from data.feedback.event import read_event
 from data.feedback.labels import (
@@ -52,6 +51,7 @@ from recipes.files import atomic_file, write_json
 from recipes.loader import Section
 from recipes.run_identity import Location
 from recipes.run_inputs import names_below
+from recipes.stage_command import Made, StageCommand
 
 PAIRS_FILE, DIALOGUES_FILE, REPLIES_FILE = "pairs.jsonl", "dialogues.jsonl", "replies.jsonl"
 REPORT_FILE, QUARANTINE_FILE = "report.json", "quarantine.jsonl"
@@ -217,17 +217,18 @@ def _dry_run(recipe: FeedbackRecipe, console: Console) -> None:
     console.print(f"{recipe.events}: {good + bad:,} lines in {len(files)} file(s), {bad:,} bad", soft_wrap=True)
 
 
-def _make(recipe: FeedbackRecipe, steps: Steps) -> Made:
-    counts = convert(recipe, steps)
+def _make(recipe: FeedbackRecipe, console: Console) -> Made:
+    with Steps(console) as steps:
+        counts = convert(recipe, steps)
 
     def report(seconds: float, console: Console) -> None:
         print_report(counts, console)
         console.print(f"{recipe.run_dir}: {key_figure(counts)}, {seconds:.1f} s", highlight=False, soft_wrap=True)
 
-    return Made(key_figure(counts), to_report(counts), report)
+    return Made(key_figure(counts), report, to_report(counts))
 
 
-ENTRY = Entry(
+COMMAND = StageCommand(
     FeedbackRecipe,
     __doc__,
     make=_make,
@@ -237,7 +238,7 @@ ENTRY = Entry(
     by_size=OUTPUTS,
     recipe_errors=(SourceError, CleanError, OSError),
 )
-main = ENTRY.main
+main = COMMAND.main
 
 if __name__ == "__main__":
     sys.exit(main())

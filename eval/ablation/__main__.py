@@ -22,7 +22,6 @@ from eval.ablation.plots import DRAWINGS
 from eval.ablation.runs import AblationRecipe, Arm, describe_arm, read_arms, training_spread, unseen_rows
 from eval.ablation.table import key_figure, render_table
 from eval.context import ReplyContext
-from eval.entry import Entry
 from eval.figure import draw_all
 from eval.models import Models
 from eval.parts.perplexity import (
@@ -37,13 +36,15 @@ from eval.parts.perplexity import (
 from eval.parts.ranking import evaluate_ranking
 from eval.parts.recall import build_probes, candidate_logprobs, summarize_recall
 from eval.parts.section import Part, run_parts
+from eval.report import to_json
 from eval.scoring import OnProgress, share_of
 from eval.speed.decode import device_name, measure_speed, speed_prompts
 from eval.statistics import Bootstrap
-from eval.workspace import EvalError, check_finished, heldout_contexts
+from eval.workspace import EvalError, check_finished, heldout_contexts, print_inputs
 from model.weights import load_model
 from recipes.files import write_text
 from recipes.json_text import json_text
+from recipes.stage_command import Made, StageCommand, text_report
 
 # Number of tokens of its document before a target. 128 is the window of the ablation's local layers.
 CONTEXT_BINS = ((1, 31), (32, 63), (64, 127), (128, 255), (256, 511), (512, 10**9))
@@ -190,20 +191,26 @@ def evaluate(recipe: AblationRecipe, console: Console) -> dict[str, Any]:
     }
 
 
-def write(run_dir: Path, report: dict[str, Any]) -> str:
-    """Write plots/*.png, report.json and table.md; what to print about them."""
+def make(recipe: AblationRecipe, console: Console) -> Made:
+    """Evaluate, and write plots/*.png, report.json and table.md."""
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    run_dir, report = Path(recipe.run_dir), to_json(evaluate(recipe, console))
     draw_all(DRAWINGS, report, run_dir / "plots")
     write_text(run_dir / "report.json", json_text(report, indent=1) + "\n")
     write_text(run_dir / "table.md", table := render_table(report))
-    return f"{table}\ntable: {run_dir / 'table.md'}  plots: {run_dir / 'plots'}"
+    result = f"{table}\ntable: {run_dir / 'table.md'}  plots: {run_dir / 'plots'}"
+    return Made(key_figure(report), text_report(result))
 
 
-ENTRY = Entry(AblationRecipe, __doc__, evaluate, key_figure, write, ("report.json", "table.md", "plots"))
+def print_plan(recipe: AblationRecipe, console: Console) -> None:
+    """Print which inputs exist."""
+    print_inputs(recipe.inputs(), console)
 
 
-def main() -> int:
-    """Entry point: 0 when the report is written, 2 for a user error."""
-    return ENTRY.main()
+FILES = ("report.json", "table.md", "plots")
+COMMAND = StageCommand(AblationRecipe, __doc__, make, print_plan, FILES, by_size=FILES)
+main = COMMAND.main
 
 
 if __name__ == "__main__":

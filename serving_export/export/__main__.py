@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
@@ -33,11 +32,10 @@ from model.portability import describe
 from model.transformer import Transformer
 from model.weights import load_config, load_model, write_tensors
 from recipes.files import atomic_file, sync_path, write_json, write_text
-from recipes.loader import Section, dump_recipe, parse_command_line, print_error
+from recipes.loader import Section, print_error
 from recipes.plan_check import PlanCheck
-from recipes.run_directory import RunState, finish_run, prepare_run_directory, read_done
 from recipes.run_identity import Location
-from recipes.stage_errors import run_entry
+from recipes.stage_command import Made, StageCommand
 from serving_export.export.chat_template import chat_template
 from serving_export.export.manifest import SERVING, Defaults, write_defaults, write_manifest
 from serving_export.export.parity import (
@@ -58,7 +56,6 @@ BUNDLE_FILES = (
     "chat_template.jinja", "prompt.yml.j2", MODEL_FILE, SERVING,
 )  # fmt: skip
 _STAGING = ".staging"
-_RUN_FILES = ("done.json", "recipe.yaml", "run.json", "environment.json")
 
 
 class Names(Section):
@@ -197,13 +194,6 @@ def key_figure(parity: Parity) -> str:
     return f"logits equal to {difference}, {parity.n_conversations} conversations, {parity.n_texts} hostile texts"
 
 
-def remove_bundle(directory: Path) -> None:
-    """Remove all files of an export, the manifest first: without it the rest is not a bundle."""
-    for name in (MANIFEST, *BUNDLE_FILES):
-        (directory / name).unlink(missing_ok=True)
-    shutil.rmtree(directory / _STAGING, ignore_errors=True)
-
-
 def _stage(staging: Path, recipe: ExportRecipe, console: Console) -> Parity:
     source = _model_directory(recipe.init_from)
     model = load_model(source)
@@ -280,37 +270,30 @@ def _tokenizer_of(source: Path, recipe: ExportRecipe) -> Path:
     return held if held.is_file() else data
 
 
-def run(recipe: ExportRecipe, console: Console) -> None:
-    """Export into recipe.run_dir unless it is finished. A failed parity check removes all files."""
-    started = time.monotonic()
-    target = Path(recipe.run_dir)
-    try:
-        with prepare_run_directory(target, recipe, recipe.inputs()) as state:
-            if state is RunState.FINISHED:
-                verify(target)
-                console.print(f"{target} is finished: {(read_done(target) or {}).get('key_figure')}", highlight=False)
-                return
-            check_no_prompt_template(recipe.init_from, recipe.data)
-            if recipe.threads is not None:
-                torch.set_num_threads(recipe.threads)
-            figure = export(recipe, console)
-            content = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
-            figures = {key: content[key] for key in ("parity", "kv_bytes_per_token", "engines")}
-            seconds = time.monotonic() - started
-            finish_run(target, recipe, recipe.inputs(), figure, seconds, figures, BUNDLE_FILES, by_size=(MANIFEST,))
-    except ParityError:
-        for name in _RUN_FILES:
-            (target / name).unlink(missing_ok=True)
-        remove_bundle(target)
-        raise
-    console.print(f"[bold]{figure}[/]", highlight=False)
-    console.print(f"bundle: {target.resolve()} (vllm serve {target})", highlight=False, soft_wrap=True)
+def _is_whole(run_dir: Path) -> bool:
+    """True. Raises the error of `verify` for a changed bundle, which is not replaced without confirmation."""
+    verify(run_dir)
+    return True
+
+
+def make(recipe: ExportRecipe, console: Console) -> Made:
+    """Export into recipe.run_dir."""
+    check_no_prompt_template(recipe.init_from, recipe.data)
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    target, figure = Path(recipe.run_dir), export(recipe, console)
+    content = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
+
+    def report(seconds: float, console: Console) -> None:
+        console.print(f"[bold]{figure}[/]", highlight=False)
+        console.print(f"bundle: {target.resolve()} (vllm serve {target})", highlight=False, soft_wrap=True)
+
+    return Made(figure, report, {key: content[key] for key in ("parity", "kv_bytes_per_token", "engines")})
 
 
 def print_plan(recipe: ExportRecipe, console: Console) -> None:
-    """Print the recipe and the model that a run would export."""
+    """Print the model that a run would export."""
     check_no_prompt_template(recipe.init_from, recipe.data)
-    console.print(dump_recipe(recipe), highlight=False, markup=False)
     source = _model_directory(recipe.init_from)
     if not (source / "config.json").is_file():
         console.print(f"{recipe.init_from} is not finished yet", highlight=False)
@@ -321,14 +304,25 @@ def print_plan(recipe: ExportRecipe, console: Console) -> None:
         console.print(f"{what:>20}  {value}", highlight=False, markup=False, soft_wrap=True)
 
 
-def main(argv: list[str] | None = None) -> int:
+COMMAND = StageCommand(
+    ExportRecipe,
+    __doc__,
+    make,
+    print_plan,
+    files=(MANIFEST, *BUNDLE_FILES, _STAGING, "environment.json"),
+    outputs=BUNDLE_FILES,
+    by_size=(MANIFEST,),
+    replaces_at_end=True,
+    recipe_errors=(ParityError,),
+    passed_on=(ParityError,),
+    is_whole=_is_whole,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: 0 when the bundle is written, 1 when it differs from our runtime, 2 for a user error."""
-    command = parse_command_line(ExportRecipe, argv, description=__doc__)
-    recipe: Any = command.recipe
-    console = Console()
-    action = print_plan if command.dry_run else run
     try:
-        return run_entry(lambda: action(recipe, console), recipe.run_dir, (ValueError,), passed_on=(ParityError,))
+        return COMMAND.main(argv)
     except ParityError as error:
         print_error(error, "the bundle differs from our runtime; nothing was exported")
         return 1

@@ -50,7 +50,7 @@ def test_outputs(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "40" in capsys.readouterr().out
     before = contents(run_dir)
     assert main([str(recipe_file)]) == 0
-    assert "already done" in capsys.readouterr().out
+    assert "is finished: " in capsys.readouterr().out
     assert contents(run_dir) == before
 
 

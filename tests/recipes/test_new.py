@@ -114,12 +114,15 @@ def test_the_recipes_fit_the_data(work: Path, capfd: pytest.CaptureFixture[str])
     write_lines(work / "logs" / "a.jsonl", [*conversations(300, times=True), {"id": 3}])
     assert main(["runs/mine", "--data", "logs"]) == 0
     output = capfd.readouterr().out
+    lengths = [int(n) for n in re.findall(r"19 of 20 dialogues have (\d+) tokens or less", output)]
+    assert len(lengths) == 1 and 128 <= lengths[0] <= 256, "a long one, for the row length of 256"
     assert "301: 300 dialogues, 1 bad" in output and "bad: logs/a.jsonl:301: " in output
     folder = work / "runs" / "mine"
     data, pretrain = recipe(folder, "data"), recipe(folder, "pretrain")
     assert data["sources"] == [{"kind": "chat_jsonl", "path": "logs"}]
     assert data["tokenizer"]["vocab_size"] == pretrain["model"]["vocab_size"] < 2048
     assert data["continue_within_seconds"] == 600
+    assert data["max_bad_fraction"] == 0.01, "as in the demo: 1 of 301 is fewer"
     demo = YAML(typ="safe").load(ROOT / "recipes" / "demo" / "pretrain.yaml")
     assert 20 <= pretrain["loop"]["max_steps"] <= demo["loop"]["max_steps"]
     assert recipe(folder, "export")["names"] == {"user": "Tom", "character": "Mia"}
@@ -297,6 +300,7 @@ def test_a_larger_template_keeps_its_own_stages(work: Path, capfd: pytest.Captur
     write_lines(work / "logs" / "a.jsonl", conversations(300))
     assert main(["mine", "--data", "logs", "--like", "mqa_1b"]) == 0
     assert [entry["recipe"] for entry in recipe(work / "mine", "pipeline")["stages"]] == ["data.yaml", "pretrain.yaml"]
+    assert recipe(work / "mine", "pipeline")["runs"] == "mine"
     assert pipeline(["mine", "--dry-run"]) == 0, capfd.readouterr()
 
 

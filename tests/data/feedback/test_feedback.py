@@ -175,7 +175,7 @@ def test_a_finished_run_is_kept_and_a_damaged_one_made_again(
     expected = outputs(tmp_path / "run")
     capsys.readouterr()
     assert main([str(recipe)]) == 0
-    assert "already done" in capsys.readouterr().out
+    assert "is finished: " in capsys.readouterr().out
     (tmp_path / "run" / "pairs.jsonl").unlink()
     assert main([str(recipe)]) == 0
     assert "pairs.jsonl is missing" in capsys.readouterr().out

@@ -98,7 +98,7 @@ def test_it_shows_rows_figures_lengths_and_quarantine(
 def test_prepare_still_knows_a_directory_that_was_looked_at(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(prepared)]) == 0
     assert prepare([str(prepared.parent / "data.yaml")]) == 0
-    assert "already done" in capsys.readouterr().out
+    assert "is finished: " in capsys.readouterr().out
 
 
 def test_errors_are_one_line(

@@ -21,7 +21,7 @@ from recipes.files import write_text
 from recipes.interrupt import EXIT_CODE
 from recipes.loader import load_recipe
 from serving_export.export import __main__ as export_module
-from serving_export.export.__main__ import BUNDLE_FILES, ExportRecipe, Names, main, run, write_bundle
+from serving_export.export.__main__ import BUNDLE_FILES, COMMAND, ExportRecipe, Names, main, write_bundle
 from serving_export.export.manifest import Defaults, read_defaults
 from serving_export.export.parity import Parity, transformers_peer
 from tests.interrupted import interrupted_at_import
@@ -99,7 +99,7 @@ def test_a_bundle_is_whole_and_says_so(
     tokenizer: DialogueTokenizer, model: Transformer, tmp_path: Path, quiet: Console
 ) -> None:
     recipe = load_recipe(ExportRecipe, make_recipe(tmp_path, tokenizer, model))
-    run(recipe, quiet)
+    COMMAND.run(recipe, quiet)
     bundle = tmp_path / "export"
     content = verify(bundle)
     assert set(content["files"]) == set(BUNDLE_FILES)
@@ -114,14 +114,14 @@ def test_a_bundle_is_whole_and_says_so(
     figure = json.loads((bundle / "done.json").read_text())["key_figure"]
     assert figure.startswith("logits equal to ")
     before = (bundle / "manifest.json").stat().st_mtime_ns
-    run(recipe, quiet)
+    COMMAND.run(recipe, quiet)
     assert (bundle / "manifest.json").stat().st_mtime_ns == before
 
 
 def test_rounded_weights_are_compared_with_rounded_weights(
     tokenizer: DialogueTokenizer, model: Transformer, tmp_path: Path, quiet: Console
 ) -> None:
-    run(load_recipe(ExportRecipe, make_recipe(tmp_path, tokenizer, model, "bfloat16")), quiet)
+    COMMAND.run(load_recipe(ExportRecipe, make_recipe(tmp_path, tokenizer, model, "bfloat16")), quiet)
     content = verify(tmp_path / "export")
     assert content["parity"]["max_logit_difference"] <= 1e-4
     assert content["kv_bytes_per_token"] == model.config.kv_bytes_per_token(2)
@@ -199,7 +199,7 @@ def test_ctrl_c_during_the_parity_check_is_one_line_and_keeps_the_files_that_wer
 ) -> None:
     path = make_recipe(tmp_path, tokenizer, model)
     bundle = tmp_path / "export"
-    run(load_recipe(ExportRecipe, path), Console(quiet=True))
+    COMMAND.run(load_recipe(ExportRecipe, path), Console(quiet=True))
     (bundle / "tokenizer.json").write_text("damaged, so the bundle is exported again")
     before = {
         file.name: file.read_bytes() for file in bundle.iterdir() if file.name in (*BUNDLE_FILES, "manifest.json")
@@ -209,7 +209,7 @@ def test_ctrl_c_during_the_parity_check_is_one_line_and_keeps_the_files_that_wer
     assert done.stderr.split("\n") == ["", "interrupted; run the same command again", ""]
     assert {name: (bundle / name).read_bytes() for name in before} == before
     assert not (bundle / ".staging").exists() and not (bundle / "done.json").exists()
-    run(load_recipe(ExportRecipe, path), Console(quiet=True))
+    COMMAND.run(load_recipe(ExportRecipe, path), Console(quiet=True))
     verify(bundle)
 
 
@@ -223,11 +223,11 @@ def test_an_interrupted_export_starts_over(
 
     monkeypatch.setattr(export_module, "key_figure", killed)
     with pytest.raises(KeyboardInterrupt):
-        run(recipe, quiet)
+        COMMAND.run(recipe, quiet)
     monkeypatch.undo()
     (tmp_path / "export" / ".staging").mkdir()
     (tmp_path / "export" / "model.safetensors").write_bytes(b"half")
-    run(recipe, quiet)
+    COMMAND.run(recipe, quiet)
     verify(tmp_path / "export")
 
 
@@ -254,7 +254,7 @@ _finished: list[Path] = []
 def finished_bundle(tokenizer: DialogueTokenizer, model: Transformer, factory: pytest.TempPathFactory) -> Path:
     if not _finished:
         root = factory.mktemp("finished")
-        run(load_recipe(ExportRecipe, make_recipe(root, tokenizer, model)), Console(quiet=True))
+        COMMAND.run(load_recipe(ExportRecipe, make_recipe(root, tokenizer, model)), Console(quiet=True))
         _finished.append(root / "export")
     return _finished[0]
 

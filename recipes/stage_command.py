@@ -1,45 +1,55 @@
-"""The common part of the entry points data.prepare and data.feedback: from the command line to a finished run
-directory."""
+"""The command of a stage that runs in one process (data, feedback, evaluation, export): from the command line to a
+finished run directory."""
+
+from __future__ import annotations
 
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 
-from data.pipeline.progress import Steps
 from recipes.interrupt import print_interrupt
 from recipes.loader import Section, parse_command_line, print_recipe
 from recipes.run_directory import RunDirectoryError, RunState, finish_run, prepare_run_directory, read_done
 from recipes.stage_errors import run_entry
 
 
-class Made(NamedTuple):
+@dataclass(frozen=True)
+class Made:
     """The result of a run: its key figure, the figures of done.json, and a function that prints the report, given its
     seconds."""
 
     key_figure: str
-    figures: dict[str, Any]
     report: Callable[[float, Console], None]
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+def text_report(text: str) -> Callable[[float, Console], None]:
+    """A report that prints `text`."""
+    return lambda seconds, console: console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
-class Entry:
-    """An entry point. After one of `recipe_errors`, all `files` are removed so that a corrected recipe can use the
+class StageCommand:
+    """A command. After one of `recipe_errors`, all `files` are removed so that a corrected recipe can use the
     directory."""
 
     schema: type[Section]
     description: str | None
-    make: Callable[[Any, Steps], Made]  # writes all files except done.json
+    make: Callable[[Any, Console], Made]  # writes all files except done.json
     dry_run: Callable[[Any, Console], None]
     files: tuple[str, ...]  # everything that it writes, folders too
-    outputs: tuple[str, ...]  # read by later stages
-    by_size: tuple[str, ...]  # outputs that are too large to hash
-    recipe_errors: tuple[type[Exception], ...]
-    other_errors: tuple[type[Exception], ...] = ()
+    outputs: tuple[str, ...] = ()  # read by later stages
+    by_size: tuple[str, ...] = ()  # outputs that are too large to hash
+    replaces_at_end: bool = False  # damaged outputs stay until whole ones replace them
+    recipe_errors: tuple[type[Exception], ...] = ()
+    other_errors: tuple[type[Exception], ...] = (ValueError,)
+    passed_on: tuple[type[Exception], ...] = ()  # raised by main
+    after_interrupt: str = "run the same command again"
     is_whole: Callable[[Path], bool] = lambda run_dir: True  # of outputs whose sizes match
     remove_work: Callable[[Path], None] = lambda run_dir: None  # the state that an interrupted run resumes from
 
@@ -51,9 +61,9 @@ class Entry:
         errors = (*self.recipe_errors, *self.other_errors, RunDirectoryError)
         try:
             action = self._dry_run if command.dry_run else self.run
-            return run_entry(lambda: action(recipe, console), recipe.run_dir, errors)
+            return run_entry(lambda: action(recipe, console), recipe.run_dir, errors, self.passed_on)
         except KeyboardInterrupt:
-            return print_interrupt("run the same command again to continue")
+            return print_interrupt(self.after_interrupt)
 
     def _dry_run(self, recipe: Any, console: Console) -> None:
         print_recipe(recipe, console)
@@ -67,15 +77,14 @@ class Entry:
             if state is RunState.FINISHED and self.is_whole(run_dir):
                 self.remove_work(run_dir)  # left if the run was killed at its end
                 done = read_done(run_dir) or {}
-                console.print(f"{run_dir}: already done ({done['key_figure']})", highlight=False)
+                console.print(f"{run_dir} is finished: {done['key_figure']}", highlight=False, soft_wrap=True)
                 return
             if state in (RunState.FINISHED, RunState.DAMAGED):
                 console.print(f"{run_dir}: its data is damaged; making it again", style="yellow", highlight=False)
-                self._remove(run_dir, ("done.json", *self.outputs))
+                self._remove(run_dir, ("done.json", *(() if self.replaces_at_end else self.outputs)))
             began = time.monotonic()
             try:
-                with Steps(console) as steps:
-                    made = self.make(recipe, steps)
+                made = self.make(recipe, console)
             except self.recipe_errors:
                 self._remove(run_dir, ("recipe.yaml", "run.json", *self.files))
                 raise
