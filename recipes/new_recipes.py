@@ -121,8 +121,7 @@ def choose(found: Any, like: Path, runs: str) -> Choices:
     row_length = _row_length(choices, lengths, look)
     most = look.quantile(lengths, 0.95)
     choices.set("data", "row_length", row_length, f"19 of 20 dialogues have {most:,} tokens or less")
-    share = len(found.dialogues) / max(1, found.n_bytes) if found.is_sample else 0
-    scale = max(1.0, found.n_bytes / 2000 / len(found.dialogues)) if share else 1.0
+    scale = max(1.0, found.n_bytes / look.n_bytes_of(found.dialogues)) if found.is_sample else 1.0
     _choose_steps(choices, int(sum(lengths) * scale), len(lengths), row_length)
     _choose_heldout(choices, sides, look, tokenizer)
     if (names := found.names.commonest()) is not None and "export" in choices.recipes:

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from data.format.dialogue import LABEL_KEY, Dialogue, continuation_labels
+from data.format.dialogue_json import to_json
 from data.format.encode import encode_dialogue, texts_of
 from data.format.speaker_names import SpeakerNames, count_names
 from data.format.tokenizer import DialogueTokenizer, TokenizerError, train_tokenizer
@@ -141,6 +142,11 @@ def split_found(found: Found, recipe: DataRecipe) -> Sides:
 def count_labels(dialogues: Iterable[Dialogue], within_seconds: float | None) -> Counter[int]:
     """The number of turns with each continuation label."""
     return Counter(label for d in dialogues for label in continuation_labels(d, within_seconds) if label >= 0)
+
+
+def n_bytes_of(dialogues: Iterable[Dialogue]) -> int:
+    """Their size as lines of JSON, for an estimate of how many of their kind a file holds."""
+    return sum(len(to_json(dialogue)) + 1 for dialogue in dialogues)
 
 
 def fit_tokenizer(dialogues: Sequence[Dialogue], vocab_size: int) -> DialogueTokenizer:

@@ -10,13 +10,16 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
 
+from data.format.dialogue import Dialogue, Message
 from data.inspect import folder as look
 from data.inspect.folder import LookError, find_source
+from recipes import new_recipes
 from recipes.new import main
 from recipes.pipeline import main as pipeline
 
@@ -187,6 +190,64 @@ def test_large_sources_are_sampled_and_that_is_told(
     printed = capfd.readouterr().out
     assert "the first 100 records" in printed and "(not tried: only a sample was read)" in printed
     assert recipe(work / "mine", "data")["split"]["by_participant"] is True
+    assert recipe(work / "mine", "data")["tokenizer"]["vocab_size"] > 384, "the rest has more text"
+    n_rows = [int(n.replace(",", "")) for n in re.findall(r"epochs of ([\d,]+) rows", printed)]
+    sampled = sum(look.token_lengths(found.dialogues, look.fit_tokenizer(found.dialogues, 512))) / 256
+    assert 2 * sampled < n_rows[0] < 6 * sampled, "100 of 311 records were read"
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_participants_that_link_too_much_do_not_split(work: Path, number: int) -> None:
+    """Somebody takes part in most dialogues, which are then all held out or all trained, whatever the share."""
+    records = conversations(120)
+    for place, record in enumerate(records):
+        record["participants"] = [f"hub{number}" if place % 20 else f"u{place}"]
+    write_lines(work / "logs/a.jsonl", records)
+    assert main(["mine", "--data", "logs"]) == 0
+    split = recipe(work / "mine", "data")["split"]
+    assert split == {"kind": "fraction", "heldout": 0.2, "by_participant": False}
+
+
+def test_participants_of_few_dialogues_split(work: Path) -> None:
+    records = conversations(120)
+    for place, record in enumerate(records):
+        record["participants"] = [f"u{place // 2}"]
+    write_lines(work / "logs/a.jsonl", records)
+    assert main(["mine", "--data", "logs"]) == 0
+    assert recipe(work / "mine", "data")["split"]["by_participant"] is True
+
+
+def test_a_scorer_needs_both_labels_on_both_sides() -> None:
+    def side(*labels: int) -> list[Dialogue]:
+        return [
+            Dialogue(f"{place}", (Message("Tom", "a"), Message("Mia", "b", None, {"engagement_label": label})), "Mia")
+            for place, label in enumerate(labels)
+        ]
+
+    both, ones = side(*[0, 1] * 20), side(*[1] * 40)
+    for train, heldout, has_scorer in ((both, both, True), (ones, both, False), (both, ones, False)):
+        found: Any = SimpleNamespace(dialogues=[*train, *heldout], kind="chat_jsonl", source={}, has_times=False)
+        choices = new_recipes.read_recipes(ROOT / "recipes/demo", "mine")
+        new_recipes._choose_labels(choices, found, SimpleNamespace(train=train, heldout=heldout))
+        assert ("engagement" in choices.recipes) == has_scorer
+
+
+def test_steps_are_those_of_some_epochs_and_never_more_than_the_templates() -> None:
+    def with_rows(n_rows: int) -> tuple[Any, list[str]]:
+        choices = new_recipes.read_recipes(ROOT / "recipes/demo", "mine")
+        new_recipes._choose_steps(choices, n_rows * 256, 10**6, 256)
+        return choices.recipes["pretrain"], choices.reasons
+
+    demo = new_recipes.read_recipes(ROOT / "recipes/demo", "mine").recipes["pretrain"]
+    large, reasons = with_rows(10**6)
+    assert large == demo and not reasons
+    loop, schedule = demo["loop"], demo["schedule"]
+    steps = loop["max_steps"] // 2
+    half, _ = with_rows(steps * loop["rows_per_step"] // 8)
+    assert half["loop"]["max_steps"] == pytest.approx(steps, abs=1)
+    for key in ("evaluate_every", "save_every"):
+        assert half["loop"][key] == pytest.approx(min(steps, loop[key] / 2), abs=1)
+    assert half["schedule"]["warmup_steps"] == pytest.approx(schedule["warmup_steps"] / 2, abs=1)
 
 
 def test_stages_that_the_data_cannot_support_are_left_out(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -235,6 +296,18 @@ def test_counts_of_tiny_data_are_lowered_each_with_its_reason(work: Path, capfd:
     assert "eval: ranking.n_contexts: 4 (4 of 5 held-out dialogues have such a late reply)" in printed
     assert "eval: ranking.n_distractors: 3 (the replies of the other contexts)" in printed
     assert "export: n_parity_conversations: 5 (5 dialogues are held out)" in printed
+    (n_rows, n_tokens), *_ = re.findall(r"pretrain: evaluation_rows: (\d+) \(([\d,]+) tokens are held out\)", printed)
+    row_length = recipe(work / "mine", "data")["row_length"]
+    assert int(n_rows) == max(1, int(n_tokens.replace(",", "")) // row_length)
+
+
+def test_most_heldout_dialogues_have_a_context_to_reply_to(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_lines(work / "logs/a.jsonl", conversations(300))
+    assert main(["mine", "--data", "logs"]) == 0
+    evaluation, printed = recipe(work / "mine", "eval"), capfd.readouterr().out
+    found = re.findall(r"(\d+) of (\d+) held-out dialogues have such a late reply", printed)
+    assert found and all(int(n) >= 0.8 * int(of) for n, of in found)
+    assert evaluation["contexts"]["min_messages"] == 1, "a fifth has 3 messages, of which the second is the reply"
 
 
 def test_more_text_gives_more_pieces_and_bad_records_are_allowed_for(work: Path) -> None:
