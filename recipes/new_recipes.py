@@ -176,7 +176,7 @@ def _choose_split(choices: Choices, found: Any) -> Any:
             choices.reasons.append(f"data: split: {_shown(data['split'])} (not tried: only a sample was read)")
             return sides
         share = len(sides.heldout) / (len(sides.heldout) + len(sides.train))
-        if not by_participant or 0.4 * heldout <= share <= 2.5 * heldout:
+        if not by_participant or share >= 0.4 * heldout:
             total = len(sides.heldout) + len(sides.train)
             counts = f"{len(sides.heldout):,} of {total:,} dialogues held out"
             linked = "" if by_participant else ", not by participant, because participants link too many dialogues"

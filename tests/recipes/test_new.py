@@ -198,7 +198,7 @@ def test_large_sources_are_sampled_and_that_is_told(
 
 @pytest.mark.parametrize("number", range(12))
 def test_participants_that_link_too_much_do_not_split(work: Path, number: int) -> None:
-    """Somebody takes part in most dialogues, which are then all held out or all trained, whatever the share."""
+    """Somebody takes part in most dialogues, which are then all trained, and too few are left to hold out."""
     records = conversations(120)
     for place, record in enumerate(records):
         record["participants"] = [f"hub{number}" if place % 20 else f"u{place}"]
