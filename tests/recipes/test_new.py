@@ -247,6 +247,11 @@ def test_steps_are_those_of_some_epochs_and_never_more_than_the_templates() -> N
     assert half["loop"]["max_steps"] == pytest.approx(steps, abs=1)
     for key in ("evaluate_every", "save_every"):
         assert half["loop"][key] == pytest.approx(min(steps, loop[key] / 2), abs=1)
+    for longest, row_length in ((100, 128), (300, 512), (5000, 512)):
+        assert (
+            new_recipes._row_length(new_recipes.read_recipes(ROOT / "recipes/demo", "mine"), [longest] * 9, look)
+            == row_length
+        )
     assert half["schedule"]["warmup_steps"] == pytest.approx(schedule["warmup_steps"] / 2, abs=1)
 
 
