@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from rich.console import Console
 from rich.progress import track
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 from torch import Tensor
 
 from data.clean.ledger import reasons_text
@@ -31,7 +31,7 @@ from eval.statistics import Bootstrap
 from model.attention_ops import Documents
 from model.execution import shape_blocks
 from model.transformer import Transformer
-from recipes.files import durable_rename, sync_path
+from recipes.files import atomic_file
 from recipes.loader import Section
 from recipes.plan_check import PlanCheck
 from recipes.run_identity import Location, identity
@@ -239,10 +239,8 @@ def add_reference(
             values_RB = total.cpu().numpy()
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            staging = folder / f".{path.name}"
-            save_file({"reference_RB": values_RB}, staging)
-            sync_path(staging)
-            durable_rename(staging, path)
+            with atomic_file(path, "wb") as file:
+                file.write(save({"reference_RB": values_RB}))
         world.barrier()
     rows.reference_RB = load_file(path)["reference_RB"]
 

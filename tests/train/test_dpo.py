@@ -61,6 +61,17 @@ def test_a_context_that_is_cut_down_to_the_characters_own_message_is_left_out(da
     assert encode_pairs([one], tokenizer, whole - 1) == ([], {CONTEXT_CUT: 1})
 
 
+@pytest.mark.parametrize("long_side", ["chosen", "rejected"])
+def test_both_replies_fit_beside_the_prompt(data_dir: Path, long_side: str) -> None:
+    tokenizer, replies = DialogueTokenizer.load(data_dir), {"chosen": "yes", "rejected": "no"}
+    replies[long_side] = "tea " * 12
+    one = pair("the cat sat", replies["chosen"], replies["rejected"])
+    longest = len(encode_prompt(tokenizer, one.messages, "Ben")) + len(encode_reply(tokenizer, replies[long_side]))
+    ((encoded,), _) = encode_pairs([one], tokenizer, longest)
+    assert len(encoded.prompt) + max(len(encoded.chosen), len(encoded.rejected)) == longest
+    assert encode_pairs([one], tokenizer, longest - 1)[0] == []
+
+
 @pytest.mark.parametrize("changed", ["init_from", "scorer", "data", "seed", "n_candidates", "precision"])
 def test_sampled_pairs_are_known_by_all_that_they_depend_on(tmp_path: Path, changed: str) -> None:
     def digest(content: dict[str, str], seed: int = 1, n_candidates: int = 3, precision: str = "float32") -> str:

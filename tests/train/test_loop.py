@@ -16,7 +16,7 @@ from data.packed.sampler import RowOrder
 from model.config import ModelConfig
 from train.checkpoint.best import BestWeights
 from train.deepspeed.world import World
-from train.loop import LoopConfig, Loss, StepReader, TrainingStage, train
+from train.loop import LoopConfig, Loss, StepReader, TrainingStage, accumulate, train
 from train.schedule import WSD
 from train.throughput import Throughput
 
@@ -64,6 +64,32 @@ def test_every_run_reads_on_where_the_last_one_stopped(
                 assert np.array_equal(rows, RowOrder(n_rows, seed).rows(step * rows_per_step, rows_per_step))
             step += 1
     assert np.array_equal(np.concatenate(consumed), RowOrder(n_rows, seed).rows(0, step * rows_per_step))
+
+
+def accumulated(totals: list[float], count: float) -> tuple[list[float], dict[str, float]]:
+    """What each micro-batch's loss is multiplied by, and the means."""
+    factors: list[float] = []
+    engine: Any = SimpleNamespace(
+        world=World(0, 1, torch.device("cpu")),
+        forward=lambda batch: Loss(torch.tensor(batch), {"margin": torch.tensor(2 * batch)}),
+        accumulate=lambda loss: factors.append(float(loss)),
+    )
+    means = accumulate(engine, totals, count)
+    return factors, means()
+
+
+def test_each_micro_batch_adds_its_share_of_the_mean() -> None:
+    factors, means = accumulated([6.0, 2.0], 4)
+    assert factors == [1.5, 0.5]
+    assert means == {"loss": 2.0, "margin": 4.0}
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_a_loss_that_is_not_finite_gives_a_gradient_that_is_not(bad: float) -> None:
+    """From that micro-batch on: the gradient of an infinite loss may be finite."""
+    factors, means = accumulated([6.0, bad, 2.0], 4)
+    assert factors[0] == 1.5 and np.isnan(factors[1:]).all()
+    assert not np.isfinite(means["loss"])
 
 
 class Doubling(World):
@@ -127,3 +153,40 @@ def test_logged_speed_is_of_all_ranks_and_without_evaluations_and_saves(
     assert [values["mfu"] for values in steps] == pytest.approx([needed / 6 / 2e9] * 2)
     assert [values["loss"] for values in steps] == pytest.approx([3.0 / 13] * 2)
     assert [values["save_seconds"] for values in steps] == [50.0] * 2
+
+
+@pytest.mark.parametrize("at_step", [2, 3])
+def test_a_stop_request_abandons_the_save_under_way_and_saves_once_more(tmp_path: Path, at_step: int) -> None:
+    """The next to last save may take minutes, the time that a stop request leaves does not wait for two."""
+    world, calls = World(0, 1, torch.device("cpu")), list[str]()
+    config = ModelConfig(vocab_size=9, d_model=8, n_layers=1, n_heads=1, d_head=8, d_ff=8, layers="G", max_length=16)
+    batch, n_steps = SimpleNamespace(tokens_T=torch.zeros(16), sequence_lengths=[16]), 0
+
+    def step(multiplier: float, accepts: Any) -> tuple[float, bool]:
+        nonlocal n_steps
+        n_steps += 1
+        return 0.5, True
+
+    engine = SimpleNamespace(
+        world=world,
+        forward=lambda batch: Loss(torch.tensor(3.0)),
+        accumulate=lambda loss: None,
+        peak_lr=1e-3,
+        step=step,
+    )
+    checkpoints = SimpleNamespace(
+        report=lambda: (0.0, 0.0), advance=lambda n_busy, n_failed: None,
+        save=lambda state, snapshot: calls.append(f"save {state.step}"),
+        finish=lambda: calls.append("finish"), abandon=lambda: calls.append("abandon"),
+    )  # fmt: skip
+    stage = TrainingStage(Numbered(8), lambda rows: batch, lambda batch: 16, lambda engine: {"heldout_loss": 2.0})
+    settings = LoopConfig(max_steps=9, rows_per_step=1, rows_per_micro_batch=1, evaluate_every=9, save_every=2)
+    given: Any = (
+        stage, engine, settings, WSD(kind="wsd"), 0, None, checkpoints, dict, None, lambda: n_steps >= at_step,
+        tmp_path,
+    )  # fmt: skip
+    best = BestWeights(None, None, tmp_path, world, lambda directory: None, None)
+    outcome = train(*given, Throughput(config, world), best)
+    assert (outcome.step, outcome.finished) == (at_step, False)
+    before = [] if at_step == 2 else ["save 2"]
+    assert calls == [*before, "abandon", f"save {at_step}", "finish"]

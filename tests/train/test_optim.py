@@ -23,7 +23,7 @@ from model.config import ModelConfig
 from model.scalar_head import ScalarHead
 from model.transformer import Transformer
 from train.loop import Loss
-from train.optim import parameter_roles
+from train.optim import AdamW, Muon, build_optimizer, parameter_roles
 from train.stage import LossModule
 
 MUON = {"kind": "muon", "lr": 0.02, "weight_decay": 0.0, "adamw_lr": 3e-3}
@@ -58,6 +58,43 @@ def ranks(request: pytest.FixtureRequest, steps_on_ranks: Callable[[int, dict[st
         "gradient": case(GRADIENT, BFLOAT16, batches),
     }
     return steps_on_ranks(request.param, cases)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_parameter_has_the_settings_of_its_role(optimizer: str) -> None:
+    config = ModelConfig(vocab_size=9, d_model=8, n_layers=1, n_heads=1, d_head=8, d_ff=8, layers="G", max_length=16)
+    module = LossModule(Transformer(config), lambda module, batch: Loss(torch.zeros(())), ScalarHead(8))
+    if optimizer == "adamw":
+        settings: AdamW | Muon = AdamW(
+            kind="adamw", lr=0.1, beta1=0.7, beta2=0.8, eps=1e-3, weight_decay=0.4, gradient_clipping=1
+        )
+    else:
+        settings = Muon(
+            kind="muon", lr=0.1, momentum=0.6, adamw_lr=0.2, adamw_beta1=0.7, adamw_beta2=0.8, adamw_eps=1e-3,
+            weight_decay=0.4,
+        )  # fmt: skip
+    groups = {id(p): group for group in build_optimizer(module, settings).param_groups for p in group["params"]}
+    assert len(groups) == len(list(module.parameters()))
+    for name, parameter in module.named_parameters():
+        group, decays = groups[id(parameter)], is_block_matrix(name) or name == "head.score.weight"
+        assert group["weight_decay"] == (0.4 if decays else 0.0), name
+        if optimizer == "muon" and is_block_matrix(name):
+            assert (group["use_muon"], group["lr"], group["momentum"]) == (True, 0.1, 0.6)
+        else:
+            assert (group["lr"], group["betas"], group["eps"]) == (
+                0.1 if optimizer == "adamw" else 0.2,
+                (0.7, 0.8),
+                1e-3,
+            )
+
+
+def test_muon_is_refused_where_the_update_would_be_clipped() -> None:
+    muon = Muon(kind="muon", lr=0.1, adamw_lr=0.2)
+    for precision in ("float32", "bfloat16"):
+        for zero_stage in (1, 2, 3):
+            obstacle = muon.obstacle(precision, zero_stage)
+            assert (obstacle is None) == ((precision, zero_stage) == ("bfloat16", 1))
+            assert obstacle is None or f"found {precision} and {zero_stage}" in obstacle
 
 
 def update(result: dict[str, Any], step: int = 0) -> dict[str, Tensor]:

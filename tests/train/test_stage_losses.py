@@ -39,8 +39,9 @@ from train.dpo import (
     prepare,
     reply_logprobs,
 )
-from train.engagement import roc_auc, scorer_loss, scores
+from train.engagement import heldout_auc, roc_auc, scorer_loss, scores
 from train.initial_model import content_key
+from train.loop import no_grad_sum
 from train.losses import continuation_loss
 from train.preference.on_policy import score_replies
 from train.pretrain import language_model_loss
@@ -128,6 +129,49 @@ def test_a_stages_loss_is_that_of_a_plain_loop_and_its_gradient_zero_elsewhere(s
     loss, gradient_TD = loss_and_hidden_gradient(module, batch)
     assert loss == pytest.approx(expected, rel=1e-5)
     assert gradient_TD.any(1).nonzero()[:, 0].tolist() == list(counted)
+
+
+def test_the_z_loss_is_part_of_training_only() -> None:
+    module = LossModule(Transformer(CONFIG, seed=1), lambda m, batch: language_model_loss(m, batch, z_loss=0.5))
+    with_z = float(module.train()(handmade()).total)
+    without = float(module.eval()(handmade()).total)
+    batch = handmade()
+    logits_TV = module.trunk.logits(hidden_by_document(module.trunk, batch.tokens_T))
+    expected = 0.5 * logits_TV.logsumexp(-1)[batch.has_target_T].square().sum()
+    assert with_z - without == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_heldout_auc_is_over_the_labeled_turns_of_all_batches() -> None:
+    model, head = Transformer(CONFIG, seed=1), random_head()
+    module = LossModule(model, scorer_loss, head)
+    tokens = torch.randint(4, 23, (2, sum(LENGTHS)), generator=torch.Generator().manual_seed(5)).tolist()
+    labels = [{4: 1, 11: 0, 15: 1}, {2: 0, 7: 1, 13: 0}]
+    batches = [batch_of(one, LENGTHS, [], label) for one, label in zip(tokens, labels, strict=True)]
+    engine: Any = SimpleNamespace(module=module, world=ALONE)
+    found: list[tuple[float, int]] = []
+    for batch, label in zip(batches, labels, strict=True):
+        with torch.no_grad():
+            score_T = head(hidden_by_document(model, batch.tokens_T))
+        found += [(float(score_T[place]), one) for place, one in label.items()]
+    wins = [float(high > low) for high, one in found for low, other in found if one > other]
+    assert heldout_auc(engine, batches) == pytest.approx(sum(wins) / len(wins))
+    assert module.training
+
+
+def test_an_evaluation_is_in_evaluation_mode() -> None:
+    """Every part of the module, and all of them train afterwards."""
+    modes: list[bool] = []
+
+    def loss(module: LossModule, batch: PackedBatch) -> Any:
+        modes.extend(part.training for part in module.modules())
+        return language_model_loss(module, batch)
+
+    module = LossModule(Transformer(CONFIG, seed=1), loss)
+    engine: Any = SimpleNamespace(module=module, world=ALONE)
+    figures = no_grad_sum(engine, [handmade()], lambda batch: int(batch.has_target_T.sum()))
+    assert figures["heldout_loss"] > 0
+    assert not any(modes) and len(modes) == len(list(module.modules()))
+    assert all(part.training for part in module.modules())
 
 
 def plain_reply_logprobs(model: Transformer, pairs: list[EncodedPair]) -> Tensor:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from rich.console import Console
 
 from data.format.dialogue import Message
 from data.format.encode import encode_reply
@@ -14,16 +17,22 @@ from data.format.tokenizer import DialogueTokenizer
 from data.sources.preferences import PreferencePair
 from data.sources.record import LeftOut
 from eval.context import ReplyContext
+from model.config import ModelConfig
 from model.inference.generate import Completion, FinishReason
+from model.transformer import Transformer
+from train.deepspeed.world import World
+from train.preference import on_policy
 from train.preference.on_policy import (
     EQUAL_SCORES,
     TOO_CLOSE,
     TOO_UNEVEN,
     UNFINISHED,
+    NoPairsError,
     OnPolicyPairs,
     _advice,
     distinct_replies,
     extremes,
+    sample_pairs,
 )
 
 CONTEXT = ReplyContext("d", (Message("Ann", "hi"),), "Ben", "yes", 2, (), (), 0)
@@ -68,6 +77,37 @@ def test_the_extremes_or_the_reason(
         assert found == LeftOut(expected)
     else:
         assert isinstance(found, PreferencePair) and (found.chosen, found.rejected) == expected
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_each_file_of_contexts_is_sampled_with_its_own_seed_whatever_the_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    seeds: dict[str, int] = {}
+
+    def made(part: Any, settings: Any, policy: Any, trunk: Any, head: Any, tokenizer: Any, seed: int) -> Any:
+        seeds[part[0]] = seed
+        return [PreferencePair(one, (Message("Ann", one),), "Ben", "yes", "no", "test") for one in part]
+
+    contexts = [f"c{number}" for number in range(5)]
+    monkeypatch.setattr(on_policy, "CONTEXTS_A_FILE", 2)
+    monkeypatch.setattr(on_policy, "read_dialogues", lambda path: [])
+    monkeypatch.setattr(on_policy, "select_contexts", lambda *given, **left_out: contexts)
+    monkeypatch.setattr(on_policy, "load_scorer", lambda *given: (None, None))
+    monkeypatch.setattr(on_policy, "_pairs_of", made)
+    monkeypatch.setattr(World, "barrier", lambda self: None)
+    policy: Any = Transformer(
+        ModelConfig(vocab_size=9, d_model=8, n_layers=1, n_heads=1, d_head=8, d_ff=8, layers="G", max_length=16)
+    )
+    asked = OnPolicyPairs(kind="on_policy", scorer="s", n_contexts=5, max_context_tokens=9, max_new_tokens=9)
+    for rank in reversed(range(size)):  # the last one to end reads all files
+        world, unused = World(rank, size, torch.device("cpu")), Console(quiet=True)
+        if rank:
+            monkeypatch.setattr(on_policy, "read_pairs", lambda path: [])
+            monkeypatch.setattr(Path, "read_text", lambda self, encoding: "{}")
+        with suppress(NoPairsError):
+            sample_pairs(asked, policy, tmp_path, None, 7, tmp_path / "pairs", world, unused)  # type: ignore[arg-type]
+    assert seeds == {"c0": 7, "c2": 9, "c4": 11}
 
 
 def test_the_advice_names_the_keys_of_the_commonest_reasons_first() -> None:
