@@ -14,11 +14,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only wait for
 import torch
 
 from tests import fork_server
+from tests.triton_interpreter import patch_once_a_launch
 
 settings.register_profile("dramatis", deadline=None, derandomize=True)
 settings.load_profile("dramatis")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels run on the CPU, slowly
+    patch_once_a_launch()
     if sys.platform == "linux" and not os.environ.get(fork_server.REAL_LAUNCHES):
         fork_server.install()  # a fork of a process that has initialized CUDA cannot use it
 

@@ -11,6 +11,7 @@ fused: whether blocks are.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import deque
 from pathlib import Path
@@ -30,6 +31,11 @@ from train.loop import Loss, accumulate
 from train.losses import next_token_loss
 from train.optim import Optimizer
 from train.stage import LossModule
+
+if os.environ.get("TRITON_INTERPRET"):
+    from tests.triton_interpreter import patch_once_a_launch
+
+    patch_once_a_launch()
 
 CONFIG = ModelConfig(
     vocab_size=61, d_model=32, n_layers=3, n_heads=2, d_head=16, d_ff=48, layers="SSG", window=4, max_length=64

@@ -18,6 +18,7 @@ from train.checkpoint.best import BestWeights
 from train.deepspeed.world import World
 from train.loop import LoopConfig, Loss, StepReader, TrainingStage, accumulate, train
 from train.schedule import WSD
+from train.stage import share_of_rank
 from train.throughput import Throughput
 
 
@@ -190,3 +191,14 @@ def test_a_stop_request_abandons_the_save_under_way_and_saves_once_more(tmp_path
     assert (outcome.step, outcome.finished) == (at_step, False)
     before = [] if at_step == 2 else ["save 2"]
     assert calls == [*before, "abandon", f"save {at_step}", "finish"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(n_rows=st.integers(1, 40), size=st.integers(1, 5), micro_batch=st.integers(1, 9))
+def test_ranks_evaluate_every_row_once(n_rows: int, size: int, micro_batch: int) -> None:
+    if n_rows < size:
+        return
+    rows = np.arange(n_rows) * 3
+    shares = [share_of_rank(rows, micro_batch, World(rank, size, torch.device("cpu"))) for rank in range(size)]
+    assert all(shares) and max(len(part) for share in shares for part in share) <= micro_batch
+    assert sorted(np.concatenate([part for share in shares for part in share])) == rows.tolist()

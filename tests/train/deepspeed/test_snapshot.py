@@ -11,7 +11,9 @@ import torch
 
 from train.checkpoint.hashed_file import file_hash
 from train.deepspeed.host_memory import HostMemory
+from train.deepspeed.engine import _random_state, _set_random_state
 from train.deepspeed.snapshot import Snapshot
+from train.deepspeed.world import World
 
 
 def test_what_is_written_is_what_was_there(tmp_path: Path) -> None:
@@ -43,3 +45,21 @@ def test_a_copy_that_fails_is_told_when_it_is_written(tmp_path: Path, monkeypatc
     snapshot.save({"a": torch.ones(2)}, "state.pt")
     with pytest.raises(RuntimeError, match="allocate memory"):
         snapshot.write(tmp_path, threading.Event())
+
+
+def test_a_checkpoint_restores_the_random_state_or_seeds_each_rank_by_its_own_number() -> None:
+    """After a change of the number of ranks all start from rank 0's state, and must not draw the same numbers."""
+    torch.manual_seed(5)
+    state = _random_state()
+    drawn = torch.rand(3)
+
+    def drawn_after(rank: int, size: int, is_resharded: bool) -> list[float]:
+        torch.manual_seed(0)
+        _set_random_state(state, World(rank, size, torch.device("cpu")), is_resharded)
+        return torch.rand(3).tolist()
+
+    assert drawn_after(1, 2, is_resharded=False) == drawn.tolist()
+    places = [(0, 2), (1, 2), (0, 3), (2, 3)]
+    resharded = [drawn_after(*place, is_resharded=True) for place in places]
+    assert len({tuple(numbers) for numbers in [*resharded, drawn.tolist()]}) == len(places) + 1
+    assert [drawn_after(*place, is_resharded=True) for place in places] == resharded
