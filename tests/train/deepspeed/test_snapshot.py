@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from train.checkpoint.hashed_file import file_hash
-from train.deepspeed.host_memory import HostMemory
 from train.deepspeed.engine import _random_state, _set_random_state
+from train.deepspeed.host_memory import HostMemory
 from train.deepspeed.snapshot import Snapshot
 from train.deepspeed.world import World
 
