@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
 
 from recipes.loader import RecipeError
 from recipes.run_directory import damage, read_done
@@ -18,15 +20,50 @@ if TYPE_CHECKING:
     from recipes.pipeline import PlannedStage
 
 
+@dataclass(frozen=True)
+class _Alone:
+    """A recipe that is checked without a pipeline."""
+
+    recipe: Any
+    recipe_path: Path
+    nproc_per_node: int
+
+    @property
+    def name(self) -> str:
+        return self.recipe_path.stem
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.recipe.run_dir)
+
+    @property
+    def written(self) -> dict[str, Any]:
+        return {"stage": self.recipe.stage, **self.recipe.model_dump(mode="json")}
+
+
+def check_alone(recipe: Any, recipe_path: Path, console: Console, n_ranks: int = 1) -> None:
+    """Run `check_plan` of one recipe, whose missing inputs may still be written; print settings that will be adjusted.
+
+    Raises RecipeError with all problems.
+    """
+    plan = PlanCheck([_Alone(recipe, recipe_path, n_ranks)], reads_sources=True, is_whole=False)
+    try:
+        plan.check()
+    finally:
+        for note in plan.notes:
+            console.print(note, highlight=False, markup=False, soft_wrap=True)
+
+
 class PlanCheck:
     """Answers questions about the run directories of other stages: from their content or, if a stage has not run yet,
     from its recipe and sources. Collects all problems, and notes about settings that will be adjusted.
 
-    `reads_sources`: whether to read the sources of data that is not prepared yet.
+    `reads_sources`: whether to read the sources of data that is not prepared yet. `is_whole`: whether what is missing
+    must come from one of these stages.
     """
 
-    def __init__(self, stages: Sequence[PlannedStage], reads_sources: bool) -> None:
-        self.stages, self.reads_sources = stages, reads_sources
+    def __init__(self, stages: Sequence[PlannedStage | _Alone], reads_sources: bool, is_whole: bool = True) -> None:
+        self.stages, self.reads_sources, self._is_whole = stages, reads_sources, is_whole
         self.problems: list[str] = []
         self.notes: list[str] = []
         self._planned = {os.path.realpath(one.run_dir): one for one in stages if _is_to_run(one.run_dir)}
@@ -91,10 +128,10 @@ class PlanCheck:
         facts = module.facts_of_recipe(recipe)
         if not self.reads_sources or not self._is_there(planned):
             return facts
-        heldout, problems = module.heldout_of_recipe(recipe)
+        selected, problems = module.sides_of_recipe(recipe)
         for problem in problems:
             self.problem(problem)
-        return replace(facts, heldout=heldout)
+        return facts if selected is None else replace(facts, train=selected.train, heldout=selected.heldout)
 
     def config(self, run_dir: str) -> Any:
         """The architecture (ModelConfig) of a run's model, or None if it is not known yet."""
@@ -105,20 +142,42 @@ class PlanCheck:
         initial = importlib.import_module("train.initial_model").find_initial_model(run_dir)
         return None if initial is None else initial.config()
 
+    def stage_of(self, run_dir: str) -> str | None:
+        """The stage that has written or will write a run directory, or None if that is not known."""
+        planned = self._planned.get(os.path.realpath(run_dir))
+        stage = planned.written["stage"] if planned else (read_done(run_dir) or {}).get("stage")
+        return stage if isinstance(stage, str) else None
+
+    def check_inputs(self, inputs: Mapping[str, str]) -> None:
+        """Record inputs that are neither there nor written by a stage that has not run yet."""
+        for name, path in inputs.items():
+            if self.is_to_come(path):
+                continue
+            if not _is_finished(Path(path)):
+                what = "holds no finished run" if Path(path).exists() else "does not exist"
+                self.problem(f"{name}: {path} {what}, and no stage of this pipeline writes it")
+
     def is_to_come(self, path: str) -> bool:
         """Whether a stage that has not run yet writes the path."""
+        if not self._is_whole and not _is_finished(Path(path)):
+            return True
         return any(Path(os.path.realpath(path)).is_relative_to(run_dir) for run_dir in self._planned)
 
-    def _recipe(self, planned: PlannedStage) -> Any:
+    def _recipe(self, planned: PlannedStage | _Alone) -> Any:
         """None for an invalid recipe, which is reported with its own stage."""
         try:
             return planned.recipe
         except RecipeError:
             return None
 
-    def _is_there(self, planned: PlannedStage) -> bool:
+    def _is_there(self, planned: PlannedStage | _Alone) -> bool:
         """Whether no source is written by a stage that has not run yet."""
         return not any(map(self.is_to_come, _locations(planned.written.get("sources"))))
+
+
+def _is_finished(path: Path) -> bool:
+    """Whether it is a file, or the directory of a finished run."""
+    return path.exists() and (not path.is_dir() or read_done(path) is not None)
 
 
 def _is_to_run(run_dir: Path) -> bool:

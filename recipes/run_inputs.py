@@ -97,19 +97,21 @@ def _run_digest(name: str, run_dir: Path) -> str:
             f"input {name}: {run_dir} holds no finished run (no done.json); finish the stage that writes it first"
         )
     done = _read_done(file)
+    if done is None:
+        raise InputError(f"input {name}: {file} is damaged; remove it and run the stage that writes it again")
     if damaged := damaged_outputs(run_dir, done):
         raise InputError(f"input {name}: {run_dir} is damaged: {damaged[0]}; run the stage that writes it again")
     stated = done.get("content")
     return stated if isinstance(stated, str) else file_sha256(file)
 
 
-def _read_done(file: Path) -> dict[str, Any]:
-    """Empty for a damaged done.json, which the reader of the run reports."""
+def _read_done(file: Path) -> dict[str, Any] | None:
+    """None for a missing or damaged file."""
     try:
         done = json.loads(file.read_bytes())
     except (OSError, ValueError):
-        return {}
-    return done if isinstance(done, dict) else {}
+        return None
+    return done if isinstance(done, dict) else None
 
 
 def _files_of(run_dir: Path, outputs: Iterable[str]) -> dict[str, Path]:
@@ -143,7 +145,7 @@ def check_content(inputs: Mapping[str, str | Path]) -> None:
     """Hash what the input runs wrote for later stages. Raises InputError if the content has changed."""
     for name, given in inputs.items():
         path = Path(given)
-        done = _read_done(path / "done.json")
+        done = _read_done(path / "done.json") or {}
         if (read := done.get("content_of")) and content_digest(path, read) != done["content"]:
             raise InputError(
                 f"input {name}: {path} is damaged: the bytes of {', '.join(read)} differ from what its run wrote "

@@ -13,7 +13,8 @@ from typing import Any
 from rich.console import Console
 
 from recipes.interrupt import print_interrupt
-from recipes.loader import Section, parse_command_line, print_recipe
+from recipes.loader import RecipeError, Section, parse_command_line, print_recipe
+from recipes.plan_check import check_alone
 from recipes.run_directory import RunDirectoryError, RunState, finish_run, prepare_run_directory, read_done
 from recipes.stage_errors import run_entry
 
@@ -58,16 +59,18 @@ class StageCommand:
         command = parse_command_line(self.schema, argv, self.description)
         recipe: Any = command.recipe
         console = Console()
-        errors = (*self.recipe_errors, *self.other_errors, RunDirectoryError)
+        errors = (*self.recipe_errors, *self.other_errors, RecipeError, RunDirectoryError)
         try:
-            action = self._dry_run if command.dry_run else self.run
-            return run_entry(lambda: action(recipe, console), recipe.run_dir, errors, self.passed_on)
+            if command.dry_run:
+                return run_entry(lambda: self._dry_run(recipe, command.recipe_path, console), recipe.run_dir, errors)
+            return run_entry(lambda: self.run(recipe, console), recipe.run_dir, errors, self.passed_on)
         except KeyboardInterrupt:
             return print_interrupt(self.after_interrupt)
 
-    def _dry_run(self, recipe: Any, console: Console) -> None:
+    def _dry_run(self, recipe: Any, recipe_path: Path, console: Console) -> None:
         print_recipe(recipe, console)
         self.dry_run(recipe, console)
+        check_alone(recipe, recipe_path, console)
         console.print("dry run: nothing was written")
 
     def run(self, recipe: Any, console: Console) -> None:

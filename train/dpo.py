@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from data.clean.ledger import reasons_text
 from data.format.encode import encode_reply
 from data.format.message_encoder import MessageEncoder
-from data.format.tokenizer import DialogueTokenizer
+from data.format.tokenizer import MODEL_FILE, DialogueTokenizer
 from data.prompt.fit import fit_prompt
 from data.sources.preferences import PreferencePair, distinct_pairs, hold_out, read_pair_file, reason_against_context
 from data.sources.record import LeftOut
@@ -68,6 +68,11 @@ Pairs = Annotated[OnPolicyPairs | FilePairs, Field(discriminator="kind")]
 class DPORecipe(TrainingRecipe):
     """A preference run: the initial policy (also the reference model), and the sources of pairs."""
 
+    heldout_figures: ClassVar = {
+        "heldout_loss": "lower", "heldout_accuracy": "higher", "heldout_margin": "higher",
+        "heldout_chosen_drift": None, "heldout_rejected_drift": None,
+    }  # fmt: skip
+
     stage: Literal["dpo"]
     init_from: Location
     data: Location
@@ -80,12 +85,29 @@ class DPORecipe(TrainingRecipe):
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
 
     def check_plan(self, plan: PlanCheck) -> None:
-        """Also read the files of pairs, before earlier stages are trained."""
+        """Also read the files of pairs, and look at both sides of the split, before earlier stages are trained."""
         super().check_plan(plan)
-        for source in self.pairs:
-            if isinstance(source, FilePairs) and Path(source.path).is_file() and not plan.is_to_come(source.path):
+        pairs: list[PreferencePair] = []
+        are_all_known = True
+        for number, source in enumerate(self.pairs):
+            if isinstance(source, OnPolicyPairs):
+                if (stage := plan.stage_of(source.scorer)) not in (None, "engagement"):
+                    plan.problem(
+                        f"pairs.{number}.scorer: {source.scorer} is a run of stage {stage}; expected a reward "
+                        "model, of stage engagement"
+                    )
+                are_all_known = False
+            elif Path(source.path).is_file() and not plan.is_to_come(source.path):
                 with plan.finding():
-                    read_pair_file(source.path, source.format, source.max_bad_fraction)
+                    pairs += read_pair_file(source.path, source.format, source.max_bad_fraction).pairs[
+                        : source.max_pairs
+                    ]
+            else:
+                are_all_known = False
+        tokenizer = Path(self.data) / MODEL_FILE
+        if are_all_known and pairs and tokenizer.is_file() and not plan.is_to_come(self.data):
+            with plan.finding():
+                split_pairs(self, distinct_pairs(pairs)[0], DialogueTokenizer.load(tokenizer.parent), plan.n_ranks)
 
     def inputs(self) -> dict[str, str]:
         """The finished runs and files that the stage reads, by recipe key."""
@@ -289,15 +311,8 @@ def prepare(recipe: DPORecipe, world: World, console: Console) -> Job:
     initial.check_tokenizer([recipe.data])
     tokenizer = DialogueTokenizer.load(initial.directory)
     pairs = collect_pairs(recipe, trunk, tokenizer, world, console)
-    encoded, left_out = encode_pairs(pairs, tokenizer, recipe.max_pair_tokens)
-    fitting = f"{len(encoded)} of {len(pairs)} pairs fit max_pair_tokens {recipe.max_pair_tokens}"
-    if left_out:
-        fitting += f"; left out: {reasons_text(left_out)}"
+    rows, heldout, fitting = split_pairs(recipe, pairs, tokenizer, world.size)
     console.print(fitting, highlight=False)
-    sides = hold_out([pair.group for pair in encoded], recipe.heldout_fraction, recipe.seed)
-    heldout, rows = (PairRows([encoded[i] for i in side]) for side in sides)
-    if min(heldout.n_rows, rows.n_rows) < world.size:
-        raise LoopError(_too_few(encoded, heldout.n_rows, recipe, world.size, fitting))
     model_key = f"{content_key({'init_from': init_input(recipe.init_from)})} {settings.precision} {blocks}"
     folder, rows_per_micro_batch = Path(recipe.run_dir) / "reference", recipe.loop.rows_per_micro_batch
     for part in (rows, heldout):
@@ -318,6 +333,22 @@ def prepare(recipe: DPORecipe, world: World, console: Console) -> Job:
             outcome, rows, heldout, heldout_wins(engine, list(zip(shares, batches, strict=True)), heldout.n_rows)
         ),
     )
+
+
+def split_pairs(
+    recipe: DPORecipe, pairs: Sequence[PreferencePair], tokenizer: DialogueTokenizer, n_ranks: int
+) -> tuple[PairRows, PairRows, str]:
+    """The training and the held-out pairs that fit, and a line on how many fit. Raises LoopError for a side with fewer
+    pairs than ranks."""
+    encoded, left_out = encode_pairs(pairs, tokenizer, recipe.max_pair_tokens)
+    fitting = f"{len(encoded)} of {len(pairs)} pairs fit max_pair_tokens {recipe.max_pair_tokens}"
+    if left_out:
+        fitting += f"; left out: {reasons_text(left_out)}"
+    sides = hold_out([pair.group for pair in encoded], recipe.heldout_fraction, recipe.seed)
+    heldout, rows = (PairRows([encoded[i] for i in side]) for side in sides)
+    if min(heldout.n_rows, rows.n_rows) < n_ranks:
+        raise LoopError(_too_few(encoded, heldout.n_rows, recipe, n_ranks, fitting))
+    return rows, heldout, fitting
 
 
 def _too_few(encoded: Sequence[EncodedPair], n_heldout: int, recipe: DPORecipe, n_ranks: int, fitting: str) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from rich.console import Console
 from scipy.stats import mannwhitneyu
 
+from data.format.dialogue import Dialogue, supervision
 from data.packed.batch import PackedBatch
 from model.scalar_head import ScalarHead
 from train.deepspeed.engine import TrainingEngine
@@ -20,12 +21,6 @@ from train.run import run_stage
 from train.stage import FineTuningRecipe, Job, LossModule, documents_of, load_start, of_all_ranks, packed_stage
 from train.summary import summarize
 from train.targets import Targets
-
-
-class EngagementRecipe(FineTuningRecipe):
-    """A reward model run, on dialogues whose turns have engagement labels."""
-
-    stage: Literal["engagement"]
 
 
 def scores(module: LossModule, batch: PackedBatch) -> torch.Tensor:
@@ -46,12 +41,28 @@ def n_by_label(batch: PackedBatch) -> dict[str, int]:
     return {"partner continues": int((batch.label_T == 1).sum()), "partner leaves": int((batch.label_T == 0).sum())}
 
 
+def n_by_label_of_dialogue(dialogue: Dialogue, continue_within_seconds: float | None) -> dict[str, int]:
+    """Number of turns of a dialogue with each label."""
+    _, labels = supervision(dialogue, continue_within_seconds)
+    return {"partner continues": labels.count(1), "partner leaves": labels.count(0)}
+
+
 LABELS = Targets(
     n_by_label,
+    n_by_label_of_dialogue,
     "The scorer needs both. Label what users did (metadata.engagement_label of a reply, or data.feedback), give "
     "the messages times and set continue_within_seconds, or add dialogues that end because the partner left "
     "(chat_jsonl: the last message is the character's); then prepare the data again",
 )
+
+
+class EngagementRecipe(FineTuningRecipe):
+    """A reward model run, on dialogues whose turns have engagement labels."""
+
+    heldout_figures: ClassVar = {"heldout_loss": "lower", "heldout_auc": "higher"}
+    targets: ClassVar = LABELS
+
+    stage: Literal["engagement"]
 
 
 def roc_auc(score: np.ndarray, label: np.ndarray) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from rich.console import Console
@@ -39,9 +39,17 @@ from train.stage import (
 from train.summary import summarize
 from train.targets import Targets
 
+TOKENS = Targets(
+    lambda batch: {"next tokens to predict": int(batch.has_target_T.sum())},
+    lambda dialogue, within: {"next tokens to predict": len(dialogue.messages)},
+    "Prepare data with documents of two tokens or more",
+)
+
 
 class PretrainRecipe(TrainingRecipe):
     """A pre-training run on a data directory, a mixture of several, or synthetic tokens."""
+
+    targets: ClassVar = TOKENS
 
     stage: Literal["pretrain"]
     data: Location | Annotated[SyntheticData | MixtureData, Field(discriminator="kind")]
@@ -64,12 +72,6 @@ class PretrainRecipe(TrainingRecipe):
         if self.ngram_baselines and not isinstance(self.data, str):
             raise ValueError("ngram_baselines=true needs one data directory to count n-grams in; set it to false")
         return self
-
-
-TOKENS = Targets(
-    lambda batch: {"next tokens to predict": int(batch.has_target_T.sum())},
-    "Prepare data with documents of two tokens or more",
-)
 
 
 def language_model_loss(module: LossModule, batch: PackedBatch, z_loss: float = 0.0) -> Loss:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ from model.weights import copy_model, save_model
 from recipes.interrupt import EXIT_CODE as INTERRUPTED
 from recipes.interrupt import print_interrupt
 from recipes.loader import parse_command_line, print_error, print_recipe
+from recipes.plan_check import check_alone
 from recipes.run_directory import RunState, finish_run, prepare_run_directory
 from recipes.stage_errors import USER_ERROR, print_os_error, run_entry
 from train.checkpoint.best import BestWeights
@@ -76,7 +78,8 @@ def run_stage(
             print_recipe(recipe, console)
             summary.print(console)
             summary.print_memory(console)
-            return 0
+            n_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+            return run_entry(lambda: check_alone(recipe, command.recipe_path, console, n_ranks), recipe.run_dir)
     return _run_ranks(recipe, summary, partial(prepare, recipe))
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from rich.console import Console
 
+from data.format.dialogue import supervision
 from data.packed.batch import PackedBatch, to_device
 from train.deepspeed.engine import TrainingEngine
 from train.deepspeed.world import World
@@ -17,18 +18,21 @@ from train.stage import FineTuningRecipe, Job, LossModule, documents_of, load_st
 from train.summary import summarize
 from train.targets import Targets
 
+_KIND = "trained tokens of the character's replies"
+REPLY_TOKENS = Targets(
+    lambda batch: {_KIND: int(batch.loss_mask_T.sum())},
+    lambda dialogue, within: {_KIND: sum(supervision(dialogue, within)[0])},
+    "The loss covers replies that the character wrote and that are not excluded (trained: false, weight: 0): look at "
+    "the data with python -m data.inspect, and prepare dialogues with replies to train",
+)
+
 
 class SFTRecipe(FineTuningRecipe):
     """A supervised fine-tuning run."""
 
+    targets: ClassVar = REPLY_TOKENS
+
     stage: Literal["sft"]
-
-
-REPLY_TOKENS = Targets(
-    lambda batch: {"trained tokens of the character's replies": int(batch.loss_mask_T.sum())},
-    "The loss covers replies that the character wrote and that are not excluded (trained: false, weight: 0): look at "
-    "the data with python -m data.inspect, and prepare dialogues with replies to train",
-)
 
 
 def answer_loss(module: LossModule, batch: PackedBatch) -> Loss:

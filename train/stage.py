@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,16 +27,21 @@ from recipes.plan_check import PlanCheck
 from recipes.run_identity import Location, MayChange
 from train.deepspeed.engine import EngineConfig, TrainingEngine
 from train.deepspeed.world import World
-from train.initial_model import InitialModel, init_input, initial_model
+from train.initial_model import InitialModel, find_initial_model, init_input, initial_model
 from train.loop import LoopConfig, LoopError, Loss, Outcome, TrainingStage, no_grad_sum
 from train.metrics import WandbConfig
 from train.optim import Muon, Optimizer
 from train.schedule import Schedule
-from train.targets import Targets, check_targets
+from train.targets import Targets, check_targets, check_targets_of_dialogues
 
 
 class TrainingRecipe(Section):
     """Sections of every training stage."""
+
+    heldout_figures: ClassVar[Mapping[str, str | None]] = {"heldout_loss": "lower"}
+    """What an evaluation computes, and which direction is better, if one is."""
+    targets: ClassVar[Targets | None] = None
+    """What the loss sums over, for stages on packed dialogues."""
 
     run_dir: Location
     seed: NonNegativeInt = 0
@@ -65,12 +70,41 @@ class TrainingRecipe(Section):
         loop = self.loop
         if problem := loop.misfit(plan.n_ranks):
             plan.problem(problem)
+        plan.check_inputs(self.inputs())
         init_from = getattr(self, "init_from", None)
         config = getattr(self, "model", None) or (plan.config(init_from) if init_from else None)
-        for path in data_directories(getattr(self, "data", None)).values():
+        data = data_directories(getattr(self, "data", None)).values()
+        fits = True
+        for path in data:
             facts = plan.data(path)
             for problem in facts.misfits(config.vocab_size, config.max_length) if facts and config else ():
                 plan.problem(problem)
+                fits = False
+            if facts and facts.train is not None and facts.heldout is not None and self.targets:
+                sides = {"the training side": facts.train, "the held-out side": facts.heldout}
+                with plan.finding():
+                    check_targets_of_dialogues(self.targets, sides, facts.continue_within_seconds)
+        is_there = not any(plan.is_to_come(path) for path in data)
+        if is_there and fits and config and self.targets:
+            with plan.finding():
+                dataset, heldout = open_data(self.data, config)  # type: ignore[attr-defined]
+                check_targets(self.targets, dataset, heldout, evaluated_rows(heldout, self.evaluation_rows))  # type: ignore[attr-defined]
+        if is_there and init_from and not plan.is_to_come(init_from) and (initial := find_initial_model(init_from)):
+            with plan.finding():
+                initial.check_tokenizer(data)
+
+    @field_validator("loop")
+    @classmethod
+    def _keeps_a_figure_of_the_stage(cls, loop: LoopConfig) -> LoopConfig:
+        if (keep := loop.keep_best) is not None:
+            if keep.figure not in cls.heldout_figures:
+                raise ValueError(
+                    f"keep_best.figure: found {keep.figure}, this stage computes {', '.join(cls.heldout_figures)}; "
+                    "choose one"
+                )
+            if (better := cls.heldout_figures[keep.figure]) not in (None, keep.better):
+                raise ValueError(f"keep_best.better: found {keep.better}, but a {better} {keep.figure} is better")
+        return loop
 
     @field_validator("engine")
     @classmethod
@@ -176,6 +210,15 @@ def share_of_rank(rows: np.ndarray, rows_per_micro_batch: int, world: World) -> 
     return [rows[at : at + size] for at in range(0, len(rows), size)][world.rank :: world.size]
 
 
+def evaluated_rows(heldout: PackedRows, evaluation_rows: int) -> np.ndarray:
+    """The numbers of `evaluation_rows` evenly spread rows, or of all if there are fewer."""
+    return (
+        heldout.spread(evaluation_rows)
+        if isinstance(heldout, MixtureRows)
+        else spread_rows(heldout.n_rows, evaluation_rows)
+    )
+
+
 def of_all_ranks(mine: np.ndarray, world: World) -> np.ndarray:
     """The arrays of all ranks, concatenated along the last axis in the order of the ranks."""
     gathered: list[Any] = [mine] * world.size
@@ -197,10 +240,7 @@ def packed_stage(
 
     extra: computes further held-out figures. Raises NoTargetsError when a side has no targets.
     """
-    if isinstance(heldout, MixtureRows):
-        numbers = heldout.spread(evaluation_rows)
-    else:
-        numbers = spread_rows(heldout.n_rows, evaluation_rows)
+    numbers = evaluated_rows(heldout, evaluation_rows)
     if len(numbers) < world.size:
         remedy = "raise evaluation_rows"
         if len(numbers) == heldout.n_rows:

@@ -4,11 +4,12 @@ A run without targets would report a loss of 0.000, and only weight decay would 
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from data.format.dialogue import Dialogue
 from data.packed.batch import PackedBatch, PackedRows, collate
 from data.packed.mixture import MixtureRows
 
@@ -27,11 +28,29 @@ class Targets:
     """
 
     counts: Callable[[PackedBatch], dict[str, int]]
+    of_dialogue: Callable[[Dialogue, float | None], dict[str, int]]
+    """The same kinds of a dialogue and `continue_within_seconds`, before the data is prepared; kinds may be omitted."""
     advice: str
 
     def total(self, batch: PackedBatch) -> int:
         """Number of terms in the loss of a batch."""
         return sum(self.counts(batch).values())
+
+
+def check_targets_of_dialogues(
+    targets: Targets, sides: Mapping[str, Iterable[Dialogue]], continue_within_seconds: float | None
+) -> None:
+    """Raise NoTargetsError unless the dialogues of each side have targets of every kind."""
+    for where, dialogues in sides.items():
+        found: Counter[str] = Counter()
+        for dialogue in dialogues:
+            for kind, count in targets.of_dialogue(dialogue, continue_within_seconds).items():
+                found[kind] += count
+            if found and all(found.values()):
+                break
+        else:
+            counts = ", ".join(f"{count:,} {kind}" for kind, count in found.items()) or "no dialogues"
+            raise NoTargetsError(f"no targets on {where}: {counts}. {targets.advice}")
 
 
 def check_targets(targets: Targets, dataset: PackedRows, heldout: PackedRows, evaluation_rows: np.ndarray) -> None:

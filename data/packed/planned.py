@@ -36,6 +36,9 @@ class DataFacts:
     row_length: int
     heldout: list[Dialogue] | None
     prompt_template: str | None = None
+    train: list[Dialogue] | None = None
+    """None for a prepared directory, whose rows can be read."""
+    continue_within_seconds: float | None = None
 
     def misfits(self, vocab_size: int, max_length: int) -> list[str]:
         """Why a model of these sizes cannot be trained or evaluated on it, and what would fit."""
@@ -84,24 +87,27 @@ def facts_of_recipe(recipe: DataRecipe) -> DataFacts:
         path = Path(recipe.tokenizer.path)
         vocab_size = DialogueTokenizer.load(path).vocab_size if path.exists() else None
     template = recipe.prompt_template.path if recipe.prompt_template else None
-    return DataFacts(recipe.run_dir, vocab_size, recipe.row_length, None, template)
+    return DataFacts(
+        recipe.run_dir, vocab_size, recipe.row_length, None, template,
+        continue_within_seconds=recipe.continue_within_seconds,
+    )  # fmt: skip
 
 
-def heldout_of_recipe(recipe: DataRecipe) -> tuple[list[Dialogue] | None, list[str]]:
-    """The held-out dialogues of a directory that is not prepared yet, and the errors that preparation would raise. The
-    dialogues are None if the sources are too large or give none."""
+def sides_of_recipe(recipe: DataRecipe) -> tuple[Selected | None, list[str]]:
+    """The dialogues of a directory that is not prepared yet, and the errors that preparation would raise. The dialogues
+    are None if the sources are too large or give none."""
     if _size(recipe) > READ_AT_MOST_BYTES:
         return None, []
     last = TOKENIZER if isinstance(recipe.tokenizer, TrainedTokenizer) else SELECT
     lenient = recipe.model_copy(update={"max_bad_fraction": 1.0})
-    heldout, problems = None, list[str]()
+    selected, problems = None, list[str]()
     for tried, until in ((recipe, last), (lenient, last), (lenient, SELECT)):
         try:
-            heldout = select_dialogues(tried, until).heldout
+            selected = select_dialogues(tried, until)
             break
         except (ValueError, OSError) as error:
             problems.append(str(error))
-    return heldout, list(dict.fromkeys(problems))
+    return selected, list(dict.fromkeys(problems))
 
 
 def _size(recipe: DataRecipe) -> int:

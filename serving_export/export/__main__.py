@@ -91,6 +91,7 @@ class ExportRecipe(Section):
 
     def check_plan(self, plan: PlanCheck) -> None:
         """Check that stock engines can run the model, and count the conversations for the parity check."""
+        plan.check_inputs(self.inputs())
         facts, config = plan.data(self.data), plan.config(self.init_from)
         if config is not None:
             with plan.finding():

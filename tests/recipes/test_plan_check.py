@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from model.config import ModelConfig
+from model.transformer import Transformer
+from model.weights import save_model
+from recipes.loader import RecipeError, load_recipe
 from recipes.pipeline import main, plan
-from recipes.plan_check import PlanCheck
+from recipes.plan_check import PlanCheck, check_alone
 
 ROOT = Path(__file__).parents[2]
 SIZES = ["data.tokenizer.vocab_size=300", "pretrain.model.vocab_size=300", "data.executor.workers=1"]
@@ -142,3 +149,93 @@ def test_prepared_data_counts_as_it_is(logs: list[str], tmp_path: Path, capfd: p
     assert code == 2
     assert "300 pieces" in capfd.readouterr().err
     assert not (tmp_path / "runs" / "pretrain").exists()
+
+
+def test_labels_of_one_class_are_told_before_anything_is_trained(
+    logs: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """From the sources, and from the prepared data by the stage's own dry run."""
+    from data.prepare import main as prepare
+    from train.engagement import EngagementRecipe
+
+    code, output = dry_run(capfd, *logs, "data.continue_within_seconds=null")
+    assert code == 0, output
+    path = tmp_path / "logs" / "a.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        line["messages"] = [*line["messages"], {"speaker": "Tom", "text": "bye", "time": 600}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, output = dry_run(capfd, *logs, "data.continue_within_seconds=null")
+    assert code == 2
+    assert "engagement.yaml: no targets on the training side: " in output
+    assert "partner continues, 0 partner leaves. The scorer needs both" in output
+
+    stages = plan(Path(logs[0]), logs[2], [*logs[3:], "data.continue_within_seconds=null"])
+    assert prepare([str(stages[0].recipe_path), *stages[0].overrides]) == 0
+    scorer = next(one for one in stages if one.name == "engagement")
+    config = ModelConfig(vocab_size=300, d_model=8, n_layers=1, n_heads=1, d_head=8, d_ff=8, layers="G", max_length=512)
+    save_model(tmp_path / "start" / "model", config, Transformer(config).state_dict())
+    (tmp_path / "start" / "done.json").write_text("{}")
+    recipe = load_recipe(EngagementRecipe, scorer.recipe_path, [*scorer.overrides, f"init_from={tmp_path}/start"])
+    with pytest.raises(
+        RecipeError, match=r"no targets in the training side: [\d,]+ partner continues, 0 partner leaves"
+    ):
+        check_alone(recipe, scorer.recipe_path, Console(quiet=True))
+
+
+def test_a_run_that_nobody_writes_is_told(logs: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "unfinished").mkdir()
+    code, output = dry_run(
+        capfd, *logs, f"eval.models.other={tmp_path}/nope", f"sft.init_from={tmp_path}/unfinished",
+        f"dpo.pairs=[{{kind: file, path: {tmp_path}/no.jsonl}}]",
+    )  # fmt: skip
+    assert code == 2
+    for told in (
+        f"eval.yaml: models.other: {tmp_path}/nope does not exist, and no stage of this pipeline writes it",
+        f"sft.yaml: init_from: {tmp_path}/unfinished holds no finished run, and no stage of this pipeline writes it",
+        f"dpo.yaml: pairs.0: {tmp_path}/no.jsonl does not exist",
+    ):
+        assert told in output, output
+
+
+def test_a_scorer_is_a_run_of_engagement(logs: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    runs = logs[2]
+    code, output = dry_run(capfd, *logs, f"dpo.pairs.0.scorer={runs}/sft", f"eval.scorer={runs}/pretrain")
+    assert code == 2
+    assert f"dpo.yaml: pairs.0.scorer: {runs}/sft is a run of stage sft; expected a reward model" in output
+    assert f"eval.yaml: scorer: {runs}/pretrain is a run of stage pretrain; expected a reward model" in output
+
+
+def test_figures_that_a_stage_does_not_compute_are_told(logs: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    for figure, better, told in (
+        ("nonsense", "lower", "found nonsense, this stage computes heldout_loss"),
+        ("heldout_loss", "higher", "found higher, but a lower heldout_loss is better"),
+    ):
+        code, output = dry_run(capfd, *logs, f"sft.loop.keep_best={{figure: {figure}, better: {better}}}")
+        assert code == 2 and told in output, output
+
+
+def test_pairs_that_do_not_fit_or_split_are_told_once_there_is_a_tokenizer(tmp_path: Path, logs: list[str]) -> None:
+    from data.prepare import main as prepare
+    from train.dpo import DPORecipe
+
+    stages = plan(Path(logs[0]), logs[2], logs[3:])
+    assert prepare([str(stages[0].recipe_path), *stages[0].overrides]) == 0
+    said = [{"speaker": "Tom", "text": "hi there"}]
+    pairs = [
+        {"id": f"p{n}", "messages": [*said, {"speaker": "Tom", "text": f"{n}"}], "character": "Mia", "chosen": "yes",
+         "rejected": "no"}
+        for n in range(20)
+    ]  # fmt: skip
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    dpo = next(one for one in stages if one.name == "dpo")
+    given = [*dpo.overrides, f"pairs=[{{kind: file, path: {tmp_path}/pairs.jsonl}}]", f"init_from={tmp_path}/none"]
+    for overrides, told in (
+        ([], None),
+        (["max_pair_tokens=5"], "0 of 20 pairs fit max_pair_tokens 5"),
+        (["heldout_fraction=0.0001"], "leaves 20 for training and 0 held out"),
+        (["heldout_fraction=0.9999"], "leaves 0 for training and 20 held out"),
+    ):
+        recipe = load_recipe(DPORecipe, dpo.recipe_path, [*given, *overrides])
+        with pytest.raises(RecipeError, match=re.escape(told)) if told else nullcontext():
+            check_alone(recipe, dpo.recipe_path, Console(quiet=True))

@@ -22,7 +22,7 @@ from data.prompt.fit import NEWEST_TOO_LONG, REPLY_TOO_LONG
 from data.sources.preferences import PreferencePair, read_pairs, write_pairs
 from model.attention_ops import Documents
 from model.weights import load_model, load_scorer
-from train.dpo import EncodedPair, PairRows, encode_pairs, reply_logprobs
+from train.dpo import DPORecipe, EncodedPair, PairRows, encode_pairs, reply_logprobs
 
 ROOT = Path(__file__).parents[2]
 LOOP = (
@@ -80,7 +80,7 @@ def test_fine_tuning_scoring_and_preferences(runs: Path, data_dir: Path) -> None
     )
     figures = finished("dpo", runs, body)
     assert figures["training_pairs"] + figures["heldout_pairs"] > 12, "some of the sampled ones"
-    assert {"heldout_accuracy", "heldout_length_only_accuracy", "heldout_margin"} <= figures.keys()
+    assert {*DPORecipe.heldout_figures, "heldout_length_only_accuracy"} <= figures.keys()
     low, high = figures["heldout_accuracy_interval"]
     assert low is None or low <= figures["heldout_accuracy"] <= high
     assert list((runs / "dpo" / "reference").glob("reference_*.safetensors"))

@@ -115,5 +115,10 @@ def test_sound_data_cost_a_few_reads() -> None:
         read += 1
         return {"tokens": 1}
 
-    check(Targets(counts, ""), Rows([1] * 10_000, [-1] * 10_000), Rows([1] * 500, [-1] * 500), range(500))
+    check(
+        Targets(counts, lambda dialogue, within: {}, ""),
+        Rows([1] * 10_000, [-1] * 10_000),
+        Rows([1] * 500, [-1] * 500),
+        range(500),
+    )
     assert read == 2

@@ -76,13 +76,22 @@ def test_errors_say_what_there_is(tmp_path: Path, pretrain_recipe: Path) -> None
         kept.record(0, {"heldout_loss": 1.0})
     with pytest.raises(BestWeightsError, match="step_00000004 is missing"):
         BestWeights(LOWER, None, tmp_path, ALONE, write, Best(4, {"heldout_loss": 1.0}))
-    with pytest.raises(RecipeError, match="stop_after compares the figure of keep_best"):
-        load_recipe(PretrainRecipe, pretrain_recipe, ["loop.stop_after=2"])
+    for overrides, message in (
+        (["loop.stop_after=2"], "stop_after compares the figure of keep_best"),
+        (
+            ["loop.keep_best={figure: heldout_auc, better: higher}"],
+            "found heldout_auc, this stage computes heldout_loss",
+        ),
+        (["loop.keep_best={figure: heldout_loss, better: higher}"], "found higher, but a lower heldout_loss is better"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(PretrainRecipe, pretrain_recipe, overrides)
 
 
 def test_a_run_ends_with_the_weights_and_figures_of_its_best_evaluation(pretrain_recipe: Path, tmp_path: Path) -> None:
-    """The loss falls, so that the highest is that of the drawn weights."""
-    overrides = ["loop.keep_best={figure: heldout_loss, better: higher}", "loop.stop_after=2", "loop.evaluate_every=2"]
+    """With such a learning rate the loss rises, so that the lowest is that of the drawn weights."""
+    overrides = ["loop.keep_best={figure: heldout_loss, better: lower}", "loop.stop_after=2", "loop.evaluate_every=2"]
+    overrides.append("optimizer.lr=100.0")
     words = [sys.executable, "-m", "train.pretrain", str(pretrain_recipe), *overrides]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
