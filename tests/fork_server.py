@@ -6,8 +6,9 @@ all else (pid, parent, pipes, signals, exit code) is as before, and every other 
 program starts its own Python programs (ranks of a launcher, stages of a pipeline) the same way.
 
 What a fork cannot show: the environment that libraries read as they are loaded, imports that are missing, another
-PYTHONHASHSEED; and libraries that fork or watch processes themselves (Ray, DeepSpeed's conversion of checkpoints) need
-a process of their own. `DRAMATIS_REAL_LAUNCHES=1` starts all programs as a user does.
+PYTHONHASHSEED; and libraries that fork or watch processes themselves need a process of their own: DeepSpeed's
+conversion of checkpoints always has one, and Ray's test asks for one. `DRAMATIS_REAL_LAUNCHES=1` starts all programs as
+a user does.
 """
 
 from __future__ import annotations
@@ -36,11 +37,13 @@ from typing import Any, NoReturn
 PRELOADED = (
     "torch", "torch._dynamo", "torch.distributed.run", "torch.distributed.fsdp", "deepspeed",
     "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.runtime.bf16_optimizer",
-    "deepspeed.checkpoint.ds_to_universal", "numpy", "scipy.stats", "pydantic", "ruamel.yaml", "rich.progress",
-    "rich.table", "sentencepiece", "safetensors.torch", "psutil", "orjson", "xxhash", "pyarrow.parquet", "datasets",
-    "datatrove.executor", "jinja2.sandbox", "fastapi", "uvicorn", "matplotlib.pyplot", "chitchat_dataset",
+    "numpy", "scipy.stats", "pydantic", "ruamel.yaml", "rich.progress", "rich.table", "sentencepiece",
+    "safetensors.torch", "psutil", "orjson", "xxhash", "pyarrow.parquet", "datasets", "datatrove.executor",
+    "jinja2.sandbox", "fastapi", "uvicorn", "matplotlib.pyplot", "chitchat_dataset",
 )  # fmt: skip
 """Libraries that our programs import; our own modules are imported by each program."""
+OWN_PROCESS = ("deepspeed.checkpoint.ds_to_universal",)
+"""Modules that are never run in a fork."""
 ROOT = Path(__file__).resolve().parents[1]
 REAL_LAUNCHES = "DRAMATIS_REAL_LAUNCHES"
 """In pytest's environment, no program is a fork; in that of one program, this one and those that it starts are not."""
@@ -96,6 +99,8 @@ def _python_program(arguments: tuple[Any, ...]) -> Program | None:
         return None  # it runs as the interpreter starts
     directory = os.fsdecode(cwd) if cwd is not None else os.getcwd()
     if rest[0] == "-m":
+        if rest[1] in OWN_PROCESS:
+            return None
         return Program(rest[1], None, rest[2:], directory, environment, bool(new_session), os.getpid())
     if rest[0].startswith("-"):
         return None

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.fork_server import REAL_LAUNCHES
-
 ROOT = Path(__file__).parents[3]
 PRETRAIN = ["-m", "train.pretrain"]
 STOP_AFTER = str(Path(__file__).parents[1] / "stop_after.py")
@@ -24,7 +22,7 @@ def train(ranks: int, program: list[str], recipe: Path, *overrides: str) -> str:
         timeout=300, check=False,
         env={
             **os.environ, "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT), REAL_LAUNCHES: "1",
+            "PYTHONPATH": str(ROOT),
         },
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
