@@ -163,6 +163,10 @@ def test_a_stop_request_abandons_the_save_under_way_and_saves_once_more(tmp_path
     config = ModelConfig(vocab_size=9, d_model=8, n_layers=1, n_heads=1, d_head=8, d_ff=8, layers="G", max_length=16)
     batch, n_steps = SimpleNamespace(tokens_T=torch.zeros(16), sequence_lengths=[16]), 0
 
+    def record(call: str) -> None:
+        assert world.progress.may_last, "the watchdog lets a rank wait for its disk"
+        calls.append(call)
+
     def step(multiplier: float, accepts: Any) -> tuple[float, bool]:
         nonlocal n_steps
         n_steps += 1
@@ -177,8 +181,8 @@ def test_a_stop_request_abandons_the_save_under_way_and_saves_once_more(tmp_path
     )
     checkpoints = SimpleNamespace(
         report=lambda: (0.0, 0.0), advance=lambda n_busy, n_failed: None,
-        save=lambda state, snapshot: calls.append(f"save {state.step}"),
-        finish=lambda: calls.append("finish"), abandon=lambda: calls.append("abandon"),
+        save=lambda state, snapshot: record(f"save {state.step}"),
+        finish=lambda: record("finish"), abandon=lambda: record("abandon"),
     )  # fmt: skip
     stage = TrainingStage(Numbered(8), lambda rows: batch, lambda batch: 16, lambda engine: {"heldout_loss": 2.0})
     settings = LoopConfig(max_steps=9, rows_per_step=1, rows_per_micro_batch=1, evaluate_every=9, save_every=2)

@@ -6,10 +6,12 @@ import threading
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from train.checkpoint.hashed_file import file_hash
+from train.deepspeed import host_memory
 from train.deepspeed.engine import _random_state, _set_random_state
 from train.deepspeed.host_memory import HostMemory
 from train.deepspeed.snapshot import Snapshot
@@ -34,6 +36,31 @@ def test_what_is_written_is_what_was_there(tmp_path: Path) -> None:
     assert torch.equal(found["module"]["transposed"], expected.T)
     assert found["list"][0].data_ptr() == found["module"]["a"].data_ptr(), "shared tensors stay shared"
     assert found["group"] == {"step": 3, "beta": (0.9, 0.95)}
+
+
+def test_what_is_no_tensor_is_copied_too(tmp_path: Path) -> None:
+    snapshot, counts = Snapshot(HostMemory()), np.arange(3)
+    snapshot.save({"counts": counts}, "state.pt")
+    counts[:] = 9
+    snapshot.write(tmp_path, threading.Event())
+    assert torch.load(tmp_path / "state.pt", weights_only=False)["counts"].tolist() == [0, 1, 2]
+
+
+def test_views_of_one_memory_are_copies_of_their_own() -> None:
+    whole, snapshot = torch.arange(6.0), Snapshot(HostMemory())
+    views = [whole, whole.view(2, 3), whole[:2], whole[::2], whole.view(torch.int32)]
+    assert all(torch.equal(snapshot.tensor(view), view) for view in views)
+
+
+def test_buffers_are_returned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_memory, "_SMALLEST", 1)
+    memory = HostMemory()
+    snapshot = Snapshot(memory)
+    snapshot.copy(torch.ones(4))
+    snapshot.release()
+    snapshot.release()
+    one, other = memory.copy(torch.full((4,), 1.0)), memory.copy(torch.full((4,), 2.0))
+    assert (one.tolist(), other.tolist()) == ([1.0] * 4, [2.0] * 4)
 
 
 def test_a_copy_that_fails_is_told_when_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

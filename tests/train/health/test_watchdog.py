@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from train.deepspeed.world import RankProgress
-from train.health.watchdog import EXIT_CODE, Report, _is_busy, verdict
+from train.health.watchdog import EXIT_CODE, Report, _is_busy, _is_running, verdict
 
 ROOT = Path(__file__).parents[3]
 TIMEOUT, SILENCE = 600.0, 20.0
@@ -159,3 +159,13 @@ def test_ranks_that_wait_for_a_slow_disk_or_for_rank_0_to_prepare_are_left_alone
     job = start("slow", 0, pretrain_recipe, "loop.max_steps=4", "loop.save_every=4", "ngram_baselines=false")
     _, said = job.communicate(timeout=180)
     assert job.returncode == 0, said
+
+
+def test_a_process_that_its_parent_has_not_reaped_is_gone() -> None:
+    child = subprocess.Popen(["sleep", "600"])
+    assert _is_running(child.pid)
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
+    assert not _is_running(child.pid)
+    child.wait()
+    assert not _is_running(child.pid)
