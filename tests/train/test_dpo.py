@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -16,9 +17,19 @@ from data.format.dialogue import Message
 from data.format.encode import encode_prompt, encode_reply
 from data.format.tokenizer import DialogueTokenizer
 from data.sources.preferences import CONTRADICTED, REPEATED, PreferencePair, write_pairs
+from eval.statistics import Bootstrap
 from train.deepspeed.world import World
-from train.dpo import CONTEXT_CUT, FilePairs, _digest_of, collect_pairs, encode_pairs
-from train.loop import LoopError
+from train.dpo import (
+    CONTEXT_CUT,
+    EncodedPair,
+    FilePairs,
+    PairRows,
+    _digest_of,
+    _figures,
+    collect_pairs,
+    encode_pairs,
+)
+from train.loop import LoopError, Outcome
 from train.preference.on_policy import OnPolicyPairs
 
 
@@ -95,3 +106,16 @@ def test_sampled_pairs_are_known_by_all_that_they_depend_on(tmp_path: Path, chan
     else:
         assert digest(content, **{changed: {"precision": "bfloat16"}.get(changed, 5)}) != first  # type: ignore[arg-type]
     assert digest(content) == first
+
+
+def test_the_interval_of_the_accuracy_is_over_users() -> None:
+    """Ten equal answers of a user are one observation."""
+    users = [user for user in "abcd" for _ in range(10)]
+    heldout = PairRows([EncodedPair([1], [2, 3], [4], user) for user in users])
+    wins_N = np.array([float(user in "abc") for user in users])
+    _, figures = _figures(Outcome(1, True, {}, 0), heldout, heldout, wins_N)
+    low, high = figures["heldout_accuracy_interval"]
+    expected = Bootstrap().mean(wins_N, users)
+    assert (low, high) == (expected.low, expected.high)
+    alone = Bootstrap().mean(wins_N)
+    assert high - low > 1.5 * (alone.high - alone.low)

@@ -56,6 +56,19 @@ def test_it_ends_after_so_many_evaluations_without_a_better_one(tmp_path: Path) 
     assert over == [False, False, False, False, False, True]
 
 
+def test_rank_0_decides_what_is_better(tmp_path: Path) -> None:
+    """The ranks' figures may differ in the last bits, and saving takes all of them."""
+
+    class OnlyOurs(World):
+        def sum(self, values: list[float]) -> list[float]:
+            return values
+
+    kept = BestWeights(LOWER, None, tmp_path, OnlyOurs(1, 2, torch.device("cpu")), write, None)
+    kept.best = Best(1, {"heldout_loss": 2.0})
+    kept.record(2, {"heldout_loss": 1.0})
+    assert kept.best == Best(1, {"heldout_loss": 2.0}, evaluations_since=1)
+
+
 def test_models_that_checkpoints_name_stay(tmp_path: Path) -> None:
     kept = BestWeights(LOWER, None, tmp_path, ALONE, write, None)
     kept.record(0, {"heldout_loss": 3.0})

@@ -227,6 +227,19 @@ def test_a_longer_run_starts_before_the_rate_fell(tmp_path: Path, longer: int, e
         assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000007", "step_00000010"]
 
 
+def test_a_longer_run_continues_from_the_last_stable_step_itself(tmp_path: Path) -> None:
+    def opened(max_steps: int) -> Checkpoints:
+        return Checkpoints(tmp_path, 2, ALONE, Console(quiet=True), max_steps, lambda steps: steps // 2)
+
+    first = opened(20)
+    for step in (10, 11):
+        first.save(state(step, 20), lambda: write)
+        first.finish()
+    found = opened(40).newest()
+    assert found is not None
+    assert found[1].step == 10
+
+
 def two_ranks_write(directory: Path) -> Checkpoints:
     """step_00000005 as two ranks write it: each its own file, then rank 0 completes it."""
     ranks = [

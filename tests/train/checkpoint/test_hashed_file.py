@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import xxhash
@@ -28,6 +29,16 @@ def test_content_and_hash(
                 assert file.write(memoryview(part)) == len(part)
     assert path.read_bytes() == b"".join(parts)
     assert file.hash == xxhash.xxh3_128_hexdigest(b"".join(parts)) == file_hash(path)
+
+
+def test_a_write_that_takes_a_part_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with hashed_file(tmp_path / "f", threading.Event()) as file:
+        inner = file._file
+        partial = SimpleNamespace(write=lambda view: inner.write(view[:3]), fileno=inner.fileno)
+        monkeypatch.setattr(file, "_file", partial)
+        assert file.write(b"0123456789") == 10
+    assert (tmp_path / "f").read_bytes() == b"0123456789"
+    assert file.hash == file_hash(tmp_path / "f")
 
 
 def test_a_full_disk_is_told() -> None:
