@@ -59,8 +59,11 @@ class InitialModel:
 
 
 def find_initial_model(init_from: str) -> InitialModel | None:
-    """The model of a run directory or a bundle; None when there is none (yet)."""
+    """The model of a run directory or a bundle; None when there is none (yet). Raises InitialModelError for the model/
+    folder of a run."""
     path = Path(init_from)
+    if path.name == "model" and (path.parent / "done.json").is_file():
+        raise InitialModelError(f"init_from {path}: the folder of a run's model; name the run instead: {path.parent}")
     if (path / "model" / CONFIG).is_file():
         return InitialModel(path / "model", is_bundle=False)
     if (path / CONFIG).is_file() and (path / WEIGHTS).is_file():

@@ -155,3 +155,11 @@ def test_architectures_are_equal_however_their_layers_are_written(weights: Trans
         check_same_architecture(config, config.model_copy(update={"window": 9}), "here")
     whole = config.model_copy(update={"layers": "G"})
     check_same_architecture(whole, whole.model_copy(update={"window": 9}), "here")  # no layer has a window
+
+
+def test_the_folder_of_a_runs_model_is_no_initial_model(tmp_path: Path, weights: Transformer, data_dir: Path) -> None:
+    source = run_directory(tmp_path / "source", weights, data_dir)
+    (source / "done.json").write_text("{}")
+    with pytest.raises(InitialModelError, match=rf"{source}/model: the folder of a run's model; name the run instead"):
+        initial_model(str(source / "model"), ALONE)
+    assert initial_model(str(source), ALONE).directory == source / "model"
