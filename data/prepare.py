@@ -21,7 +21,7 @@ from data.pipeline.pack import PackGroups
 from data.pipeline.progress import Steps
 from data.pipeline.read import UNITS_FILE, ReadSettings, ReadUnits
 from data.pipeline.recipe import DataRecipe
-from data.pipeline.report import key_figure, print_report
+from data.pipeline.report import key_figure, print_report, print_unread
 from data.pipeline.select import QUARANTINE_FILE, SIDES, SelectDialogues
 from data.pipeline.tokenize import TokenizeUnits
 from data.pipeline.tokenizer_stage import MakeTokenizer
@@ -109,6 +109,7 @@ def _dry_run(recipe: DataRecipe, console: Console) -> None:
             f"{name}: {good + left_out + bad:,} records in {len(files)} file(s): {good:,} dialogues, "
             f"{messages:,} messages, {left_out:,} left out, {bad:,} bad"
         )
+    print_unread(named_sources(recipe.sources), console)
 
 
 def _is_whole(run_dir: Path) -> bool:
@@ -131,11 +132,13 @@ def _is_whole(run_dir: Path) -> bool:
 def _make(recipe: DataRecipe, console: Console) -> Made:
     with Steps(console) as steps:
         manifest = prepare(recipe, steps)
-    return Made(
-        key_figure({side: manifest[side] for side in SIDES}),
-        lambda seconds, console: print_report(Path(recipe.run_dir), manifest, seconds, console),
-        {"fingerprint": manifest["train"]["fingerprint"]},
-    )
+
+    def report(seconds: float, console: Console) -> None:
+        print_unread(named_sources(recipe.sources), console)
+        print_report(Path(recipe.run_dir), manifest, seconds, console)
+
+    figures = {"fingerprint": manifest["train"]["fingerprint"]}
+    return Made(key_figure({side: manifest[side] for side in SIDES}), report, figures)
 
 
 COMMAND = StageCommand(

@@ -19,11 +19,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from recipes.interrupt import print_interrupt
 from recipes.loader import RecipeError, load_recipe
 from recipes.new_recipes import Choices, choose, write_recipes
 from recipes.pipeline import PIPELINE_FILE, print_problems, schema_of
+from recipes.stage_errors import USER_ERROR, print_os_error
 
 RECIPES = Path(__file__).parent
 LIKE = ("demo", "mqa_1b")
@@ -40,6 +42,9 @@ def print_found(found: Any, data: Path, console: Console) -> None:
     table = Table("found", f"{data}{of_all}", show_lines=False)
     table.add_row("read as", f"{found.source['kind']}" + (f" of {found.kind}" if "format" in found.source else ""))
     table.add_row("files", f"{len(found.files):,} ({found.n_bytes / 2**20:,.1f} MiB)")
+    if found.unread:
+        folder_files = importlib.import_module("data.sources.folder_files")
+        table.add_row("", Text(folder_files.describe_unread(found.unread), "yellow"))
     counts = f"{len(dialogues):,} dialogues, {len(found.bad):,} bad, {found.n_left_out:,} left out"
     table.add_row("records", f"{found.n_records:,}: {counts}")
     table.add_row("messages", f"{sum(lengths):,}, {look.median(lengths):.0f} a dialogue, at most {max(lengths)}")
@@ -78,9 +83,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         found, choices = run(arguments.folder, arguments.data, arguments.like)
     except KeyboardInterrupt:
         return print_interrupt("nothing was written")
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        print_os_error(error, arguments.folder)
+        return USER_ERROR
+    except ValueError as error:
         print_problems(error)
-        return 2
+        return USER_ERROR
     print_result(found, choices, arguments, Console())
     return 0
 
@@ -91,6 +99,7 @@ def print_result(found: Any, choices: Choices, arguments: argparse.Namespace, co
     files = ", ".join([PIPELINE_FILE, *(f"{stage}.yaml" for stage in choices.stages)])
     for line in (
         *(f"- {line}" for line in choices.reasons),
+        *(f"warning: {line}" for line in choices.warnings),
         f"wrote {files} into {arguments.folder}",
         f"run them: python -m recipes.pipeline {arguments.folder}",
     ):

@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ _FEWEST_STEPS = 20
 _FEWEST_CONTEXTS = 2  # ranking needs the replies of other dialogues
 _HELDOUT_DIALOGUES = 60
 _SILENCES = (600.0, 3600.0, 86400.0)  # seconds, tried in this order
+_SWAPPED = 0.2  # share of all dialogues
+_WITH_DEPARTURES = "kind: chat_jsonl, ends_when_partner_leaves: true"
 _RARER_LABEL = 0.03  # the rarer class needs at least this share of the labels
 _OF_THE_DEMO = {
     "The demo's conversations (package chitchat-dataset)": "The conversations",
@@ -36,12 +39,13 @@ _OF_THE_DEMO = {
 
 @dataclass
 class Choices:
-    """Recipes by name, and one line for each choice."""
+    """Recipes by name, one line for each choice, and one for each property of the data to look at."""
 
     recipes: dict[str, Any]
     runs: str
     like: str
     reasons: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def stages(self) -> list[str]:
@@ -142,6 +146,10 @@ def _fits(vocab_size: int, choices: Choices, found: Any) -> bool:
 def _choose_data(choices: Choices, found: Any) -> None:
     data = choices.recipes["data"]
     data["sources"] = [dict(found.source)]
+    if found.why_no_departures and found.has_times:
+        why = f"{found.why_no_departures}; for logs of people who came and left, write"
+        choices.reasons.append(f"data: the end of a dialogue gives no engagement label ({why} {_WITH_DEPARTURES})")
+    _warn_of_swapped_characters(choices, found)
     n_bad = len(found.bad)
     if n_bad:
         share = n_bad / found.n_records
@@ -150,6 +158,22 @@ def _choose_data(choices: Choices, found: Any) -> None:
             why = f"{n_bad:,} of {found.n_records:,} records are bad; look at them"
             choices.set("data", "max_bad_fraction", value, why)
     data["filters"] = {"min_speakers": 2, "min_messages": 2}
+
+
+def _warn_of_swapped_characters(choices: Choices, found: Any) -> None:
+    """Warn of two speakers of whom now one, now the other is the character: the model learns both sides."""
+    names, n = found.names, len(found.dialogues)
+    frequent = sorted(name for name, count in names.characters.items() if count > _SWAPPED * n)
+    for one, other in combinations(frequent, 2):
+        counts = names.partners[one][other], names.partners[other][one]
+        if min(counts) > _SWAPPED * n:
+            key = "sources.0.format.character" if "format" in found.source else "sources.0.character"
+            in_data = f"set {key} in data.yaml to one of them" if found.kind == "chat_jsonl" else "name it in the data"
+            choices.warnings.append(
+                f"{one} is the character in {counts[0]:,} dialogues with {other}, {other} in {counts[1]:,} with {one}: "
+                f"the model learns both. If only one is the character, {in_data}, and names.user and names.character "
+                "in export.yaml"
+            )
 
 
 def _choose_split(choices: Choices, found: Any) -> Any:

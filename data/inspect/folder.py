@@ -1,9 +1,10 @@
 """Inspects a folder of conversations: which reader fits, and what its records support."""
 
+import json
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,17 @@ from data.format.speaker_names import SpeakerNames, count_names
 from data.format.tokenizer import DialogueTokenizer, TokenizerError, train_tokenizer
 from data.packed.planned import READ_AT_MOST_BYTES, select_dialogues
 from data.pipeline.recipe import DataRecipe
+from data.sources.folder_files import describe_unread, is_packed
+from data.sources.hub import DatasetsSource
+from data.sources.json_source import JsonSource
+from data.sources.openai_messages import OpenaiMessagesSource
 from data.sources.record import LeftOut, Rejected, SourceError
+from data.sources.record_keys import RECORD_ALIASES, take
 from data.sources.registry import SOURCES, AnySource
 from data.sources.source import DialogueSource
 
 _TRIED = 200  # records that each reader is tried on
+_NEARLY_ALL = 0.95  # share of the dialogues
 _SAMPLE = 20_000  # records read of large sources
 _TOKENIZER_CHARACTERS = 2_000_000
 _OWN_FORMATS = ("chat_jsonl", "openai_messages", "sharegpt", "preference_pairs", "hh_rlhf", "feedback_events")
@@ -46,6 +53,8 @@ class Found:
     n_left_out: int
     dialogues: list[Dialogue]
     is_sample: bool
+    unread: list[str] = field(default_factory=list)  # files of the folder, relative to it
+    why_no_departures: str | None = None  # why the end of a dialogue is no label, where another reader takes it for one
 
     @property
     def kind(self) -> str:
@@ -84,18 +93,86 @@ def find_source(path: Path) -> Found:
             break  # readers of published corpora come last; they may read a whole file into memory
     best = max(tried, key=lambda one: one[0], default=None)
     if best is None or best[0] < 0.5:
-        errors = [f"{f.kind}: {f.bad[0].file}:{f.bad[0].line}: {f.bad[0].reason}" for _, f in tried if f.bad]
-        files = path.rglob("*") if path.is_dir() else [path]
-        suffixes = sorted({file.suffix for file in files if file.is_file()})
-        if not suffixes:
-            raise LookError(f"{path}: found no files; expected conversations, such as JSON lines (see the README)")
-        raise LookError(
-            f"{path}: no reader reads half of the records ({', '.join(suffixes)} found); each on its "
-            "first bad record:\n" + "\n".join(f"  {line[:200]}" for line in [*errors, *reasons][:8])
-            + "\nthe README's table lists what each kind reads"
-        )  # fmt: skip
-    source = TypeAdapter(AnySource).validate_python(best[1].source)
-    return _read(source, best[1].source, _SAMPLE if best[1].n_bytes > READ_AT_MOST_BYTES else None)
+        raise _nothing_fits(path, [found for _, found in tried], reasons)
+    settings, why = _without_departures(best[1])
+    source = TypeAdapter(AnySource).validate_python(settings)
+    found = _read(source, settings, _SAMPLE if best[1].n_bytes > READ_AT_MOST_BYTES else None)
+    return replace(found, why_no_departures=why)
+
+
+def _nothing_fits(path: Path, tried: Sequence[Found], reasons: Sequence[str]) -> LookError:
+    """The error of a path that no reader reads, with the first bad record of each."""
+    files = sorted(file for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+    if not files:
+        return LookError(f"{path}: found no files; expected conversations, such as JSON lines (see the README)")
+    packed = [file.name for file in files if is_packed(file.name)]
+    if len(packed) == len(files):
+        return LookError(f"{path}: {describe_unread(packed)}; compression with gzip is read")
+    errors = [f"{f.kind}: {f.bad[0].file}:{f.bad[0].line}: {f.bad[0].reason}" for f in tried if f.bad]
+    lines = [f"  {line[:200]}" for line in dict.fromkeys([*errors, *reasons])][:8]
+    suffixes = ", ".join(sorted({file.suffix for file in files}))
+    return LookError(
+        "\n".join([
+            f"{path}: no reader reads half of the records ({suffixes} found); each on its first bad record:",
+            *lines,
+            *([f"not tried: {describe_unread(packed)}"] if packed else []),
+            "the README's table lists what each kind reads",
+        ])
+    )  # fmt: skip
+
+
+class _KeysOfLines(OpenaiMessagesSource):
+    """Gives the keys of each record and of its messages as the reason to leave it out."""
+
+    def dialogue(self, place: str, record: dict[str, Any]) -> LeftOut:  # type: ignore[override]
+        return _keys_of(record)
+
+
+class _KeysOfRows(DatasetsSource):
+    """The same, for files in columns."""
+
+    def dialogue(self, place: str, record: dict[str, Any]) -> LeftOut:
+        return _keys_of(record)
+
+
+def _keys_of(record: dict[str, Any]) -> LeftOut:
+    said = take(record, "messages", RECORD_ALIASES)
+    messages = [message for message in said if isinstance(message, dict)] if isinstance(said, list) else []
+    return LeftOut(json.dumps([sorted(record), sorted(set().union(*messages))]))
+
+
+def _without_departures(found: Found) -> tuple[dict[str, Any], str | None]:
+    """The settings to read with, so that the end of a dialogue is no engagement label where the data do not show that
+    a partner left there; the reason, if they differ from those found.
+
+    Records of chat_jsonl whose messages have roles and no key of its own are the published formats (OpenAI, ShareGPT):
+    files of examples, which end with the assistant by construction.
+    """
+    if found.kind != "chat_jsonl":
+        return found.source, None
+    reader: JsonSource = (
+        _KeysOfRows.model_validate(found.source)
+        if "format" in found.source
+        else _KeysOfLines(kind="openai_messages", path=found.source["path"])
+    )
+    read = [json.loads(one.reason) for one in islice(reader.read(), _TRIED) if isinstance(one, LeftOut)]
+    keys = {key for _, of_messages in read for key in of_messages}
+    if keys.isdisjoint(("role", "from")):
+        return found.source, None
+    if keys.isdisjoint(("speaker", "text")) and not any("character" in of_record for of_record, _ in read):
+        settings = _with_kind(found.source, {"kind": "openai_messages"})
+        tried = _read(TypeAdapter(AnySource).validate_python(settings), settings, _TRIED)
+        if len(tried.dialogues) >= _NEARLY_ALL * len(found.dialogues):
+            return settings, "messages have roles, as in published examples, which end by construction"
+    at_end = sum(dialogue.messages[-1].speaker == dialogue.character for dialogue in found.dialogues)
+    if at_end < _NEARLY_ALL * len(found.dialogues):
+        return found.source, None
+    settings = _with_kind(found.source, {"kind": "chat_jsonl", "ends_when_partner_leaves": False})
+    return settings, "messages have roles, and nearly every dialogue ends with the assistant, as in published examples"
+
+
+def _with_kind(source: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
+    return {**source, "format": changed} if "format" in source else {**source, **changed}
 
 
 def _candidates(path: Path) -> list[dict[str, Any]]:
@@ -119,7 +196,7 @@ def _read(source: DialogueSource, settings: dict[str, Any], at_most: int | None)
             bad.append(record)
     is_sample = at_most is not None and next(records, None) is not None
     n_bytes = sum(file.stat().st_size for file in source.inputs())
-    return Found(settings, files, n_bytes, n, bad, n_left_out, dialogues, is_sample)
+    return Found(settings, files, n_bytes, n, bad, n_left_out, dialogues, is_sample, source.unread())
 
 
 @dataclass(frozen=True)

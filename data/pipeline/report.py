@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from data.clean.ledger import Ledger
+from data.sources.folder_files import describe_unread
+from data.sources.source import DialogueSource
 
 Figures = Mapping[str, Mapping[str, Any]]
 
@@ -59,6 +61,19 @@ def print_report(run_dir: Path, manifest: Mapping[str, Any], seconds: float, con
         highlight=False,
         soft_wrap=True,
     )
+
+
+def print_unread(sources: Mapping[str, DialogueSource], console: Console) -> None:
+    """Print the number and the first names of the files in each folder that no source reads."""
+    unread: dict[str, list[str]] = {}
+    for source in sources.values():
+        if location := getattr(source, "path", None):
+            names = source.unread()
+            unread[location] = [name for name in unread.get(location, names) if name in names]
+    for location, names in unread.items():
+        if names:
+            text = f"{location}: {describe_unread(names)}"
+            console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def record_table(ledger: Ledger) -> Table:

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from data.sources.folder_files import ARCHIVES, find_files, has_suffix, is_hidden
 from data.sources.line_reader import open_unpacked
 from data.sources.record import SourceError
-from data.sources.source import find_files
 
 MAX_PACKED_BYTES = 1 << 30  # limit for packed files that are read whole (zip bombs)
-_ARCHIVES = (".tar.xz", ".tar.gz", ".tgz", ".tar", ".zip")
 _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)
 
 
@@ -62,12 +61,12 @@ class CorpusFile:
 
 def find_corpus_files(path: str, suffixes: tuple[str, ...]) -> list[Path]:
     """The file `path`, or the archives and matching files (compressed or not) below the directory `path`."""
-    return find_files(path, (*suffixes, *(f"{suffix}.gz" for suffix in suffixes), *_ARCHIVES), pattern="**/*")
+    return find_files(path, (*suffixes, *(f"{suffix}.gz" for suffix in suffixes), *ARCHIVES), pattern="**/*")
 
 
 def is_plain(path: Path) -> bool:
     """Whether the file's bytes are its records: not compressed and not an archive."""
-    return path.suffix != ".gz" and not path.name.endswith(_ARCHIVES)
+    return path.suffix.lower() != ".gz" and not has_suffix(path.name, ARCHIVES)
 
 
 def read_corpus_files(paths: list[Path], suffixes: tuple[str, ...]) -> Iterator[CorpusFile]:
@@ -90,9 +89,10 @@ def as_source_error(path: Path) -> Iterator[None]:
 
 def open_corpus_files(path: Path, suffixes: tuple[str, ...]) -> Iterator[OpenFile]:
     """The unpacked file, or the files of an archive with one of these suffixes; read them inside `as_source_error`."""
-    if not path.name.endswith(_ARCHIVES):
+    if not has_suffix(path.name, ARCHIVES):
         with open_unpacked(path) as stream:
-            yield OpenFile(str(path), path.name.removesuffix(".gz"), stream, not is_plain(path))
+            name = path.stem if path.suffix.lower() == ".gz" else path.name
+            yield OpenFile(str(path), name, stream, not is_plain(path))
         return
     found = False
     for file in _members(path, suffixes):
@@ -103,15 +103,20 @@ def open_corpus_files(path: Path, suffixes: tuple[str, ...]) -> Iterator[OpenFil
 
 
 def _members(path: Path, suffixes: tuple[str, ...]) -> Iterator[OpenFile]:
-    if path.name.endswith(".zip"):
+    if has_suffix(path.name, (".zip",)):
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
-                if name.endswith(suffixes):
+                if _is_wanted(name, suffixes):
                     with archive.open(name) as stream:
                         yield OpenFile(f"{path}/{name}", name, stream, True)
         return
     with tarfile.open(path) as archive:
         for member in archive:
-            content = archive.extractfile(member) if member.isfile() and member.name.endswith(suffixes) else None
+            is_wanted = member.isfile() and _is_wanted(member.name, suffixes)
+            content = archive.extractfile(member) if is_wanted else None
             if content is not None:
                 yield OpenFile(f"{path}/{member.name}", member.name.removeprefix("./"), content, True)
+
+
+def _is_wanted(member: str, suffixes: tuple[str, ...]) -> bool:
+    return has_suffix(member, suffixes) and not is_hidden(member)  # macOS archives hold a ._a.jsonl for each a.jsonl

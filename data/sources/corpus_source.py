@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from data.format.dialogue import Dialogue
 from data.sources.corpus_file import CorpusFile, find_corpus_files, read_corpus_files
+from data.sources.folder_files import unread_files
 from data.sources.record import LeftOut, RecordError, Rejected, read_record, rejected
 from data.sources.source import DialogueSource
 from data.sources.strict_json import parse_json
@@ -25,6 +26,9 @@ class CorpusSource(DialogueSource):
 
     def files(self) -> list[Path]:
         return find_corpus_files(self.path, self.suffixes)
+
+    def unread(self) -> list[str]:
+        return unread_files(self.path, self.inputs())
 
 
 class RecordSource(CorpusSource):

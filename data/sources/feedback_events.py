@@ -10,8 +10,9 @@ from data.feedback.conversation import NO_CONTEXT, LoggedTurn, join_turns
 from data.feedback.event import read_event
 from data.feedback.labels import conversation_dialogue
 from data.format.dialogue import Dialogue
+from data.sources.folder_files import find_files, unread_files
 from data.sources.record import LeftOut, RecordError, Rejected, beginning
-from data.sources.source import DialogueSource, find_files, read_lines
+from data.sources.source import DialogueSource, read_lines
 from recipes.run_identity import Location
 
 
@@ -29,6 +30,9 @@ class FeedbackEventsSource(DialogueSource):
 
     def inputs(self) -> list[Path]:
         return find_files(self.path)
+
+    def unread(self) -> list[str]:
+        return unread_files(self.path, self.inputs())
 
     def read_file(self, path: Path, part: int = 0, n_parts: int = 1) -> Iterator[Dialogue | LeftOut | Rejected]:
         if part:

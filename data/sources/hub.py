@@ -91,14 +91,14 @@ class DatasetsSource(JsonSource):
     def n_parts(self, path: Path, part_bytes: int) -> int:
         if self.hub is not None:
             return _stream(self.hub).num_shards
-        if path.suffix == _PARQUET:
+        if path.suffix.lower() == _PARQUET:
             return max(1, min(n_row_groups(path), -(-path.stat().st_size // part_bytes)))
         return super().n_parts(path, part_bytes)
 
     def read_file(self, path: Path, part: int = 0, n_parts: int = 1) -> Iterator[Dialogue | LeftOut | Rejected]:
         if self.hub is not None:
             yield from self._of_hub(self.hub, part, n_parts)
-        elif path.suffix == _PARQUET:
+        elif path.suffix.lower() == _PARQUET:
             for number, row in parquet_rows(path, part, n_parts):
                 make = partial(self._of_row, f"{path.name}:{number}", row)
                 yield read_record(make, str(path), lambda number=number: number, row)  # type: ignore[misc]

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from data.format.dialogue import Dialogue
 from data.sources.corpus_file import OpenFile, as_source_error, is_plain, open_corpus_files
 from data.sources.corpus_source import WHOLE_FILE, CorpusSource, json_of
+from data.sources.folder_files import has_suffix
 from data.sources.line_reader import LineReader, share
 from data.sources.record import LeftOut, RecordError, Rejected, read_record, rejected
 from data.sources.record_keys import RECORD_ALIASES, take
@@ -89,7 +90,7 @@ class JsonSource(JsonFormat, CorpusSource):
 
 
 def _is_lines(name: str) -> bool:
-    return not name.endswith((".json", ".json.gz"))
+    return not has_suffix(name, (".json", ".json.gz"))
 
 
 def _object_of_line(line: bytes) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, cast
 
+from data.sources.folder_files import refuse_packed
+
 MAX_LINE_BYTES = 8 * 2**20  # longer lines are not parsed or kept in memory
 _CHUNK_BYTES = 2**20
 _SHOWN_BYTES = 2_000  # of a line over the limit
@@ -70,8 +72,9 @@ class LineReader:
 
 
 def open_unpacked(path: Path) -> IO[bytes]:
-    """Open a file, decompressing .gz."""
-    return cast(IO[bytes], gzip.open(path, "rb")) if path.suffix == ".gz" else open(path, "rb")
+    """Open a file, decompressing .gz. Raises SourceError for other compression."""
+    refuse_packed(path)
+    return cast(IO[bytes], gzip.open(path, "rb")) if path.suffix.lower() == ".gz" else open(path, "rb")
 
 
 def share(n_bytes: int, part: int, n_parts: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from data.sources.corpus_file import CorpusFile, read_corpus_files
 from data.sources.corpus_source import RecordSource
 from data.sources.csv_rows import check_row, csv_rows
 from data.sources.first_names import first_names
+from data.sources.folder_files import has_suffix
 from data.sources.record import LeftOut, RecordError
 
 _COLUMNS = ("WorkerId", "WorkTimeInSeconds", "Answer.sentence1")
@@ -32,7 +33,7 @@ class SelfDialogueSource(RecordSource):
     @cached_property
     def blocked_workers(self) -> frozenset[str]:
         """The ids in blocked_workers.txt; empty if the path does not have that file."""
-        paths = [path for path in self.files() if not path.name.endswith((".csv", ".csv.gz"))]
+        paths = [path for path in self.files() if not has_suffix(path.name, (".csv", ".csv.gz"))]
         lists = filter(_is_list, read_corpus_files(paths, self.suffixes))
         return frozenset(worker for file in lists for worker in file.text().split())
 
@@ -61,7 +62,7 @@ class SelfDialogueSource(RecordSource):
 
 
 def _is_list(file: CorpusFile) -> bool:
-    return file.name.endswith(_BLOCKED)
+    return has_suffix(file.name, (_BLOCKED,))
 
 
 def _sentences(record: dict[str, str]) -> list[str]:

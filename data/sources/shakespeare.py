@@ -10,6 +10,7 @@ from data.format.dialogue import NARRATOR, Dialogue, Message
 from data.sources.character import most_talkative
 from data.sources.corpus_file import CorpusFile
 from data.sources.corpus_source import RecordSource
+from data.sources.folder_files import has_suffix
 from data.sources.play_markdown import MarkdownScene, markdown_messages, markdown_scenes
 from data.sources.record import LeftOut, RecordError
 
@@ -27,9 +28,9 @@ class ShakespeareSource(RecordSource):
     kind: Literal["shakespeare"]
 
     def records(self, file: CorpusFile) -> Iterator[tuple[str, Any]]:
-        if file.name.endswith(".md"):
+        if has_suffix(file.name, (".md",)):
             return _markdown_scenes(file)
-        return _scenes(file) if file.name.endswith(".xml") else _passages(file)
+        return _scenes(file) if has_suffix(file.name, (".xml",)) else _passages(file)
 
     def dialogue(self, file: CorpusFile, place: int | str, record: Any) -> Dialogue | LeftOut:
         if isinstance(record, LeftOut):

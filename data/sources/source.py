@@ -1,6 +1,5 @@
 """The interface of a source of dialogues: a recipe section that finds files and reads them as good and bad records."""
 
-import difflib
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -52,25 +51,13 @@ class DialogueSource(Section, ABC):
         """The local files that the records come from, whose digests identify a run."""
         return self.files()
 
+    def unread(self) -> list[str]:
+        """The files of a folder that it does not read, relative to the folder: another kind, or hidden."""
+        return []
+
     def n_parts(self, path: Path, part_bytes: int) -> int:
         """The number of parts of about `part_bytes` into which to split a file."""
         return max(1, -(-path.stat().st_size // part_bytes)) if self.splittable else 1
-
-
-def find_files(path: str, suffixes: tuple[str, ...] = (".jsonl", ".jsonl.gz"), pattern: str = "*") -> list[Path]:
-    """The file `path`, or the files of the directory `path` with these suffixes, sorted by name."""
-    found = Path(path)
-    if found.is_file():
-        return [found]
-    if not found.is_dir():
-        beside = sorted(p.name for p in found.parent.iterdir()) if found.parent.is_dir() else []
-        close = difflib.get_close_matches(found.name, beside, n=1)
-        hint = f"; did you mean {found.parent / close[0]}?" if close else ""
-        raise SourceError(f"source path {path}: no such file or directory{hint}")
-    files = sorted(p for p in found.glob(pattern) if p.name.endswith(suffixes) and p.is_file())
-    if not files:
-        raise SourceError(f"source path {path}: a directory without any {' or '.join(suffixes)} file")
-    return files
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -14,11 +15,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 from ruamel.yaml import YAML
 
 from data.format.dialogue import Dialogue, Message
 from data.inspect import folder as look
 from data.inspect.folder import LookError, find_source
+from data.prepare import main as prepare
+from data.sources.registry import AnySource
 from recipes import new_recipes
 from recipes.new import main
 from recipes.pipeline import main as pipeline
@@ -423,3 +427,135 @@ def test_the_readme_s_three_commands_lead_to_a_bundle(work: Path) -> None:
     serving = json.loads((work / "runs" / "mine" / "export" / "dramatis.json").read_text())
     assert "Mia" in serving.values() and "Tom" in serving.values()
     assert (work / "runs" / "mine" / "export" / "manifest.json").is_file()
+
+
+def examples(n: int, **keys: str) -> list[dict[str, Any]]:
+    """Published examples with ids and times: every conversation ends with the assistant."""
+    role, text, user, assistant = (keys[key] for key in ("role", "text", "user", "assistant"))
+    made = []
+    for record in conversations(n, times=True):
+        messages = record["messages"][: len(record["messages"]) // 2 * 2]
+        made.append({
+            "id": record["id"],
+            keys["messages"]: [
+                {role: (user, assistant)[place % 2], text: message["text"], "timestamp": message["time"]}
+                for place, message in enumerate(messages)
+            ],
+        })  # fmt: skip
+    return made
+
+
+SHAREGPT = {"messages": "conversations", "role": "from", "text": "value", "user": "human", "assistant": "gpt"}
+OPENAI = {"messages": "messages", "role": "role", "text": "content", "user": "user", "assistant": "assistant"}
+
+
+def departures(found: look.Found) -> int:
+    source = TypeAdapter(AnySource).validate_python(found.source)
+    return len(found.dialogues) if source.end_means_partner_left else 0
+
+
+@pytest.mark.parametrize("keys", [SHAREGPT, OPENAI])
+@pytest.mark.parametrize("in_columns", [False, True])
+def test_the_end_of_an_example_is_no_evidence(
+    work: Path, keys: dict[str, str], in_columns: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    records = examples(60, **keys)
+    if in_columns:
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        (work / "logs").mkdir()
+        parquet.write_table(pyarrow.Table.from_pylist(records), work / "logs" / "a.parquet")
+    else:
+        write_lines(work / "logs" / "a.jsonl", records)
+    found = find_source(Path("logs"))
+    assert (found.kind, len(found.dialogues), found.has_times) == ("openai_messages", 60, True)
+    assert found.source["kind"] == ("datasets" if in_columns else "openai_messages")
+    assert departures(found) == 0
+    assert main(["mine", "--data", "logs"]) == 0
+    assert "- data: the end of a dialogue gives no engagement label (messages have roles" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("own", ["speaker", "text", "character"])
+def test_own_keys_with_roles_stay_own_logs_without_departures(work: Path, own: str) -> None:
+    records = examples(60, **{**OPENAI, "text": "text" if own == "text" else "content"})
+    for record in records:
+        if own == "character":
+            record["character"] = "Mia"
+        for message in record["messages"]:
+            if own != "text":
+                message["speaker" if own == "speaker" else "name"] = "Mia" if message["role"] == "assistant" else "Tom"
+    write_lines(work / "logs" / "a.jsonl", records)
+    found = find_source(Path("logs"))
+    assert found.source == {"kind": "chat_jsonl", "path": "logs", "ends_when_partner_leaves": False}
+    # dialogues that end with either side are logs of people who came and left
+    for record in records[: len(records) // 2]:
+        record["messages"].pop()
+    write_lines(work / "logs" / "a.jsonl", records)
+    assert find_source(Path("logs")).source == {"kind": "chat_jsonl", "path": "logs"}
+
+
+def test_own_logs_without_roles_keep_their_departures(work: Path) -> None:
+    write_lines(work / "logs" / "a.jsonl", conversations(60, times=True))
+    found = find_source(Path("logs"))
+    assert found.source == {"kind": "chat_jsonl", "path": "logs"} and departures(found) == 60
+
+
+def test_two_speakers_who_are_each_the_character_are_a_warning(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    records = conversations(60)
+    for record in records:
+        del record["character"]
+    write_lines(work / "logs" / "a.jsonl", records)
+    assert main(["mine", "--data", "logs"]) == 0
+    warning = [line for line in capfd.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert len(warning) == 1
+    assert re.match(
+        r"warning: Mia is the character in \d+ dialogues with Tom, Tom in \d+ with Mia: .*"
+        r"set sources\.0\.character in data\.yaml .* names\.user and names\.character in export\.yaml",
+        warning[0],
+    )
+    write_lines(work / "logs" / "a.jsonl", conversations(60))
+    assert main(["named", "--data", "logs"]) == 0
+    assert "warning: " not in capfd.readouterr().out
+
+
+def test_files_that_are_not_read_are_named(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    records = [json.dumps(record) + "\n" for record in conversations(60)]
+    for number, name in enumerate(("a.jsonl", "b.ndjson", "c.JSONL")):
+        (work / "logs").mkdir(exist_ok=True)
+        (work / "logs" / name).write_text("".join(records[number * 20 : number * 20 + 20]))
+    for name in ("d.jsonl.bz2", "e.txt", "f.json", ".hidden.jsonl"):
+        (work / "logs" / name).write_text("".join(records[:20]))
+    assert main(["mine", "--data", "logs"]) == 0
+    printed = capfd.readouterr().out
+    assert "60: 60 dialogues, 0 bad" in printed
+    unread = "4 files not read: d.jsonl.bz2, e.txt, f.json, .hidden.jsonl; decompress .bz2 files to have them read"
+    assert unread in printed
+    assert prepare(["mine/data.yaml", "--dry-run"]) == 0
+    assert f"logs: {unread}" in capfd.readouterr().out
+    # one that another source of the recipe reads is not named; the report names the others too
+    two = "sources=[{kind: chat_jsonl, path: logs}, {kind: shakespeare, path: logs}]"
+    assert prepare(["mine/data.yaml", two, "--dry-run"]) == 0
+    assert "3 files not read: d.jsonl.bz2, f.json, .hidden.jsonl; " in capfd.readouterr().out
+    assert prepare(["mine/data.yaml"]) == 0
+    assert f"logs: {unread}" in capfd.readouterr().out
+
+
+def test_only_compressed_files_are_refused_by_name(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (work / "logs").mkdir()
+    (work / "logs" / "d.jsonl.bz2").write_bytes(b"BZh9")
+    for data in ("logs", "logs/d.jsonl.bz2"):
+        assert main(["mine", "--data", data]) == 2
+        assert re.search(rf"{data}: 1 file not read: d\.jsonl\.bz2; decompress \.bz2", capfd.readouterr().err)
+
+
+def test_a_full_file_system_names_the_folder_and_what_to_do(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_lines(work / "logs" / "a.jsonl", conversations(30))
+
+    def full(*arguments: object, **named: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert main(["mine", "--data", "logs"]) == 2
+    assert "mine: No space left on device; make room, then run the same command again" in capfd.readouterr().err
+    assert not (work / "mine").exists() and not list(work.glob(".mine*"))
