@@ -523,7 +523,7 @@ def test_files_that_are_not_read_are_named(work: Path, capfd: pytest.CaptureFixt
         (work / "logs").mkdir(exist_ok=True)
         (work / "logs" / name).write_text("".join(records[number * 20 : number * 20 + 20]))
     for name in ("d.jsonl.bz2", "e.txt", "f.json", ".hidden.jsonl"):
-        (work / "logs" / name).write_text("".join(records[:20]))
+        (work / "logs" / name).write_text("Tom:\nHi\n\nMia:\nYo\n" if name == "e.txt" else "".join(records[:20]))
     assert main(["mine", "--data", "logs"]) == 0
     printed = capfd.readouterr().out
     assert "60: 60 dialogues, 0 bad" in printed
