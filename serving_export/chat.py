@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape as escape_markup
 
 from data.format.dialogue import NARRATOR, DialogueError, Message, check_speaker
+from data.sources.speaker import check_user
 from model.inference.generate import Sampling, SamplingError
 from serving_export.bundle import Bundle, open_bundle
 from serving_export.server.reply import Replier
@@ -29,7 +30,7 @@ class Chat:
         self.console, self._replier, self._arguments = console, replier, arguments
         self.user: str = arguments.user or bundle.defaults.user
         self.character: str = arguments.character or bundle.defaults.character
-        check_speaker(self.user)
+        check_user(self.user)
         check_speaker(self.character)
         default = bundle.sampling
         self._temperature = default.temperature if arguments.temperature is None else arguments.temperature

@@ -23,7 +23,8 @@ class Ledger:
     kept: int = 0
     blank_messages: int = 0  # removed from dialogues
     replies: int = 0  # messages of the characters, in dialogues that pass the filters
-    timed_replies: int = 0  # those with a time
+    timed_replies: int = 0  # those with a time, in dialogues where the partners' messages have times too
+    replies_by_day: int = 0  # of these, those in dialogues whose times are dates without a time of day
     untrained_replies: int = 0  # those that their records exclude from the loss
     scrubbed: Counter[str] = field(default_factory=Counter)  # values that were replaced, by kind
     of_characters: Counter[str] = field(default_factory=Counter)  # dialogues of each participant in split.characters

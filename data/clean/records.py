@@ -17,7 +17,7 @@ from data.clean.ledger import Ledger
 from data.clean.quarantine import Quarantine
 from data.clean.repetition import Repetition, repeated
 from data.clean.scrub import Scrub, scrub
-from data.format.dialogue import NARRATOR, Dialogue, Message
+from data.format.dialogue import DAY, NARRATOR, Dialogue, Message, time_precision
 from data.format.visible_text import says_nothing
 from data.sources.record import LeftOut, Rejected
 from recipes.loader import Section
@@ -83,8 +83,11 @@ def passing(dialogues: Iterable[Dialogue], filters: Filters, ledger: Ledger) -> 
             ledger.filtered[reason] += 1
         elif dialogue:
             replies = [message for message in dialogue.messages if message.speaker == dialogue.character]
+            n_timed = sum(message.time is not None for message in replies)
+            precision = time_precision(dialogue) if n_timed else None
             ledger.replies += len(replies)
-            ledger.timed_replies += sum(message.time is not None for message in replies)
+            ledger.timed_replies += 0 if precision is None else n_timed
+            ledger.replies_by_day += n_timed if precision else 0
             yield dialogue
 
 
@@ -104,12 +107,24 @@ def check_bad_fraction(ledgers: Mapping[str, Ledger], max_bad_fraction: float, q
 
 
 def check_times_for_labels(total: Ledger, continue_within_seconds: float | None) -> None:
-    """Raise CleanError if the setting has no effect because no reply has a time."""
-    if continue_within_seconds is not None and total.replies and not total.timed_replies:
+    """Raise CleanError if the setting has no effect because no reply has a time, or no answer, or only dates."""
+    if continue_within_seconds is None or not total.replies:
+        return
+    why = ""
+    if not total.timed_replies:
+        why = (
+            f"none of the {total.replies:,} messages of the characters has a time in a dialogue where the partners' "
+            "messages have one too. Give the messages of both a time"
+        )
+    elif continue_within_seconds < DAY and total.replies_by_day == total.timed_replies:
+        why = (
+            f"all times of the {total.replies:,} messages of the characters and of the answers are at midnight, dates "
+            "without a time of day. Give the time of day, or more than 86,400 seconds"
+        )
+    if why:
         raise CleanError(
-            f"continue_within_seconds: {continue_within_seconds:g} has no effect: none of the {total.replies:,} "
-            "messages of the characters has a time. Give the messages a time, or set continue_within_seconds: null, "
-            "by which any later message of the partner counts"
+            f"continue_within_seconds: {continue_within_seconds:g} has no effect: {why}, or set "
+            "continue_within_seconds: null, by which any later message of the partner counts"
         )
 
 

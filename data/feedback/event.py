@@ -41,10 +41,11 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, ValidationError
 
 from data.format.dialogue import DialogueError, check_speaker
-from data.sources.chat_message import READ_AS, RoleNames, take_speaker
+from data.sources.chat_message import READ_AS, read_text
 from data.sources.record import RecordError
-from data.sources.record_keys import MESSAGE_ALIASES, rename
+from data.sources.record_keys import MESSAGE_ALIASES, name_in, rename
 from data.sources.source import parse_object
+from data.sources.speaker import RoleNames, check_character, check_names, check_roles, stripped, take_speaker
 from data.sources.unix_time import unix_seconds
 from recipes.loader import Section
 
@@ -116,18 +117,50 @@ def read_event(line: bytes) -> FeedbackEvent:
 
 
 def _rename(record: dict[str, Any]) -> None:
-    """Rename aliases of the keys of messages, candidates and the edit."""
-    names = RoleNames("User", record.get("character", ""))
+    """Rename aliases of the keys of messages, candidates and the edit, and convert roles to speakers and text parts to
+    text, as in every record."""
     parts = {f"{key}.{i}": part for key in ("messages", "candidates") for i, part in _numbered(record.get(key))}
     for place, part in [*parts.items(), ("edit", record.get("edit"))]:
         if not isinstance(part, dict):
             continue
         try:
+            text_key = name_in(part, "text", MESSAGE_ALIASES)
             rename(part, READ_AS, MESSAGE_ALIASES)
-            if place.startswith("messages") and not part.keys().isdisjoint({"name", "role", "from"}):
-                part["speaker"], _ = take_speaker(part, names)
+            if isinstance(part.get("text"), list):
+                part["text"] = read_text(part["text"], text_key)
         except DialogueError as error:
             raise RecordError(f"{place}: {error}") from None
+    if isinstance(record.get("character"), str):
+        record["character"] = record["character"].strip()
+    messages, character = record.get("messages"), record.get("character")
+    if isinstance(messages, list) and all(isinstance(part, dict) for part in messages):
+        _name_speakers(messages, character if isinstance(character, str) else "")
+
+
+def _name_speakers(messages: list[dict[str, Any]], character: str) -> None:
+    """Replace names and roles of messages by speakers. Raises RecordError for a role that is not known, and for a user
+    or a system with the name of the character, or one like it."""
+    given, names = [dict(part) for part in messages], RoleNames("User", character)
+    roles: list[str | None] = []
+    for i, part in enumerate(messages):
+        role = None
+        if not part.keys().isdisjoint({"name", "role", "from"}):
+            try:
+                part["speaker"], role = take_speaker(part, names)
+            except DialogueError as error:
+                raise RecordError(f"messages.{i}: {error}") from None
+        elif "speaker" in part:
+            part["speaker"] = stripped(part["speaker"])
+        roles.append(role)
+    speakers: list[Any] = [part.get("speaker") for part in messages]
+    if not all(isinstance(speaker, str) for speaker in speakers):
+        return  # the schema says which is none
+    try:
+        check_roles(roles, speakers, given, character)
+        check_character(roles, speakers, character)
+        check_names(speakers, character)
+    except DialogueError as error:
+        raise RecordError(str(error)) from None
 
 
 def _numbered(parts: object) -> Iterator[tuple[int, Any]]:

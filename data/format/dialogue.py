@@ -18,6 +18,7 @@ from data.sources.unix_time import EARLIEST, LATEST, TimeError, unix_seconds
 NARRATOR = "narrator"
 SPEAKER_END = ":"  # after the speaker's name, which must not contain it
 NO_LABEL = -1
+DAY = 86_400.0  # seconds
 LABEL_KEY, TRAINED_KEY = "engagement_label", "trained"  # of a message's metadata
 
 
@@ -109,6 +110,8 @@ def check_speaker(name: object) -> None:
 def _check_name(name: str) -> None:
     if not name.strip():
         raise DialogueError(f"speaker is {name!r}: expected a non-empty name")
+    if name != name.strip():
+        raise DialogueError(f"speaker {name!r} has white space around it: it would be another speaker; remove it")
     if SPEAKER_END in name or "\n" in name or "\r" in name:
         raise DialogueError(f"speaker {name!r} contains ':' or a line break; rename the speaker in the source")
     _check_encodable("speaker", name)
@@ -165,30 +168,61 @@ def continuation_labels(dialogue: Dialogue, within_seconds: float | None = None)
     Labels are at the last message of each turn of the character; narration is not a turn. If nothing follows the last
     message, the partner left, unless the source's records end for other reasons (`without_end_label`). With
     `within_seconds`, a partner who answers later counts as gone, and an unknown time gives -1, also at the last
-    message. An `engagement_label` in a message's metadata overrides all of this.
+    message (see `time_precision`). An `engagement_label` in a message's metadata overrides all of this.
     """
     labels = [NO_LABEL] * len(dialogue.messages)
+    precision = None if within_seconds is None else time_precision(dialogue)
     following: Message | None = None
     for i in range(len(dialogue.messages) - 1, -1, -1):
         message = dialogue.messages[i]
         if not _is_turn(dialogue, i):
             continue
         if message.speaker == dialogue.character and (following is None or following.speaker != dialogue.character):
-            labels[i] = _continues(message, following, within_seconds)
+            labels[i] = _continues(message, following, within_seconds, precision)
         if message.metadata and message.metadata.get(LABEL_KEY) is not None:
             labels[i] = int(message.metadata[LABEL_KEY])
         following = message
     return labels
 
 
-def _continues(message: Message, following: Message | None, within_seconds: float | None) -> int:
+def _continues(
+    message: Message, following: Message | None, within_seconds: float | None, precision: float | None
+) -> int:
     if within_seconds is None:
         return int(following is not None)
-    if message.time is None:
+    if message.time is None or precision is None:
         return NO_LABEL
     if following is None:
         return 0
-    return NO_LABEL if following.time is None else int(following.time - message.time <= within_seconds)
+    if following.time is None:
+        return NO_LABEL
+    gap = following.time - message.time
+    if gap + precision <= within_seconds:
+        return 1
+    return 0 if gap - precision > within_seconds else NO_LABEL
+
+
+def time_precision(dialogue: Dialogue) -> float | None:
+    """By how many seconds the time between two messages may be wrong: DAY where all known times are midnights (dates
+    without a time of day), otherwise 0. None where no label can follow from the times: the character's messages have
+    none, or only they have one."""
+    own_timed = others_timed = has_others = False
+    n_timed, are_midnights = 0, True
+    for message in dialogue.messages:
+        is_timed = message.time is not None
+        if message.speaker == dialogue.character:
+            own_timed = own_timed or is_timed
+        elif message.speaker != NARRATOR:
+            has_others, others_timed = True, others_timed or is_timed
+        else:
+            continue
+        if message.time is not None:
+            n_timed, are_midnights = n_timed + 1, are_midnights and not message.time % DAY
+        if own_timed and others_timed and not are_midnights:
+            return 0.0
+    if not own_timed or (has_others and not others_timed):
+        return None
+    return DAY if n_timed > 1 and are_midnights else 0.0
 
 
 def without_end_label(dialogue: Dialogue) -> Dialogue:

@@ -8,7 +8,8 @@ from typing import Any
 import orjson
 
 from data.format.dialogue import Dialogue, DialogueError, Message
-from data.sources.chat_message import RoleNames, read_messages, supervised
+from data.sources.chat_message import read_messages, supervised
+from data.sources.speaker import RoleNames
 
 
 def to_json(dialogue: Dialogue) -> bytes:

@@ -4,35 +4,30 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from data.format.dialogue import NARRATOR, TRAINED_KEY, DialogueError, Message, check_times
+from data.format.dialogue import TRAINED_KEY, DialogueError, Message, check_times
 from data.sources.record_keys import (
     MESSAGE_ALIASES,
+    MESSAGE_KEYS,
     REFUSED_IN_MESSAGE,
     name_in,
     refuse,
+    refuse_misspelled,
     speaks_of_training,
     take,
     take_trained,
 )
+from data.sources.speaker import (
+    OPENAI_ROLES,
+    UNLISTED,
+    RoleNames,
+    check_character,
+    check_roles,
+    expected_keys,
+    known_role,
+    speaker_of,
+    take_speaker,
+)
 from data.sources.unix_time import TimeError, unix_seconds
-
-SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
-OPENAI_ROLES = {"system": SYSTEM, "developer": SYSTEM, "user": USER, "assistant": ASSISTANT}
-ROLES = {**OPENAI_ROLES, "human": USER, "gpt": ASSISTANT, "chatgpt": ASSISTANT}
-"""The meaning of each role's name."""
-TOOL_ROLES = ("tool", "function", "observation", "function_call", "tool_call", "tool_response", "ipython")
-
-
-@dataclass(frozen=True, slots=True)
-class RoleNames:
-    """Default speakers of messages with a role and no name; the system's is the narrator."""
-
-    user: str
-    assistant: str
-
-    def of(self, role: str) -> str:
-        """The speaker of SYSTEM, USER or ASSISTANT."""
-        return {SYSTEM: NARRATOR, USER: self.user, ASSISTANT: self.assistant}[role]
 
 
 @dataclass(slots=True)  # not frozen, which takes three times as long to make; there is one per message read
@@ -47,7 +42,7 @@ class ChatMessage:
 def openai_message(record: Mapping[str, Any], names: RoleNames) -> Message:
     """The message of an OpenAI role, name and content. Raises DialogueError that names the invalid one."""
     role, name = record.get("role"), record.get("name")
-    return Message(_speaker(_known_role(role, "role", OPENAI_ROLES), name, names), read_text(record.get("content")))
+    return Message(speaker_of(known_role(role, "role", OPENAI_ROLES), name, names), read_text(record.get("content")))
 
 
 def read_text(content: object, key: str = "content") -> str:
@@ -73,8 +68,9 @@ def read_messages(
 ) -> tuple[ChatMessage, ...]:
     """The messages of a list of objects, with the keys of MESSAGE_ALIASES, `metadata` and the training flags.
 
-    Without `needs_role` a message may have only a speaker, and an unknown role is a speaker. Other keys become metadata
-    with `keeps_other_keys`, and are an error otherwise. Raises DialogueError with the number of the message.
+    Without `needs_role` a message may have only a speaker, and where no message has a known role, unknown ones are
+    speakers. Other keys become metadata with `keeps_other_keys`, and are an error otherwise. Raises DialogueError with
+    the number of the message.
     """
     if not isinstance(given, list):
         raise DialogueError(f"messages is {type(given).__name__}: expected a list of objects")
@@ -84,6 +80,10 @@ def read_messages(
             read.append(_read(record, names, needs_role, keeps_other_keys))
         except DialogueError as error:
             raise DialogueError(f"message {number}: {error}") from None
+    roles = [one.role for one in read]
+    if UNLISTED in roles:
+        check_roles(roles, [one.message.speaker for one in read], given, names.assistant)
+        read = [replace(one, role=None) if one.role == UNLISTED else one for one in read]
     check_times([one.message for one in read])
     return tuple(read)
 
@@ -91,17 +91,11 @@ def read_messages(
 def supervised(read: Sequence[ChatMessage], character: str, trained: bool | None) -> tuple[Message, ...]:
     """The messages, with the training flag of each reply or else that of the record.
 
-    Raises DialogueError for a flag to train another speaker, and for another role with the character's name.
+    Raises DialogueError for a flag to train another speaker, and for a user or a system with the character's name.
     """
     if trained is None and all(one.role is None and one.trained is None for one in read):
         return tuple([one.message for one in read])  # most logs
-    roles = {one.role: number for number, one in reversed(list(enumerate(read))) if one.message.speaker == character}
-    if len(roles) > 1 and ASSISTANT in roles:
-        (other, number), *_ = ((role, number) for role, number in roles.items() if role != ASSISTANT)
-        raise DialogueError(
-            f"message {number}: the {other or 'speaker'} has the name of the assistant, {character!r}, and would be "
-            "trained as it; give one of the two another name"
-        )
+    check_character([one.role for one in read], [one.message.speaker for one in read], character)
     messages = []
     for number, one in enumerate(read):
         is_character = one.message.speaker == character
@@ -117,9 +111,12 @@ def supervised(read: Sequence[ChatMessage], character: str, trained: bool | None
 
 def _read(record: object, names: RoleNames, needs_role: bool, keeps_other_keys: bool) -> ChatMessage:
     if not isinstance(record, dict):
-        raise DialogueError(f"expected an object with {_expected(needs_role)}, found {str(record)[:80]}")
+        raise DialogueError(f"expected an object with {expected_keys(needs_role)}, found {str(record)[:80]}")
     if not needs_role and _is_own(record):
-        return ChatMessage(Message(**record))  # the fast path of most logs
+        try:
+            return ChatMessage(Message(**record))  # the fast path of most logs
+        except DialogueError:
+            pass  # strip the name, or say what is wrong
     record = dict(record)
     refuse(record, REFUSED_IN_MESSAGE)
     trained = take_trained(record)
@@ -141,38 +138,6 @@ def _is_own(record: dict[str, Any]) -> bool:
     return not (isinstance(metadata, dict) and speaks_of_training(metadata))
 
 
-def take_speaker(record: dict[str, Any], names: RoleNames, needs_role: bool = False) -> tuple[str, str | None]:
-    """Remove the speaker and the role from a message's object; returns the speaker, and SYSTEM, USER, ASSISTANT, or
-    None if only the speaker is known. Raises DialogueError if neither is."""
-    key = name_in(record, "role", MESSAGE_ALIASES)
-    speaker, role = take(record, "speaker", MESSAGE_ALIASES), take(record, "role", MESSAGE_ALIASES)
-    if role is None and speaker is None:
-        raise DialogueError(f"no speaker; expected an object with {_expected(needs_role)}")
-    is_role = needs_role or (isinstance(role, str) and (role in ROLES or role in TOOL_ROLES))
-    if not is_role and (role is None or speaker is None):
-        return speaker if role is None else role, None
-    role = _known_role(role, key, ROLES)
-    return _speaker(role, speaker, names), role
-
-
-def _expected(needs_role: bool) -> str:
-    return "role and content" if needs_role else "speaker and text"
-
-
-def _known_role(role: object, key: str, roles: Mapping[str, str]) -> str:
-    if not isinstance(role, str) or role not in roles:
-        found = "missing" if role is None else repr(str(role)[:40])
-        raise DialogueError(f"{key} is {found}: expected one of {', '.join(roles)}")
-    return roles[role]
-
-
-def _speaker(role: str | None, name: Any, names: RoleNames) -> str:
-    if name is not None:
-        return name  # Message validates it
-    assert role is not None
-    return names.of(role)
-
-
 def _time(value: object, key: str) -> float | None:
     try:
         return None if value is None else unix_seconds(value)
@@ -185,6 +150,7 @@ def _metadata(record: dict[str, Any], keeps_other_keys: bool) -> dict[str, Any] 
     metadata = record.pop("metadata", None)
     if metadata is not None and not isinstance(metadata, dict):
         raise DialogueError(f"metadata is {type(metadata).__name__}: expected an object")
+    refuse_misspelled(record, MESSAGE_KEYS)
     if record and not keeps_other_keys:
         known = ", ".join([*MESSAGE_ALIASES, "metadata"])
         raise DialogueError(f"unknown key {min(record)[:80]!r}; expected {known}")

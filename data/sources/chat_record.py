@@ -6,9 +6,10 @@ from typing import Any
 
 from data.format.dialogue import NARRATOR, Message
 from data.format.visible_text import says_nothing
-from data.sources.chat_message import ASSISTANT, SYSTEM, ChatMessage, RoleNames, read_messages, read_text
+from data.sources.chat_message import ChatMessage, read_messages, read_text
 from data.sources.record import RecordError
-from data.sources.record_keys import RECORD_ALIASES, REFUSED_IN_RECORD, name_in, refuse, take, take_trained
+from data.sources.record_keys import RECORD_ALIASES, name_in, refuse_in_record, take, take_trained
+from data.sources.speaker import ASSISTANT, SYSTEM, RoleNames
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +42,14 @@ def take_messages(
         given, n_prompt = [*prompt, *completion], len(prompt)
     if given is None:
         raise RecordError(f"no messages; expected messages or conversations, found keys {sorted(record)}")
-    refuse(record, REFUSED_IN_RECORD)
+    refuse_in_record(record)
     if isinstance(record.get("label"), bool):
         raise RecordError("label is not read: a rating of the reply; leave bad replies out by weight: 0")
     trained = take_trained(record)
     read = read_messages(given, names, needs_role=needs_role, keeps_other_keys=keeps_other_keys)
+    _check_prompt(record.pop("prompt", None), read)
     context = [replace(one, trained=False) if one.trained is None else one for one in read[:n_prompt]]
-    key = name_in(record, "system", RECORD_ALIASES)
-    system = _system(take(record, "system", RECORD_ALIASES, read_text), key, read)
+    system = take_system(record, read)
     return ChatRecord((*system, *context, *read[n_prompt:]), trained)
 
 
@@ -62,8 +63,21 @@ def participant_ids(given: Any, character: str | None) -> tuple[str, ...]:
     return tuple(one for one in ids if one is not None and one != own and not says_nothing(one))
 
 
-def _system(given: Any, key: str, read: Sequence[ChatMessage]) -> tuple[ChatMessage, ...]:
-    """The narrator's message of the record's system prompt (its `key`), unless it repeats the first message."""
+def _check_prompt(prompt: Any, read: Sequence[ChatMessage]) -> None:
+    """Raise RecordError for a `prompt` beside the messages, unless it repeats the first one after the scene."""
+    if prompt in (None, "", []):
+        return
+    first = next((one.message.text.strip() for one in read if one.message.speaker != NARRATOR), None)
+    if not isinstance(prompt, str) or prompt.strip() != first:
+        raise RecordError(
+            f"prompt is not read beside messages; found {repr(prompt)[:40]}. Write it as a message, or remove it"
+        )
+
+
+def take_system(record: dict[str, Any], read: Sequence[ChatMessage]) -> tuple[ChatMessage, ...]:
+    """Remove the record's system prompt; returns it as the narrator's message, unless the first message repeats it."""
+    key = name_in(record, "system", RECORD_ALIASES)
+    given = take(record, "system", RECORD_ALIASES, read_text)
     if given is None or given in ("", []):
         return ()
     text = read_text(given, key)

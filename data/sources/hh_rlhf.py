@@ -1,23 +1,26 @@
 """hh-rlhf: JSON lines with two "Human: ... Assistant: ..." transcripts. As a source, the chosen side."""
 
 import re
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
 from data.format.dialogue import Dialogue, Message
 from data.sources.chat_message import ChatMessage, supervised
+from data.sources.chat_record import take_system
 from data.sources.json_source import JsonFormat, JsonSource
 from data.sources.record import RecordError
-from data.sources.record_keys import REFUSED_IN_RECORD, refuse, take_trained
+from data.sources.record_keys import refuse_in_record, take_trained
+from data.sources.speaker import check_default_names
 
 HUMAN, ASSISTANT = "Human", "Assistant"
-REFUSED = {key: why for key, why in REFUSED_IN_RECORD.items() if key not in ("chosen", "rejected")}
 _TURN = re.compile(rf"(?:^|\n\n)({HUMAN}|{ASSISTANT}):")
 
 
 class HhRlhfFormat(JsonFormat):
-    """The transcript `chosen` of a record. The character is the assistant. Other keys become metadata."""
+    """The transcript `chosen` of a record. The character is the assistant. A `system` prompt is the scene, a `prompt`
+    that begins the transcript is ignored, and other keys become metadata."""
 
     kind: Literal["hh_rlhf"]
     human: str = HUMAN  # names of the two speakers
@@ -25,18 +28,15 @@ class HhRlhfFormat(JsonFormat):
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
-        if self.human == self.assistant:
-            raise ValueError(f"human and assistant are both {self.human!r}: both would be trained as the character")
+        check_default_names("human", self.human, "assistant", self.assistant)
         return self
 
     def dialogue(self, place: str, record: dict[str, Any]) -> Dialogue:
         names = {HUMAN: self.human, ASSISTANT: self.assistant}
-        read = [ChatMessage(message) for message in parse_transcript(transcript_of(record, "chosen"), names)]
-        messages = supervised(read, self.assistant, take_trained(record))
-        identity = self._identity(place, record)
-        refuse(record, REFUSED)
-        metadata = {key: value for key, value in record.items() if key not in ("chosen", "rejected")}
-        return Dialogue(identity, messages, self.assistant, (), metadata)
+        trained = take_trained(record)
+        (said,) = take_transcripts(record, ("chosen",), names)
+        messages = supervised([ChatMessage(message) for message in said], self.assistant, trained)
+        return Dialogue(self._identity(place, record), messages, self.assistant, (), record)
 
 
 class HhRlhfSource(HhRlhfFormat, JsonSource):
@@ -45,6 +45,31 @@ class HhRlhfSource(HhRlhfFormat, JsonSource):
     suffixes: ClassVar = (".jsonl",)
 
     kind: Literal["hh_rlhf"]
+
+
+def take_transcripts(
+    record: dict[str, Any], sides: Sequence[str], names: dict[str, str] | None = None
+) -> list[tuple[Message, ...]]:
+    """Remove both transcripts and the prompts of a record; returns the messages of each of `sides`, the system prompt
+    first.
+
+    Raises RecordError or DialogueError for an unsupported key, an invalid transcript, and a `prompt` that is not the
+    beginning of every side.
+    """
+    pair: dict[str, Any] = {side: record.pop(side) for side in ("chosen", "rejected") if side in record}
+    refuse_in_record(record)
+    scene = tuple(one.message for one in take_system(record, ()))
+    prompt = record.pop("prompt", None)
+    read = []
+    for side in sides:
+        transcript = transcript_of({**record, **pair}, side)
+        read.append((*scene, *parse_transcript(transcript, names)))
+        if prompt and not (isinstance(prompt, str) and transcript.lstrip().startswith(prompt.strip())):
+            raise RecordError(
+                f"prompt is not the beginning of {side}; found {repr(prompt)[:40]}. Put it into the transcripts, or "
+                "into system, or remove it"
+            )
+    return read
 
 
 def transcript_of(record: dict[str, Any], side: str) -> str:

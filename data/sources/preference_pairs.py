@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 from data.format.dialogue import Dialogue, Message
 from data.sources.chat_message import untrained
 from data.sources.json_source import JsonFormat, JsonSource
-from data.sources.preferences import pair_from_record
+from data.sources.preferences import check_pair_names, pair_from_record
 from data.sources.record_keys import take_trained
 
 
@@ -18,6 +18,7 @@ class PreferencePairsFormat(JsonFormat):
     def dialogue(self, place: str, record: dict[str, Any]) -> Dialogue:
         trained = take_trained(record)
         pair = pair_from_record(record)
+        check_pair_names(pair)
         messages = (*pair.messages, Message(pair.character, pair.chosen))
         if trained is False:
             messages = tuple(untrained(m) if m.speaker == pair.character else m for m in messages)

@@ -19,10 +19,11 @@ from data.clean.stable_hash import stable_hash
 from data.format.dialogue import NARRATOR, DialogueError, Message, check_speaker
 from data.format.dialogue_json import message_to_record, messages_from_records
 from data.format.visible_text import says_nothing, visible
-from data.sources.hh_rlhf import ASSISTANT, REFUSED, parse_transcript, transcript_of
+from data.sources.hh_rlhf import ASSISTANT, take_transcripts
 from data.sources.record import RecordError
-from data.sources.record_keys import refuse, take_trained
+from data.sources.record_keys import refuse_in_record, take_trained
 from data.sources.source import parse_object, read_lines
+from data.sources.speaker import check_names, stripped
 from recipes.files import atomic_file
 
 SAYS_NOTHING = "a blank reply"
@@ -185,7 +186,9 @@ def read_pair_file(path: Path | str, file_format: Literal["jsonl", "hh_rlhf"], m
             record = parse_object(line)
             if take_trained(record) is False:
                 raise RecordError(NOT_TRAINED)
-            found.pairs.append(make(record, f"{found.path.name}:{number}"))
+            pair = make(record, f"{found.path.name}:{number}")
+            check_pair_names(pair)
+            found.pairs.append(pair)
         except (RecordError, DialogueError) as error:
             found.refuse(number, str(error))
     n_refused = found.n_records - len(found.pairs)
@@ -201,11 +204,15 @@ def read_pair_file(path: Path | str, file_format: Literal["jsonl", "hh_rlhf"], m
 
 def pair_from_transcripts(record: dict[str, Any], identity: str) -> PreferencePair:
     """The pair of an hh-rlhf record. Raises RecordError or DialogueError for an invalid one."""
-    refuse(record, REFUSED)
-    chosen, rejected = (parse_transcript(transcript_of(record, side)) for side in ("chosen", "rejected"))
+    chosen, rejected = take_transcripts(record, ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1] or {chosen[-1].speaker, rejected[-1].speaker} != {ASSISTANT}:
         raise RecordError(SAME_REPLY if chosen == rejected else OTHER_CONTEXT)
     return PreferencePair(identity, chosen[:-1], ASSISTANT, chosen[-1].text, rejected[-1].text, source="hh_rlhf")
+
+
+def check_pair_names(pair: PreferencePair) -> None:
+    """Raise DialogueError for a speaker of the context whose name looks like the character's or the narrator's."""
+    check_names([message.speaker for message in pair.messages], pair.character)
 
 
 def pair_from_record(record: dict[str, Any], place: str = "") -> PreferencePair:
@@ -218,11 +225,11 @@ def pair_from_record(record: dict[str, Any], place: str = "") -> PreferencePair:
     identity, metadata = record["id"], record.get("metadata") or {}
     if not isinstance(identity, str | int) or not isinstance(metadata, Mapping):
         raise RecordError(f"id is {identity!r}, metadata {metadata!r}: expected a string and an object"[:200])
-    messages = messages_from_records(record["messages"], record["character"])
+    refuse_in_record({"metadata": metadata})
+    character = stripped(record["character"])
+    messages = messages_from_records(record["messages"], character)
     source = record.get("source") or ""
-    return PreferencePair(
-        str(identity), messages, record["character"], record["chosen"], record["rejected"], source, metadata
-    )
+    return PreferencePair(str(identity), messages, character, record["chosen"], record["rejected"], source, metadata)
 
 
 def hold_out(groups: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:

@@ -5,10 +5,11 @@ from typing import Any, Self
 from pydantic import model_validator
 
 from data.format.dialogue import Dialogue
-from data.sources.chat_message import RoleNames, supervised
+from data.sources.chat_message import supervised
 from data.sources.chat_record import participant_ids, take_messages
 from data.sources.json_source import JsonFormat
 from data.sources.record import RecordError
+from data.sources.speaker import RoleNames, check_default_names, check_names
 
 
 class RoleFormat(JsonFormat):
@@ -22,8 +23,7 @@ class RoleFormat(JsonFormat):
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
-        if self.user == self.assistant:
-            raise ValueError(f"user and assistant are both {self.user!r}: both would be trained as the character")
+        check_default_names("user", self.user, "assistant", self.assistant)
         return self
 
     def dialogue(self, place: str, record: dict[str, Any]) -> Dialogue:
@@ -31,6 +31,7 @@ class RoleFormat(JsonFormat):
         character = chat.last_assistant()
         if character is None:
             raise RecordError("no message is by the assistant, whose replies are trained")
+        check_names([one.message.speaker for one in chat.messages], character)
         messages = supervised(chat.messages, character, chat.trained)
         people = participant_ids(record.pop("participants", []), character)
         return Dialogue(self._identity(place, record), messages, character, people, record)

@@ -25,6 +25,7 @@ from data.format.encode import encode_dialogue
 from data.format.speaker_names import SpeakerNames, names_trained_on
 from data.format.tokenizer import MODEL_FILE, DialogueTokenizer
 from data.prompt.template import DEFAULT_TEMPLATE, PromptTemplate
+from data.sources.speaker import check_user
 from model.bundle_files import MANIFEST, verify
 from model.config import ModelConfig
 from model.hugging_face import hf_config, load_exported_model, state_to_hf
@@ -66,7 +67,7 @@ class Names(Section):
 
     @model_validator(mode="after")
     def _speakers(self) -> Names:
-        check_speaker(self.user)
+        check_user(self.user)
         check_speaker(self.character)
         return self
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from data.format.dialogue import NARRATOR, SPEAKER_END, DialogueError, Message, check_speaker
 from data.format.encode import BOS, CONTROL_SURFACES, END, MESSAGE, TEXT_START, WORD_JOINER
-from data.sources.chat_message import OPENAI_ROLES, RoleNames, openai_message
+from data.sources.chat_message import openai_message
+from data.sources.speaker import OPENAI_ROLES, RoleNames, check_user
 
 _TEMPLATE = """\
 {#- A dialogue is <bos> and, for each message, <|message|>speaker: text<|end|>. The speaker is the message's name, or
@@ -24,6 +25,9 @@ follows "speaker:", so one leading space of an assistant's content is dropped. -
 {%- macro speaker(name) -%}
 {%- if name is not string or not name | trim -%}
 {{- raise_exception("a speaker's name must be text that is not blank") -}}
+{%- endif -%}
+{%- if name != name | trim -%}
+{{- raise_exception("a speaker's name may not have white space around it: " ~ name) -}}
 {%- endif -%}
 {%- if @SPEAKER_END@ in name or "\\n" in name or "\\r" in name -%}
 {{- raise_exception("a speaker's name may not contain ':' or a line break: " ~ name) -}}
@@ -57,6 +61,9 @@ follows "speaker:", so one leading space of an assistant's content is dropped. -
 {%- else -%}
 {%- set name = character -%}
 {%- endif -%}
+{%- if message['role'] == "user" and name == @NARRATOR@ -%}
+{{- raise_exception("the user may not have the name " ~ name ~ ", whose messages are the scene") -}}
+{%- endif -%}
 {{- @MESSAGE@ -}}{{- speaker(name) -}}{{- @SPEAKER_END@ -}}
 {%- set text = content_of(message) -%}
 {%- if message['role'] == "assistant" -%}
@@ -80,7 +87,7 @@ def chat_template(user: str, character: str) -> str:
 
     Except that it drops one leading space of an assistant's content: see `engine_content`.
     """
-    check_speaker(user)
+    check_user(user)
     check_speaker(character)
     broken = [(surface, surface[0] + WORD_JOINER + surface[1:]) for surface in CONTROL_SURFACES]
     # Equal to `escape`: replacing one surface after another works because none contains another, escaped or not.

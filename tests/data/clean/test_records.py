@@ -18,6 +18,7 @@ from data.clean.records import (
     CleanError,
     Filters,
     check_bad_fraction,
+    check_times_for_labels,
     content_key,
     passing,
     scrubbed,
@@ -175,3 +176,32 @@ def test_too_many_bad_records_stop_with_examples(tmp_path: Path) -> None:
 def test_commands_that_clean_nothing_start_without_datatrove() -> None:
     loaded = "import sys, data.clean.records; print('datatrove' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, check=True).stdout == b"False\n"
+
+
+@pytest.mark.parametrize(
+    ("times", "within", "problem"),
+    [
+        ([(0, 5), (9, 12)], 10, None),
+        ([(None, None)], None, None),
+        ([(None, None)], 10, "none of the 1 messages of the characters has a time"),
+        ([(5, None)], 10, "none of the 1 messages"),
+        ([(None, 5)], 10, "none of the 1 messages"),
+        ([(5, None), (86400, 86400)], 10, "at midnight, dates without a time of day"),
+        ([(0, 86400)], 86400, None),
+        ([(0, 86400), (3, 4)], 10, None),
+        ([(0, 86400)], None, None),
+    ],
+)
+def test_a_time_limit_needs_times_that_can_tell(
+    times: list[tuple[float | None, float | None]], within: float | None, problem: str | None
+) -> None:
+    said = [(Message("A", "x", first), Message("B", "y", second)) for first, second in times]
+    ledger = Ledger()
+    assert len(list(passing((Dialogue(str(i), one, "A") for i, one in enumerate(said)), Filters(), ledger))) == len(
+        said
+    )
+    if problem is None:
+        check_times_for_labels(ledger, within)
+        return
+    with pytest.raises(CleanError, match=f"continue_within_seconds: 10 has no effect: .*{problem}"):
+        check_times_for_labels(ledger, within)

@@ -44,6 +44,50 @@ def test_times_and_keys_of_other_logs_are_read() -> None:
     assert read_event(line(event)).messages[0].speaker == "User"
 
 
+def test_roles_and_text_parts_are_read_as_in_every_record() -> None:
+    event = documented()
+    parts = [{"type": "text", "text": "where"}, {"type": "text", "text": "were you?"}]
+    first = event["messages"][0]["time"]
+    event["messages"] = [
+        {"role": "System", "content": parts, "time": first},
+        {"role": "user", "name": "Tom ", "text": parts, "time": first},
+        {"role": "model", "value": "out", "time": first},
+    ]
+    event["character"] = "Mia "
+    event["candidates"][0]["text"] = parts
+    event["edit"] = {"content": parts, "time": 1700000012}
+    made = read_event(line(event))
+    both = "where\nwere you?"
+    assert [(m.speaker, m.text) for m in made.messages] == [("narrator", both), ("Tom", both), ("Mia", "out")]
+    assert (made.character, made.candidates[0].text, made.edit and made.edit.text) == ("Mia", both, both)
+
+
+@pytest.mark.parametrize(
+    ("character", "message", "reason"),
+    [
+        ("User", {"role": "user"}, "message 0: the user has the name of the character, 'User', and would be trained"),
+        ("Mia", {"role": "User", "name": "Mia"}, "message 0: the user has the name of the character, 'Mia'"),
+        ("Mia", {"role": "system", "speaker": "Mia"}, "message 0: the system has the name of the character, 'Mia'"),
+        ("Mia", {"role": "user", "name": "narrator"}, "messages.0: the user has the name 'narrator'"),
+        ("Mia", {"speaker": "mia"}, "speakers 'mia' and 'Mia', the character, differ only in case"),
+        ("Mia", {"speaker": "Tom", "text": [{"type": "image_url"}]}, "messages.0: text holds {'type': 'image_url'}"),
+    ],
+)
+def test_nobody_but_the_character_is_trained(character: str, message: dict[str, Any], reason: str) -> None:
+    event = documented()
+    event |= {"character": character, "messages": [{"text": "hi", "time": 1700000000, **message}]}
+    with pytest.raises(RecordError) as caught:
+        read_event(line(event))
+    assert str(caught.value).startswith(reason)
+
+
+def test_an_unknown_role_beside_a_known_one_is_refused() -> None:
+    event = documented()
+    event["messages"] = [{"role": role, "text": "x", "time": 1700000000} for role in ("user", "agent")]
+    with pytest.raises(RecordError, match="message 1: role is 'agent', and other messages have the role user"):
+        read_event(line(event))
+
+
 def test_every_key_is_documented() -> None:
     table = data.feedback.event.__doc__ or ""
     assert [key for key in FeedbackEvent.model_fields if f"| `{key}`" not in table] == []

@@ -30,7 +30,7 @@ texts = st.lists(
     max_size=8,
 ).map("".join)
 speakers = st.text(st.characters(exclude_characters=":\n\r", exclude_categories=["Cs"]), min_size=1, max_size=8).filter(
-    lambda name: bool(name.strip())
+    lambda name: bool(name.strip()) and name == name.strip()
 )
 json_integers = st.integers(-(2**63), 2**64 - 1)
 times = st.none() | st.floats(0, 2e9) | st.integers(0, 2_000_000_000)
@@ -132,6 +132,15 @@ def talk(*lines: tuple[str, float | None]) -> Dialogue:
         (talk(("A", 0)), 10, [0]),
         (talk(("B", 0), ("A", 1), ("narrator", 2), ("A", 3), ("narrator", 4), ("B", 5)), 10, [-1, -1, -1, 1, -1, -1]),
         (talk(("A", 0), ("C", 1), ("B", 2), ("A", 3)), 10, [1, -1, -1, 0]),
+        # only the character's messages have a time: no evidence
+        (talk(("A", 0), ("B", None), ("A", 9)), 10, [-1, -1, -1]),
+        (talk(("A", 0), ("B", None), ("A", 9), ("C", 12), ("A", 15)), 10, [-1, -1, 1, -1, 0]),
+        (talk(("A", 0), ("B", None), ("narrator", 1), ("A", 9)), 10, [-1, -1, -1, -1]),
+        # midnights are dates: the time between two of them is known to a day
+        (talk(("A", 0), ("B", 0), ("A", 86400), ("B", 3 * 86400), ("A", 3 * 86400)), 600, [-1, -1, 0, -1, 0]),
+        (talk(("A", 0), ("B", 86400), ("A", 86400), ("B", 172800)), 172800, [1, -1, 1, -1]),
+        (talk(("A", 0), ("B", 86400), ("A", 86400), ("B", 172801)), 86400, [1, -1, 0, -1]),
+        (talk(("A", 0), ("B", 86400)), None, [1, -1]),
     ],
 )
 def test_continuation_labels(dialogue: Dialogue, within: float | None, expected: list[int]) -> None:

@@ -149,6 +149,80 @@ def test_keys_that_change_a_record_are_refused_by_name(tmp_path: Path, kind: str
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_an_engagement_label_of_a_record_is_refused(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.jsonl"
+    for value in (0, 1, -1):
+        bad = read(kind, chat("a", "b", metadata={"engagement_label": value}), path)
+        assert isinstance(bad, Rejected)
+        assert bad.reason.startswith("metadata.engagement_label is not read: it labels one reply; put engagement_label")
+        assert isinstance(read(kind, chat("a", "b", engagement_label=value), path), Rejected)
+    assert isinstance(read(kind, chat("a", "b", metadata={"engagement_label": None}), path), Dialogue)
+    inside = good(read(kind, chat("a", {"content": "b", "metadata": {"engagement_label": 0}}), path))
+    assert supervision(inside)[1] == [-1, 0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("flag", ["is_trained", "train_on_turn", "learnable", "no_loss", "ignore"])
+def test_what_looks_like_a_training_flag_is_refused(tmp_path: Path, kind: str, flag: str) -> None:
+    path = tmp_path / "a.jsonl"
+    for value in (0, 1, False, True):
+        for record, place in (
+            (chat("a", {"content": "b", flag: value}), "message 1: "),
+            (chat("a", "b", **{flag: value}), ""),
+            (chat("a", {"content": "b", "metadata": {flag: value}}), "message 1: metadata."),
+            (chat("a", "b", metadata={flag: value}), "metadata."),
+        ):
+            bad = read(kind, record, path)
+            assert isinstance(bad, Rejected)
+            assert bad.reason.startswith(f"{place}{flag} is not read: it looks like a training flag; write trained")
+        own = {"speaker": "Mia", "text": "b", "metadata": {flag: value}}
+        bad = read("chat_jsonl", {"messages": [{"speaker": "Tom", "text": "a"}, own], "character": "Mia"}, path)
+        assert isinstance(bad, Rejected) and f"message 1: metadata.{flag} is not read" in bad.reason
+    kept = good(read(kind, chat("a", {"content": "b", "metadata": {flag: "noise"}}), path))
+    assert kept.messages[1].metadata == {flag: "noise"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("System", "system"), ("systemPrompt", "system_prompt"), ("Weight", "weight"), ("Instruction", "instruction"),
+        ("Messages", "messages"), ("ID", "id"), ("engagementLabel", "engagement_label"), ("isTrained", "is_trained"),
+    ],
+)  # fmt: skip
+def test_keys_in_another_spelling_are_refused(tmp_path: Path, kind: str, key: str, meant: str) -> None:
+    path = tmp_path / "a.jsonl"
+    bad = read(kind, chat("a", "b", **{key: "x"}), path)
+    assert isinstance(bad, Rejected)
+    assert bad.reason == f"{key} is not read: it differs from {meant} in spelling only; write {meant}"
+    if kind != "chat_jsonl":
+        assert good(read(kind, chat("a", "b", **{key: ""}), path)).messages[1].text == "b"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("key", "meant"), [("Name", "name"), ("createdAt", "created_at"), ("Weight", "weight"), ("toolCalls", "tool_calls")]
+)
+def test_keys_of_a_message_in_another_spelling_are_refused(tmp_path: Path, kind: str, key: str, meant: str) -> None:
+    bad = read(kind, chat("a", {"content": "b", key: "x"}), tmp_path / "a.jsonl")
+    assert isinstance(bad, Rejected)
+    assert bad.reason == f"message 1: {key} is not read: it differs from {meant} in spelling only; write {meant}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_beside_messages_is_refused_unless_it_repeats_them(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.jsonl"
+    for prompt in ("Be brief.", ["x"], [{"role": "user", "content": "a"}], {"a": 1}):
+        bad = read(kind, chat("a", "b", prompt=prompt), path)
+        assert isinstance(bad, Rejected) and bad.reason.startswith("prompt is not read beside messages; found ")
+    scene = chat(
+        {"role": "system", "content": "s"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    )
+    for record in (chat("a", "b", prompt=" a"), chat("a", "b", prompt=""), {**scene, "prompt": "a"}):
+        assert good(read(kind, record, path)).metadata == {}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("role", ["tool", "function", "observation", "function_call", "ipython"])
 @pytest.mark.parametrize("name", [{}, {"name": "weather"}])
 def test_tools_are_no_speakers(tmp_path: Path, kind: str, role: str, name: dict[str, str]) -> None:
@@ -255,6 +329,7 @@ def test_two_names_of_a_key_with_two_values_are_refused(tmp_path: Path, kind: st
         (1714521600, "2024-05-01T00:00:00Z", True),
         (1714521600.0, 1714521600, True),
         ("2024-05-01T02:00:00+02:00", "2024-05-01", True),
+        ("2024-05-01T00:00", "2024-05-01", True),
         (1714521600, "2024-05-01T00:00:01Z", False),
         (0, False, False),
         (1, True, False),

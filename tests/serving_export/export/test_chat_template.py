@@ -126,6 +126,9 @@ def test_assistant_mask_is_what_sft_trains(tokenizer: DialogueTokenizer, peer: A
         {"role": "user", "name": " ", "content": "x"},
         {"role": "user", "name": 3, "content": "x"},
         {"role": "user", "name": "", "content": "x"},
+        {"role": "user", "name": "Eve ", "content": "x"},
+        {"role": "assistant", "name": "\tEve", "content": "x"},
+        {"role": "user", "name": "narrator", "content": "x"},
         {"role": "tool", "content": "x"},
         {"role": "tool", "name": "weather", "content": "x"},
         {"role": "user", "content": None},
@@ -142,5 +145,7 @@ def test_both_refuse_the_same_messages(peer: Any, message: dict[str, Any]) -> No
 
 
 def test_bad_default_names_are_refused() -> None:
+    with pytest.raises(DialogueError, match="the user has the name 'narrator'"):
+        chat_template("narrator", "Ada")
     with pytest.raises(DialogueError, match="a:b"):
         chat_template("a:b", "Ada")
