@@ -65,6 +65,7 @@ def _any_speaker(identity: str, chat: ChatRecord) -> str:
     everybody = {one.message.speaker for one in chat.messages} - {NARRATOR}
     people = {one.message.speaker for one in chat.messages if one.role in (USER, SYSTEM)}
     people |= {name for name in everybody if is_tool(name) or role_of(name) in (USER, SYSTEM)}
+    people.discard(NARRATOR)
     speakers: Sequence[str] = sorted(everybody - people)
     if not speakers:
         writes = " and ".join(["the narrator", *sorted(people)]) if people else "the narrator"

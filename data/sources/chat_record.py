@@ -9,7 +9,7 @@ from data.format.visible_text import says_nothing
 from data.sources.chat_message import ChatMessage, read_messages, read_text
 from data.sources.record import RecordError
 from data.sources.record_keys import RECORD_ALIASES, name_in, refuse_in_record, take, take_trained
-from data.sources.speaker import ASSISTANT, SYSTEM, RoleNames
+from data.sources.speaker import ASSISTANT, SYSTEM, RoleNames, stripped
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def participant_ids(given: Any, character: str | None) -> tuple[str, ...]:
     ids = list(given.values()) if isinstance(given, dict) else given
     if not isinstance(ids, list) or not all(one is None or isinstance(one, str) for one in ids):
         raise RecordError(f"participants is {given!r}: expected a list of strings, or an object of speakers and ids")
-    own = given.get(character) if isinstance(given, dict) else character
+    own = {stripped(name): one for name, one in given.items()}.get(character) if isinstance(given, dict) else character
     return tuple(one for one in ids if one is not None and one != own and not says_nothing(one))
 
 

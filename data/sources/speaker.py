@@ -90,7 +90,8 @@ def check_roles(roles: Sequence[str | None], speakers: Sequence[str], given: Seq
     key = name_in(given[number], "role", MESSAGE_ALIASES)
     raise DialogueError(
         f"message {number}: {key} is {speakers[number][:40]!r}, and other messages have the role "
-        f"{' or '.join(sorted(known))}: expected one of {', '.join(ROLES)}; give somebody's name as speaker"
+        f"{' or '.join(sorted(known))}: expected one of {', '.join(ROLES)}; give somebody's name as speaker, "
+        "or name the character"
     )
 
 

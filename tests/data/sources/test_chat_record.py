@@ -393,7 +393,7 @@ def test_parts_of_text_are_lines_under_every_name(tmp_path: Path) -> None:
 def test_the_character_is_no_participant(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     said = [{"speaker": "Tom", "text": "hi"}, {"speaker": "Mia", "text": "yo"}]
-    for given_ids in (["u1", "Mia"], {"Tom": "u1", "Mia": "bot-1"}):
+    for given_ids in (["u1", "Mia"], {"Tom": "u1", "Mia": "bot-1"}, {"Tom": "u1", "Mia ": "bot-1"}):
         record = {"messages": said, "participants": given_ids}
         assert good(read("chat_jsonl", {**record, "character": "Mia"}, path)).participants == ("u1",)
         assert good(read("chat_jsonl", record, path, character="Mia")).participants == ("u1",)
