@@ -61,6 +61,7 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, chosen: str, rejec
         ({"messages": [{"text": "x"}]}, "message 0"),
         ({"extra": 1}, "unknown key 'extra'"),
         ({"metadata": [1]}, "expected a string and an object"),
+        ({"metadata": {"engagement_label": 1}}, "metadata.engagement_label is not read"),
         ({"id": None}, "expected a string and an object"),
     ],
 )
@@ -260,3 +261,12 @@ def test_a_pairs_group_is_its_user_or_its_context() -> None:
     assert pair("a", user="u").group == pair("b", user="u").group != pair("a", user="w").group
     assert pair("a").group == pair("a").group != pair("b").group
     assert pair("a", user=" ").group == pair("a").group, "a blank user is nobody"
+
+
+def test_a_context_with_a_name_like_the_characters_is_counted(tmp_path: Path) -> None:
+    good = json.loads(pair_to_json(PAIR))
+    alike = good | {"messages": [{"speaker": "bob", "text": "hi"}]}
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(one) for one in (good, alike)))
+    found = read_pair_file(tmp_path / "a.jsonl", "jsonl", 0.5)
+    assert found.pairs == [PAIR]
+    assert "a.jsonl:2: speakers 'bob' and 'Bob', the character, differ only in case" in found.report

@@ -72,9 +72,19 @@ def test_without_an_assistant_nobody_is_trained(tmp_path: Path, role: str) -> No
         assert trained_texts(read("chat_jsonl", record, path)) == ["b"], "the only speaker without a role"
         record = log({"speaker": role}, {"speaker": "Mia"}, id=str(number))
         assert trained_texts(read("chat_jsonl", record, path)) == ["b"]
-        record = log({"speaker": "Tom"}, {"speaker": "AI"}, id=str(number))
-        assert trained_texts(read("chat_jsonl", record, path)) == ["b"]
     assert "name a character" in reason(read("chat_jsonl", log({"role": role}, {"role": role}), path))
+
+
+def test_a_speaker_called_like_an_assistant_is_the_character(tmp_path: Path) -> None:
+    for number in range(12):
+        record = log({"speaker": "Tom"}, {"speaker": "AI"}, id=str(number))
+        assert trained_texts(read("chat_jsonl", record, tmp_path / "a.jsonl")) == ["b"]
+
+
+@pytest.mark.parametrize("character", ["user", "human", "system"])
+def test_a_character_called_like_a_role_does_not_make_it_a_name(tmp_path: Path, character: str) -> None:
+    record = log({"role": character}, {"speaker": "Bob"}, character=character)
+    assert isinstance(read("chat_jsonl", record, tmp_path / "a.jsonl"), Rejected)
 
 
 def test_an_unknown_role_is_no_speaker_beside_known_ones(tmp_path: Path) -> None:
