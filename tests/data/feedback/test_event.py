@@ -52,13 +52,19 @@ def test_roles_and_text_parts_are_read_as_in_every_record() -> None:
         {"role": "System", "content": parts, "time": first},
         {"role": "user", "name": "Tom ", "text": parts, "time": first},
         {"role": "model", "value": "out", "time": first},
+        {"speaker": " Tom", "text": "in", "time": first},
     ]
     event["character"] = "Mia "
     event["candidates"][0]["text"] = parts
     event["edit"] = {"content": parts, "time": 1700000012}
     made = read_event(line(event))
     both = "where\nwere you?"
-    assert [(m.speaker, m.text) for m in made.messages] == [("narrator", both), ("Tom", both), ("Mia", "out")]
+    assert [(m.speaker, m.text) for m in made.messages] == [
+        ("narrator", both),
+        ("Tom", both),
+        ("Mia", "out"),
+        ("Tom", "in"),
+    ]
     assert (made.character, made.candidates[0].text, made.edit and made.edit.text) == ("Mia", both, both)
 
 
