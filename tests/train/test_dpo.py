@@ -119,3 +119,13 @@ def test_the_interval_of_the_accuracy_is_over_users() -> None:
     assert (low, high) == (expected.low, expected.high)
     alone = Bootstrap().mean(wins_N)
     assert high - low > 1.5 * (alone.high - alone.low)
+
+
+@pytest.mark.parametrize("chosen_is_longer", [True, False])
+def test_length_alone_prefers_whichever_length_is_preferred_more(chosen_is_longer: bool) -> None:
+    short, long = [4], [2, 3]
+    sides = (long, short) if chosen_is_longer else (short, long)
+    pairs = [EncodedPair([1], *sides, f"u{n}") for n in range(3)] + [EncodedPair([1], *reversed(sides), "u")]
+    rows = PairRows(pairs)
+    _, figures = _figures(Outcome(1, True, {}, 0), rows, rows, np.ones(4))
+    assert figures["heldout_length_only_accuracy"] == 0.75

@@ -110,6 +110,29 @@ def test_each_file_of_contexts_is_sampled_with_its_own_seed_whatever_the_ranks(
     assert seeds == {"c0": 7, "c2": 9, "c4": 11}
 
 
+def test_replies_are_sampled_with_the_recipes_settings(
+    tokenizer: DialogueTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+
+    def generate(policy: Any, prompts: Any, sampling: Any, n_samples: int) -> list[list[Completion]]:
+        given.append((prompts, sampling, n_samples))
+        return [[] for _ in prompts]
+
+    monkeypatch.setattr(on_policy, "generate", generate)
+    asked = OnPolicyPairs(
+        kind="on_policy", scorer="s", n_contexts=1, n_candidates=5, max_context_tokens=9, max_new_tokens=7,
+        temperature=0.7, top_p=0.8,
+    )  # fmt: skip
+    none: Any = None
+    made = on_policy._pairs_of([CONTEXT], asked, none, none, none, tokenizer, seed=11)
+    assert made == [LeftOut(UNFINISHED)]
+    ((prompts, sampling, n_samples),) = given
+    assert (prompts, n_samples) == ([CONTEXT.prompt], 5)
+    assert (sampling.seed, sampling.max_new_tokens, sampling.temperature, sampling.top_p) == (11, 7, 0.7, 0.8)
+    assert sampling.stop_ids == (tokenizer.end_id,) and sampling.forbidden_ids == tokenizer.forbidden_in_reply
+
+
 def test_the_advice_names_the_keys_of_the_commonest_reasons_first() -> None:
     told = _advice(Counter({TOO_CLOSE: 1, UNFINISHED: 9}))
     assert told.index("max_new_tokens") < told.index("min_score_difference")
