@@ -1,0 +1,210 @@
+"""Attention of one new token a sequence over a paged KV cache, divided over the context (flash-decoding).
+
+All query heads of a key/value head are rows of one tile. Partial results of a divided sequence are float32 and are
+summed in a fixed order, so equal inputs give equal bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from model.kernels.decode_plan import DecodePlan
+from model.kernels.paged_cache import FORMATS, as_elements, load_scale, tile_slots, unpack
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _decode_kernel(
+    q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, page_table_ptr, items_ptr, program_items_ptr, out_ptr,
+    partial_ptr, partial_lse_ptr, log2_scale, table_width,
+    N_HEADS: tl.constexpr, N_GROUPS: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, FORMAT: tl.constexpr,
+    TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
+    IN: tl.constexpr,
+):  # fmt: skip
+    # IN: dtype of the products' operands. WIDTH: elements of a head as loaded: d_head, or 16-bit pairs of it
+    if OVERLAPS:
+        gdc_wait()
+    group = tl.program_id(1)
+    first_item = tl.load(program_items_ptr + 2 * tl.program_id(0))
+    n_items = tl.load(program_items_ptr + 2 * tl.program_id(0) + 1)
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    head = group * (N_HEADS // N_GROUPS) + row
+    is_row = row < N_HEADS // N_GROUPS
+    is_column = column < WIDTH
+    is_element = is_row[:, None] & is_column[None, :]
+    SPREAD: tl.constexpr = 1 if FORMAT == 0 else 2  # a loaded element holds so many of the head's
+    D_HEAD: tl.constexpr = WIDTH * SPREAD
+
+    for item in range(first_item, first_item + n_items):
+        sequence = tl.load(items_ptr + 4 * item)
+        begin = tl.load(items_ptr + 4 * item + 1)
+        end = tl.load(items_ptr + 4 * item + 2)
+        n_parts = tl.load(items_ptr + 4 * item + 3)
+        table_ptr = page_table_ptr + sequence.to(tl.int64) * table_width
+        element = head[:, None] * D_HEAD + column[None, :] * SPREAD
+        q_row_ptr = q_ptr + sequence.to(tl.int64) * (N_HEADS * D_HEAD)
+        q = tl.load(q_row_ptr + element, mask=is_element, other=0.0).to(IN)
+        row_scale = tl.full([ROWS], 1.0, tl.float32) * log2_scale
+        if FORMAT != 0:
+            q_odd = tl.load(q_row_ptr + element + 1, mask=is_element, other=0.0).to(tl.float32)
+            q = tl.load(q_row_ptr + element, mask=is_element, other=0.0).to(tl.float32)
+            # float16 holds the query's largest element, whatever its size
+            largest = tl.maximum(tl.max(tl.abs(q), 1), tl.max(tl.abs(q_odd), 1))
+            largest = tl.where(largest > 0, largest, 1.0)
+            row_scale *= largest
+            q = (q / largest[:, None]).to(tl.float16)
+            q_odd = (q_odd / largest[:, None]).to(tl.float16)
+
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        out = tl.zeros([ROWS, COLUMNS], tl.float32)
+        out_odd = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for tile in tl.range(begin // TILE, (end + TILE - 1) // TILE, num_stages=STAGES):
+            position = tile * TILE + tl.arange(0, TILE)
+            visible = (position >= begin) & (position < end)
+            slot = tile_slots(table_ptr, tile, position, begin, end, PAGE, TILE)
+            place = (slot * N_GROUPS + group) * WIDTH
+            k = tl.load(
+                k_ptr + place[None, :] + column[:, None], mask=visible[None, :] & is_column[:, None], other=0
+            )
+            v = tl.load(
+                v_ptr + place[:, None] + column[None, :], mask=visible[:, None] & is_column[None, :], other=0
+            )
+            if FORMAT == 0:
+                scores = tl.dot(q, k.to(IN), input_precision="ieee") * row_scale[:, None]
+                shifted = tl.where(visible[None, :], scores, float("-inf"))
+            else:
+                k_scale = load_scale(k_scale_ptr, slot, visible, group, N_GROUPS, FORMAT)
+                v_scale = load_scale(v_scale_ptr, slot, visible, group, N_GROUPS, FORMAT)
+                scores = tl.dot(q, unpack(k, False, FORMAT))
+                scores = tl.dot(q_odd, unpack(k, True, FORMAT), scores)
+                scores = tl.where(visible[None, :], scores * row_scale[:, None] * k_scale[None, :], float("-inf"))
+                # the value's scale is part of the exponent, so that float16 weights are at most 1
+                shifted = scores + tl.log2(tl.maximum(v_scale, 1e-30))[None, :]
+            new_top = tl.maximum(top, tl.max(shifted, 1))
+            decay = tl.exp2(top - new_top)
+            top = new_top
+            weights = tl.exp2(shifted - top[:, None])
+            out = out * decay[:, None]
+            if FORMAT == 0:
+                total = total * decay + tl.sum(weights, 1)
+                out = tl.dot(weights.to(IN), v.to(IN), out, input_precision="ieee")
+            else:
+                total = total * decay + tl.sum(tl.exp2(scores - top[:, None]), 1)
+                weights = weights.to(tl.float16)
+                out = tl.dot(weights, unpack(v, False, FORMAT), out)
+                out_odd = tl.dot(weights, unpack(v, True, FORMAT), out_odd * decay[:, None])
+
+        out = out / total[:, None]
+        out_odd = out_odd / total[:, None]
+        if n_parts == 1:
+            row_ptr = out_ptr + sequence.to(tl.int64) * (N_HEADS * D_HEAD)
+            tl.store(row_ptr + element, out.to(out_ptr.dtype.element_ty), mask=is_element)
+            if FORMAT != 0:
+                tl.store(row_ptr + element + 1, out_odd.to(out_ptr.dtype.element_ty), mask=is_element)
+        else:
+            part_ptr = partial_ptr + (item + tl.full([], 0, tl.int64)) * (N_HEADS * D_HEAD)
+            tl.store(part_ptr + element, out, mask=is_element)
+            if FORMAT != 0:
+                tl.store(part_ptr + element + 1, out_odd, mask=is_element)
+            tl.store(partial_lse_ptr + item * N_HEADS + head, top + tl.log2(total), mask=is_row)
+    if OVERLAPS:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def _combine_kernel(
+    partial_ptr, partial_lse_ptr, sequence_items_ptr, out_ptr,
+    N_HEADS: tl.constexpr, D_HEAD: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    if OVERLAPS:
+        gdc_wait()
+    sequence, head = tl.program_id(0), tl.program_id(1)
+    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    is_column = column < D_HEAD
+    first = tl.load(sequence_items_ptr + 2 * sequence)
+    n_parts = tl.load(sequence_items_ptr + 2 * sequence + 1)
+    if n_parts != 1:
+        top = tl.full([], float("-inf"), tl.float32)
+        total = tl.full([], 0.0, tl.float32)
+        out = tl.zeros([COLUMNS], tl.float32)
+        for start in range(0, n_parts, PARTS):
+            part = start + tl.arange(0, PARTS)
+            row = (first + part).to(tl.int64) * N_HEADS + head
+            is_part = part < n_parts
+            lse = tl.load(partial_lse_ptr + row, mask=is_part, other=float("-inf"))
+            values = tl.load(
+                partial_ptr + row[:, None] * D_HEAD + column[None, :],
+                mask=is_part[:, None] & is_column[None, :],
+                other=0.0,
+            )
+            new_top = tl.maximum(top, tl.max(lse, 0))
+            decay = tl.exp2(top - new_top)
+            weights = tl.exp2(lse - new_top)
+            total = total * decay + tl.sum(weights, 0)
+            out = out * decay + tl.sum(weights[:, None] * values, 0)
+            top = new_top
+        out = tl.where(n_parts == 0, 0.0, out / tl.where(n_parts == 0, 1.0, total))
+        target_ptr = out_ptr + (sequence.to(tl.int64) * N_HEADS + head) * D_HEAD + column
+        tl.store(target_ptr, out.to(out_ptr.dtype.element_ty), mask=is_column)
+    if OVERLAPS:
+        gdc_launch_dependents()
+
+
+def decode_attention(
+    q_BHK: Tensor, k_SGK: Tensor, v_SGK: Tensor, page_table_BP: Tensor, page_size: int, plan: DecodePlan,
+    k_scale_SG: Tensor | None = None, v_scale_SG: Tensor | None = None, scale: float = 1.0,
+    out_BHK: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Softmax attention of one query a sequence, in q's dtype, over the keys that `plan` was last updated for.
+
+    k_SGK, v_SGK: pools of slots, page p at slots p * page_size and on, in q's dtype, or int8 or float8_e4m3fn with
+    scales (float32 or bfloat16) a slot and head. page_table_BP: int32; entries beyond a sequence's keys or before its
+    window are not read, nor are slots that hold no visible key. scale: of the scores; the model scales its queries.
+    A sequence of length 0 gives zeros.
+    """
+    batch, n_heads, d_head = q_BHK.shape
+    n_kv_heads = k_SGK.shape[1]
+    assert (batch, n_heads, n_kv_heads, d_head) == (plan.batch, plan.n_heads, plan.n_kv_heads, plan.d_head)
+    assert q_BHK.is_contiguous() and page_table_BP.stride(1) == 1 and page_table_BP.dtype == torch.int32
+    cache_format = FORMATS.get(k_SGK.dtype, 0)
+    assert (k_scale_SG is not None) == (v_scale_SG is not None) == (cache_format > 0)
+    assert cache_format or k_SGK.dtype == q_BHK.dtype
+    out_BHK = torch.empty_like(q_BHK) if out_BHK is None else out_BHK
+    k, v = as_elements(k_SGK), as_elements(v_SGK)
+    launch = overlapping(q_BHK.device)
+    n_stages, n_warps = (3, 4) if q_BHK.element_size() == 2 else (2, 4)
+    _decode_kernel[(plan.n_programs, n_kv_heads)](
+        q_BHK, k, v, k_scale_SG, v_scale_SG, page_table_BP, plan.items_I4, plan.program_items_P2, out_BHK,
+        plan.partial_IHK, plan.partial_lse_IH, scale * LOG2_E, page_table_BP.stride(0),
+        N_HEADS=n_heads, N_GROUPS=n_kv_heads, WIDTH=k.shape[2], PAGE=page_size, FORMAT=cache_format, TILE=plan.tile,
+        ROWS=max(16, triton.next_power_of_2(n_heads // n_kv_heads)), COLUMNS=max(16, triton.next_power_of_2(k.shape[2])),
+        STAGES=n_stages, IN=operand_dtype(q_BHK), num_warps=n_warps, **launch,
+    )  # fmt: skip
+    columns = min(triton.next_power_of_2(d_head), 64)
+    _combine_kernel[(batch, n_heads, triton.cdiv(d_head, columns))](
+        plan.partial_IHK, plan.partial_lse_IH, plan.sequence_items_B2, out_BHK,
+        N_HEADS=n_heads, D_HEAD=d_head, PARTS=32, COLUMNS=columns, num_warps=4, **launch,
+    )  # fmt: skip
+    return out_BHK
+
+
+def overlapping(device: torch.device) -> dict[str, Any]:
+    """Arguments that let a kernel start before the one in front of it ends, where the GPU can (Hopper and later)."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9:
+        return {"OVERLAPS": True, "launch_pdl": True}
+    return {"OVERLAPS": False}
+
+
+def operand_dtype(q: Tensor) -> tl.dtype:
+    """Dtype of the products' operands: the query's. Triton's interpreter has no product of bfloat16."""
+    names = {torch.float16: tl.float16, torch.bfloat16: tl.float32 if q.device.type == "cpu" else tl.bfloat16}
+    return names.get(q.dtype, tl.float32)

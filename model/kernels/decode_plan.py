@@ -1,0 +1,153 @@
+"""Division of a decoding step's attention over the GPU: made on the GPU once a step, used by all layers of a kind.
+
+A sequence's visible keys are cut into aligned tiles, and the tiles of all sequences, one after another, into equal
+shares, one a program (as stream-K does for matrix products, arXiv 2301.03598). A program's share is one item for each
+sequence that it touches. With `deterministic`, items depend on the sequence's own length only.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DETERMINISTIC_TOKENS, DETERMINISTIC_ITEMS, DOUBLINGS = 256, 64, 6
+"""Deterministic items: as many tokens, doubled (at most so often) while a sequence would have more items than this."""
+
+
+@triton.jit
+def _at(values, indices, index):
+    return tl.sum(tl.where(indices == index, values, 0))
+
+
+@triton.jit
+def _plan_kernel(
+    lengths_ptr, items_ptr, program_items_ptr, sequence_items_ptr, n_sequences, window, least_tiles,
+    TILE: tl.constexpr, DETERMINISTIC: tl.constexpr, UNIT: tl.constexpr, MOST: tl.constexpr, DOUBLINGS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    n_programs = tl.num_programs(0)
+    b = tl.arange(0, BLOCK)
+    length = tl.load(lengths_ptr + b, mask=b < n_sequences, other=0).to(tl.int32)
+    oldest = tl.where(window > 0, tl.maximum(length - window, 0), 0)
+    first_tile = oldest // TILE
+    n_tiles = tl.where(length > 0, (length + TILE - 1) // TILE - first_tile, 0)
+    # shares are made of units: tiles, or the tiles of a deterministic item
+    unit = tl.full([BLOCK], UNIT, tl.int32)
+    if DETERMINISTIC:
+        for _ in tl.static_range(DOUBLINGS):
+            unit = tl.where(n_tiles > MOST * unit, 2 * unit, unit)
+    n_units = (n_tiles + unit - 1) // unit
+    unit_end = tl.cumsum(n_units)
+    unit_begin = unit_end - n_units
+    total = tl.sum(n_units)
+    share = tl.maximum((total + n_programs - 1) // n_programs, least_tiles)
+    if DETERMINISTIC:
+        n_items = n_units
+    else:
+        n_items = tl.where(n_units > 0, (unit_end - 1) // share - unit_begin // share + 1, 0)
+    item_end = tl.cumsum(n_items)
+    item_begin = item_end - n_items
+    if program == 0:
+        tl.store(sequence_items_ptr + 2 * b, item_begin, mask=b < n_sequences)
+        tl.store(sequence_items_ptr + 2 * b + 1, n_items, mask=b < n_sequences)
+
+    place = program * share
+    stop = tl.minimum(place + share, total)
+    sequence = tl.sum((unit_end <= place).to(tl.int32))
+    item = _at(item_begin, b, sequence)
+    if DETERMINISTIC:
+        item += place - _at(unit_begin, b, sequence)
+    else:
+        item += program - _at(unit_begin, b, sequence) // share
+    tl.store(program_items_ptr + 2 * program, item)
+    n_items_here = 0
+    while place < stop:
+        begin = _at(unit_begin, b, sequence)
+        if DETERMINISTIC:
+            place_end = place + 1
+        else:
+            place_end = tl.minimum(stop, _at(unit_end, b, sequence))
+        per_unit = _at(unit, b, sequence)
+        tile = _at(first_tile, b, sequence)
+        here = items_ptr + 4 * (item + n_items_here)
+        tl.store(here, sequence)
+        tl.store(here + 1, tl.maximum((tile + (place - begin) * per_unit) * TILE, _at(oldest, b, sequence)))
+        tl.store(here + 2, tl.minimum((tile + (place_end - begin) * per_unit) * TILE, _at(length, b, sequence)))
+        tl.store(here + 3, _at(n_items, b, sequence))
+        n_items_here += 1
+        place = place_end
+        sequence = tl.sum((unit_end <= place).to(tl.int32))
+    tl.store(program_items_ptr + 2 * program + 1, n_items_here)
+
+
+class DecodePlan:
+    """Work list of decoding steps, for layers of one window, and the partial results that they share.
+
+    Its buffers have fixed addresses and sizes, so `update` and the kernels that read them can be captured in a CUDA
+    graph. Layers that use it must run one after another.
+
+    items_I4: (sequence, first position, end position, number of items of the sequence), a sequence's items adjacent.
+    program_items_P2, sequence_items_B2: first item and number of items of each program and of each sequence.
+    partial_IHK, partial_lse_IH: output of each item of a divided sequence, and the base-2 logarithm of its normalizer.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        n_heads: int,
+        n_kv_heads: int,
+        d_head: int,
+        max_length: int,
+        window: int | None = None,
+        deterministic: bool = False,
+        tile: int = 64,
+        programs_a_processor: int = 2,
+        least_tiles: int = 1,
+        device: torch.device | str = "cuda",
+    ):
+        assert n_heads % n_kv_heads == 0 and (window is None or window > 0)
+        device = torch.device(device)
+        self.batch, self.n_heads, self.n_kv_heads, self.d_head = batch, n_heads, n_kv_heads, d_head
+        self.window, self.deterministic, self.tile, self.least_tiles = window, deterministic, tile, least_tiles
+        self.n_programs = max(_n_processors(device) * programs_a_processor // n_kv_heads, 1)
+        n_items = self.n_programs + batch
+        if deterministic:
+            n_tiles = -(-min(max_length, (window or max_length) + tile) // tile)
+            n_items = batch * _most_items(n_tiles, max(DETERMINISTIC_TOKENS // tile, 1))
+        on_device = {"dtype": torch.int32, "device": device}
+        self.items_I4 = torch.zeros(n_items, 4, **on_device)  # type: ignore[call-overload]
+        self.program_items_P2 = torch.zeros(self.n_programs, 2, **on_device)  # type: ignore[call-overload]
+        self.sequence_items_B2 = torch.zeros(batch, 2, **on_device)  # type: ignore[call-overload]
+        self.partial_IHK = torch.empty(n_items, n_heads, d_head, device=device)
+        self.partial_lse_IH = torch.empty(n_items, n_heads, device=device)
+
+    def update(self, lengths_B: Tensor) -> None:
+        """Divide a step in which sequence b attends to positions below lengths_B[b] (int32; 0: a padded row)."""
+        assert lengths_B.shape == (self.batch,) and lengths_B.is_contiguous()
+        _plan_kernel[(self.n_programs,)](
+            lengths_B, self.items_I4, self.program_items_P2, self.sequence_items_B2,
+            self.batch, self.window or 0, 1 if self.deterministic else self.least_tiles,
+            TILE=self.tile, DETERMINISTIC=self.deterministic, UNIT=max(DETERMINISTIC_TOKENS // self.tile, 1)
+            if self.deterministic else 1, MOST=DETERMINISTIC_ITEMS, DOUBLINGS=DOUBLINGS,
+            BLOCK=triton.next_power_of_2(self.batch), num_warps=4,
+        )  # fmt: skip
+
+
+def _most_items(n_tiles: int, unit: int) -> int:
+    """The most items of a sequence of at most n_tiles."""
+    most = 1
+    for _ in range(DOUBLINGS + 1):
+        most = max(most, min(-(-n_tiles // unit), DETERMINISTIC_ITEMS))
+        unit *= 2
+    return max(most, -(-n_tiles // (unit // 2)))
+
+
+@cache
+def _n_processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; a few for the interpreter, so that it divides sequences."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3

@@ -1,0 +1,64 @@
+"""Reads of a paged KV cache shared by the attention kernels: slots of a tile of keys, and 8-bit elements as float16."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+FORMATS = {torch.int8: 1, torch.float8_e4m3fn: 2}
+"""Dtype of a cache with scales -> the constant that kernels know it by; other dtypes are 0."""
+
+
+@triton.jit
+def tile_slots(table_ptr, tile, position, begin, end, PAGE: tl.constexpr, TILE: tl.constexpr):
+    """Cache slots of the positions of an aligned tile. Table entries outside [begin, end) are not read."""
+    if PAGE % TILE == 0:
+        return tl.load(table_ptr + tile * TILE // PAGE).to(tl.int64) * PAGE + position % PAGE
+    elif TILE % PAGE == 0 and TILE // PAGE <= 8:
+        # scalar loads: a vector of pages counts as one more level of indirection, which halves the pipeline's depth
+        first = tile * (TILE // PAGE)
+        page = tl.zeros([TILE], tl.int64)
+        for i in tl.static_range(TILE // PAGE):
+            is_used = ((first + i) * PAGE < end) & ((first + i + 1) * PAGE > begin)
+            number = tl.load(table_ptr + first + i, mask=is_used, other=0).to(tl.int64)
+            page = tl.where(position // PAGE == first + i, number, page)
+        return page * PAGE + position % PAGE
+    else:
+        is_used = (position >= begin) & (position < end)
+        return tl.load(table_ptr + position // PAGE, mask=is_used, other=0).to(tl.int64) * PAGE + position % PAGE
+
+
+@triton.jit
+def unpack(pair, HIGH: tl.constexpr, FORMAT: tl.constexpr):
+    """The low or high byte of 16-bit pairs as float16: exact for int8; e4m3 divided by 256.
+
+    The bits are moved instead of converted: an integer is put in the mantissa of 1024, and the exponent of e4m3, biased
+    by 7, is read as float16's, biased by 15.
+    """
+    if FORMAT == 1:
+        if HIGH:
+            bits = ((pair >> 8) & 0xFF) ^ 0x6480
+        else:
+            bits = (pair & 0xFF) ^ 0x6480
+        return bits.to(tl.float16, bitcast=True) - 1152.0
+    else:
+        if HIGH:
+            bits = (pair & 0x8000) | ((pair & 0x7F00) >> 1)
+        else:
+            bits = ((pair & 0x80) << 8) | ((pair & 0x7F) << 7)
+        return bits.to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def load_scale(scale_ptr, slot, visible, group, N_GROUPS: tl.constexpr, FORMAT: tl.constexpr):
+    """Scales of a tile's tokens, float32, with the factor that `unpack` leaves out."""
+    scale = tl.load(scale_ptr + slot * N_GROUPS + group, mask=visible, other=0.0).to(tl.float32)
+    return scale * 256 if FORMAT == 2 else scale
+
+
+def as_elements(pool_SGK: Tensor) -> Tensor:
+    """The pool as kernels read it: 8-bit elements as 16-bit pairs."""
+    assert pool_SGK.is_contiguous()
+    return pool_SGK.view(torch.int16).view(torch.uint16) if pool_SGK.dtype in FORMATS else pool_SGK
