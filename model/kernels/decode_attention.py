@@ -20,13 +20,13 @@ from model.kernels.paged_cache import FORMATS, as_elements, load_scale, tile_slo
 LOG2_E = 1.4426950408889634
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width"])
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, page_table_ptr, items_ptr, program_items_ptr, out_ptr,
     partial_ptr, partial_lse_ptr, log2_scale, table_width,
     N_HEADS: tl.constexpr, N_GROUPS: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, FORMAT: tl.constexpr,
     TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
-    IN: tl.constexpr,
+    IN: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     # IN: dtype of the products' operands. WIDTH: elements of a head as loaded: d_head, or 16-bit pairs of it
     if OVERLAPS:
@@ -64,7 +64,7 @@ def _decode_kernel(
             q_odd = (q_odd / largest[:, None]).to(tl.float16)
 
         top = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
+        sums = tl.zeros([ROWS, TILE], tl.float32)  # summed over the tile at the end: one reduction less a tile
         out = tl.zeros([ROWS, COLUMNS], tl.float32)
         out_odd = tl.zeros([ROWS, COLUMNS], tl.float32)
         for tile in tl.range(begin // TILE, (end + TILE - 1) // TILE, num_stages=STAGES):
@@ -72,20 +72,16 @@ def _decode_kernel(
             visible = (position >= begin) & (position < end)
             slot = tile_slots(table_ptr, tile, position, begin, end, PAGE, TILE)
             place = (slot * N_GROUPS + group) * WIDTH
-            k = tl.load(
-                k_ptr + place[None, :] + column[:, None], mask=visible[None, :] & is_column[:, None], other=0
-            )
-            v = tl.load(
-                v_ptr + place[:, None] + column[None, :], mask=visible[:, None] & is_column[None, :], other=0
-            )
+            k = tl.load(k_ptr + place[None, :] + column[:, None], mask=visible[None, :] & is_column[:, None], other=0)
+            v = tl.load(v_ptr + place[:, None] + column[None, :], mask=visible[:, None] & is_column[None, :], other=0)
             if FORMAT == 0:
                 scores = tl.dot(q, k.to(IN), input_precision="ieee") * row_scale[:, None]
                 shifted = tl.where(visible[None, :], scores, float("-inf"))
             else:
                 k_scale = load_scale(k_scale_ptr, slot, visible, group, N_GROUPS, FORMAT)
                 v_scale = load_scale(v_scale_ptr, slot, visible, group, N_GROUPS, FORMAT)
-                scores = tl.dot(q, unpack(k, False, FORMAT))
-                scores = tl.dot(q_odd, unpack(k, True, FORMAT), scores)
+                scores = tl.dot(q, unpack(k, False, FORMAT, PTX))
+                scores = tl.dot(q_odd, unpack(k, True, FORMAT, PTX), scores)
                 scores = tl.where(visible[None, :], scores * row_scale[:, None] * k_scale[None, :], float("-inf"))
                 # the value's scale is part of the exponent, so that float16 weights are at most 1
                 shifted = scores + tl.log2(tl.maximum(v_scale, 1e-30))[None, :]
@@ -95,14 +91,15 @@ def _decode_kernel(
             weights = tl.exp2(shifted - top[:, None])
             out = out * decay[:, None]
             if FORMAT == 0:
-                total = total * decay + tl.sum(weights, 1)
+                sums = sums * decay[:, None] + weights
                 out = tl.dot(weights.to(IN), v.to(IN), out, input_precision="ieee")
             else:
-                total = total * decay + tl.sum(tl.exp2(scores - top[:, None]), 1)
+                sums = sums * decay[:, None] + tl.exp2(scores - top[:, None])
                 weights = weights.to(tl.float16)
-                out = tl.dot(weights, unpack(v, False, FORMAT), out)
-                out_odd = tl.dot(weights, unpack(v, True, FORMAT), out_odd * decay[:, None])
+                out = tl.dot(weights, unpack(v, False, FORMAT, PTX), out)
+                out_odd = tl.dot(weights, unpack(v, True, FORMAT, PTX), out_odd * decay[:, None])
 
+        total = tl.sum(sums, 1)
         out = out / total[:, None]
         out_odd = out_odd / total[:, None]
         if n_parts == 1:
@@ -181,13 +178,13 @@ def decode_attention(
     out_BHK = torch.empty_like(q_BHK) if out_BHK is None else out_BHK
     k, v = as_elements(k_SGK), as_elements(v_SGK)
     launch = overlapping(q_BHK.device)
-    n_stages, n_warps = (3, 4) if q_BHK.element_size() == 2 else (2, 4)
+    n_stages, n_warps = configuration(q_BHK.dtype)
     _decode_kernel[(plan.n_programs, n_kv_heads)](
         q_BHK, k, v, k_scale_SG, v_scale_SG, page_table_BP, plan.items_I4, plan.program_items_P2, out_BHK,
         plan.partial_IHK, plan.partial_lse_IH, scale * LOG2_E, page_table_BP.stride(0),
         N_HEADS=n_heads, N_GROUPS=n_kv_heads, WIDTH=k.shape[2], PAGE=page_size, FORMAT=cache_format, TILE=plan.tile,
-        ROWS=max(16, triton.next_power_of_2(n_heads // n_kv_heads)), COLUMNS=max(16, triton.next_power_of_2(k.shape[2])),
-        STAGES=n_stages, IN=operand_dtype(q_BHK), num_warps=n_warps, **launch,
+        ROWS=padded(n_heads // n_kv_heads), COLUMNS=padded(k.shape[2]),
+        STAGES=n_stages, IN=operand_dtype(q_BHK), PTX=q_BHK.device.type == "cuda", num_warps=n_warps, **launch,
     )  # fmt: skip
     columns = min(triton.next_power_of_2(d_head), 64)
     _combine_kernel[(batch, n_heads, triton.cdiv(d_head, columns))](
@@ -195,6 +192,16 @@ def decode_attention(
         N_HEADS=n_heads, D_HEAD=d_head, PARTS=32, COLUMNS=columns, num_warps=4, **launch,
     )  # fmt: skip
     return out_BHK
+
+
+def padded(size: int) -> int:
+    """Extent of a tile that holds `size`: a power of two, and at least 16, the least of a matrix unit."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def configuration(dtype: torch.dtype) -> tuple[int, int]:
+    """(stages of the loads' pipeline, of which a page's and a key's take two, warps)."""
+    return (5, 4) if dtype.itemsize == 2 else (3, 4)
 
 
 def overlapping(device: torch.device) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def _at(values, indices, index):
     return tl.sum(tl.where(indices == index, values, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_sequences", "window", "least_tiles"])
 def _plan_kernel(
     lengths_ptr, items_ptr, program_items_ptr, sequence_items_ptr, n_sequences, window, least_tiles,
     TILE: tl.constexpr, DETERMINISTIC: tl.constexpr, UNIT: tl.constexpr, MOST: tl.constexpr, DOUBLINGS: tl.constexpr,
@@ -46,9 +46,8 @@ def _plan_kernel(
     unit_begin = unit_end - n_units
     total = tl.sum(n_units)
     share = tl.maximum((total + n_programs - 1) // n_programs, least_tiles)
-    if DETERMINISTIC:
-        n_items = n_units
-    else:
+    n_items = n_units
+    if not DETERMINISTIC:
         n_items = tl.where(n_units > 0, (unit_end - 1) // share - unit_begin // share + 1, 0)
     item_end = tl.cumsum(n_items)
     item_begin = item_end - n_items
@@ -68,9 +67,8 @@ def _plan_kernel(
     n_items_here = 0
     while place < stop:
         begin = _at(unit_begin, b, sequence)
-        if DETERMINISTIC:
-            place_end = place + 1
-        else:
+        place_end = place + 1
+        if not DETERMINISTIC:
             place_end = tl.minimum(stop, _at(unit_end, b, sequence))
         per_unit = _at(unit, b, sequence)
         tile = _at(first_tile, b, sequence)
