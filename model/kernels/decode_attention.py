@@ -15,9 +15,16 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from model.kernels.decode_plan import DecodePlan
-from model.kernels.paged_cache import FORMATS, as_elements, load_scale, tile_slots, unpack
-
-LOG2_E = 1.4426950408889634
+from model.kernels.paged_attention import (
+    LOG2_E,
+    as_elements,
+    attend_tiles,
+    check_cache,
+    load_queries,
+    operand_dtype,
+    padded,
+    store_rows,
+)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["table_width"])
@@ -51,67 +58,24 @@ def _decode_kernel(
         table_ptr = page_table_ptr + sequence.to(tl.int64) * table_width
         element = head[:, None] * D_HEAD + column[None, :] * SPREAD
         q_row_ptr = q_ptr + sequence.to(tl.int64) * (N_HEADS * D_HEAD)
-        q = tl.load(q_row_ptr + element, mask=is_element, other=0.0).to(IN)
-        row_scale = tl.full([ROWS], 1.0, tl.float32) * log2_scale
-        if FORMAT != 0:
-            q_odd = tl.load(q_row_ptr + element + 1, mask=is_element, other=0.0).to(tl.float32)
-            q = tl.load(q_row_ptr + element, mask=is_element, other=0.0).to(tl.float32)
-            # float16 holds the query's largest element, whatever its size
-            largest = tl.maximum(tl.max(tl.abs(q), 1), tl.max(tl.abs(q_odd), 1))
-            largest = tl.where(largest > 0, largest, 1.0)
-            row_scale *= largest
-            q = (q / largest[:, None]).to(tl.float16)
-            q_odd = (q_odd / largest[:, None]).to(tl.float16)
-
-        top = tl.full([ROWS], float("-inf"), tl.float32)
-        sums = tl.zeros([ROWS, TILE], tl.float32)  # summed over the tile at the end: one reduction less a tile
-        out = tl.zeros([ROWS, COLUMNS], tl.float32)
-        out_odd = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for tile in tl.range(begin // TILE, (end + TILE - 1) // TILE, num_stages=STAGES):
-            position = tile * TILE + tl.arange(0, TILE)
-            visible = (position >= begin) & (position < end)
-            slot = tile_slots(table_ptr, tile, position, begin, end, PAGE, TILE)
-            place = (slot * N_GROUPS + group) * WIDTH
-            k = tl.load(k_ptr + place[None, :] + column[:, None], mask=visible[None, :] & is_column[:, None], other=0)
-            v = tl.load(v_ptr + place[:, None] + column[None, :], mask=visible[:, None] & is_column[None, :], other=0)
-            if FORMAT == 0:
-                scores = tl.dot(q, k.to(IN), input_precision="ieee") * row_scale[:, None]
-                shifted = tl.where(visible[None, :], scores, float("-inf"))
-            else:
-                k_scale = load_scale(k_scale_ptr, slot, visible, group, N_GROUPS, FORMAT)
-                v_scale = load_scale(v_scale_ptr, slot, visible, group, N_GROUPS, FORMAT)
-                scores = tl.dot(q, unpack(k, False, FORMAT, PTX))
-                scores = tl.dot(q_odd, unpack(k, True, FORMAT, PTX), scores)
-                scores = tl.where(visible[None, :], scores * row_scale[:, None] * k_scale[None, :], float("-inf"))
-                # the value's scale is part of the exponent, so that float16 weights are at most 1
-                shifted = scores + tl.log2(tl.maximum(v_scale, 1e-30))[None, :]
-            new_top = tl.maximum(top, tl.max(shifted, 1))
-            decay = tl.exp2(top - new_top)
-            top = new_top
-            weights = tl.exp2(shifted - top[:, None])
-            out = out * decay[:, None]
-            if FORMAT == 0:
-                sums = sums * decay[:, None] + weights
-                out = tl.dot(weights.to(IN), v.to(IN), out, input_precision="ieee")
-            else:
-                sums = sums * decay[:, None] + tl.exp2(scores - top[:, None])
-                weights = weights.to(tl.float16)
-                out = tl.dot(weights, unpack(v, False, FORMAT, PTX), out)
-                out_odd = tl.dot(weights, unpack(v, True, FORMAT, PTX), out_odd * decay[:, None])
-
+        q, q_odd, row_scale = load_queries(q_row_ptr, element, is_element, FORMAT, IN)
+        state = (
+            tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS, TILE], tl.float32),
+            tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32),
+        )  # fmt: skip
+        top, sums, out, out_odd = attend_tiles(
+            state, q, q_odd, row_scale * log2_scale, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr,
+            begin // TILE, (end + TILE - 1) // TILE, begin, end, row, 0, group, column, is_column,
+            N_GROUPS, WIDTH, PAGE, FORMAT, TILE, STAGES, False, IN, PTX,
+        )  # fmt: skip
         total = tl.sum(sums, 1)
         out = out / total[:, None]
         out_odd = out_odd / total[:, None]
         if n_parts == 1:
-            row_ptr = out_ptr + sequence.to(tl.int64) * (N_HEADS * D_HEAD)
-            tl.store(row_ptr + element, out.to(out_ptr.dtype.element_ty), mask=is_element)
-            if FORMAT != 0:
-                tl.store(row_ptr + element + 1, out_odd.to(out_ptr.dtype.element_ty), mask=is_element)
+            store_rows(out_ptr + sequence.to(tl.int64) * (N_HEADS * D_HEAD), element, out, out_odd, is_element, FORMAT)
         else:
             part_ptr = partial_ptr + (item + tl.full([], 0, tl.int64)) * (N_HEADS * D_HEAD)
-            tl.store(part_ptr + element, out, mask=is_element)
-            if FORMAT != 0:
-                tl.store(part_ptr + element + 1, out_odd, mask=is_element)
+            store_rows(part_ptr, element, out, out_odd, is_element, FORMAT)
             tl.store(partial_lse_ptr + item * N_HEADS + head, top + tl.log2(total), mask=is_row)
     if OVERLAPS:
         gdc_launch_dependents()
@@ -171,10 +135,7 @@ def decode_attention(
     batch, n_heads, d_head = q_BHK.shape
     n_kv_heads = k_SGK.shape[1]
     assert (batch, n_heads, n_kv_heads, d_head) == (plan.batch, plan.n_heads, plan.n_kv_heads, plan.d_head)
-    assert q_BHK.is_contiguous() and page_table_BP.stride(1) == 1 and page_table_BP.dtype == torch.int32
-    cache_format = FORMATS.get(k_SGK.dtype, 0)
-    assert (k_scale_SG is not None) == (v_scale_SG is not None) == (cache_format > 0)
-    assert cache_format or k_SGK.dtype == q_BHK.dtype
+    cache_format = check_cache(q_BHK, k_SGK, page_table_BP, k_scale_SG, v_scale_SG)
     out_BHK = torch.empty_like(q_BHK) if out_BHK is None else out_BHK
     k, v = as_elements(k_SGK), as_elements(v_SGK)
     launch = overlapping(q_BHK.device)
@@ -194,11 +155,6 @@ def decode_attention(
     return out_BHK
 
 
-def padded(size: int) -> int:
-    """Extent of a tile that holds `size`: a power of two, and at least 16, the least of a matrix unit."""
-    return max(16, triton.next_power_of_2(size))
-
-
 def configuration(dtype: torch.dtype) -> tuple[int, int]:
     """(stages of the loads' pipeline, of which a page's and a key's take two, warps)."""
     return (5, 4) if dtype.itemsize == 2 else (3, 4)
@@ -209,9 +165,3 @@ def overlapping(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9:
         return {"OVERLAPS": True, "launch_pdl": True}
     return {"OVERLAPS": False}
-
-
-def operand_dtype(q: Tensor) -> tl.dtype:
-    """Dtype of the products' operands: the query's. Triton's interpreter has no product of bfloat16."""
-    names = {torch.float16: tl.float16, torch.bfloat16: tl.float32 if q.device.type == "cpu" else tl.bfloat16}
-    return names.get(q.dtype, tl.float32)
