@@ -27,17 +27,19 @@ from model.kernels.paged_attention import (
 )  # fmt: skip
 
 
+_COMBINED = 4096
+"""Elements of partial results that a program loads at once."""
+
+
 @triton.jit(do_not_specialize=["table_width"])
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, page_table_ptr, items_ptr, program_items_ptr, out_ptr,
     partial_ptr, partial_lse_ptr, log2_scale, table_width,
     N_HEADS: tl.constexpr, N_GROUPS: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, FORMAT: tl.constexpr,
     TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
-    IN: tl.constexpr, PTX: tl.constexpr,
+    ALIGNED: tl.constexpr, IN: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     # IN: dtype of the products' operands. WIDTH: elements of a head as loaded: d_head, or 16-bit pairs of it
-    if OVERLAPS:
-        gdc_wait()
     group = tl.program_id(1)
     first_item = tl.load(program_items_ptr + 2 * tl.program_id(0))
     n_items = tl.load(program_items_ptr + 2 * tl.program_id(0) + 1)
@@ -50,6 +52,8 @@ def _decode_kernel(
     SPREAD: tl.constexpr = 1 if FORMAT == 0 else 2  # a loaded element holds so many of the head's
     D_HEAD: tl.constexpr = WIDTH * SPREAD
 
+    if OVERLAPS:
+        gdc_wait()
     for item in range(first_item, first_item + n_items):
         sequence = tl.load(items_ptr + 4 * item)
         begin = tl.load(items_ptr + 4 * item + 1)
@@ -66,7 +70,7 @@ def _decode_kernel(
         top, sums, out, out_odd = attend_tiles(
             state, q, q_odd, row_scale * log2_scale, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr,
             begin // TILE, (end + TILE - 1) // TILE, begin, end, row, 0, group, column, is_column,
-            N_GROUPS, WIDTH, PAGE, FORMAT, TILE, STAGES, False, IN, PTX,
+            N_GROUPS, WIDTH, PAGE, FORMAT, TILE, STAGES, ALIGNED, False, IN, PTX,
         )  # fmt: skip
         total = tl.sum(sums, 1)
         out = out / total[:, None]
@@ -84,40 +88,42 @@ def _decode_kernel(
 @triton.jit
 def _combine_kernel(
     partial_ptr, partial_lse_ptr, sequence_items_ptr, out_ptr,
-    N_HEADS: tl.constexpr, D_HEAD: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr, OVERLAPS: tl.constexpr,
+    N_HEADS: tl.constexpr, D_HEAD: tl.constexpr, PARTS: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    if OVERLAPS:
-        gdc_wait()
-    sequence, head = tl.program_id(0), tl.program_id(1)
-    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    is_column = column < D_HEAD
+    sequence = tl.program_id(0)
     first = tl.load(sequence_items_ptr + 2 * sequence)
     n_parts = tl.load(sequence_items_ptr + 2 * sequence + 1)
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     if n_parts != 1:
-        top = tl.full([], float("-inf"), tl.float32)
-        total = tl.full([], 0.0, tl.float32)
-        out = tl.zeros([COLUMNS], tl.float32)
+        head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+        column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+        is_element = (head < N_HEADS)[:, None] & (column < D_HEAD)[None, :]
+        top = tl.full([HEADS], -1e30, tl.float32)
+        total = tl.zeros([HEADS], tl.float32)
+        out = tl.zeros([HEADS, COLUMNS], tl.float32)
         for start in range(0, n_parts, PARTS):
             part = start + tl.arange(0, PARTS)
-            row = (first + part).to(tl.int64) * N_HEADS + head
-            is_part = part < n_parts
-            lse = tl.load(partial_lse_ptr + row, mask=is_part, other=float("-inf"))
+            row = (first + part).to(tl.int64)[:, None] * N_HEADS + head[None, :]
+            is_row = (part < n_parts)[:, None] & (head < N_HEADS)[None, :]
+            lse = tl.load(partial_lse_ptr + row, mask=is_row, other=float("-inf"))
             values = tl.load(
-                partial_ptr + row[:, None] * D_HEAD + column[None, :],
-                mask=is_part[:, None] & is_column[None, :],
+                partial_ptr + row[:, :, None] * D_HEAD + column[None, None, :],
+                mask=(part < n_parts)[:, None, None] & is_element[None, :, :],
                 other=0.0,
             )
             new_top = tl.maximum(top, tl.max(lse, 0))
             decay = tl.exp2(top - new_top)
-            weights = tl.exp2(lse - new_top)
+            weights = tl.exp2(lse - new_top[None, :])
             total = total * decay + tl.sum(weights, 0)
-            out = out * decay + tl.sum(weights[:, None] * values, 0)
+            out = out * decay[:, None] + tl.sum(weights[:, :, None] * values, 0)
             top = new_top
-        out = tl.where(n_parts == 0, 0.0, out / tl.where(n_parts == 0, 1.0, total))
-        target_ptr = out_ptr + (sequence.to(tl.int64) * N_HEADS + head) * D_HEAD + column
-        tl.store(target_ptr, out.to(out_ptr.dtype.element_ty), mask=is_column)
-    if OVERLAPS:
-        gdc_launch_dependents()
+        # a sequence without items is a padded row
+        out = tl.where(n_parts == 0, 0.0, out / tl.where(total > 0, total, 1.0)[:, None])
+        target_ptr = out_ptr + sequence.to(tl.int64) * (N_HEADS * D_HEAD) + head[:, None] * D_HEAD + column[None, :]
+        tl.store(target_ptr, out.to(out_ptr.dtype.element_ty), mask=is_element)
 
 
 def decode_attention(
@@ -145,12 +151,15 @@ def decode_attention(
         plan.partial_IHK, plan.partial_lse_IH, scale * LOG2_E, page_table_BP.stride(0),
         N_HEADS=n_heads, N_GROUPS=n_kv_heads, WIDTH=k.shape[2], PAGE=page_size, FORMAT=cache_format, TILE=plan.tile,
         ROWS=padded(n_heads // n_kv_heads), COLUMNS=padded(k.shape[2]),
-        STAGES=n_stages, IN=operand_dtype(q_BHK), PTX=q_BHK.device.type == "cuda", num_warps=n_warps, **launch,
+        STAGES=n_stages, ALIGNED=plan.window is None, IN=operand_dtype(q_BHK), PTX=q_BHK.device.type == "cuda", num_warps=n_warps, **launch,
     )  # fmt: skip
-    columns = min(triton.next_power_of_2(d_head), 64)
-    _combine_kernel[(batch, n_heads, triton.cdiv(d_head, columns))](
+    # few sequences have many parts: more programs a sequence, and more parts at a time
+    parts = min(max(triton.next_power_of_2(2 * plan.n_programs // batch), 4), 128)
+    columns = min(triton.next_power_of_2(d_head), _COMBINED // parts)
+    heads = min(triton.next_power_of_2(n_heads), max(_COMBINED // parts // columns, 1))
+    _combine_kernel[(batch, triton.cdiv(n_heads, heads), triton.cdiv(d_head, columns))](
         plan.partial_IHK, plan.partial_lse_IH, plan.sequence_items_B2, out_BHK,
-        N_HEADS=n_heads, D_HEAD=d_head, PARTS=32, COLUMNS=columns, num_warps=4, **launch,
+        N_HEADS=n_heads, D_HEAD=d_head, PARTS=parts, HEADS=heads, COLUMNS=columns, num_warps=4, **launch,
     )  # fmt: skip
     return out_BHK
 

@@ -28,22 +28,27 @@ lop3.b32 $0, t, 0x3f803f80, s, 0xea; }""")
 
 
 @triton.jit
-def tile_slots(table_ptr, tile, position, begin, end, PAGE: tl.constexpr, TILE: tl.constexpr):
-    """Cache slots of the positions of an aligned tile. Table entries outside [begin, end) are not read."""
+def tile_slots(table_ptr, tile, begin, end, PAGE: tl.constexpr, TILE: tl.constexpr):
+    """Cache slots (64 bits) of the positions of an aligned tile. Table entries outside [begin, end) are not read."""
+    lane = tl.arange(0, TILE)
     if PAGE % TILE == 0:
-        page = tl.full([TILE], 0, tl.int64) + tl.load(table_ptr + tile * TILE // PAGE)
+        page = tl.load(table_ptr + tile * TILE // PAGE).to(tl.int64)
+        slot = page * PAGE + tile * TILE % PAGE + lane
     elif TILE % PAGE == 0 and TILE // PAGE <= 8:
-        # each page is one scalar load
+        # a scalar load a page; which page a lane is in is known when this is compiled
         first = tile * (TILE // PAGE)
-        page = tl.zeros([TILE], tl.int64)
+        slot = tl.zeros([TILE], tl.int64)
         for i in tl.static_range(TILE // PAGE):
             is_used = ((first + i) * PAGE < end) & ((first + i + 1) * PAGE > begin)
-            number = tl.load(table_ptr + first + i, mask=is_used, other=0).to(tl.int64)
-            page = tl.where(position // PAGE == first + i, number, page)
+            page = tl.load(table_ptr + first + i, mask=is_used, other=0).to(tl.int64)
+            slot = tl.where(lane // PAGE == i, page * PAGE, slot)
+        slot += lane % PAGE
     else:
+        position = tile * TILE + lane
         is_used = (position >= begin) & (position < end)
         page = tl.load(table_ptr + position // PAGE, mask=is_used, other=0).to(tl.int64)
-    return page * PAGE + position % PAGE
+        slot = page * PAGE + position % PAGE
+    return slot
 
 
 @triton.jit
@@ -81,6 +86,14 @@ def load_scale(scale_ptr, slot, visible, group, N_GROUPS: tl.constexpr, FORMAT: 
 
 
 @triton.jit
+def _log2(x, PTX: tl.constexpr):
+    if PTX:
+        return tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
 def load_queries(row_ptr, element, is_element, FORMAT: tl.constexpr, IN: tl.constexpr):
     """(even or all elements of the rows, odd elements, factor of each row) as operands of dtype IN, or float16.
 
@@ -106,26 +119,28 @@ def attend_tiles(
     state, q, q_odd, row_scale, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, first_tile, last_tile, begin, end,
     row_position, window, group, column, is_column,
     N_GROUPS: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, FORMAT: tl.constexpr, TILE: tl.constexpr,
-    STAGES: tl.constexpr, MASKED: tl.constexpr, IN: tl.constexpr, PTX: tl.constexpr,
+    STAGES: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr, IN: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Add tiles [first_tile, last_tile) of keys to the state of an online softmax (arXiv 1805.02867), and return it.
 
     state: (largest score, sums of weights, output, output of odd dimensions) of each row; sums are a number a row, or
-    one for each key of a tile, which saves a reduction. Keys are those at positions [begin, end); with MASKED, row r
+    one for each key of a tile, which saves a reduction. Keys are those at positions [begin, end), where begin is a multiple of TILE if ALIGNED; with MASKED, row r
     sees those at most row_position[r], and with a window > 0 later than row_position[r] - window. WIDTH: elements of a
     head as loaded. Scores are base-2 logarithms.
     """
     top, sums, out, out_odd = state
     for tile in tl.range(first_tile, last_tile, num_stages=STAGES):
-        position = tile * TILE + tl.arange(0, TILE)
-        exists = (position >= begin) & (position < end)
-        slot = tile_slots(table_ptr, tile, position, begin, end, PAGE, TILE)
+        lane = tl.arange(0, TILE)
+        exists = lane < end - tile * TILE
+        if not ALIGNED:
+            exists = exists & (lane >= begin - tile * TILE)
+        slot = tile_slots(table_ptr, tile, begin, end, PAGE, TILE)
         place = (slot * N_GROUPS + group) * WIDTH
         k = tl.load(k_ptr + place[None, :] + column[:, None], mask=exists[None, :] & is_column[:, None], other=0)
         v = tl.load(v_ptr + place[:, None] + column[None, :], mask=exists[:, None] & is_column[None, :], other=0)
         visible = exists[None, :]
         if MASKED:
-            distance = row_position[:, None] - position[None, :]
+            distance = row_position[:, None] - (tile * TILE + lane)[None, :]
             visible = visible & (distance >= 0) & ((window == 0) | (distance < window))
         if FORMAT == 0:
             scores = tl.dot(q, k.to(IN), input_precision="ieee") * row_scale[:, None]
@@ -138,12 +153,13 @@ def attend_tiles(
             scores = tl.dot(q_odd, unpack(k, True, FORMAT, PTX), scores)
             scores = tl.where(visible, scores * row_scale[:, None] * k_scale[None, :], float("-inf"))
             # the value's scale is part of the exponent, so that float16 weights are at most 1
-            shifted = scores + tl.log2(tl.maximum(v_scale, 1e-30))[None, :]
+            log2_v_scale = _log2(tl.maximum(v_scale, 1e-30), PTX)
+            shifted = scores + log2_v_scale[None, :]
         new_top = tl.maximum(top, tl.max(shifted, 1))
         decay = tl.exp2(top - new_top)
         top = new_top
         weights = tl.exp2(shifted - top[:, None])
-        plain = weights if FORMAT == 0 else tl.exp2(scores - top[:, None])
+        plain = weights if FORMAT == 0 else weights * tl.exp2(-log2_v_scale)[None, :]
         sums = sums * decay[:, None] + plain if len(sums.shape) == 2 else sums * decay + tl.sum(plain, 1)
         out = out * decay[:, None]
         if FORMAT == 0:

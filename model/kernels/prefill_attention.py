@@ -83,7 +83,7 @@ def _prefill_kernel(
             state = attend_tiles(
                 state, q, q_odd, row_scale, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr,
                 part_first, part_last, begin, end, position, window, group, column, is_column,
-                N_GROUPS, WIDTH, PAGE, FORMAT, TILE, STAGES, part != 1, IN, PTX,
+                N_GROUPS, WIDTH, PAGE, FORMAT, TILE, STAGES, False, part != 1, IN, PTX,
             )  # fmt: skip
         total, out, out_odd = state[1], state[2], state[3]
         total = tl.where(is_row, total, 1.0)
