@@ -23,6 +23,7 @@ from model.kernels.paged_attention import (
     load_queries,
     operand_dtype,
     padded,
+    prefetch,
     store_rows,
 )  # fmt: skip
 
@@ -36,13 +37,21 @@ def _decode_kernel(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, page_table_ptr, items_ptr, program_items_ptr, out_ptr,
     partial_ptr, partial_lse_ptr, log2_scale, table_width,
     N_HEADS: tl.constexpr, N_GROUPS: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, FORMAT: tl.constexpr,
-    TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
-    ALIGNED: tl.constexpr, IN: tl.constexpr, PTX: tl.constexpr,
+    TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    OVERLAPS: tl.constexpr, EARLY: tl.constexpr, ALIGNED: tl.constexpr, IN: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     # IN: dtype of the products' operands. WIDTH: elements of a head as loaded: d_head, or 16-bit pairs of it
+    # what the plan wrote is there before the kernel in front of this one ends
     group = tl.program_id(1)
-    first_item = tl.load(program_items_ptr + 2 * tl.program_id(0))
-    n_items = tl.load(program_items_ptr + 2 * tl.program_id(0) + 1)
+    program_ptr = program_items_ptr + 8 * tl.program_id(0)
+    first_item = tl.load(program_ptr)
+    n_items = tl.load(program_ptr + 1)
+    sequence = tl.load(program_ptr + 4)
+    begin = tl.load(program_ptr + 5)
+    end = tl.load(program_ptr + 6)
+    n_parts = tl.load(program_ptr + 7)
+    if n_items > 0:
+        prefetch(page_table_ptr + sequence.to(tl.int64) * table_width + begin // PAGE, PTX)
     row = tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     head = group * (N_HEADS // N_GROUPS) + row
@@ -54,11 +63,14 @@ def _decode_kernel(
 
     if OVERLAPS:
         gdc_wait()
-    for item in range(first_item, first_item + n_items):
-        sequence = tl.load(items_ptr + 4 * item)
-        begin = tl.load(items_ptr + 4 * item + 1)
-        end = tl.load(items_ptr + 4 * item + 2)
-        n_parts = tl.load(items_ptr + 4 * item + 3)
+        if EARLY:
+            gdc_launch_dependents()
+    for number in range(n_items):
+        item = first_item + number
+        next_sequence = tl.load(items_ptr + 4 * (item + 1))
+        next_begin = tl.load(items_ptr + 4 * (item + 1) + 1)
+        next_end = tl.load(items_ptr + 4 * (item + 1) + 2)
+        next_n_parts = tl.load(items_ptr + 4 * (item + 1) + 3)
         table_ptr = page_table_ptr + sequence.to(tl.int64) * table_width
         element = head[:, None] * D_HEAD + column[None, :] * SPREAD
         q_row_ptr = q_ptr + sequence.to(tl.int64) * (N_HEADS * D_HEAD)
@@ -78,52 +90,52 @@ def _decode_kernel(
         if n_parts == 1:
             store_rows(out_ptr + sequence.to(tl.int64) * (N_HEADS * D_HEAD), element, out, out_odd, is_element, FORMAT)
         else:
-            part_ptr = partial_ptr + (item + tl.full([], 0, tl.int64)) * (N_HEADS * D_HEAD)
+            part_ptr = partial_ptr + item.to(tl.int64) * (N_HEADS * D_HEAD)
             store_rows(part_ptr, element, out, out_odd, is_element, FORMAT)
             tl.store(partial_lse_ptr + item * N_HEADS + head, top + tl.log2(total), mask=is_row)
-    if OVERLAPS:
-        gdc_launch_dependents()
+        sequence, begin, end, n_parts = next_sequence, next_begin, next_end, next_n_parts
 
 
 @triton.jit
 def _combine_kernel(
     partial_ptr, partial_lse_ptr, sequence_items_ptr, out_ptr,
-    N_HEADS: tl.constexpr, D_HEAD: tl.constexpr, PARTS: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
-    OVERLAPS: tl.constexpr,
+    N_HEADS: tl.constexpr, D_HEAD: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
+    OVERLAPS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(0)
     first = tl.load(sequence_items_ptr + 2 * sequence)
     n_parts = tl.load(sequence_items_ptr + 2 * sequence + 1)
+    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    is_column = column < D_HEAD
     if OVERLAPS:
-        gdc_launch_dependents()
         gdc_wait()
+        if EARLY:
+            gdc_launch_dependents()
     if n_parts != 1:
-        head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-        column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-        is_element = (head < N_HEADS)[:, None] & (column < D_HEAD)[None, :]
-        top = tl.full([HEADS], -1e30, tl.float32)
-        total = tl.zeros([HEADS], tl.float32)
-        out = tl.zeros([HEADS, COLUMNS], tl.float32)
-        for start in range(0, n_parts, PARTS):
-            part = start + tl.arange(0, PARTS)
-            row = (first + part).to(tl.int64)[:, None] * N_HEADS + head[None, :]
-            is_row = (part < n_parts)[:, None] & (head < N_HEADS)[None, :]
-            lse = tl.load(partial_lse_ptr + row, mask=is_row, other=float("-inf"))
-            values = tl.load(
-                partial_ptr + row[:, :, None] * D_HEAD + column[None, None, :],
-                mask=(part < n_parts)[:, None, None] & is_element[None, :, :],
-                other=0.0,
-            )
-            new_top = tl.maximum(top, tl.max(lse, 0))
-            decay = tl.exp2(top - new_top)
-            weights = tl.exp2(lse - new_top[None, :])
-            total = total * decay + tl.sum(weights, 0)
-            out = out * decay[:, None] + tl.sum(weights[:, :, None] * values, 0)
-            top = new_top
-        # a sequence without items is a padded row
-        out = tl.where(n_parts == 0, 0.0, out / tl.where(total > 0, total, 1.0)[:, None])
-        target_ptr = out_ptr + sequence.to(tl.int64) * (N_HEADS * D_HEAD) + head[:, None] * D_HEAD + column[None, :]
-        tl.store(target_ptr, out.to(out_ptr.dtype.element_ty), mask=is_element)
+        for head in range(tl.program_id(1) * HEADS, min((tl.program_id(1) + 1) * HEADS, N_HEADS)):
+            top = tl.full([], -1e30, tl.float32)
+            total = tl.full([], 0.0, tl.float32)
+            out = tl.zeros([COLUMNS], tl.float32)
+            for start in range(0, n_parts, PARTS):
+                part = start + tl.arange(0, PARTS)
+                row = (first + part).to(tl.int64) * N_HEADS + head
+                is_part = part < n_parts
+                lse = tl.load(partial_lse_ptr + row, mask=is_part, other=float("-inf"))
+                values = tl.load(
+                    partial_ptr + row[:, None] * D_HEAD + column[None, :],
+                    mask=is_part[:, None] & is_column[None, :],
+                    other=0.0,
+                )
+                new_top = tl.maximum(top, tl.max(lse, 0))
+                decay = tl.exp2(top - new_top)
+                weights = tl.exp2(lse - new_top)
+                total = total * decay + tl.sum(weights, 0)
+                out = out * decay + tl.sum(weights[:, None] * values, 0)
+                top = new_top
+            # a sequence without items is a padded row
+            out = tl.where(n_parts == 0, 0.0, out / tl.where(n_parts == 0, 1.0, total))
+            target_ptr = out_ptr + (sequence.to(tl.int64) * N_HEADS + head) * D_HEAD + column
+            tl.store(target_ptr, out.to(out_ptr.dtype.element_ty), mask=is_column)
 
 
 def decode_attention(
@@ -147,19 +159,21 @@ def decode_attention(
     launch = overlapping(q_BHK.device)
     n_stages, n_warps = configuration(q_BHK.dtype)
     _decode_kernel[(plan.n_programs, n_kv_heads)](
-        q_BHK, k, v, k_scale_SG, v_scale_SG, page_table_BP, plan.items_I4, plan.program_items_P2, out_BHK,
+        q_BHK, k, v, k_scale_SG, v_scale_SG, page_table_BP, plan.items_I4, plan.program_items_P8, out_BHK,
         plan.partial_IHK, plan.partial_lse_IH, scale * LOG2_E, page_table_BP.stride(0),
         N_HEADS=n_heads, N_GROUPS=n_kv_heads, WIDTH=k.shape[2], PAGE=page_size, FORMAT=cache_format, TILE=plan.tile,
         ROWS=padded(n_heads // n_kv_heads), COLUMNS=padded(k.shape[2]),
-        STAGES=n_stages, ALIGNED=plan.window is None, IN=operand_dtype(q_BHK), PTX=q_BHK.device.type == "cuda", num_warps=n_warps, **launch,
+        STAGES=n_stages, ALIGNED=plan.window is None, IN=operand_dtype(q_BHK), PTX=q_BHK.device.type == "cuda",
+        num_warps=n_warps, **launch,
     )  # fmt: skip
     # few sequences have many parts: more programs a sequence, and more parts at a time
-    parts = min(max(triton.next_power_of_2(2 * plan.n_programs // batch), 4), 128)
+    parts = min(max(triton.next_power_of_2(plan.n_programs // batch + 2), 8), 128)
     columns = min(triton.next_power_of_2(d_head), _COMBINED // parts)
-    heads = min(triton.next_power_of_2(n_heads), max(_COMBINED // parts // columns, 1))
+    heads = max(batch * n_heads // 1024, 1)
     _combine_kernel[(batch, triton.cdiv(n_heads, heads), triton.cdiv(d_head, columns))](
         plan.partial_IHK, plan.partial_lse_IH, plan.sequence_items_B2, out_BHK,
-        N_HEADS=n_heads, D_HEAD=d_head, PARTS=parts, HEADS=heads, COLUMNS=columns, num_warps=4, **launch,
+        N_HEADS=n_heads, D_HEAD=d_head, HEADS=heads, PARTS=parts, COLUMNS=columns,
+        num_warps=max(parts * columns // 1024, 1), **launch,
     )  # fmt: skip
     return out_BHK
 
@@ -172,5 +186,5 @@ def configuration(dtype: torch.dtype) -> tuple[int, int]:
 def overlapping(device: torch.device) -> dict[str, Any]:
     """Arguments that let a kernel start before the one in front of it ends, where the GPU can (Hopper and later)."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9:
-        return {"OVERLAPS": True, "launch_pdl": True}
-    return {"OVERLAPS": False}
+        return {"OVERLAPS": True, "EARLY": True, "launch_pdl": True}
+    return {"OVERLAPS": False, "EARLY": False}

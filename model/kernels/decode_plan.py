@@ -23,6 +23,14 @@ def _at(values, indices, index):
     return tl.sum(tl.where(indices == index, values, 0))
 
 
+@triton.jit
+def _store_item(pointer, sequence, begin, end, n_parts):
+    tl.store(pointer, sequence)
+    tl.store(pointer + 1, begin)
+    tl.store(pointer + 2, end)
+    tl.store(pointer + 3, n_parts)
+
+
 @triton.jit(do_not_specialize=["n_sequences", "window", "least_tiles"])
 def _plan_kernel(
     lengths_ptr, items_ptr, program_items_ptr, sequence_items_ptr, n_sequences, window, least_tiles,
@@ -55,6 +63,7 @@ def _plan_kernel(
         tl.store(sequence_items_ptr + 2 * b, item_begin, mask=b < n_sequences)
         tl.store(sequence_items_ptr + 2 * b + 1, n_items, mask=b < n_sequences)
 
+    program_ptr = program_items_ptr + 8 * program
     place = program * share
     stop = tl.minimum(place + share, total)
     sequence = tl.sum((unit_end <= place).to(tl.int32))
@@ -63,7 +72,7 @@ def _plan_kernel(
         item += place - _at(unit_begin, b, sequence)
     else:
         item += program - _at(unit_begin, b, sequence) // share
-    tl.store(program_items_ptr + 2 * program, item)
+    first_item = item
     n_items_here = 0
     while place < stop:
         begin = _at(unit_begin, b, sequence)
@@ -72,15 +81,17 @@ def _plan_kernel(
             place_end = tl.minimum(stop, _at(unit_end, b, sequence))
         per_unit = _at(unit, b, sequence)
         tile = _at(first_tile, b, sequence)
-        here = items_ptr + 4 * (item + n_items_here)
-        tl.store(here, sequence)
-        tl.store(here + 1, tl.maximum((tile + (place - begin) * per_unit) * TILE, _at(oldest, b, sequence)))
-        tl.store(here + 2, tl.minimum((tile + (place_end - begin) * per_unit) * TILE, _at(length, b, sequence)))
-        tl.store(here + 3, _at(n_items, b, sequence))
+        item_from = tl.maximum((tile + (place - begin) * per_unit) * TILE, _at(oldest, b, sequence))
+        item_until = tl.minimum((tile + (place_end - begin) * per_unit) * TILE, _at(length, b, sequence))
+        n_parts = _at(n_items, b, sequence)
+        _store_item(items_ptr + 4 * (first_item + n_items_here), sequence, item_from, item_until, n_parts)
+        if n_items_here == 0:
+            _store_item(program_ptr + 4, sequence, item_from, item_until, n_parts)
         n_items_here += 1
         place = place_end
         sequence = tl.sum((unit_end <= place).to(tl.int32))
-    tl.store(program_items_ptr + 2 * program + 1, n_items_here)
+    tl.store(program_ptr, first_item)
+    tl.store(program_ptr + 1, n_items_here)
 
 
 class DecodePlan:
@@ -90,7 +101,8 @@ class DecodePlan:
     graph. Layers that use it must run one after another.
 
     items_I4: (sequence, first position, end position, number of items of the sequence), a sequence's items adjacent.
-    program_items_P2, sequence_items_B2: first item and number of items of each program and of each sequence.
+    program_items_P8: first item and number of items of each program, two unused numbers, and the first item itself.
+    sequence_items_B2: first item and number of items of each sequence.
     partial_IHK, partial_lse_IH: output of each item of a divided sequence, and the base-2 logarithm of its normalizer.
     """
 
@@ -118,8 +130,8 @@ class DecodePlan:
             n_tiles = -(-min(max_length, (window or max_length) + tile) // tile)
             n_items = batch * _most_items(n_tiles, max(DETERMINISTIC_TOKENS // tile, 1))
         on_device = {"dtype": torch.int32, "device": device}
-        self.items_I4 = torch.zeros(n_items, 4, **on_device)  # type: ignore[call-overload]
-        self.program_items_P2 = torch.zeros(self.n_programs, 2, **on_device)  # type: ignore[call-overload]
+        self.items_I4 = torch.zeros(n_items + 1, 4, **on_device)  # type: ignore[call-overload]
+        self.program_items_P8 = torch.zeros(self.n_programs, 8, **on_device)  # type: ignore[call-overload]
         self.sequence_items_B2 = torch.zeros(batch, 2, **on_device)  # type: ignore[call-overload]
         self.partial_IHK = torch.empty(n_items, n_heads, d_head, device=device)
         self.partial_lse_IH = torch.empty(n_items, n_heads, device=device)
@@ -128,7 +140,7 @@ class DecodePlan:
         """Divide a step in which sequence b attends to positions below lengths_B[b] (int32; 0: a padded row)."""
         assert lengths_B.shape == (self.batch,) and lengths_B.is_contiguous()
         _plan_kernel[(self.n_programs,)](
-            lengths_B, self.items_I4, self.program_items_P2, self.sequence_items_B2,
+            lengths_B, self.items_I4, self.program_items_P8, self.sequence_items_B2,
             self.batch, self.window or 0, 1 if self.deterministic else self.least_tiles,
             TILE=self.tile, DETERMINISTIC=self.deterministic, UNIT=max(DETERMINISTIC_TOKENS // self.tile, 1)
             if self.deterministic else 1, MOST=DETERMINISTIC_ITEMS, DOUBLINGS=DOUBLINGS,

@@ -88,9 +88,19 @@ def load_scale(scale_ptr, slot, visible, group, N_GROUPS: tl.constexpr, FORMAT: 
 @triton.jit
 def _log2(x, PTX: tl.constexpr):
     if PTX:
-        return tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        y = tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
-        return tl.log2(x)
+        y = tl.log2(x)
+    return y
+
+
+@triton.jit
+def prefetch(pointer, PTX: tl.constexpr):
+    """Start to load the cache line of a scalar's address into L2."""
+    if PTX:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointer.to(tl.int64)], tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit
@@ -124,9 +134,9 @@ def attend_tiles(
     """Add tiles [first_tile, last_tile) of keys to the state of an online softmax (arXiv 1805.02867), and return it.
 
     state: (largest score, sums of weights, output, output of odd dimensions) of each row; sums are a number a row, or
-    one for each key of a tile, which saves a reduction. Keys are those at positions [begin, end), where begin is a multiple of TILE if ALIGNED; with MASKED, row r
-    sees those at most row_position[r], and with a window > 0 later than row_position[r] - window. WIDTH: elements of a
-    head as loaded. Scores are base-2 logarithms.
+    one for each key of a tile, which saves a reduction. Keys are those at positions [begin, end), where begin is a
+    multiple of TILE if ALIGNED; with MASKED, row r sees those at most row_position[r], and with a window > 0 later than
+    row_position[r] - window. WIDTH: elements of a head as loaded. Scores are base-2 logarithms.
     """
     top, sums, out, out_odd = state
     for tile in tl.range(first_tile, last_tile, num_stages=STAGES):

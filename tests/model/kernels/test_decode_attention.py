@@ -104,7 +104,7 @@ def decode(case: Case, q_BHK: Tensor, plan: DecodePlan, scale: float = 1.0) -> T
     """`decode_attention` with buffers that were full of NaN, and a work list of nonsense."""
     plan.partial_IHK.fill_(NAN)
     plan.partial_lse_IH.fill_(NAN)
-    for buffer in (plan.items_I4, plan.program_items_P2, plan.sequence_items_B2):
+    for buffer in (plan.items_I4, plan.program_items_P8, plan.sequence_items_B2):
         buffer.fill_(1 << 29)
     plan.update(torch.tensor(case.lengths, dtype=torch.int32, device=DEVICE))
     out_BHK = torch.full_like(q_BHK, NAN)
@@ -189,9 +189,12 @@ def test_items_cover_what_each_sequence_sees_in_equal_shares(data: st.DataObject
     plan.items_I4.fill_(-7)
     plan.update(torch.tensor(lengths, dtype=torch.int32, device=DEVICE))
     items = plan.items_I4.tolist()
-    n_items = sum(count for _, count in plan.program_items_P2.tolist())
+    programs = plan.program_items_P8[:, :2].tolist()
+    n_items = sum(count for _, count in programs)
     assert n_items <= len(items)
-    listed = [number for first, count in plan.program_items_P2.tolist() for number in range(first, first + count)]
+    for (first, count), copied in zip(programs, plan.program_items_P8[:, 4:].tolist(), strict=True):
+        assert not count or copied == items[first]
+    listed = [number for first, count in programs for number in range(first, first + count)]
     assert sorted(listed) == list(range(n_items))
     for b, (first, count) in enumerate(plan.sequence_items_B2.tolist()):
         mine = items[first : first + count]
@@ -202,7 +205,7 @@ def test_items_cover_what_each_sequence_sees_in_equal_shares(data: st.DataObject
         assert (edges[0], edges[-1]) == (oldest_of(lengths, window)[b], lengths[b]) if lengths[b] else not mine
     if not deterministic:
         tiles = [-(-end // tile) - begin // tile for _, begin, end, _ in items[:n_items]]
-        shares = [sum(tiles[first : first + count]) for first, count in plan.program_items_P2.tolist()]
+        shares = [sum(tiles[first : first + count]) for first, count in programs]
         assert max(shares) <= -(-sum(tiles) // plan.n_programs)
 
 
@@ -210,10 +213,10 @@ def test_items_cover_what_each_sequence_sees_in_equal_shares(data: st.DataObject
 def test_a_plan_holds_the_items_of_the_longest_sequences(max_length: int) -> None:
     plan = DecodePlan(2, 1, 1, 16, max_length, deterministic=True, device=DEVICE)
     plan.update(torch.full((2,), max_length, dtype=torch.int32, device=DEVICE))
-    assert int(plan.program_items_P2[:, 1].sum()) <= len(plan.items_I4)
+    assert int(plan.program_items_P8[:, 1].sum()) <= len(plan.items_I4)
     shorter = DecodePlan(2, 1, 1, 16, max_length, deterministic=True, device=DEVICE)
     shorter.update(torch.full((2,), min(max_length, 64 * 256), dtype=torch.int32, device=DEVICE))
-    assert int(shorter.program_items_P2[:, 1].sum()) <= len(shorter.items_I4)
+    assert int(shorter.program_items_P8[:, 1].sum()) <= len(shorter.items_I4)
 
 
 @settings(max_examples=20)
