@@ -27,18 +27,53 @@ from model.kernels.paged_attention import (
     store_rows,
 )  # fmt: skip
 
-
 _COMBINED = 4096
 """Elements of partial results that a program loads at once."""
 
 
-@triton.jit(do_not_specialize=["table_width"])
+@triton.jit
+def _merge(
+    partial_ptr, partial_lse_ptr, out_row_ptr, first, n_parts, head, is_row,
+    N_HEADS: tl.constexpr, D_HEAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Sum the parts of a sequence in their order."""
+    column = tl.arange(0, COLUMNS)
+    is_column = column < D_HEAD
+    top = tl.full([ROWS], -1e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    out = tl.zeros([ROWS, COLUMNS], tl.float32)
+    AT_ONCE: tl.constexpr = 8192 // (ROWS * COLUMNS) if ROWS * COLUMNS < 8192 else 1
+    for start in range(0, n_parts, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            is_here = is_row & (tl.full([ROWS], start + i, tl.int32) < n_parts)
+            row = (first + start + i).to(tl.int64) * N_HEADS + head
+            # other processors wrote it during this launch: not from the L1 cache
+            lse = tl.load(partial_lse_ptr + row, mask=is_here, other=float("-inf"), cache_modifier=".cg")
+            values = tl.load(
+                partial_ptr + row[:, None] * D_HEAD + column[None, :],
+                mask=is_here[:, None] & is_column[None, :],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            new_top = tl.maximum(top, lse)
+            decay = tl.exp2(top - new_top)
+            weight = tl.exp2(lse - new_top)
+            total = total * decay + weight
+            out = out * decay[:, None] + weight[:, None] * values
+            top = new_top
+    out = out / tl.where(is_row, total, 1.0)[:, None]
+    element = head[:, None] * D_HEAD + column[None, :]
+    store_rows(out_row_ptr, element, out, out, is_row[:, None] & is_column[None, :], 0)
+
+
+@triton.jit(do_not_specialize=["table_width", "n_sequences"])
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, page_table_ptr, items_ptr, program_items_ptr, out_ptr,
-    partial_ptr, partial_lse_ptr, log2_scale, table_width,
+    partial_ptr, partial_lse_ptr, sequence_items_ptr, arrivals_ptr, log2_scale, table_width, n_sequences,
     N_HEADS: tl.constexpr, N_GROUPS: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, FORMAT: tl.constexpr,
     TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-    OVERLAPS: tl.constexpr, EARLY: tl.constexpr, ALIGNED: tl.constexpr, IN: tl.constexpr, PTX: tl.constexpr,
+    OVERLAPS: tl.constexpr, EARLY: tl.constexpr, MERGES: tl.constexpr, ALIGNED: tl.constexpr,
+    IN: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     # IN: dtype of the products' operands. WIDTH: elements of a head as loaded: d_head, or 16-bit pairs of it
     # what the plan wrote is there before the kernel in front of this one ends
@@ -93,7 +128,24 @@ def _decode_kernel(
             part_ptr = partial_ptr + item.to(tl.int64) * (N_HEADS * D_HEAD)
             store_rows(part_ptr, element, out, out_odd, is_element, FORMAT)
             tl.store(partial_lse_ptr + item * N_HEADS + head, top + tl.log2(total), mask=is_row)
+            if MERGES:
+                arrival_ptr = arrivals_ptr + sequence * N_GROUPS + group
+                tl.debug_barrier()  # all threads' parts are stored before one thread counts this item
+                if tl.atomic_add(arrival_ptr, 1, sem="acq_rel") == n_parts - 1:
+                    tl.store(arrival_ptr, 0)  # for the next launch
+                    first_part = tl.load(sequence_items_ptr + 2 * sequence)
+                    _merge(
+                        partial_ptr, partial_lse_ptr, out_ptr + sequence.to(tl.int64) * (N_HEADS * D_HEAD),
+                        first_part, n_parts, head, is_row, N_HEADS, D_HEAD, ROWS, COLUMNS * SPREAD,
+                    )  # fmt: skip
         sequence, begin, end, n_parts = next_sequence, next_begin, next_end, next_n_parts
+    if MERGES:
+        for padded_row in range(tl.program_id(0), n_sequences, tl.num_programs(0)):
+            if tl.load(sequence_items_ptr + 2 * padded_row + 1) == 0:
+                row_ptr = out_ptr + (padded_row + tl.full([], 0, tl.int64)) * (N_HEADS * D_HEAD)
+                zeros = tl.zeros([ROWS, COLUMNS], tl.float32)
+                element = head[:, None] * D_HEAD + column[None, :] * SPREAD
+                store_rows(row_ptr, element, zeros, zeros, is_element, FORMAT)
 
 
 @triton.jit
@@ -160,12 +212,15 @@ def decode_attention(
     n_stages, n_warps = configuration(q_BHK.dtype)
     _decode_kernel[(plan.n_programs, n_kv_heads)](
         q_BHK, k, v, k_scale_SG, v_scale_SG, page_table_BP, plan.items_I4, plan.program_items_P8, out_BHK,
-        plan.partial_IHK, plan.partial_lse_IH, scale * LOG2_E, page_table_BP.stride(0),
+        plan.partial_IHK, plan.partial_lse_IH, plan.sequence_items_B2, plan.arrivals_BG, scale * LOG2_E,
+        page_table_BP.stride(0), batch,
         N_HEADS=n_heads, N_GROUPS=n_kv_heads, WIDTH=k.shape[2], PAGE=page_size, FORMAT=cache_format, TILE=plan.tile,
         ROWS=padded(n_heads // n_kv_heads), COLUMNS=padded(k.shape[2]),
-        STAGES=n_stages, ALIGNED=plan.window is None, IN=operand_dtype(q_BHK), PTX=q_BHK.device.type == "cuda",
-        num_warps=n_warps, **launch,
+        STAGES=n_stages, MERGES=plan.merges, ALIGNED=plan.window is None, IN=operand_dtype(q_BHK),
+        PTX=q_BHK.device.type == "cuda", num_warps=n_warps, **launch,
     )  # fmt: skip
+    if plan.merges:
+        return out_BHK
     # few sequences have many parts: more programs a sequence, and more parts at a time
     parts = min(max(triton.next_power_of_2(plan.n_programs // batch + 2), 8), 128)
     columns = min(triton.next_power_of_2(d_head), _COMBINED // parts)

@@ -14,8 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-DETERMINISTIC_TOKENS, DETERMINISTIC_ITEMS, DOUBLINGS = 256, 64, 6
+DETERMINISTIC_TOKENS, DETERMINISTIC_ITEMS, DOUBLINGS = 512, 32, 6
 """Deterministic items: as many tokens, doubled (at most so often) while a sequence would have more items than this."""
+
+MERGED_FROM, MOST_MERGED = 8, 32
+"""Sequences from which on the attention kernel sums the parts of a sequence itself, and the most parts of one then."""
 
 
 @triton.jit
@@ -31,9 +34,9 @@ def _store_item(pointer, sequence, begin, end, n_parts):
     tl.store(pointer + 3, n_parts)
 
 
-@triton.jit(do_not_specialize=["n_sequences", "window", "least_tiles"])
+@triton.jit(do_not_specialize=["n_sequences", "window", "least_tiles", "most_parts"])
 def _plan_kernel(
-    lengths_ptr, items_ptr, program_items_ptr, sequence_items_ptr, n_sequences, window, least_tiles,
+    lengths_ptr, items_ptr, program_items_ptr, sequence_items_ptr, n_sequences, window, least_tiles, most_parts,
     TILE: tl.constexpr, DETERMINISTIC: tl.constexpr, UNIT: tl.constexpr, MOST: tl.constexpr, DOUBLINGS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -54,6 +57,8 @@ def _plan_kernel(
     unit_begin = unit_end - n_units
     total = tl.sum(n_units)
     share = tl.maximum((total + n_programs - 1) // n_programs, least_tiles)
+    # a sequence's last program sums its parts: they stay few, however long the sequence
+    share = tl.maximum(share, (tl.max(n_tiles) + most_parts - 1) // most_parts)
     n_items = n_units
     if not DETERMINISTIC:
         n_items = tl.where(n_units > 0, (unit_end - 1) // share - unit_begin // share + 1, 0)
@@ -103,6 +108,7 @@ class DecodePlan:
     items_I4: (sequence, first position, end position, number of items of the sequence), a sequence's items adjacent.
     program_items_P8: first item and number of items of each program, two unused numbers, and the first item itself.
     sequence_items_B2: first item and number of items of each sequence.
+    arrivals_BG: items done of each sequence and key/value head; zero between launches.
     partial_IHK, partial_lse_IH: output of each item of a divided sequence, and the base-2 logarithm of its normalizer.
     """
 
@@ -133,6 +139,9 @@ class DecodePlan:
         self.items_I4 = torch.zeros(n_items + 1, 4, **on_device)  # type: ignore[call-overload]
         self.program_items_P8 = torch.zeros(self.n_programs, 8, **on_device)  # type: ignore[call-overload]
         self.sequence_items_B2 = torch.zeros(batch, 2, **on_device)  # type: ignore[call-overload]
+        # with few sequences, a kernel of its own sums the many parts of each in parallel, but not in the same order
+        self.merges = deterministic or batch >= MERGED_FROM
+        self.arrivals_BG = torch.zeros(batch, n_kv_heads, **on_device)  # type: ignore[call-overload]
         self.partial_IHK = torch.empty(n_items, n_heads, d_head, device=device)
         self.partial_lse_IH = torch.empty(n_items, n_heads, device=device)
 
@@ -142,6 +151,7 @@ class DecodePlan:
         _plan_kernel[(self.n_programs,)](
             lengths_B, self.items_I4, self.program_items_P8, self.sequence_items_B2,
             self.batch, self.window or 0, 1 if self.deterministic else self.least_tiles,
+            MOST_MERGED if self.merges and not self.deterministic else 1 << 30,
             TILE=self.tile, DETERMINISTIC=self.deterministic, UNIT=max(DETERMINISTIC_TOKENS // self.tile, 1)
             if self.deterministic else 1, MOST=DETERMINISTIC_ITEMS, DOUBLINGS=DOUBLINGS,
             BLOCK=triton.next_power_of_2(self.batch), num_warps=4,
