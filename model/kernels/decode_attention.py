@@ -23,10 +23,12 @@ from model.kernels.paged_attention import (
     load_queries,
     operand_dtype,
     padded,
-    prefetch,
+    prefetch_tile,
     store_rows,
 )  # fmt: skip
 
+_AHEAD = 2
+"""Tiles that a program loads into the L2 cache while the kernel in front of it ends."""
 _COMBINED = 4096
 """Elements of partial results that a program loads at once."""
 
@@ -72,7 +74,7 @@ def _decode_kernel(
     partial_ptr, partial_lse_ptr, sequence_items_ptr, arrivals_ptr, log2_scale, table_width, n_sequences,
     N_HEADS: tl.constexpr, N_GROUPS: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, FORMAT: tl.constexpr,
     TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-    OVERLAPS: tl.constexpr, EARLY: tl.constexpr, MERGES: tl.constexpr, ALIGNED: tl.constexpr,
+    OVERLAPS: tl.constexpr, AHEAD: tl.constexpr, LINE: tl.constexpr, MERGES: tl.constexpr, ALIGNED: tl.constexpr,
     IN: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     # IN: dtype of the products' operands. WIDTH: elements of a head as loaded: d_head, or 16-bit pairs of it
@@ -85,8 +87,6 @@ def _decode_kernel(
     begin = tl.load(program_ptr + 5)
     end = tl.load(program_ptr + 6)
     n_parts = tl.load(program_ptr + 7)
-    if n_items > 0:
-        prefetch(page_table_ptr + sequence.to(tl.int64) * table_width + begin // PAGE, PTX)
     row = tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     head = group * (N_HEADS // N_GROUPS) + row
@@ -97,9 +97,15 @@ def _decode_kernel(
     D_HEAD: tl.constexpr = WIDTH * SPREAD
 
     if OVERLAPS:
+        # so are all keys and values but the newest; what that kernel still writes goes to the L2 cache too
+        if n_items > 0:
+            table_ptr = page_table_ptr + sequence.to(tl.int64) * table_width
+            for ahead in tl.static_range(AHEAD):
+                prefetch_tile(
+                    k_ptr, v_ptr, table_ptr, begin // TILE + ahead, begin, end, group, N_GROUPS, WIDTH, PAGE, TILE, LINE
+                )
         gdc_wait()
-        if EARLY:
-            gdc_launch_dependents()
+        gdc_launch_dependents()
     for number in range(n_items):
         item = first_item + number
         next_sequence = tl.load(items_ptr + 4 * (item + 1))
@@ -152,7 +158,7 @@ def _decode_kernel(
 def _combine_kernel(
     partial_ptr, partial_lse_ptr, sequence_items_ptr, out_ptr,
     N_HEADS: tl.constexpr, D_HEAD: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
-    OVERLAPS: tl.constexpr, EARLY: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(0)
     first = tl.load(sequence_items_ptr + 2 * sequence)
@@ -161,8 +167,7 @@ def _combine_kernel(
     is_column = column < D_HEAD
     if OVERLAPS:
         gdc_wait()
-        if EARLY:
-            gdc_launch_dependents()
+        gdc_launch_dependents()
     if n_parts != 1:
         for head in range(tl.program_id(1) * HEADS, min((tl.program_id(1) + 1) * HEADS, N_HEADS)):
             top = tl.full([], -1e30, tl.float32)
@@ -216,13 +221,13 @@ def decode_attention(
         page_table_BP.stride(0), batch,
         N_HEADS=n_heads, N_GROUPS=n_kv_heads, WIDTH=k.shape[2], PAGE=page_size, FORMAT=cache_format, TILE=plan.tile,
         ROWS=padded(n_heads // n_kv_heads), COLUMNS=padded(k.shape[2]),
-        STAGES=n_stages, MERGES=plan.merges, ALIGNED=plan.window is None, IN=operand_dtype(q_BHK),
-        PTX=q_BHK.device.type == "cuda", num_warps=n_warps, **launch,
+        STAGES=n_stages, AHEAD=_AHEAD, LINE=128 // k.element_size(), MERGES=plan.merges, ALIGNED=plan.window is None,
+        IN=operand_dtype(q_BHK), PTX=q_BHK.device.type == "cuda", num_warps=n_warps, **launch,
     )  # fmt: skip
     if plan.merges:
         return out_BHK
     # few sequences have many parts: more programs a sequence, and more parts at a time
-    parts = min(max(triton.next_power_of_2(plan.n_programs // batch + 2), 8), 128)
+    parts = min(max(triton.next_power_of_2(plan.n_programs // batch + 2), 8), 128) if not plan.deterministic else 32
     columns = min(triton.next_power_of_2(d_head), _COMBINED // parts)
     heads = max(batch * n_heads // 1024, 1)
     _combine_kernel[(batch, triton.cdiv(n_heads, heads), triton.cdiv(d_head, columns))](
@@ -241,5 +246,5 @@ def configuration(dtype: torch.dtype) -> tuple[int, int]:
 def overlapping(device: torch.device) -> dict[str, Any]:
     """Arguments that let a kernel start before the one in front of it ends, where the GPU can (Hopper and later)."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9:
-        return {"OVERLAPS": True, "EARLY": True, "launch_pdl": True}
-    return {"OVERLAPS": False, "EARLY": False}
+        return {"OVERLAPS": True, "launch_pdl": True}
+    return {"OVERLAPS": False}

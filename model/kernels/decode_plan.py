@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-DETERMINISTIC_TOKENS, DETERMINISTIC_ITEMS, DOUBLINGS = 512, 32, 6
+DETERMINISTIC_TOKENS, DETERMINISTIC_ITEMS, DOUBLINGS = 512, 64, 6
 """Deterministic items: as many tokens, doubled (at most so often) while a sequence would have more items than this."""
 
-MERGED_FROM, MOST_MERGED = 8, 32
-"""Sequences from which on the attention kernel sums the parts of a sequence itself, and the most parts of one then."""
+MOST_MERGED = 32
+"""The most parts of a sequence where the attention kernel sums them: one program does."""
 
 
 @triton.jit
@@ -139,8 +139,8 @@ class DecodePlan:
         self.items_I4 = torch.zeros(n_items + 1, 4, **on_device)  # type: ignore[call-overload]
         self.program_items_P8 = torch.zeros(self.n_programs, 8, **on_device)  # type: ignore[call-overload]
         self.sequence_items_B2 = torch.zeros(batch, 2, **on_device)  # type: ignore[call-overload]
-        # with few sequences, a kernel of its own sums the many parts of each in parallel, but not in the same order
-        self.merges = deterministic or batch >= MERGED_FROM
+        # a kernel of its own sums parts faster, if there are many, and in the same order whatever the batch
+        self.merges = not deterministic and 2 * batch >= self.n_programs
         self.arrivals_BG = torch.zeros(batch, n_kv_heads, **on_device)  # type: ignore[call-overload]
         self.partial_IHK = torch.empty(n_items, n_heads, d_head, device=device)
         self.partial_lse_IH = torch.empty(n_items, n_heads, device=device)

@@ -95,12 +95,25 @@ def _log2(x, PTX: tl.constexpr):
 
 
 @triton.jit
-def prefetch(pointer, PTX: tl.constexpr):
-    """Start to load the cache line of a scalar's address into L2."""
-    if PTX:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointer.to(tl.int64)], tl.int32, is_pure=False, pack=1
-        )
+def prefetch_tile(
+    k_ptr, v_ptr, table_ptr, tile, begin, end, group,
+    N_GROUPS: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, LINE: tl.constexpr,
+):  # fmt: skip
+    """Start to load a tile's keys and values into the L2 cache. LINE: elements of a cache line."""
+    lane = tl.arange(0, TILE)
+    exists = (lane >= begin - tile * TILE) & (lane < end - tile * TILE)
+    place = (tile_slots(table_ptr, tile, begin, end, PAGE, TILE) * N_GROUPS + group) * WIDTH
+    for line in tl.static_range((WIDTH + LINE - 1) // LINE):
+        _prefetch(k_ptr + place + line * LINE, exists)
+        _prefetch(v_ptr + place + line * LINE, exists)
+
+
+@triton.jit
+def _prefetch(pointer, exists):
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l,r",
+        [pointer.to(tl.int64, bitcast=True), exists.to(tl.int32)], tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -215,7 +215,7 @@ def test_a_plan_holds_the_items_of_the_longest_sequences(max_length: int) -> Non
     plan.update(torch.full((2,), max_length, dtype=torch.int32, device=DEVICE))
     assert int(plan.program_items_P8[:, 1].sum()) <= len(plan.items_I4)
     shorter = DecodePlan(2, 1, 1, 16, max_length, deterministic=True, device=DEVICE)
-    shorter.update(torch.full((2,), min(max_length, 32 * 512), dtype=torch.int32, device=DEVICE))
+    shorter.update(torch.full((2,), min(max_length, 64 * 512), dtype=torch.int32, device=DEVICE))
     assert int(shorter.program_items_P8[:, 1].sum()) <= len(shorter.items_I4)
 
 
