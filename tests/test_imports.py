@@ -21,7 +21,20 @@ MAY_IMPORT: dict[str, set[str]] = {
 ONLY_INSIDE_FUNCTIONS = {"deepspeed", "wandb", "transformers", "matplotlib", "datasets", "flash_attn", "triton", "vllm"}
 NEED_TRITON = tuple(
     f"model.kernels.{name}"
-    for name in ("add_rows", "cross_entropy", "fused_block", "gated_product", "geglu", "launch", "norm", "rotary")
+    for name in (
+        "add_rows",
+        "cross_entropy",
+        "decode_attention",
+        "decode_plan",
+        "fused_block",
+        "gated_product",
+        "geglu",
+        "launch",
+        "norm",
+        "paged_attention",
+        "prefill_attention",
+        "rotary",
+    )
 )
 """Modules that import Triton; among them they may import each other, all else imports them inside functions."""
 FILES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))

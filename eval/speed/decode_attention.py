@@ -124,8 +124,10 @@ def our_seconds(work: Workload, pool: Pool, **options: Any) -> tuple[float, floa
     from model.kernels.decode_attention import decode_attention
     from model.kernels.decode_plan import DecodePlan
 
+    cache_dtype = pool.formats[work.cache][0][0].dtype
+    longest = int(work.lengths().max())
     plan = DecodePlan(
-        work.batch, work.n_heads, 1, D_HEAD, int(work.lengths().max()), work.window, work.deterministic, **options
+        work.batch, work.n_heads, 1, D_HEAD, longest, work.window, work.deterministic, cache_dtype, **options
     )
     lengths_B = work.lengths().cuda()
     plan.update(lengths_B)
@@ -167,10 +169,18 @@ def torch_seconds(work: Workload, pool: Pool, kernel: str) -> float | None:
 
 
 def copy_bytes_per_second() -> float:
-    """Bytes read and written a second by a copy of 1 GiB."""
+    """Bytes read and written a second by copies of 1 GiB (outside of a graph, where a copy is no kernel)."""
     source = torch.randint(0, 255, (1 << 30,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * len(source) / seconds_a_launch(lambda _: target.copy_(source), 1)
+    times = []
+    for _ in range(20):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1000)
+    return 2 * len(source) / statistics.median(times)
 
 
 def measure(console: Console) -> dict[str, Any]:

@@ -27,8 +27,6 @@ from model.kernels.paged_attention import (
     store_rows,
 )  # fmt: skip
 
-_AHEAD = 2
-"""Tiles that a program loads into the L2 cache while the kernel in front of it ends."""
 _COMBINED = 4096
 """Elements of partial results that a program loads at once."""
 
@@ -105,7 +103,8 @@ def _decode_kernel(
                     k_ptr, v_ptr, table_ptr, begin // TILE + ahead, begin, end, group, N_GROUPS, WIDTH, PAGE, TILE, LINE
                 )
         gdc_wait()
-        gdc_launch_dependents()
+        if not MERGES:  # else the next layer's programs would fill the processors that are done first
+            gdc_launch_dependents()
     for number in range(n_items):
         item = first_item + number
         next_sequence = tl.load(items_ptr + 4 * (item + 1))
@@ -221,8 +220,9 @@ def decode_attention(
         page_table_BP.stride(0), batch,
         N_HEADS=n_heads, N_GROUPS=n_kv_heads, WIDTH=k.shape[2], PAGE=page_size, FORMAT=cache_format, TILE=plan.tile,
         ROWS=padded(n_heads // n_kv_heads), COLUMNS=padded(k.shape[2]),
-        STAGES=n_stages, AHEAD=_AHEAD, LINE=128 // k.element_size(), MERGES=plan.merges, ALIGNED=plan.window is None,
-        IN=operand_dtype(q_BHK), PTX=q_BHK.device.type == "cuda", num_warps=n_warps, **launch,
+        STAGES=n_stages, AHEAD=int(plan.n_programs >= 8 * batch), LINE=128 // k.element_size(), MERGES=plan.merges,
+        ALIGNED=plan.window is None, IN=operand_dtype(q_BHK), PTX=q_BHK.device.type == "cuda", num_warps=n_warps,
+        **launch,
     )  # fmt: skip
     if plan.merges:
         return out_BHK
@@ -239,7 +239,7 @@ def decode_attention(
 
 
 def configuration(dtype: torch.dtype) -> tuple[int, int]:
-    """(stages of the loads' pipeline, of which a page's and a key's take two, warps)."""
+    """(stages of the loads' pipeline, warps). A key takes two stages: its page's number is loaded ahead of it."""
     return (5, 4) if dtype.itemsize == 2 else (3, 4)
 
 

@@ -34,9 +34,9 @@ def _store_item(pointer, sequence, begin, end, n_parts):
     tl.store(pointer + 3, n_parts)
 
 
-@triton.jit(do_not_specialize=["n_sequences", "window", "least_tiles", "most_parts"])
+@triton.jit(do_not_specialize=["n_sequences", "window", "most_parts"])
 def _plan_kernel(
-    lengths_ptr, items_ptr, program_items_ptr, sequence_items_ptr, n_sequences, window, least_tiles, most_parts,
+    lengths_ptr, items_ptr, program_items_ptr, sequence_items_ptr, n_sequences, window, most_parts,
     TILE: tl.constexpr, DETERMINISTIC: tl.constexpr, UNIT: tl.constexpr, MOST: tl.constexpr, DOUBLINGS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +56,7 @@ def _plan_kernel(
     unit_end = tl.cumsum(n_units)
     unit_begin = unit_end - n_units
     total = tl.sum(n_units)
-    share = tl.maximum((total + n_programs - 1) // n_programs, least_tiles)
+    share = tl.maximum((total + n_programs - 1) // n_programs, 1)
     # a sequence's last program sums its parts: they stay few, however long the sequence
     share = tl.maximum(share, (tl.max(n_tiles) + most_parts - 1) // most_parts)
     n_items = n_units
@@ -121,20 +121,25 @@ class DecodePlan:
         max_length: int,
         window: int | None = None,
         deterministic: bool = False,
-        tile: int = 64,
-        programs_a_processor: int = 2,
-        least_tiles: int = 1,
+        cache_dtype: torch.dtype = torch.bfloat16,
+        tile: int | None = None,
+        programs_a_processor: int | None = None,
         device: torch.device | str = "cuda",
     ):
         assert n_heads % n_kv_heads == 0 and (window is None or window > 0)
         device = torch.device(device)
         self.batch, self.n_heads, self.n_kv_heads, self.d_head = batch, n_heads, n_kv_heads, d_head
-        self.window, self.deterministic, self.tile, self.least_tiles = window, deterministic, tile, least_tiles
-        self.n_programs = max(_n_processors(device) * programs_a_processor // n_kv_heads, 1)
+        self.window, self.deterministic = window, deterministic
+        n_processors = _n_processors(device)
+        # fastest on an H100: a program a processor where a sequence has many parts, except to unpack 8 bits
+        many_parts = 4 * batch <= n_processors and cache_dtype.itemsize == 2 and not deterministic
+        self.tile = tile or (128 if many_parts else 64)
+        programs_a_processor = programs_a_processor or (1 if many_parts else 2)
+        self.n_programs = max(n_processors * programs_a_processor // n_kv_heads, 1)
         n_items = self.n_programs + batch
         if deterministic:
-            n_tiles = -(-min(max_length, (window or max_length) + tile) // tile)
-            n_items = batch * _most_items(n_tiles, max(DETERMINISTIC_TOKENS // tile, 1))
+            n_tiles = -(-min(max_length, (window or max_length) + self.tile) // self.tile)
+            n_items = batch * _most_items(n_tiles, max(DETERMINISTIC_TOKENS // self.tile, 1))
         on_device = {"dtype": torch.int32, "device": device}
         self.items_I4 = torch.zeros(n_items + 1, 4, **on_device)  # type: ignore[call-overload]
         self.program_items_P8 = torch.zeros(self.n_programs, 8, **on_device)  # type: ignore[call-overload]
@@ -148,12 +153,11 @@ class DecodePlan:
     def update(self, lengths_B: Tensor) -> None:
         """Divide a step in which sequence b attends to positions below lengths_B[b] (int32; 0: a padded row)."""
         assert lengths_B.shape == (self.batch,) and lengths_B.is_contiguous()
+        unit = max(DETERMINISTIC_TOKENS // self.tile, 1) if self.deterministic else 1
         _plan_kernel[(self.n_programs,)](
-            lengths_B, self.items_I4, self.program_items_P8, self.sequence_items_B2,
-            self.batch, self.window or 0, 1 if self.deterministic else self.least_tiles,
-            MOST_MERGED if self.merges and not self.deterministic else 1 << 30,
-            TILE=self.tile, DETERMINISTIC=self.deterministic, UNIT=max(DETERMINISTIC_TOKENS // self.tile, 1)
-            if self.deterministic else 1, MOST=DETERMINISTIC_ITEMS, DOUBLINGS=DOUBLINGS,
+            lengths_B, self.items_I4, self.program_items_P8, self.sequence_items_B2, self.batch, self.window or 0,
+            MOST_MERGED if self.merges else 1 << 30,
+            TILE=self.tile, DETERMINISTIC=self.deterministic, UNIT=unit, MOST=DETERMINISTIC_ITEMS, DOUBLINGS=DOUBLINGS,
             BLOCK=triton.next_power_of_2(self.batch), num_warps=4,
         )  # fmt: skip
 

@@ -53,10 +53,9 @@ def tile_slots(table_ptr, tile, begin, end, PAGE: tl.constexpr, TILE: tl.constex
 
 @triton.jit
 def _packed(pair, HIGH: tl.constexpr, FORMAT: tl.constexpr):
-    if FORMAT == 1:
-        ASSEMBLY: tl.constexpr = _INT8_HIGH if HIGH else _INT8_LOW
-    else:
-        ASSEMBLY: tl.constexpr = _E4M3_HIGH if HIGH else _E4M3_LOW
+    INT8: tl.constexpr = _INT8_HIGH if HIGH else _INT8_LOW
+    E4M3: tl.constexpr = _E4M3_HIGH if HIGH else _E4M3_LOW
+    ASSEMBLY: tl.constexpr = INT8 if FORMAT == 1 else E4M3
     return tl.inline_asm_elementwise(ASSEMBLY, "=r,r", [pair], dtype=tl.float16, is_pure=True, pack=2)
 
 

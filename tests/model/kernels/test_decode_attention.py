@@ -118,7 +118,7 @@ def oldest_of(lengths: Sequence[int], window: int | None) -> list[int]:
     return [max(0, length - window) if window else 0 for length in lengths]
 
 
-@settings(max_examples=25)
+@settings(max_examples=12 if DEVICE.type == "cpu" else 40)
 @given(data=st.data())
 def test_one_token_a_sequence(data: st.DataObject) -> None:
     lengths = data.draw(st.lists(st.one_of(st.integers(0, 90), st.integers(0, 900)), min_size=1, max_size=4), "lengths")
@@ -136,7 +136,10 @@ def test_one_token_a_sequence(data: st.DataObject) -> None:
     oldest = oldest_of(lengths, window)
     case = a_case(lengths, oldest, page, n_groups, d_head, dtype, cache, scale_dtype)
     q_BHK = torch.randn(len(lengths), n_heads, d_head, device=DEVICE).to(dtype)
-    plan = DecodePlan(len(lengths), n_heads, n_groups, d_head, 900, window, deterministic, tile, device=DEVICE)
+    plan = DecodePlan(
+        len(lengths), n_heads, n_groups, d_head, 900, window, deterministic, case.k_SGK.dtype, tile, device=DEVICE
+    )
+    plan.merges = data.draw(st.booleans(), "merges") and not deterministic
     out_BHK = decode(case, q_BHK, plan, scale=d_head**-0.5)
     for b, length in enumerate(lengths):
         if length:
@@ -148,17 +151,19 @@ def test_one_token_a_sequence(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("cache", ["same", "int8", "fp8"])
 def test_every_length_to_300_and_odd_ones_beyond(cache: str) -> None:
+    if cache != "same" and DEVICE.type == "cpu":
+        pytest.skip("the interpreter takes a minute")
     torch.manual_seed(1)
     lengths = [*range(302), 1023, 1025, 2049, 4001]
     dtype = torch.float32 if cache == "same" else torch.float16
-    case = a_case(lengths, [0] * len(lengths), 16, 1, 16, dtype, cache)
-    q_BHK = torch.randn(len(lengths), 2, 16, device=DEVICE).to(dtype)
-    out_BHK = decode(case, q_BHK, DecodePlan(len(lengths), 2, 1, 16, 4001, device=DEVICE))
+    case = a_case(lengths, [0] * len(lengths), 128, 1, 16, dtype, cache)
+    q_BHK = torch.randn(len(lengths), 1, 16, device=DEVICE).to(dtype)
+    out_BHK = decode(case, q_BHK, DecodePlan(len(lengths), 1, 1, 16, 4001, tile=128, device=DEVICE))
     for b, length in enumerate(lengths[1:], 1):
         assert_near(out_BHK[b], exact_attention(case, b, q_BHK[b], 0, length - 1, 1.0), dtype, cache)
 
 
-@settings(max_examples=8)
+@settings(max_examples=3)
 @given(
     lengths=st.lists(st.integers(1, 700), min_size=2, max_size=5), window=st.sampled_from([None, 100]),
     cache=st.sampled_from(["same", "int8"]), seed=st.integers(0, 99),
@@ -178,14 +183,14 @@ def test_deterministic_rows_do_not_depend_on_the_batch(
         assert torch.equal(decode(alone, q_BHK[b : b + 1], plan)[0], together_BHK[b])
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_items_cover_what_each_sequence_sees_in_equal_shares(data: st.DataObject) -> None:
     lengths = data.draw(st.lists(st.integers(0, 3000), min_size=1, max_size=9), "lengths")
     window = data.draw(st.one_of(st.none(), st.integers(1, 400)), "window")
     deterministic = data.draw(st.booleans(), "deterministic")
     tile = data.draw(st.sampled_from([16, 64]), "tile")
-    plan = DecodePlan(len(lengths), 1, 1, 16, 3000, window, deterministic, tile, device=DEVICE)
+    plan = DecodePlan(len(lengths), 1, 1, 16, 3000, window, deterministic, tile=tile, device=DEVICE)
     plan.items_I4.fill_(-7)
     plan.update(torch.tensor(lengths, dtype=torch.int32, device=DEVICE))
     items = plan.items_I4.tolist()
@@ -204,25 +209,25 @@ def test_items_cover_what_each_sequence_sees_in_equal_shares(data: st.DataObject
         assert not any(edge % tile for edge in edges[1:-1])
         assert (edges[0], edges[-1]) == (oldest_of(lengths, window)[b], lengths[b]) if lengths[b] else not mine
     if not deterministic:
+        n_tiles = [-(-n // tile) - first // tile for n, first in zip(lengths, oldest_of(lengths, window))]
         tiles = [-(-end // tile) - begin // tile for _, begin, end, _ in items[:n_items]]
         shares = [sum(tiles[first : first + count]) for first, count in programs]
-        assert max(shares) <= -(-sum(tiles) // plan.n_programs)
+        most = max([-(-sum(tiles) // plan.n_programs)] + [-(-n // 32) for n in n_tiles] * plan.merges)
+        assert max(shares) <= most
 
 
-@pytest.mark.parametrize("max_length", [1, 300, 16384, 16385, 1 << 20, 3 << 20])
+@pytest.mark.parametrize("max_length", [1, 300, 32768, 32769, 100_000] + [3 << 20] * (DEVICE.type == "cuda"))
 def test_a_plan_holds_the_items_of_the_longest_sequences(max_length: int) -> None:
+    """Not always the longest has the most items."""
     plan = DecodePlan(2, 1, 1, 16, max_length, deterministic=True, device=DEVICE)
-    plan.update(torch.full((2,), max_length, dtype=torch.int32, device=DEVICE))
-    assert int(plan.program_items_P8[:, 1].sum()) <= len(plan.items_I4)
-    shorter = DecodePlan(2, 1, 1, 16, max_length, deterministic=True, device=DEVICE)
-    shorter.update(torch.full((2,), min(max_length, 64 * 512), dtype=torch.int32, device=DEVICE))
-    assert int(shorter.program_items_P8[:, 1].sum()) <= len(shorter.items_I4)
+    plan.update(torch.tensor([max_length, min(max_length, 64 * 512)], dtype=torch.int32, device=DEVICE))
+    assert 2 * int(plan.sequence_items_B2[:, 1].max()) < len(plan.items_I4)
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_chunks_of_new_tokens(data: st.DataObject) -> None:
-    sizes = st.tuples(st.one_of(st.integers(0, 9), st.integers(0, 150)), st.integers(0, 200))
+    sizes = st.tuples(st.one_of(st.integers(0, 9), st.integers(0, 70)), st.integers(0, 150))
     chunks = data.draw(st.lists(sizes, min_size=1, max_size=3), "new and cached tokens")
     window = data.draw(st.one_of(st.none(), st.integers(1, 150)), "window")
     page = data.draw(st.sampled_from([1, 3, 16, 64, 128]), "page")
