@@ -123,7 +123,7 @@ class DecodePlan:
         deterministic: bool = False,
         cache_dtype: torch.dtype = torch.bfloat16,
         tile: int | None = None,
-        programs_a_processor: int | None = None,
+        n_programs: int | None = None,
         device: torch.device | str = "cuda",
     ):
         assert n_heads % n_kv_heads == 0 and (window is None or window > 0)
@@ -134,8 +134,7 @@ class DecodePlan:
         # fastest on an H100: a program a processor where a sequence has many parts, except to unpack 8 bits
         many_parts = 4 * batch <= n_processors and cache_dtype.itemsize == 2 and not deterministic
         self.tile = tile or (128 if many_parts else 64)
-        programs_a_processor = programs_a_processor or (1 if many_parts else 2)
-        self.n_programs = max(n_processors * programs_a_processor // n_kv_heads, 1)
+        self.n_programs = n_programs or max(n_processors * (1 if many_parts else 2) // n_kv_heads, 1)
         n_items = self.n_programs + batch
         if deterministic:
             n_tiles = -(-min(max_length, (window or max_length) + self.tile) // self.tile)

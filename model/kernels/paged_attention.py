@@ -32,7 +32,9 @@ def tile_slots(table_ptr, tile, begin, end, PAGE: tl.constexpr, TILE: tl.constex
     """Cache slots (64 bits) of the positions of an aligned tile. Table entries outside [begin, end) are not read."""
     lane = tl.arange(0, TILE)
     if PAGE % TILE == 0:
-        page = tl.load(table_ptr + tile * TILE // PAGE).to(tl.int64)
+        # always true here; Triton 3.6 drops a value carried by a loop, `begin`, if it only bounds an inner loop
+        is_used = (tile * TILE < end) & ((tile + 1) * TILE > begin)
+        page = tl.load(table_ptr + tile * TILE // PAGE, mask=is_used, other=0).to(tl.int64)
         slot = page * PAGE + tile * TILE % PAGE + lane
     elif TILE % PAGE == 0 and TILE // PAGE <= 8:
         # a scalar load a page; which page a lane is in is known when this is compiled

@@ -25,11 +25,14 @@ def test_a_quantized_cache_is_near_the_exact_one(dtype: torch.dtype) -> None:
     assert 0 < float(error.norm() / x_SGK.norm()) < 0.04
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_rotations_share_no_page() -> None:
-    tables, n_rotations = rotations_of(Workload(2, 100, 16), 16 * 40)
-    pages = torch.cat([table.flatten() for table in tables])
-    assert n_rotations == len(tables) == 2 and len(pages.unique()) == len(pages) == 28
+def test_rotations_share_no_page_that_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
+    for window, n_read, n_expected in ((None, 7, 2), (20, 3, 6)):
+        tables, n_rotations = rotations_of(Workload(2, 100, 16, window=window), 16 * 40)
+        assert n_rotations == len(tables) == n_expected
+        pages = torch.cat([table[:, -n_read:].flatten() for table in tables])
+        assert all(table.shape == (2, 7) for table in tables)
+        assert len(pages.unique()) == len(pages) == n_expected * 2 * n_read
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

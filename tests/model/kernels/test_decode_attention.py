@@ -137,8 +137,9 @@ def test_one_token_a_sequence(data: st.DataObject) -> None:
     case = a_case(lengths, oldest, page, n_groups, d_head, dtype, cache, scale_dtype)
     q_BHK = torch.randn(len(lengths), n_heads, d_head, device=DEVICE).to(dtype)
     plan = DecodePlan(
-        len(lengths), n_heads, n_groups, d_head, 900, window, deterministic, case.k_SGK.dtype, tile, device=DEVICE
-    )
+        len(lengths), n_heads, n_groups, d_head, 900, window, deterministic, case.k_SGK.dtype, tile,
+        n_programs=data.draw(st.sampled_from([1, 4, 40]), "programs"), device=DEVICE,
+    )  # fmt: skip
     plan.merges = data.draw(st.booleans(), "merges") and not deterministic
     out_BHK = decode(case, q_BHK, plan, scale=d_head**-0.5)
     for b, length in enumerate(lengths):
@@ -190,7 +191,7 @@ def test_items_cover_what_each_sequence_sees_in_equal_shares(data: st.DataObject
     window = data.draw(st.one_of(st.none(), st.integers(1, 400)), "window")
     deterministic = data.draw(st.booleans(), "deterministic")
     tile = data.draw(st.sampled_from([16, 64]), "tile")
-    plan = DecodePlan(len(lengths), 1, 1, 16, 3000, window, deterministic, tile=tile, device=DEVICE)
+    plan = DecodePlan(len(lengths), 1, 1, 16, 3000, window, deterministic, tile=tile, n_programs=6, device=DEVICE)
     plan.items_I4.fill_(-7)
     plan.update(torch.tensor(lengths, dtype=torch.int32, device=DEVICE))
     items = plan.items_I4.tolist()
