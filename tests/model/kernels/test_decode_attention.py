@@ -179,10 +179,10 @@ def test_deterministic_rows_do_not_depend_on_the_batch(
     case = a_case(lengths, oldest_of(lengths, window), 16, 1, 16, torch.float16, cache)
     q_BHK = torch.randn(len(lengths), 3, 16, device=DEVICE).half()
     arguments = (3, 1, 16, 2000, window, True)
-    together_BHK = decode(case, q_BHK, DecodePlan(len(lengths), *arguments, device=DEVICE))
+    together_BHK = decode(case, q_BHK, DecodePlan(len(lengths), *arguments, n_programs=64, device=DEVICE))
     for b in (0, len(lengths) - 1):
         alone = Case(**{**vars(case), "lengths": lengths[b : b + 1], "table_BP": case.table_BP[b : b + 1]})
-        plan = DecodePlan(1, *arguments, device=DEVICE)
+        plan = DecodePlan(1, *arguments, n_programs=64, device=DEVICE)
         assert torch.equal(decode(alone, q_BHK[b : b + 1], plan)[0], together_BHK[b])
 
 
