@@ -11,8 +11,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def interrupted_at_import(module: str, directory: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run `python -m <command>`, which receives SIGINT when it first imports `module`.
+def interrupted_at_import(
+    module: str, directory: Path, command: list[str], swallowed: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -m <command>`, which receives SIGINT when it first imports `module`. swallowed: code that catches all
+    exceptions, as torch's import of NumPy from C does, receives it.
 
     `directory` is for a sitecustomize.py. The process has its own session and the default handler: shells ignore
     SIGINT in background jobs, and their children inherit that.
@@ -22,7 +25,10 @@ def interrupted_at_import(module: str, directory: Path, command: list[str]) -> s
         "class Interrupts:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         f"        if name == {module!r}:\n"
-        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "            try:\n"
+        "                os.kill(os.getpid(), signal.SIGINT)\n"
+        "            except KeyboardInterrupt:\n"
+        f"                if not {swallowed}: raise\n"
         "sys.meta_path.insert(0, Interrupts())\n"
     )
     return subprocess.run(

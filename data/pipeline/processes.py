@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children, get_context, parent_process
+from types import FrameType
 from typing import Any
 
 from datatrove.executor.local import LocalPipelineExecutor
@@ -71,14 +72,28 @@ def run_rank(executor: LocalPipelineExecutor, rank: int) -> None:
 
 
 def _submit(pool: ProcessPoolExecutor, executor: LocalPipelineExecutor, ranks: list[int]) -> list[Future[Any]]:
-    # processes are started here and inherit the blocked SIGINT: Ctrl-C reaches the parent only
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        return [pool.submit(run_rank, executor, rank) for rank in ranks]
+        with _deferred_interrupts():  # processes are started here
+            return [pool.submit(run_rank, executor, rank) for rank in ranks]
     except (EOFError, ConnectionError) as error:  # the fork server was killed
         raise BrokenProcessPool from error
+
+
+@contextlib.contextmanager
+def _deferred_interrupts() -> Iterator[None]:
+    """Handle Ctrl-C at the end of the block. Processes that start in it inherit the blocked SIGINT, so that it reaches
+    the parent only. A process whose start was interrupted would be unknown, hence not killed, and print a traceback for
+    the semaphores that the parent removes."""
+    arrived: list[tuple[int, FrameType | None]] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: arrived.append((number, frame)))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of this thread: others still receive it
+    try:
+        yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+        if arrived and callable(handler):
+            handler(*arrived[0])
 
 
 def _exit_with_parent() -> None:

@@ -1,7 +1,7 @@
 """Check which attention back ends and kernels run on this machine: `python -m model.doctor`.
 
 Each is compared with its reference, forward and backward. Exit code 0: everything that runs here is correct; 1:
-something fails or gives wrong results.
+something fails or gives wrong results; 130: Ctrl-C.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from model.obstacle import INSTALL_GPU, Obstacle, failure
+from recipes.interrupt import exit_on_interrupt
 
 if TYPE_CHECKING:
     import torch
@@ -205,4 +206,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    exit_on_interrupt()  # an interrupted import or check is neither sound nor missing
     sys.exit(main())

@@ -1,70 +1,42 @@
-"""The first error at once, and no waiting for a process that is dead."""
+"""Worker processes: Ctrl-C waits until every one of them is known, so that each can be killed."""
 
-import os
 import signal
-import time
-from pathlib import Path
+import socket
+import threading
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from datatrove.data import DocumentsPipeline
-from datatrove.executor.local import LocalPipelineExecutor
-from datatrove.pipeline.base import PipelineStep
 
-from data.pipeline.processes import process_pool, run_ranks
-from data.pipeline.work_folder import StageError
+from data.pipeline.processes import _submit
 
 
-class Ranks(PipelineStep):
-    """Does to each rank what its list says."""
+def test_ctrl_c_while_workers_start_is_handled_when_all_have_started() -> None:
+    """The signal reaches another thread, which a mask of the main thread does not prevent."""
+    ended, started = threading.Event(), []
+    other = threading.Thread(target=ended.wait)
+    other.start()
+    arrival, notice = socket.socketpair()
+    notice.setblocking(False)
+    fd_before = signal.set_wakeup_fd(notice.fileno())
 
-    name, type = "ranks", "test"
+    def submit(run: Any, executor: Any, rank: int) -> int:
+        assert other.ident is not None
+        if rank == 0:
+            signal.pthread_kill(other.ident, signal.SIGINT)
+            assert arrival.recv(1) == bytes([signal.SIGINT]), "it has arrived, but not been handled"
+        started.append(rank)
+        assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()), "workers inherit it"
+        return rank
 
-    def __init__(self, folder: Path, actions: list[str]) -> None:
-        super().__init__()
-        self.folder, self.actions = folder, actions
-
-    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        action = self.actions[rank]
-        if action == "wait":
-            time.sleep(600)
-        elif action == "die":
-            signal.raise_signal(signal.SIGKILL)
-        elif action == "fail":
-            raise ZeroDivisionError("1 / 0")
-        (self.folder / f"{rank}").write_text(f"{os.getpid()}")
-        yield from ()
-
-
-def executor(folder: Path, *actions: str) -> LocalPipelineExecutor:
-    folder.mkdir(exist_ok=True)
-    step = Ranks(folder, list(actions))
-    return LocalPipelineExecutor([step], len(actions), logging_dir=str(folder / "logs"))
-
-
-def pids(folder: Path) -> set[str]:
-    return {path.read_text() for path in folder.glob("[0-9]")}
-
-
-def test_processes_are_kept_from_stage_to_stage(tmp_path: Path) -> None:
-    with process_pool(2) as pool:
-        for name in ("a", "b"):
-            one = executor(tmp_path / name, "work", "work", "work")
-            run_ranks(one, pool)
-            assert one.get_incomplete_ranks() == []
-    assert len(pids(tmp_path / "a") | pids(tmp_path / "b")) <= 2
-    assert str(os.getpid()) not in pids(tmp_path / "a")
-    with process_pool(1) as pool:
-        run_ranks(executor(tmp_path / "c", "work", "work"), pool)
-    assert pids(tmp_path / "c") == {str(os.getpid())}
-
-
-def test_an_error_ends_it_without_waiting_for_the_others(tmp_path: Path) -> None:
-    began = time.monotonic()
-    with pytest.raises(ZeroDivisionError), process_pool(2) as pool:
-        run_ranks(executor(tmp_path, "fail", "wait"), pool)
-    assert time.monotonic() - began < 300, "the other was killed"
-
-
-def test_a_killed_process_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(StageError, match="killed"), process_pool(2) as pool:
-        run_ranks(executor(tmp_path, "die", "wait"), pool)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            _submit(SimpleNamespace(submit=submit), None, [0, 1, 2])  # type: ignore[arg-type]
+    finally:
+        signal.set_wakeup_fd(fd_before)
+        ended.set()
+        other.join()
+    assert started == [0, 1, 2]
+    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
