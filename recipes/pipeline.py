@@ -35,6 +35,7 @@ from recipes.run_directory import (
     move_aside,
     read_done,
 )
+from recipes.stage_errors import USER_ERROR, print_os_error
 from recipes.stages import LAUNCHER, STAGES, EntryPoint, entry_module
 
 PIPELINE_FILE = "pipeline.yaml"
@@ -373,9 +374,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(stages, console, StopRequests())
     except KeyboardInterrupt:
         return print_interrupt()
+    except OSError as error:
+        print_os_error(error, arguments.runs or arguments.folder)
+        return USER_ERROR
     except (RecipeError, RunDirectoryError) as error:
         print_problems(error)
-        return 2
+        return USER_ERROR
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from recipes.pipeline import (
     stage_environment,
 )
 from recipes.run_directory import RunDirectoryError, RunState, read_done
+from recipes.stage_errors import USER_ERROR, print_os_error
 from recipes.stages import STAGES
 
 _POLL_SECONDS = 0.5
@@ -309,9 +310,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_all(runs, slots, console, StopRequests())
     except KeyboardInterrupt:
         return print_interrupt()
+    except OSError as error:
+        print_os_error(error, Path.cwd())
+        return USER_ERROR
     except (RecipeError, RunDirectoryError) as error:
         print_problems(error)
-        return 2
+        return USER_ERROR
 
 
 if __name__ == "__main__":

@@ -250,6 +250,9 @@ def packed_stage(
             f"(evaluation_rows={evaluation_rows} of {heldout.n_rows} held-out rows); {remedy}"
         )
     check_targets(targets, dataset, heldout, numbers)
+    if len(numbers) < evaluation_rows and world.rank == 0:
+        found = f"{evaluation_rows:,} asked for, {len(numbers):,} held-out rows found; all are used"
+        Console().print(f"evaluation_rows: {found}", highlight=False, soft_wrap=True)
     mine = [collate(heldout, part) for part in share_of_rank(numbers, rows_per_micro_batch, world)]
     return TrainingStage(
         rows=dataset,

@@ -17,7 +17,7 @@ class PreferencePairsFormat(JsonFormat):
 
     def dialogue(self, place: str, record: dict[str, Any]) -> Dialogue:
         trained = take_trained(record)
-        pair = pair_from_record(record)
+        pair = pair_from_record(record, place)
         check_pair_names(pair)
         messages = (*pair.messages, Message(pair.character, pair.chosen))
         if trained is False:

@@ -19,11 +19,13 @@ from data.clean.stable_hash import stable_hash
 from data.format.dialogue import NARRATOR, DialogueError, Message, check_speaker
 from data.format.dialogue_json import message_to_record, messages_from_records
 from data.format.visible_text import says_nothing, visible
+from data.sources.chat_message import ChatMessage, read_messages
 from data.sources.hh_rlhf import ASSISTANT, take_transcripts
 from data.sources.record import RecordError
 from data.sources.record_keys import refuse_in_record, take_trained
 from data.sources.source import parse_object, read_lines
-from data.sources.speaker import check_names, stripped
+from data.sources.speaker import ASSISTANT as ASSISTANT_ROLE
+from data.sources.speaker import USER, RoleNames, check_names, stripped
 from recipes.files import atomic_file
 
 SAYS_NOTHING = "a blank reply"
@@ -34,6 +36,7 @@ BLANK_NEWEST = "the message before the reply is blank"
 NOT_TRAINED = "its record excludes it from training"
 REPEATED = "the same pair again"
 CONTRADICTED = "another pair of the same context prefers the other reply"
+_TRL_NAMES = RoleNames("User", "Assistant")
 _N_PLACES = 5  # rejected records shown
 _REQUIRED = ("id", "messages", "character", "chosen", "rejected")
 _OPTIONAL = ("source", "metadata")
@@ -216,12 +219,18 @@ def check_pair_names(pair: PreferencePair) -> None:
 
 
 def pair_from_record(record: dict[str, Any], place: str = "") -> PreferencePair:
-    """The pair of a line's object, with its own id. Raises RecordError or DialogueError for an invalid one."""
+    """The pair of a line's object, with its own id; without one, as TRL's pairs are, the id is `place`. Raises
+    RecordError or DialogueError for an invalid one."""
+    if "messages" not in record and "character" not in record and {"chosen", "rejected"} <= record.keys():
+        return _trl_pair(record, place)
     missing = [key for key in _REQUIRED if key not in record]
     unknown = sorted(set(record) - set(_REQUIRED) - set(_OPTIONAL))
     if missing or unknown:
         problem = f"missing {', '.join(missing)}" if missing else f"unknown key {unknown[0]!r}"
-        raise RecordError(f"{problem}; expected {', '.join(_REQUIRED)} and optionally {', '.join(_OPTIONAL)}")
+        raise RecordError(
+            f"{problem}; expected {', '.join(_REQUIRED)} and optionally {', '.join(_OPTIONAL)}, or TRL's prompt, "
+            "chosen and rejected"
+        )
     identity, metadata = record["id"], record.get("metadata") or {}
     if not isinstance(identity, str | int) or not isinstance(metadata, Mapping):
         raise RecordError(f"id is {identity!r}, metadata {metadata!r}: expected a string and an object"[:200])
@@ -230,6 +239,50 @@ def pair_from_record(record: dict[str, Any], place: str = "") -> PreferencePair:
     messages = messages_from_records(record["messages"], character)
     source = record.get("source") or ""
     return PreferencePair(str(identity), messages, character, record["chosen"], record["rejected"], source, metadata)
+
+
+def _trl_pair(record: dict[str, Any], place: str) -> PreferencePair:
+    """A pair in the format of Hugging Face's TRL: `prompt`, `chosen` and `rejected` are texts or lists of messages; a
+    list of a side ends with its reply, and may repeat the prompt or replace it. Other keys become metadata."""
+    record = dict(record)
+    given = {key: record.pop(key, None) for key in ("prompt", "chosen", "rejected")}
+    refuse_in_record(record)
+    read = {key: _trl_messages(key, value) for key, value in given.items() if value is not None}
+    prompt = read.pop("prompt", ())
+    (before, chosen), (other, rejected) = (_context_and_reply(key, read[key], prompt) for key in ("chosen", "rejected"))
+    if before != other:
+        raise RecordError(OTHER_CONTEXT)
+    identity, metadata = record.pop("id", None), record.pop("metadata", None) or {}
+    return PreferencePair(
+        place if identity is None else str(identity), before, chosen.speaker, chosen.text, rejected.text, "trl",
+        {**record, **metadata},
+    )  # fmt: skip
+
+
+def _trl_messages(key: str, given: Any) -> tuple[ChatMessage, ...]:
+    if isinstance(given, str):
+        if key == "prompt" and "\n\nAssistant:" in given:
+            raise RecordError("prompt is a transcript; write it as a list of messages with role and content")
+        role = USER if key == "prompt" else ASSISTANT_ROLE
+        return (ChatMessage(Message(_TRL_NAMES.of(role), given), role),)
+    if not isinstance(given, list) or not given:
+        raise RecordError(f"{key} is {repr(given)[:40]}: expected a text or a list of messages with role and content")
+    try:
+        return read_messages(given, _TRL_NAMES, needs_role=True, keeps_other_keys=True)
+    except DialogueError as error:
+        raise RecordError(f"{key}: {error}") from None
+
+
+def _context_and_reply(
+    key: str, side: tuple[ChatMessage, ...], prompt: tuple[ChatMessage, ...]
+) -> tuple[tuple[Message, ...], Message]:
+    """The messages before the reply of a side, and the reply."""
+    *before, reply = side
+    if reply.role != ASSISTANT_ROLE:
+        raise RecordError(f"{key} ends with a message of the {reply.role}; expected the assistant's reply")
+    repeats = [one.message for one in before[: len(prompt)]] == [one.message for one in prompt]
+    context = before if repeats else [*prompt, *before]
+    return tuple(one.message for one in context), reply.message
 
 
 def hold_out(groups: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:

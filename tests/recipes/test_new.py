@@ -559,3 +559,23 @@ def test_a_full_file_system_names_the_folder_and_what_to_do(
     assert main(["mine", "--data", "logs"]) == 2
     assert "mine: No space left on device; make room, then run the same command again" in capfd.readouterr().err
     assert not (work / "mine").exists() and not list(work.glob(".mine*"))
+
+
+def test_pairs_of_trl_are_read_and_trained_as_pairs(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pairs = [
+        {"prompt": r["messages"][0]["text"], "chosen": f"Yes, {r['id']}.", "rejected": "No."} for r in conversations(60)
+    ]
+    write_lines(work / "pairs" / "a.jsonl", pairs)
+    assert main(["mine", "--data", "pairs"]) == 0
+    assert recipe(work / "mine", "dpo")["pairs"][0]["format"] == "jsonl"
+    assert recipe(work / "mine", "export")["names"] == {"user": "User", "character": "Assistant"}
+    assert pipeline(["mine", "--dry-run"]) == 0, capfd.readouterr()
+
+
+def test_each_reader_gives_its_error_once(work: Path) -> None:
+    write_lines(work / "logs" / "a.jsonl", [{"question": "Tea?", "answer": "Yes."}] * 20)
+    with pytest.raises(LookError) as raised:
+        find_source(Path("logs"))
+    lines = str(raised.value).splitlines()
+    assert len(lines) == len(set(lines))
+    assert sum(line.startswith("  preference_pairs: ") for line in lines) == 1

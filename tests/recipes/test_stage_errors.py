@@ -9,11 +9,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import recipes.pipeline
+import recipes.sweep
 from model.weights import WeightsError, write_tensors
 from recipes.files import atomic_file
 from recipes.stage_errors import USER_ERROR, describe_os_error, run_entry
@@ -112,3 +115,17 @@ def test_preparing_data_on_a_full_disk_goes_on_once_there_is_room(tmp_path: Path
     assert f"{disk}/data" in done.stderr
     assert done.stderr.count("No space left on device; make room, then run the same command again") == 1
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "recipe"), [(recipes.pipeline, "recipes/demo"), (recipes.sweep, "recipes/ablation/mqa.yaml")]
+)
+def test_a_full_file_system_ends_a_pipeline_and_a_sweep_with_one_message(
+    module: Any, recipe: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/demo/log")
+
+    monkeypatch.setattr(module, "plan", full)
+    assert module.main([recipe, "--dry-run"]) == USER_ERROR
+    assert "runs/demo/log: No space left on device; make room, then run" in capfd.readouterr().err

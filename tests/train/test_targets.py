@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from data.packed.batch import PackedBatch
 from data.packed.mixture import MixtureRows
 from data.packed.packing import DOCUMENT
+from train.deepspeed.world import World
 from train.engagement import LABELS
 from train.sft import REPLY_TOKENS
+from train.stage import packed_stage
 from train.targets import NoTargetsError, Targets, _batches, check_targets
 
 L = 8
@@ -122,3 +125,14 @@ def test_sound_data_cost_a_few_reads() -> None:
         range(500),
     )
     assert read == 2
+
+
+@pytest.mark.parametrize(("asked", "rank", "printed"), [(500, 0, True), (500, 1, False), (6, 0, False), (3, 0, False)])
+def test_fewer_held_out_rows_than_asked_for_are_a_line(
+    asked: int, rank: int, printed: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heldout = Rows([1] * 6, [1] * 6, "heldout")
+    world = World(rank, 2, torch.device("cpu"))
+    packed_stage(Rows([1] * 6, [1] * 6), heldout, asked, 2, world, REPLY_TOKENS)  # type: ignore[arg-type]
+    line = "evaluation_rows: 500 asked for, 6 held-out rows found; all are used\n"
+    assert capsys.readouterr().out == (line if printed else "")

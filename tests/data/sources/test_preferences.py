@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Literal
@@ -24,13 +25,14 @@ from data.sources.preferences import (
     PreferencePair,
     distinct_pairs,
     hold_out,
+    pair_from_record,
     pair_to_json,
     read_pair_file,
     read_pairs,
     reason_against_pair,
     write_pairs,
 )
-from data.sources.record import SourceError
+from data.sources.record import RecordError, SourceError
 
 PAIR = PreferencePair(
     "p", (Message("Ann", "hi", 3.5), Message("Bob", "you")), "Bob", "good\n", "bad", "test", {"s": 0.5}
@@ -270,3 +272,48 @@ def test_a_context_with_a_name_like_the_characters_is_counted(tmp_path: Path) ->
     found = read_pair_file(tmp_path / "a.jsonl", "jsonl", 0.5)
     assert found.pairs == [PAIR]
     assert "a.jsonl:2: speakers 'bob' and 'Bob', the character, differ only in case" in found.report
+
+
+USER_SAYS, REPLY = {"role": "user", "content": "Tea?"}, {"role": "assistant", "content": "Yes."}
+OTHER_REPLY = {"role": "assistant", "content": "No."}
+TRL_PAIRS: list[dict[str, object]] = [
+    {"prompt": "Tea?", "chosen": "Yes.", "rejected": "No."},
+    {"prompt": [USER_SAYS], "chosen": [REPLY], "rejected": [OTHER_REPLY]},
+    {"prompt": "Tea?", "chosen": [USER_SAYS, REPLY], "rejected": [USER_SAYS, OTHER_REPLY]},  # ultrafeedback_binarized
+    {"chosen": [USER_SAYS, REPLY], "rejected": [USER_SAYS, OTHER_REPLY]},
+]
+
+
+@pytest.mark.parametrize("record", TRL_PAIRS)
+def test_pairs_of_trl_are_read_in_each_of_their_forms(record: dict[str, object]) -> None:
+    pair = pair_from_record({**record, "score_chosen": 8.5}, "a.jsonl:1")
+    assert pair == PreferencePair(
+        "a.jsonl:1", (Message("User", "Tea?"),), "Assistant", "Yes.", "No.", "trl", {"score_chosen": 8.5}
+    )
+
+
+def test_a_prompt_of_trl_keeps_all_its_messages() -> None:
+    system = {"role": "system", "content": "A café."}
+    record = {"id": 7, "prompt": [system, USER_SAYS, REPLY, USER_SAYS], "chosen": [REPLY], "rejected": "No."}
+    pair = pair_from_record(record, "a.jsonl:1")
+    texts = [(message.speaker, message.text) for message in pair.messages]
+    said = [("User", "Tea?"), ("Assistant", "Yes."), ("User", "Tea?")]
+    assert (pair.id, texts) == ("7", [(NARRATOR, "A café."), *said])
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"prompt": 3}, "prompt is 3: expected a text or a list of messages"),
+        ({"chosen": []}, "chosen is []: expected a text or a list"),
+        ({"prompt": "\n\nHuman: Tea?\n\nAssistant:"}, "prompt is a transcript"),
+        ({"chosen": [USER_SAYS]}, "chosen ends with a message of the user; expected the assistant's reply"),
+        ({"chosen": [{"role": "user", "content": "Milk?"}, REPLY]}, OTHER_CONTEXT),
+        ({"rejected": [{"role": "assistant", "content": "No.", "tool_calls": [1]}]}, "rejected: message 0: tool_calls"),
+        ({"tools": [{"name": "tea"}]}, "tools"),
+        ({"chosen": "No."}, SAME_REPLY),
+    ],
+)
+def test_other_records_with_the_keys_of_trl_are_refused(changed: dict[str, object], problem: str) -> None:
+    with pytest.raises((RecordError, DialogueError), match=re.escape(problem)):
+        pair_from_record({**TRL_PAIRS[0], **changed}, "a.jsonl:1")
