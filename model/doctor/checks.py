@@ -57,6 +57,8 @@ def all_checks(device: torch.device, interpreted: bool) -> list[Check]:
         ("geglu", "PyTorch's GELU", geglu_error),
         ("cross_entropy", "PyTorch's logsumexp", cross_entropy_error),
         ("add_rows", "PyTorch's sum", add_rows_error),
+        ("decode_attention", "softmax written out", decode_attention_error),
+        ("prefill_attention", "softmax written out", prefill_attention_error),
     ]
     checks += [Check(f"kernel {name}", what, no_triton, partial(run, device), 1e-3) for name, what, run in kernels]
 
@@ -205,6 +207,68 @@ def add_rows_error(device: torch.device) -> float:
     expected = [total_D + part_PD.sum(0) for total_D, part_PD in zip(totals_D, rows_PD, strict=True)]
     add_rows(totals_D, rows_PD)
     return distance(totals_D, expected)
+
+
+def decode_attention_error(device: torch.device) -> float:
+    """One token a sequence over a paged cache, with and without a window, float32."""
+    from model.kernels.decode_attention import decode_attention
+    from model.kernels.decode_plan import DecodePlan
+
+    cache = _PagedCache(device)
+    lengths_B = torch.tensor(cache.lengths, dtype=torch.int32, device=device)
+    q_BHK = cache.q_THK[lengths_B.cumsum(0) - 1]
+    worst = 0.0
+    for window in (None, 37):
+        plan = DecodePlan(len(q_BHK), 4, 1, 64, 256, window, cache_dtype=torch.float32, device=device)
+        plan.update(lengths_B)
+        found_BHK = decode_attention(q_BHK, cache.k_SGK, cache.v_SGK, cache.table_BP, cache.page, plan)
+        worst = max(worst, distance([found_BHK], [cache.expected_THK(window)[lengths_B.cumsum(0) - 1]]))
+    return worst
+
+
+def prefill_attention_error(device: torch.device) -> float:
+    """All tokens of each sequence over a paged cache, with and without a window, float32."""
+    from model.kernels.prefill_attention import prefill_attention
+
+    cache = _PagedCache(device)
+    lengths_B = torch.tensor(cache.lengths, dtype=torch.int32, device=device)
+    starts_B1 = F.pad(lengths_B.cumsum(0), (1, 0)).int()
+    found = [
+        prefill_attention(
+            cache.q_THK, cache.k_SGK, cache.v_SGK, cache.table_BP, cache.page, starts_B1, lengths_B, window
+        )
+        for window in (None, 37)
+    ]
+    return distance(found, [cache.expected_THK(window) for window in (None, 37)])
+
+
+class _PagedCache:
+    """Keys and values of some sequences in pages of random order, and queries at all of their positions."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.page, self.lengths = 16, [n for n in _LENGTHS if n]
+        n_pages = [-(-n // self.page) for n in self.lengths]
+        order = iter(torch.randperm(sum(n_pages), generator=torch.Generator().manual_seed(0)).tolist())
+        self.table_BP = torch.zeros(len(n_pages), max(n_pages), dtype=torch.int32)
+        for row_P, n in zip(self.table_BP, n_pages, strict=True):
+            row_P[:n] = torch.tensor([next(order) for _ in range(n)])
+        self.table_BP = self.table_BP.to(device)
+        n_tokens = sum(self.lengths)
+        self.q_THK, self.k_TGK, self.v_TGK = _random(device, (n_tokens, 4, 64), (n_tokens, 1, 64), (n_tokens, 1, 64))
+        self.q_THK /= 8
+        slots = [
+            self.table_BP[b, place // self.page] * self.page + place % self.page
+            for b, n in enumerate(self.lengths)
+            for place in range(n)
+        ]
+        self.k_SGK = torch.full((sum(n_pages) * self.page, 1, 64), float("nan"), device=device)
+        self.v_SGK = self.k_SGK.clone()
+        self.k_SGK[torch.stack(slots).long()], self.v_SGK[torch.stack(slots).long()] = self.k_TGK, self.v_TGK
+
+    def expected_THK(self, window: int | None) -> Tensor:
+        """Causal attention of every token within its sequence."""
+        documents = Documents.from_lengths(self.lengths, device=self.q_THK.device)
+        return BACKENDS["reference"](self.q_THK, self.k_TGK, self.v_TGK, documents, window)
 
 
 def gated_error(device: torch.device, dtype: torch.dtype) -> float:
