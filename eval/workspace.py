@@ -119,10 +119,8 @@ class EvalRecipe(Section):
     def check_plan(self, plan: PlanCheck) -> None:
         """Check models, contexts and held-out dialogues against each other, as far as they are known."""
         plan.check_inputs(self.inputs())
-        if self.scorer is not None and (stage := plan.stage_of(self.scorer)) not in (None, "engagement"):
-            plan.problem(
-                f"scorer: {self.scorer} is a run of stage {stage}; expected a reward model, of stage engagement"
-            )
+        if self.scorer is not None:
+            plan.check_reward_model("scorer", self.scorer)
         facts = plan.data(self.data)
         scorer = [("scorer", self.scorer)] if self.scorer is not None else []
         for name, path in [*((f"models.{name}", path) for name, path in self.models.items()), *scorer]:

@@ -142,11 +142,12 @@ class PlanCheck:
         initial = importlib.import_module("train.initial_model").find_initial_model(run_dir)
         return None if initial is None else initial.config()
 
-    def stage_of(self, run_dir: str) -> str | None:
-        """The stage that has written or will write a run directory, or None if that is not known."""
+    def check_reward_model(self, key: str, run_dir: str) -> None:
+        """Record a run directory that a stage other than engagement has written or will write, as far as is known."""
         planned = self._planned.get(os.path.realpath(run_dir))
         stage = planned.written["stage"] if planned else (read_done(run_dir) or {}).get("stage")
-        return stage if isinstance(stage, str) else None
+        if stage not in (None, "engagement"):
+            self.problem(f"{key}: {run_dir} is a run of stage {stage}; expected a reward model, of stage engagement")
 
     def check_inputs(self, inputs: Mapping[str, str]) -> None:
         """Record inputs that are neither there nor written by a stage that has not run yet."""

@@ -91,11 +91,7 @@ class DPORecipe(TrainingRecipe):
         are_all_known = True
         for number, source in enumerate(self.pairs):
             if isinstance(source, OnPolicyPairs):
-                if (stage := plan.stage_of(source.scorer)) not in (None, "engagement"):
-                    plan.problem(
-                        f"pairs.{number}.scorer: {source.scorer} is a run of stage {stage}; expected a reward "
-                        "model, of stage engagement"
-                    )
+                plan.check_reward_model(f"pairs.{number}.scorer", source.scorer)
                 are_all_known = False
             elif Path(source.path).is_file() and not plan.is_to_come(source.path):
                 with plan.finding():

@@ -44,7 +44,8 @@ from data.feedback.scrub import scrub_turns
 from data.format.dialogue import Dialogue
 from data.format.dialogue_json import message_to_record
 from data.pipeline.progress import Steps
-from data.sources.folder_files import describe_unread, find_files, unread_files
+from data.pipeline.report import print_unread_of
+from data.sources.folder_files import find_files, unread_files
 from data.sources.preferences import pair_to_json
 from data.sources.record import RecordError, Rejected, SourceError, beginning
 from data.sources.source import parse_object, read_lines
@@ -216,13 +217,7 @@ def _dry_run(recipe: FeedbackRecipe, console: Console) -> None:
                 if bad == 1:
                     console.print(f"first bad line: {path}:{number}: {error}", markup=False, soft_wrap=True)
     console.print(f"{recipe.events}: {good + bad:,} lines in {len(files)} file(s), {bad:,} bad", soft_wrap=True)
-    _print_unread(recipe, console)
-
-
-def _print_unread(recipe: FeedbackRecipe, console: Console) -> None:
-    if unread := unread_files(recipe.events, find_files(recipe.events)):
-        text = f"{recipe.events}: {describe_unread(unread)}"
-        console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    print_unread_of(recipe.events, unread_files(recipe.events, files), console)
 
 
 def _make(recipe: FeedbackRecipe, console: Console) -> Made:
@@ -231,7 +226,7 @@ def _make(recipe: FeedbackRecipe, console: Console) -> Made:
 
     def report(seconds: float, console: Console) -> None:
         print_report(counts, console)
-        _print_unread(recipe, console)
+        print_unread_of(recipe.events, unread_files(recipe.events, find_files(recipe.events)), console)
         console.print(f"{recipe.run_dir}: {key_figure(counts)}, {seconds:.1f} s", highlight=False, soft_wrap=True)
 
     return Made(key_figure(counts), report, to_report(counts))

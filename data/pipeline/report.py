@@ -1,6 +1,6 @@
 """The final report of data.prepare, and its key figure."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +71,14 @@ def print_unread(sources: Mapping[str, DialogueSource], console: Console) -> Non
             names = source.unread()
             unread[location] = [name for name in unread.get(location, names) if name in names]
     for location, names in unread.items():
-        if names:
-            text = f"{location}: {describe_unread(names)}"
-            console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
+        print_unread_of(location, names, console)
+
+
+def print_unread_of(location: str, names: Sequence[str], console: Console) -> None:
+    """Print the number and the first of `names`, the files of a folder that are not read, if there are any."""
+    if names:
+        text = f"{location}: {describe_unread(names)}"
+        console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def record_table(ledger: Ledger) -> Table:
