@@ -2,8 +2,9 @@
 
 Tokens and turns of a dialogue are dependent, so intervals resample *clusters* (whole dialogues, not the pieces of a
 long one), not single values; if people take part in several dialogues, intervals are widened
-(eval/shared_participants.py). A statistic is a function of the cluster weights (how often each cluster was drawn);
-`scipy.stats.bootstrap` does the resampling.
+(eval/shared_participants.py). With few clusters the bootstrap's intervals are too narrow (of two, half of the 95%
+intervals of a mean miss it), so they get the width of Student's t. A statistic is a function of the cluster weights
+(how often each cluster was drawn); `scipy.stats.bootstrap` does the resampling.
 """
 
 import math
@@ -24,6 +25,10 @@ WeightedStatistic = Callable[[FloatArray], FloatArray]
 
 BATCH_ELEMENTS = 4_000_000  # of one (replicates, values) array: bounds the memory of a bootstrap to about 100 MB
 MAX_VALUES_HELD = 100_000  # statistics hold at most this many values per replicate (an AUC holds each turn)
+Limits = tuple[float, float]
+ANY_NUMBER: Limits = (-math.inf, math.inf)
+NOT_NEGATIVE: Limits = (0.0, math.inf)  # losses, lengths, divergences
+FROM_0_TO_1: Limits = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -58,10 +63,10 @@ class Bootstrap:
         clusters_C: NDArray[Any] | None,
         n_clusters: int,
         n: int,
-        limits: tuple[float, float],
+        limits: Limits,
     ) -> Estimate:
-        """BCa interval of `statistic` over clusters. `n` is the number of single values, recorded in the estimate;
-        `limits` bound the statistic.
+        """BCa interval of `statistic` over clusters, widened for few clusters (`few_clusters_factor`) and for shared
+        participants. `n` is the number of single values, recorded in the estimate; `limits` bound the statistic.
 
         If BCa is undefined (no spread on one side), the percentile interval is used, and `method` says so.
         """
@@ -75,11 +80,21 @@ class Bootstrap:
             return Estimate(point, None, None, n, n_clusters, "none", self.confidence_level, method)
         assert high is not None
         dependence = self._dependence(statistic, clusters_C, n_clusters)
-        factor = dependence.width_factor(self.confidence_level)
-        if factor != 1:
+        factor, alone = dependence.width_factor(self.confidence_level), self.few_clusters_factor(n_clusters)
+        if factor > alone:
             method += ", widened for shared participants"
-            low, high = max(limits[0], point - (point - low) * factor), min(limits[1], point + (high - point) * factor)
+        factor = max(factor, alone)
+        low, high = max(limits[0], point - (point - low) * factor), min(limits[1], point + (high - point) * factor)
         return Estimate(point, low, high, n, n_clusters, method, self.confidence_level, "", dependence.variance_factor)
+
+    def few_clusters_factor(self, n_clusters: int) -> float:
+        """The width of Student's interval of a mean of independent clusters relative to the bootstrap's, which takes
+        normal quantiles and divides the variance by n instead of n - 1 (Hesterberg 2015, "What Teachers Should Know
+        About the Bootstrap", section 4.1)."""
+        from scipy.stats import norm, t
+
+        tail = (1 - self.confidence_level) / 2
+        return float(math.sqrt(n_clusters / (n_clusters - 1)) * t.isf(tail, n_clusters - 1) / norm.isf(tail))
 
     def _dependence(self, statistic: WeightedStatistic, clusters_C: NDArray[Any] | None, n_clusters: int) -> Dependence:
         """The effect of shared participants on the variance of the statistic, by the jackknife."""
@@ -125,11 +140,15 @@ class Bootstrap:
         return float(low), float(high), "percentile bootstrap over clusters"
 
     def mean(
-        self, values_N: Sequence[float] | FloatArray, clusters: Sequence[object] | IntArray | None = None
+        self,
+        values_N: Sequence[float] | FloatArray,
+        clusters: Sequence[object] | IntArray | None = None,
+        limits: Limits = ANY_NUMBER,
     ) -> Estimate:
-        """Mean of `values_N`; `clusters` is the cluster of each value (default: one each)."""
+        """Mean of `values_N`, which lie within `limits`; `clusters` is the cluster of each value (default: one
+        each)."""
         values = np.asarray(values_N, dtype=np.float64)
-        return self.ratio(values, np.ones_like(values), clusters)
+        return self.ratio(values, np.ones_like(values), clusters, limits)
 
     def share(
         self, values_N: Sequence[float] | FloatArray, clusters: Sequence[object] | IntArray | None = None
@@ -138,15 +157,17 @@ class Bootstrap:
         of `proportion`."""
         values = np.asarray(values_N, dtype=np.float64)
         is_constant = values.size > 0 and values[0] in (0, 1) and bool((values == values[0]).all())
-        return self.proportion(values == 1, clusters) if is_constant else self.mean(values, clusters)
+        return self.proportion(values == 1, clusters) if is_constant else self.mean(values, clusters, FROM_0_TO_1)
 
     def ratio(
         self,
         numerators_N: Sequence[float] | FloatArray,
         denominators_N: Sequence[float] | FloatArray,
         clusters: Sequence[object] | IntArray | None = None,
+        limits: Limits = ANY_NUMBER,
     ) -> Estimate:
-        """sum(numerators) / sum(denominators), such as nats over tokens; `n` is the sum of the denominators."""
+        """sum(numerators) / sum(denominators), such as nats over tokens, which lies within `limits`; `n` is the sum of
+        the denominators."""
         top, bottom = np.asarray(numerators_N, dtype=np.float64), np.asarray(denominators_N, dtype=np.float64)
         assert top.shape == bottom.shape
         if bottom.sum() == 0:
@@ -156,7 +177,6 @@ class Bootstrap:
         bottom_C = np.bincount(index, weights=bottom, minlength=n_clusters)
         present_C = bottom_C > 0  # a cluster without observations is not in the sample
         top_C, bottom_C = top_C[present_C], bottom_C[present_C]
-        ratio_C = top_C / bottom_C
 
         def statistic(weight_RC: FloatArray) -> FloatArray:
             return np.asarray((weight_RC @ top_C) / (weight_RC @ bottom_C))
@@ -166,32 +186,46 @@ class Bootstrap:
             None if found is None else found[present_C],
             top_C.size,
             round(float(bottom.sum())),
-            (float(ratio_C.min()), float(ratio_C.max())),
+            limits,
         )
 
     def proportion(
         self, successes_N: Sequence[bool] | NDArray[np.bool_], clusters: Sequence[object] | IntArray | None = None
     ) -> Estimate:
         """Share of successes with the Wilson interval, which is valid at 0 and 1, on the effective number of
-        independent trials of the clusters."""
+        independent trials of the clusters (`_effective_trials`)."""
         successes = np.asarray(successes_N, dtype=np.float64)
         if successes.size == 0:
             return Estimate(None, None, None, 0, 0, "none", self.confidence_level, "no observations")
         share = float(successes.mean())
         index, n_clusters, found = cluster_index(clusters, successes.size)
         influence_C = np.bincount(index, weights=successes - share, minlength=n_clusters) / successes.size
-        alone = share * (1 - share) / successes.size
-        factor = max(1.0, float((influence_C**2).sum()) / alone) if alone > 0 and n_clusters < successes.size else 1.0
+        n_trials = self._effective_trials(successes.size, share, influence_C)
         dependence = Dependence()
         if self.people is not None and found is not None:
             dependence = self.people.dependence(influence_C, np.asarray(found, dtype=np.int64))
         width = dependence.width_factor(self.confidence_level)
-        low, high = wilson_interval(share, successes.size / (factor * width**2), self.confidence_level)
-        method = "Wilson" if factor * width == 1 else "Wilson on the effective number of trials"
+        low, high = wilson_interval(share, n_trials / width**2, self.confidence_level)
+        is_plain = n_trials == successes.size and width == 1
+        method = "Wilson" if is_plain else "Wilson on the effective number of trials"
         return Estimate(
             share, low, high, successes.size, n_clusters, method, self.confidence_level, "",
             dependence.variance_factor,
         )  # fmt: skip
+
+    def _effective_trials(self, n: int, share: float, influence_C: FloatArray) -> float:
+        """The number of independent trials with the variance that the influences of the clusters show.
+
+        A single cluster, and trials that all end alike, show no variance between clusters: each cluster is one trial.
+        For few clusters the variance is multiplied as in `few_clusters_factor`, but a cluster remains one trial.
+        """
+        n_clusters = influence_C.size
+        if n_clusters == n:
+            return n
+        if n_clusters == 1 or share in (0, 1):
+            return n_clusters
+        factor = max(1.0, float((influence_C**2).sum()) * n / (share * (1 - share)))
+        return max(min(n_clusters, n / factor), n / (factor * self.few_clusters_factor(n_clusters) ** 2))
 
     def paired_tests(
         self, differences_N: Sequence[float] | FloatArray, clusters: Sequence[object] | IntArray | None = None
@@ -227,7 +261,7 @@ class Bootstrap:
         def statistic(weight_RC: FloatArray) -> FloatArray:
             return first(weight_RC) if second is None else first(weight_RC) - second(weight_RC)
 
-        limits = (0.0, 1.0) if second is None else (-1.0, 1.0)
+        limits = FROM_0_TO_1 if second is None else (-1.0, 1.0)
         return self.interval(statistic, found, n_clusters, labels.size, limits)
 
 
@@ -299,12 +333,12 @@ def minimum_detectable_effect(
     significance: float = 0.05,
     variance_factor: float = 1.0,
 ) -> float | None:
-    """Smallest true shift of the mean that a two-sided z-test on `values_N` detects with probability `power`;
-    `variance_factor` multiplies the variance of the mean of independent values."""
+    """Smallest true shift of the mean that a two-sided z-test on `values_N` detects with probability `power`; None for
+    values without spread. `variance_factor` multiplies the variance of the mean of independent values."""
     from scipy.stats import norm
 
     values = np.asarray(values_N, dtype=np.float64)
-    if values.size < 2:
+    if values.size < 2 or np.ptp(values) == 0:
         return None
     standard_error = float(values.std(ddof=1)) * math.sqrt(variance_factor / values.size)
     return float(norm.ppf(1 - significance / 2) + norm.ppf(power)) * standard_error

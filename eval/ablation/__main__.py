@@ -39,7 +39,7 @@ from eval.parts.section import Part, run_parts
 from eval.report import to_json
 from eval.scoring import OnProgress, share_of
 from eval.speed.decode import device_name, measure_speed, speed_prompts
-from eval.statistics import Bootstrap
+from eval.statistics import NOT_NEGATIVE, Bootstrap
 from eval.workspace import EvalError, check_finished, heldout_contexts, print_inputs
 from model.weights import load_model
 from recipes.files import write_text
@@ -103,7 +103,7 @@ def _loss_figures(targets: ScoredTargets, base: ScoredTargets, bootstrap: Bootst
     def figures(chosen_N: NDArray[np.bool_]) -> dict[str, Any]:
         nats_N = targets.nats_N[chosen_N]
         return {
-            "loss": bootstrap.mean(nats_N, targets.dialogue_N[chosen_N]),
+            "loss": bootstrap.mean(nats_N, targets.dialogue_N[chosen_N], NOT_NEGATIVE),
             "difference": None if targets is base else paired_difference(targets, base, chosen_N, bootstrap),
         }
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from eval.context import Reply, ReplyContext, dialogues_of
-from eval.statistics import Bootstrap, Estimate
+from eval.statistics import NOT_NEGATIVE, Bootstrap, Estimate
 
 WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 N_SUBSAMPLES = 200
@@ -103,12 +103,12 @@ def reply_figures(contexts: Sequence[ReplyContext], replies: Sequence[Reply], bo
     dialogue_N = dialogues_of(contexts)
     has_copied_N = np.array([share is not None for share in copied], dtype=bool)
     return {
-        "length_words": bootstrap.mean([len(reply) for reply in tokenized], dialogue_N),
-        "length_tokens": bootstrap.mean([len(reply.tokens) for reply in replies], dialogue_N),
+        "length_words": bootstrap.mean([len(reply) for reply in tokenized], dialogue_N, NOT_NEGATIVE),
+        "length_tokens": bootstrap.mean([len(reply.tokens) for reply in replies], dialogue_N, NOT_NEGATIVE),
         "stop_rate": bootstrap.proportion([reply.finished for reply in replies], dialogue_N),
         "empty_rate": bootstrap.proportion([not reply for reply in tokenized], dialogue_N),
-        "repetition": bootstrap.mean([repeated_share(reply) for reply in tokenized], dialogue_N),
-        "copied_from_context": bootstrap.mean(
+        "repetition": bootstrap.share([repeated_share(reply) for reply in tokenized], dialogue_N),
+        "copied_from_context": bootstrap.share(
             [share for share in copied if share is not None], dialogue_N[has_copied_N]
         ),
         "echo_rate": bootstrap.proportion(echoes, dialogue_N),

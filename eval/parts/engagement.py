@@ -131,7 +131,7 @@ def calibration(
         assert observed.value is not None
         error += abs(observed.value - predicted) * part.size / label_N.size
         bins.append({"predicted": predicted, "observed": observed})
-    brier = bootstrap.mean((probability_N - label_N) ** 2, clusters_N)
+    brier = bootstrap.share((probability_N - label_N) ** 2, clusters_N)
     assert brier.value is not None
     base_brier = float(label_N.mean() * (1 - label_N.mean()))
     return {

@@ -13,7 +13,7 @@ from data.format.tokenizer import DialogueTokenizer
 from data.packed.batch import PackedBatch
 from data.packed.shards import PackedDataset
 from eval.scoring import OnProgress, hidden_states, silent, target_logprobs
-from eval.statistics import Bootstrap, Estimate
+from eval.statistics import NOT_NEGATIVE, Bootstrap, Estimate
 from model.transformer import Transformer
 from recipes.loader import Section
 
@@ -129,19 +129,20 @@ def summarize(targets: ScoredTargets, bootstrap: Bootstrap) -> dict[str, Any]:
 
     def loss(chosen_N: NDArray[np.bool_] | slice) -> Estimate:
         nats_N = targets.nats_N[chosen_N]
-        return bootstrap.ratio(nats_N, np.ones_like(nats_N), targets.dialogue_N[chosen_N])
+        return bootstrap.mean(nats_N, targets.dialogue_N[chosen_N], NOT_NEGATIVE)
 
-    nats_D = np.bincount(targets.document_N, weights=targets.nats_N, minlength=targets.bytes_D.size)
+    def bits_per(units_D: IntArray) -> Estimate:
+        return bootstrap.ratio(bits_D, units_D.astype(np.float64), targets.dialogue_D, NOT_NEGATIVE)
+
+    bits_D = np.bincount(targets.document_N, weights=targets.nats_N, minlength=targets.bytes_D.size) / math.log(2)
     text_N = targets.role_N != CONTROL
     overall = loss(slice(None))
     assert overall.value is not None
     return {
         "loss": overall,
         "perplexity": math.exp(overall.value),
-        "bits_per_byte": bootstrap.ratio(nats_D / math.log(2), targets.bytes_D.astype(np.float64), targets.dialogue_D),
-        "bits_per_character": bootstrap.ratio(
-            nats_D / math.log(2), targets.characters_D.astype(np.float64), targets.dialogue_D
-        ),
+        "bits_per_byte": bits_per(targets.bytes_D),
+        "bits_per_character": bits_per(targets.characters_D),
         "by_role": {role: loss(targets.role_N == number) for number, role in enumerate(ROLES)},
         "by_turn": [
             {

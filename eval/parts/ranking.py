@@ -111,7 +111,7 @@ def rank_figures(scores: Sequence[FloatArray], bootstrap: Bootstrap, dialogue_N:
         ties = int((values[1:] == values[0]).sum())
         recall.append(1 / (ties + 1) if better == 0 else 0.0)
         reciprocal.append(float(np.mean(1 / np.arange(better + 1, better + ties + 2))))
-    return {"recall_at_1": bootstrap.share(recall, dialogue_N), "mrr": bootstrap.mean(reciprocal, dialogue_N)}
+    return {"recall_at_1": bootstrap.share(recall, dialogue_N), "mrr": bootstrap.share(reciprocal, dialogue_N)}
 
 
 def chance_figures(n_candidates: int) -> dict[str, float]:

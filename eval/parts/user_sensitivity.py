@@ -16,7 +16,7 @@ from data.format.encode import encode_prompt
 from data.format.tokenizer import DialogueTokenizer
 from eval.context import ReplyContext, dialogues_of
 from eval.scoring import OnProgress, next_token_logprobs, share_of, silent
-from eval.statistics import Bootstrap
+from eval.statistics import NOT_NEGATIVE, Bootstrap
 from model.transformer import Transformer
 from recipes.loader import Section
 
@@ -98,8 +98,8 @@ def summarize_changes(
     for side, chosen_N in (("user", user_N), ("character", ~user_N)):
         at_distance = [chosen_N & (distance_N == distance) for distance in range(1, MAX_DISTANCE + 1)]
         by_side[side] = {
-            "kl": bootstrap.mean(kl_N[chosen_N], dialogue_N[chosen_N]),
-            "by_distance": [bootstrap.mean(kl_N[here_N], dialogue_N[here_N]) for here_N in at_distance],
+            "kl": bootstrap.mean(kl_N[chosen_N], dialogue_N[chosen_N], NOT_NEGATIVE),
+            "by_distance": [bootstrap.mean(kl_N[here_N], dialogue_N[here_N], NOT_NEGATIVE) for here_N in at_distance],
         }
     # below float32 rounding: no effect
     ignored = int((kl_N[user_N & (distance_N == 1)] < 1e-9).sum())

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest, norm, wilcoxon
+from scipy.stats import binomtest, norm, t, wilcoxon
 
 from eval.shared_participants import SharedParticipants
 from eval.statistics import (
+    FROM_0_TO_1,
     Bootstrap,
     FloatArray,
     _WeightedAuc,
@@ -74,9 +75,27 @@ def test_no_interval_is_invented() -> None:
     assert constant.value == 1.0 and not has_interval(constant) and "equal" in constant.note
 
 
-def test_two_units_have_an_interval() -> None:
+def test_two_units_have_the_width_of_students_interval() -> None:
+    """The resamples of two units reach from one to the other, Student's interval 6.35 times as far to each side."""
     estimate = FAST.mean([1.0, 2.0])
-    assert has_interval(estimate) and estimate.low == 1 and estimate.high == 2
+    reach = 0.5 * math.sqrt(2) * t.isf(0.025, 1) / norm.isf(0.025)
+    assert (estimate.low, estimate.high) == pytest.approx((1.5 - reach, 1.5 + reach))
+    assert t.interval(0.95, 1, 1.5, 0.5)[0] < 1.5 - reach < 1.5 - 0.7 * t.isf(0.025, 1) * 0.5
+    assert FAST.mean([1.0, 2.0], limits=(0.0, 2.0)).low == 0 and FAST.mean([1.0, 2.0], limits=(0.0, 2.0)).high == 2
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 10])
+def test_intervals_of_few_units_cover_the_truth(n: int) -> None:
+    """Without Student's width 54%, 74%, 85% and 89% of these 95% intervals hold it."""
+    rng = np.random.default_rng(n)
+    found = [Bootstrap(n_resamples=200, seed=trial).mean(rng.normal(1, 1, n)) for trial in range(200)]
+    assert sum(not excludes(estimate, 1.0) for estimate in found) / len(found) > 0.9
+
+
+def test_many_units_have_the_bootstraps_interval() -> None:
+    assert FAST.few_clusters_factor(1000) == pytest.approx(1, abs=0.002)
+    assert FAST.few_clusters_factor(10) == pytest.approx(math.sqrt(10 / 9) * 2.262 / 1.96, rel=1e-3)
+    assert Bootstrap(confidence_level=0.5).few_clusters_factor(2) == pytest.approx(math.sqrt(2) / 0.6745, rel=1e-3)
 
 
 def test_a_figure_that_most_resamples_lack_has_no_interval() -> None:
@@ -195,7 +214,7 @@ def test_a_share_has_an_interval_at_the_edges_too(value: float) -> None:
     clusters = np.arange(20) // 2
     assert FAST.share([value] * 20, clusters) == FAST.proportion([value == 1] * 20, clusters)
     some = np.array([value] * 19 + [0.5])
-    assert FAST.share(some, clusters) == FAST.mean(some, clusters)
+    assert FAST.share(some, clusters) == FAST.mean(some, clusters, FROM_0_TO_1)
     assert FAST.share([]).value is None and not has_interval(FAST.share([0.5] * 20))
 
 
@@ -220,6 +239,27 @@ def test_equal_trials_of_a_cluster_are_one_trial() -> None:
     assert (often.n, often.n_clusters) == (200, 10)
 
 
+@pytest.mark.parametrize("successes", [0, 20])
+def test_trials_that_all_end_alike_count_once_a_cluster(successes: int) -> None:
+    """They show no variance, neither within clusters nor between them."""
+    often = FAST.proportion(np.arange(20) < successes, np.arange(20) // 5)
+    once = FAST.proportion(np.arange(4) < successes)
+    assert (often.low, often.high) == pytest.approx((once.low, once.high))
+    assert often.method != once.method == "Wilson"
+
+
+def test_the_trials_of_a_single_cluster_are_one_trial() -> None:
+    found = FAST.proportion([True, True, False, True], [7, 7, 7, 7])
+    assert (found.low, found.high) == pytest.approx(wilson_interval(0.75, 1, 0.95))
+
+
+def test_independent_trials_in_few_clusters_are_widened() -> None:
+    """Two clusters of 100 trials with 50 successes each: equal shares do not prove that trials are independent."""
+    found = FAST.proportion(np.arange(200) % 2 == 0, np.arange(200) // 100)
+    factor = 2 * (t.isf(0.025, 1) / norm.isf(0.025)) ** 2
+    assert (found.low, found.high) == pytest.approx(wilson_interval(0.5, 200 / factor, 0.95))
+
+
 def test_ties_count_in_the_signed_ranks() -> None:
     differences = [3.0, 2.0, -1.0, 0.0, 0.0, 4.0, 5.0, -2.5, 6.0]
     found = paired_tests(differences).wilcoxon_p
@@ -242,6 +282,11 @@ def test_minimum_detectable_effect_is_found_that_often() -> None:
     found = [abs(x.mean()) > 1.96 * x.std(ddof=1) / 10 for x in rng.normal(effect, 1, (2000, 100))]
     assert np.mean(found) == pytest.approx(0.8, abs=0.1)
     assert minimum_detectable_effect([1.0]) is None
+
+
+def test_values_without_spread_have_no_detectable_effect() -> None:
+    """All replies tied, or all won: nothing is known about the spread of other samples."""
+    assert minimum_detectable_effect([0.5] * 30) is None
 
 
 def test_cluster_index_numbers_in_order_of_appearance() -> None:
@@ -320,24 +365,24 @@ def test_shared_people_widen_every_statistic() -> None:
 def test_the_interval_is_widened_by_what_the_sums_over_pairs_say() -> None:
     """Of a mean, a dialogue's influence is its distance from it."""
     values_N, numbers = np.random.default_rng(4).normal(size=30), np.arange(30)
-    for linked in (2, 10, 24):
+    for linked in (10, 24):
         people = SharedParticipants([[0] if number < linked else [number] for number in range(30)])
         wide, narrow = Bootstrap(300, seed=3, people=people).mean(values_N, numbers), FAST.mean(values_N, numbers)
         dependence = people.dependence(values_N - values_N.mean(), numbers)
         assert wide.variance_factor == pytest.approx(dependence.variance_factor)
-        factor = dependence.width_factor(0.95)
+        factor = dependence.width_factor(0.95) / FAST.few_clusters_factor(30)
         assert factor > 1 and "widened" in wide.method
         assert wide.value is not None and wide.low is not None and wide.high is not None
         assert narrow.low is not None and narrow.high is not None
-        assert wide.low == pytest.approx(max(values_N.min(), wide.value - (wide.value - narrow.low) * factor))
-        assert wide.high == pytest.approx(min(values_N.max(), wide.value + (narrow.high - wide.value) * factor))
+        assert wide.low == pytest.approx(wide.value - (wide.value - narrow.low) * factor)
+        assert wide.high == pytest.approx(wide.value + (narrow.high - wide.value) * factor)
 
 
 @pytest.mark.parametrize("top", [False, True])
 def test_a_widened_interval_stays_within_what_the_figure_can_be(top: bool) -> None:
     people = Bootstrap(300, seed=3, people=SharedParticipants([[number // 10] for number in range(40)]))
     values_N = (np.arange(40) < 8) == (not top)
-    estimate = people.mean(values_N, np.arange(40))
+    estimate = people.share(values_N.astype(float), np.arange(40))
     assert (estimate.high if top else estimate.low) == top
 
 
