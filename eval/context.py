@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from data.format.dialogue import NARRATOR, Dialogue, Message
+from data.format.dialogue import NARRATOR, Dialogue, Message, n_opening_messages
 from data.format.encode import decode_reply, encode_reply
 from data.format.message_encoder import MessageEncoder
 from data.format.tokenizer import DialogueTokenizer
@@ -32,6 +32,7 @@ class ReplyContext:
     prompt: tuple[int, ...]
     human_tokens: tuple[int, ...]
     dialogue: int  # its index among the held-out dialogues, as in the shards
+    n_opening: int = 0  # messages of the narrator's opening, which precede those that are dropped
 
 
 def dialogues_of(contexts: Sequence[ReplyContext]) -> NDArray[np.int64]:
@@ -115,8 +116,9 @@ def _context_at(
     human_tokens = tuple(encode_reply(encoder.tokenizer, reply.text))
     prompt = tuple(fitted.tokens)
     return ReplyContext(
-        dialogue.id, fitted.messages, dialogue.character, reply.text, place + 1, prompt, human_tokens, number
-    )
+        dialogue.id, fitted.messages, dialogue.character, reply.text, place + 1, prompt, human_tokens, number,
+        n_opening_messages(dialogue.messages[:place]),
+    )  # fmt: skip
 
 
 def sample_replies(

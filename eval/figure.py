@@ -19,6 +19,7 @@ SERIES_COLORS = ("#7a8594", "#0072b2", "#d55e00", "#8d5aa8", "#b08900")
 HUMAN, HUMAN_COLOR = "human", "#00896b"
 THEME = {INK: "--ink", SOFT: "--soft", GRID: "--line", PAPER: "--card", HUMAN_COLOR: "--human"}
 THEME |= {color: f"--series-{number}" for number, color in enumerate(SERIES_COLORS)}
+LABEL_CHARACTERS = 28  # of a name in a plot
 DASHED: dict[str, Any] = {"color": SOFT, "linewidth": 1.1, "linestyle": (0, (4, 3))}
 _STYLE: Any = {
     "figure.facecolor": PAPER, "savefig.facecolor": PAPER, "axes.facecolor": PAPER,
@@ -31,6 +32,7 @@ _STYLE: Any = {
     "axes.titlepad": 10, "axes.labelsize": 9, "axes.labelcolor": SOFT,
     "legend.frameon": False, "legend.fontsize": 9, "legend.labelcolor": INK, "legend.handlelength": 1.4,
     "lines.linewidth": 1.8, "lines.markersize": 5, "svg.fonttype": "none",
+    "text.parse_math": False,  # a dollar sign in a name of the recipe is no formula
 }  # fmt: skip
 
 Report = Mapping[str, Any]
@@ -48,6 +50,13 @@ def system_colors(report: Report) -> dict[str, str]:
     """The colors of a report's models and of humans."""
     models = list(report["models"])
     return {name: SERIES_COLORS[i % len(SERIES_COLORS)] for i, name in enumerate(models)} | {HUMAN: HUMAN_COLOR}
+
+
+def plot_label(name: str) -> str:
+    """A model's name, cut to the room that a plot has, and without the leading underscore with which matplotlib leaves
+    a line out of the legend."""
+    cut = name if len(name) <= LABEL_CHARACTERS else f"{name[: LABEL_CHARACTERS - 1]}…"
+    return f"\u200b{cut}" if cut.startswith("_") else cut
 
 
 def new_figure(width: float, height: float, n_columns: int = 1) -> tuple["Figure", list["Axes"]]:

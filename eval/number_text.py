@@ -19,10 +19,8 @@ def estimate_digits(estimate: Mapping[str, Any], digits: int, percent: bool = Fa
     """The fewest decimals, at least `digits`, with which the ends of the interval differ and a value other than 0 does
     not look like 0."""
     value, scale = estimate["value"], 100 if percent else 1
-    if not value:
-        return digits
     least = telling_digits((estimate["low"], estimate["high"]), digits, percent)
-    while least < MOST_DIGITS and round(scale * value, least) == 0:
+    while value and least < MOST_DIGITS and round(scale * value, least) == 0:
         least += 1
     return least
 

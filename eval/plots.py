@@ -15,6 +15,7 @@ from eval.figure import (
     draw_rows,
     new_figure,
     plain,
+    plot_label,
     system_colors,
 )
 from eval.number_text import telling_digits
@@ -39,7 +40,7 @@ def draw_loss(report: Report) -> "Figure":
     """Held-out loss of count models and of every model."""
     part, colors = report["perplexity"], system_colors(report)
     rows = [(label, plain(part["ngrams"][name]), SOFT) for name, label in NGRAM_LABELS.items()]
-    rows += [(name, figures["loss"], colors[name]) for name, figures in part["models"].items()]
+    rows += [(plot_label(name), figures["loss"], colors[name]) for name, figures in part["models"].items()]
     figure, (ax,) = new_figure(8.6, 0.7 + 0.34 * len(rows))
     digits = telling_digits((estimate["value"] for _, estimate, _ in rows), 2)
     for y, (_, estimate, _) in enumerate(rows):
@@ -60,7 +61,7 @@ def draw_turns(report: Report) -> "Figure":
     for ax, side in zip(axes, ("character", "partner"), strict=True):
         for name, figures in report["perplexity"]["models"].items():
             bins = [b for b in figures["by_turn"] if b[side]["value"] is not None]
-            ax.plot([b[side]["value"] for b in bins], "-o", color=colors[name], label=name)
+            ax.plot([b[side]["value"] for b in bins], "-o", color=colors[name], label=plot_label(name))
             banded = [i for i, b in enumerate(bins) if b[side]["low"] is not None]
             low, high = ([bins[i][side][end] for i in banded] for end in ("low", "high"))
             ax.fill_between(banded, low, high, color=colors[name], alpha=0.14, linewidth=0)
@@ -78,7 +79,9 @@ def draw_ranking(report: Report) -> "Figure":
     labels = {"mean_logprob": "mean log-probability", "sum_logprob": "summed", "context_gain": "gain from context"}
     figure, axes = new_figure(8.6, 0.9 + 0.34 * len(part["models"]), 3)
     for ax, (score, label) in zip(axes, labels.items(), strict=True):
-        rows = [(name, figures[score]["recall_at_1"], colors[name]) for name, figures in part["models"].items()]
+        rows = [
+            (plot_label(name), figures[score]["recall_at_1"], colors[name]) for name, figures in part["models"].items()
+        ]
         draw_rows(ax, rows, headroom=1.0, is_labeled=ax is axes[0])
         draw_reference(ax, part["chance"]["recall_at_1"], "chance")
         ax.set(title=label, xlabel="recall@1")
@@ -116,12 +119,15 @@ def draw_scorer(report: Report) -> "Figure | None":
 def draw_preference(report: Report) -> "Figure":
     """Forest plot of win rates."""
     part, colors = report["preference"], system_colors(report)
-    model, against, threshold = part["model"], part["against"], part["over_optimisation_threshold"]
+    (model, color), (against, other_color) = (
+        (plot_label(part[side]), colors[part[side]]) for side in ("model", "against")
+    )
+    threshold = part["over_optimisation_threshold"]
     rows = [
-        (f"{model} over {against}", part["win_rate"], colors[model]),
-        ("  pairs of similar length", part["win_rate_length_matched"], colors[model]),
-        (f"{model} over human", part["win_rate_against_human"], colors[model]),
-        (f"{against} over human", part["other_win_rate_against_human"], colors[against]),
+        (f"{model} over {against}", part["win_rate"], color),
+        ("  pairs of similar length", part["win_rate_length_matched"], color),
+        (f"{model} over human", part["win_rate_against_human"], color),
+        (f"{against} over human", part["other_win_rate_against_human"], other_color),
         ("longer reply over shorter", part["longer_reply_wins"], SOFT),
     ]
     figure, (ax,) = new_figure(8.6, 2.7)
@@ -144,13 +150,13 @@ def draw_quality(report: Report) -> "Figure":
         lengths = sorted(figures["lengths"])
         if lengths:
             shares = [(i + 1) / len(lengths) for i in range(len(lengths))]
-            axes[0].step(lengths, shares, where="post", color=colors[name], label=name)
+            axes[0].step(lengths, shares, where="post", color=colors[name], label=plot_label(name))
             longest = max(longest, lengths[int(0.98 * (len(lengths) - 1))])
     axes[0].set(title="Reply length", xlabel="words", ylabel="share at most this long", xlim=(0, longest))
     axes[0].legend(loc="lower right")
     shown = {"distinct_2": "Distinct bigrams", "repetition": "Repeats itself", "stop_rate": "Ends by itself"}
     for ax, (key, title) in zip(axes[1:], shown.items(), strict=True):
-        rows = [(name, figures[key], colors[name]) for name, figures in systems.items()]
+        rows = [(plot_label(name), figures[key], colors[name]) for name, figures in systems.items()]
         draw_rows(ax, rows, is_labeled=ax is axes[1])
         ax.margins(x=0.12)
         ax.locator_params(axis="x", nbins=4)
@@ -166,7 +172,7 @@ def draw_sensitivity(report: Report) -> "Figure":
     for ax, (name, figures) in zip(axes, part.items(), strict=True):
         for side, marker, color in (("user", "-o", colors[name]), ("character", "--s", SOFT)):
             draw_estimates(ax, range(1, 5), figures[side]["by_distance"], color, marker, label=f"{side}'s message")
-        ax.set(title=name, xlabel="messages back from the reply", xticks=range(1, 5))
+        ax.set(title=plot_label(name), xlabel="messages back from the reply", xticks=range(1, 5))
     axes[0].set(ylabel="KL, nats")
     _share_limits(axes, "y")
     for ax in axes:
@@ -186,7 +192,7 @@ def draw_training(report: Report) -> "Figure":
             held: dict[str, Any] = {"color": INK, "markersize": 3.5, "linewidth": 1.4}
             ax.plot(curve["heldout_step"], curve["heldout_loss"], "o-", label="held-out", **held)
             ax.legend()
-        ax.set(title=stage, xlabel="step")
+        ax.set(title=plot_label(stage), xlabel="step")
     axes[0].set(ylabel="loss")
     return figure
 

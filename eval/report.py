@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from data.format.visible_text import says_nothing
 from eval.figure import HUMAN, THEME, draw_all, system_colors
 from eval.number_text import (
     estimate_digits,
@@ -71,6 +72,7 @@ def render_html(report: Mapping[str, Any], svgs: Mapping[str, str]) -> str:
         "p": p_value_text,
         "thousands": lambda n: f"{n:,}",
     }
+    environment.tests["visible"] = lambda text: not says_nothing(text)
     # only our own figures are marked as markup
     plots = {name: Markup(svg) for name, svg in svgs.items()}
     colors = {name: f"var({THEME[color]})" for name, color in system_colors(report).items()}
@@ -79,14 +81,16 @@ def render_html(report: Mapping[str, Any], svgs: Mapping[str, str]) -> str:
 
 
 def _card(
-    title: str, estimate: Mapping[str, Any], note: str, verdict: str, digits: int = 2, percent: bool = False
+    title: str, estimate: Mapping[str, Any], bar: float | None, note: str, verdict: str, percent: bool = False
 ) -> dict[str, str]:
-    digits = estimate_digits(estimate, digits, percent)
+    """A card. `note` may hold `{bar}`, the value that the estimate is compared with; decimals show how they differ."""
+    least = 1 if percent else 2
+    digits = max(estimate_digits(estimate, least, percent), telling_digits((estimate["value"], bar), least, percent))
     return {
         "title": title,
         "value": number_text(estimate["value"], digits, percent),
         "interval": interval_text(estimate, digits, percent),
-        "note": note,
+        "note": note.replace("{bar}", number_text(bar, digits, percent)),
         "verdict": verdict,
         "tag": {"good": "clears the bar", "bad": "misses the bar", "open": "undecided"}[verdict],
     }
@@ -134,32 +138,32 @@ def _loss_card(part: Mapping[str, Any]) -> dict[str, str]:
     name, figures = next(iter(part["models"].items()))
     loss, bar = figures["loss"], part["ngrams"]["bigram_kneser_ney"]
     verdict = "open" if loss["low"] is None else _verdict(loss["high"] < bar, loss["low"] > bar)
-    return _card(f"Held-out loss, {name}", loss, f"nats a token · Kneser-Ney bigram {bar:.2f}", verdict)
+    return _card(f"Held-out loss, {name}", loss, bar, "nats a token · Kneser-Ney bigram {bar}", verdict)
 
 
 def _ranking_card(part: Mapping[str, Any]) -> dict[str, str]:
     name = list(part["models"])[-1]
     # MRR uses every rank, not only the first; the gain from context gives common replies no advantage
     mrr, chance = part["models"][name]["context_gain"]["mrr"], part["chance"]["mrr"]
-    note = f"of the real reply among {part['n_candidates']}, by gain from context · chance {chance:.2f}"
-    return _card(f"Mean reciprocal rank, {name}", mrr, *_compared(note, mrr, chance))
+    note = f"of the real reply among {part['n_candidates']}, by gain from context · chance {{bar}}"
+    return _card(f"Mean reciprocal rank, {name}", mrr, chance, *_compared(note, mrr, chance))
 
 
 def _scorer_card(part: Mapping[str, Any]) -> dict[str, str]:
     auc, baselines = part["auc"], part["baselines"]
     if auc["value"] is None or not baselines:
-        return _card("Scorer AUC", auc, auc["note"] or "no baseline", "open")
+        return _card("Scorer AUC", auc, None, auc["note"] or "no baseline", "open")
     best = max(baselines.values(), key=lambda b: b["auc"]["value"])
-    note = f"best text-free baseline {best['auc']['value']:.2f}"
-    return _card("Scorer AUC", auc, *_compared(note, best["scorer_minus_baseline"], 0))
+    difference = best["scorer_minus_baseline"]
+    return _card("Scorer AUC", auc, best["auc"]["value"], *_compared("best text-free baseline {bar}", difference, 0))
 
 
 def _win_card(part: Mapping[str, Any]) -> dict[str, str]:
     title, rate = f"{part['model']} over {part['against']}, win rate", part["win_rate"]
     if part["over_optimisation_suspected"]:
-        card = _card(title, rate, "whole interval above 65%: over-optimized?", "bad", digits=1, percent=True)
+        card = _card(title, rate, None, "whole interval above 65%: over-optimized?", "bad", percent=True)
         return card | {"tag": "look twice"}
-    return _card(title, rate, *_compared("by the scorer · 50% is no difference", rate, 0.5), digits=1, percent=True)
+    return _card(title, rate, 0.5, *_compared("by the scorer · 50% is no difference", rate, 0.5), percent=True)
 
 
 def _last_system(part: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
@@ -170,7 +174,7 @@ def _stop_card(part: Mapping[str, Any]) -> dict[str, str]:
     name, figures = _last_system(part)
     rate = figures["stop_rate"]
     note = "the rest is cut at the token limit · 95% expected"
-    return _card(f"Replies that end, {name}", rate, *_compared(note, rate, 0.95), digits=1, percent=True)
+    return _card(f"Replies that end, {name}", rate, 0.95, *_compared(note, rate, 0.95), percent=True)
 
 
 def _distinct_card(part: Mapping[str, Any]) -> dict[str, str] | None:
@@ -180,7 +184,7 @@ def _distinct_card(part: Mapping[str, Any]) -> dict[str, str] | None:
         return None
     # both directions count: repetitive replies have fewer distinct bigrams than humans, random ones more
     low, high = 0.9 * bar["value"], 1.1 * bar["value"]
-    card = _card(f"Distinct bigrams, {name}", distinct, f"humans {bar['value']:.2f} on as many words", "open")
+    card = _card(f"Distinct bigrams, {name}", distinct, bar["value"], "humans {bar} on as many words", "open")
     if distinct["low"] is None:
         return card
     if low <= distinct["low"] and distinct["high"] <= high:

@@ -165,7 +165,10 @@ def sample_conversations(space: Workspace) -> list[dict[str, Any]]:
             )
         messages = [{"speaker": m.speaker, "text": m.text} for m in context.messages]
         n_earlier = context.turn - 1 - len(messages)
-        shown.append({"character": context.character, "n_earlier": n_earlier, "context": messages, "replies": replies})
+        shown.append({
+            "character": context.character, "n_opening": context.n_opening, "n_earlier": n_earlier,
+            "context": messages, "replies": replies,
+        })  # fmt: skip
     return shown
 
 

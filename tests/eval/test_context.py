@@ -37,7 +37,7 @@ def test_long_contexts_lose_old_messages_and_keep_the_scene(tokenizer: DialogueT
     talk = [Message("Sam" if i % 2 == 0 else "Alex", f"music {i}") for i in range(20)]
     dialogue = Dialogue("d", (Message(NARRATOR, "rain"), *talk), "Alex")
     (context,) = select_contexts([dialogue], tokenizer, 1, seed=0, max_prompt_tokens=60, min_messages=18)
-    assert context.messages[0].text == "rain"
+    assert context.messages[0].text == "rain" and context.n_opening == 1
     assert len(context.prompt) <= 60 and 2 < len(context.messages) < 18
     assert context.messages[-1] == dialogue.messages[context.turn - 2]
 

@@ -116,6 +116,7 @@ def random_report(seed: int = 0) -> dict[str, Any]:
     samples = [
         {
             "character": "Alex",
+            "n_opening": 0,
             "n_earlier": i,
             "context": [{"speaker": "Sam", "text": HOSTILE if i == 0 else "what do you do on rainy days?"},
                         {"speaker": "Alex", "text": "mostly i read"}, {"speaker": "Sam", "text": "which one?"}],
@@ -244,6 +245,7 @@ def test_figures_show_what_differs() -> None:
     assert estimate_digits(tiny, 3) == 5
     assert interval_text(tiny, estimate_digits(tiny, 3)) == "[0.00028, 0.00035]"
     assert estimate_digits({"value": 0.0, "low": 0.0, "high": 0.03}, 2) == 2
+    assert estimate_digits({"value": 0.0, "low": -0.0003, "high": 0.0004}, 2) == 4
 
 
 def test_samples_end_in_an_ellipsis_and_the_character_is_on_the_left() -> None:
@@ -251,14 +253,86 @@ def test_samples_end_in_an_ellipsis_and_the_character_is_on_the_left() -> None:
     report["samples"][1]["replies"][0] |= {"text": "and then", "finished": False, "probability": 0.9612}
     report["samples"][1]["replies"][1] |= {"probability": 0.9634}
     html = render_html(report, {})
-    assert "and then…<span" in html and "… 1 earlier message not shown" in html
+    assert "and then…</span><span" in html and "… 1 earlier message not shown" in html
     assert "96.1%" in html and "96.3%" in html
-    own = re.search(r'<div class="bubble ([a-z]*)"><span class="who">Alex', html)
-    other = re.search(r'<div class="bubble ([a-z]*)"><span class="who">Sam', html)
+    own = re.search(r'<div class="bubble ([a-z]*)"><span class="who"><bdi>Alex', html)
+    other = re.search(r'<div class="bubble ([a-z]*)"><span class="who"><bdi>Sam', html)
     assert own and other and (own[1], other[1]) == ("own", "other")
     assert (
         ".bubble.other { align-self: flex-end" in html and ".turn.mine { align-self: flex-end" in CHAT_PAGE.read_text()
     )
+
+
+def test_the_note_on_earlier_messages_stands_where_they_are_missing() -> None:
+    report = to_json({"schema_version": 2, **random_report()})
+    scene = {"speaker": "narrator", "text": "a rainy day"}
+    report["samples"] = [report["samples"][3] | {"n_opening": 1, "context": [scene, *report["samples"][3]["context"]]}]
+    html = render_html(report, {})
+    places = [html.index(text) for text in ("a rainy day", "3 earlier messages not shown", "what do you do on rainy")]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("text", ["", " ", "\u200b\ufeff"])
+def test_a_reply_without_visible_text_is_called_empty(text: str) -> None:
+    report = to_json({"schema_version": 2, **random_report()})
+    report["samples"] = report["samples"][:1]
+    for reply in report["samples"][0]["replies"]:
+        reply |= {"text": text, "finished": True}
+    assert render_html(report, {}).count("(empty)") == 3
+    report["samples"][0]["replies"][0]["finished"] = False
+    assert render_html(report, {}).count("(empty)") == 2
+
+
+def test_texts_of_the_data_do_not_turn_the_text_beside_them() -> None:
+    """A right-to-left text, or a character that forces one, is isolated from the report's own words."""
+    report = to_json({"schema_version": 2, **random_report()})
+    report["quality"]["systems"]["sft"]["commonest"] = [["\u202eevil", 3]]
+    report["samples"][0]["context"][0] |= {"speaker": "\u05e9\u05dc", "text": "\u202etext"}
+    html = render_html(report, {})
+    assert "“<bdi>\u202eevil</bdi>” (3)" in html
+    assert '<bdi>\u05e9\u05dc</bdi></span><span dir="auto">\u202etext</span>' in html
+
+
+def test_small_differences_do_not_round_to_nothing() -> None:
+    report = to_json({"schema_version": 2, **random_report()})
+    report["perplexity"]["differences"][0]["character"] |= {"value": -0.00021, "low": -0.0003, "high": -0.0001}
+    html = render_html(report, {})
+    assert "by −0.0002 nats [−0.0003, −0.0001]" in html
+
+
+def test_a_figure_without_an_interval_has_no_gap_behind_it() -> None:
+    report = to_json({"schema_version": 2, **random_report()})
+    report["preference"]["win_rate"] |= {"value": 0.5, "low": None, "high": None}
+    report["preference"]["minimum_detectable_win_rate"] = None
+    html = render_html(report, {})
+    assert "dpo wins <b>50.0%</b>: " in html and "80% power" not in html
+
+
+@pytest.mark.parametrize(("loss", "shown"), [(3.4021, "3.402"), (3.1, "3.10")])
+def test_a_card_shows_how_its_figure_differs_from_the_bar(loss: float, shown: str) -> None:
+    report = to_json({"schema_version": 2, **random_report()})
+    report["perplexity"]["models"]["pretrain"]["loss"] |= {"value": loss, "low": loss - 0.01, "high": loss + 0.01}
+    report["perplexity"]["ngrams"]["bigram_kneser_ney"] = 3.3985
+    card = summary_cards(report)[0]
+    assert card["value"] == shown
+    assert card["note"].endswith("bigram 3.398" if loss > 3.4 else "bigram 3.40")
+
+
+def test_any_name_of_a_model_can_be_drawn(tmp_path: Path) -> None:
+    """A dollar sign begins no formula, a leading underscore hides no line, a long name leaves room for the plot."""
+    names = {"pretrain": "cost $5 {\\frac", "sft": '_sft "b"', "dpo": "x$" * 40, "human": "human"}
+    report = to_json(random_report())
+    for part in (report, report["perplexity"], report["ranking"], report["user_sensitivity"]):
+        part["models"] = {names[name]: figures for name, figures in part["models"].items()}
+    report["quality"]["systems"] = {names[name]: value for name, value in report["quality"]["systems"].items()}
+    report["preference"] |= {"model": names["dpo"], "against": names["sft"]}
+    report["samples"], report["perplexity"]["differences"] = [], []
+    report["training_curves"] = {names[name]: curve for name, curve in report["training_curves"].items()}
+    paths = write_report(tmp_path, report)
+    html = paths["html"].read_text()
+    drawn = "".join(re.findall(r"<text[^>]*>([^<]*)</text>", html))
+    assert drawn.count("cost $5 {\\frac") >= 4 and drawn.count("_sft") >= 6
+    assert "x$" * 13 + "x…" in drawn and "x$" * 14 not in drawn
 
 
 @pytest.mark.parametrize(
