@@ -11,7 +11,7 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _gelu_parts(gate):
+def gelu_parts(gate):
     """gelu(gate) in its tanh form (arXiv 1606.08415), and its derivative."""
     inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
     t = 1 - 2 / (1 + tl.exp(2 * inner))  # tanh, to 1e-7
@@ -27,7 +27,7 @@ def _geglu_kernel(gate_in_ptr, out_ptr, d_ff, BLOCK: tl.constexpr):
     inside = columns < d_ff
     gate = tl.load(gate_in_ptr + row * 2 * d_ff + columns, mask=inside, other=0.0).to(tl.float32)
     linear = tl.load(gate_in_ptr + (row * 2 + 1) * d_ff + columns, mask=inside, other=0.0).to(tl.float32)
-    value, _ = _gelu_parts(gate)
+    value, _ = gelu_parts(gate)
     tl.store(out_ptr + row * d_ff + columns, (value * linear).to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -46,7 +46,7 @@ def _geglu_backward_kernel(
         gate = tl.load(gate_in_ptr + columns, mask=inside, other=0.0).to(tl.float32)
         linear = tl.load(gate_in_ptr + d_ff + columns, mask=inside, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + row * d_ff + columns, mask=inside, other=0.0).to(tl.float32)
-    value, slope = _gelu_parts(gate)
+    value, slope = gelu_parts(gate)
     dtype = grad_ptr.dtype.element_ty
     out_ptr += row * 2 * d_ff
     tl.store(out_ptr + columns, (grad * linear * slope).to(dtype), mask=inside)

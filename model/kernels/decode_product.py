@@ -1,0 +1,118 @@
+"""Products of a decoding step's rows with a weight matrix: weights are the tall operand of the matrix unit.
+
+Each program reads its weights once. Parts of a divided inner dimension (split-K) are float32 and summed, in a fixed
+order, by the kernel that reads them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from model.kernels.decode_attention import overlapping
+from model.kernels.decode_prefetch import prefetch_rows
+from model.kernels.geglu import gelu_parts
+from model.kernels.paged_attention import operand_dtype, padded
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a product is divided: weight rows and columns of a tile, parts of the inner dimension, and the launch.
+
+    prefetch: most bytes of a weight row that a program loads into the L2 cache before it waits for its inputs.
+    """
+
+    block_n: int
+    block_k: int
+    splits: int = 1
+    n_warps: int = 4
+    n_stages: int = 4
+    prefetch: int = 4096
+
+
+@triton.jit
+def soft_capped(x, cap):
+    """cap * tanh(x / cap), or x where cap is 0."""
+    if cap > 0:
+        x = cap * (1 - 2 / (1 + tl.exp(2 * x / cap)))
+    return x
+
+
+@triton.jit
+def _product_kernel(
+    x_ptr, w_ptr, out_ptr, n_rows, n_out, n_in, in_a_split, cap, prefetched_bytes,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GATED: tl.constexpr, ALL_ROWS: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, STAGES: tl.constexpr, IN: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1)
+    m = tl.arange(0, ROWS)
+    k_begin = split * in_a_split
+    k_end = tl.minimum(k_begin + in_a_split, n_in)
+    w_row_ptr = w_ptr + n.to(tl.int64) * n_in
+    linear_ptr = w_row_ptr + n_in.to(tl.int64) * n_out
+    if OVERLAPS:
+        if prefetched_bytes > 0:
+            prefetch_rows(w_row_ptr + k_begin, n < n_out, prefetched_bytes)
+            if GATED:
+                prefetch_rows(linear_ptr + k_begin, n < n_out, prefetched_bytes)
+        gdc_launch_dependents()
+        gdc_wait()
+    out = tl.zeros([BLOCK_N, ROWS], tl.float32)
+    linear = tl.zeros([BLOCK_N, ROWS], tl.float32)
+    for k_first in tl.range(k_begin, k_end, BLOCK_K, num_stages=STAGES):
+        k = k_first + tl.arange(0, BLOCK_K)
+        x_pointers = x_ptr + m[None, :] * n_in + k[:, None]
+        if ALL_ROWS and EVEN_K:
+            x = tl.load(x_pointers)
+        elif EVEN_K:
+            x = tl.load(x_pointers, mask=m[None, :] < n_rows, other=0.0)
+        else:
+            x = tl.load(x_pointers, mask=(m[None, :] < n_rows) & (k[:, None] < k_end), other=0.0)
+        if EVEN_N and EVEN_K:
+            w = tl.load(w_row_ptr[:, None] + k[None, :])
+        else:
+            w = tl.load(w_row_ptr[:, None] + k[None, :], mask=(n[:, None] < n_out) & (k[None, :] < k_end), other=0.0)
+        out = tl.dot(w.to(IN), x.to(IN), out, input_precision="ieee")
+        if GATED:
+            if EVEN_N and EVEN_K:
+                w = tl.load(linear_ptr[:, None] + k[None, :])
+            else:
+                mask = (n[:, None] < n_out) & (k[None, :] < k_end)
+                w = tl.load(linear_ptr[:, None] + k[None, :], mask=mask, other=0.0)
+            linear = tl.dot(w.to(IN), x.to(IN), linear, input_precision="ieee")
+    if GATED:
+        gelu, _ = gelu_parts(out)
+        out = gelu * linear
+    else:
+        out = soft_capped(out, cap)
+    row = (split * n_rows + m).to(tl.int64)
+    mask = (n[:, None] < n_out) & (m[None, :] < n_rows)
+    tl.store(out_ptr + row[None, :] * n_out + n[:, None], out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def product(x_BK: Tensor, w_NK: Tensor, out_SBN: Tensor, tiles: Tiles, gated: bool = False, cap: float = 0.0) -> None:
+    """Write the products of rows with a weight matrix, in parts over the inner dimension K (S parts, to be summed).
+
+    gated: w_NK holds the rows of the gate, then as many of the linear branch, and the output is gelu(gate) * linear.
+    cap: the softcap of the output, 0 for none. Both need a single part.
+    """
+    n_rows, n_in = x_BK.shape
+    n_out = len(w_NK) // (2 if gated else 1)
+    assert out_SBN.shape == (tiles.splits, n_rows, n_out) and w_NK.shape[1] == n_in
+    assert x_BK.is_contiguous() and w_NK.is_contiguous() and out_SBN.is_contiguous()
+    assert tiles.splits == 1 or not (gated or cap)
+    in_a_split = triton.cdiv(triton.cdiv(n_in, tiles.block_k), tiles.splits) * tiles.block_k
+    rows = padded(n_rows)
+    n_bytes = min(tiles.prefetch, in_a_split * w_NK.element_size())
+    is_aligned = n_in * w_NK.element_size() % 16 == 0 and n_in % in_a_split == 0
+    _product_kernel[(triton.cdiv(n_out, tiles.block_n), tiles.splits)](
+        x_BK, w_NK, out_SBN, n_rows, n_out, n_in, in_a_split, cap, n_bytes if is_aligned else 0,
+        ROWS=rows, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GATED=gated, ALL_ROWS=rows == n_rows,
+        EVEN_N=n_out % tiles.block_n == 0, EVEN_K=n_in % tiles.block_k == 0, STAGES=tiles.n_stages,
+        IN=operand_dtype(x_BK), num_warps=tiles.n_warps, **overlapping(x_BK.device),
+    )  # fmt: skip
