@@ -14,7 +14,8 @@ from data.format.tokenizer import DialogueTokenizer
 from data.format.visible_text import says_nothing
 from data.prompt.fit import fit_prompt
 from data.sources.record import LeftOut
-from model.inference.generate import Sampling, generate
+from model.inference.generate import generate
+from model.inference.sampling import Sampling
 from model.transformer import Transformer
 
 FloatArray = NDArray[np.float64]

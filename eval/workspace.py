@@ -26,7 +26,7 @@ from eval.parts.user_sensitivity import UserSensitivitySection
 from eval.shared_participants import SharedParticipants
 from eval.statistics import Bootstrap
 from model.config import ModelConfig
-from model.inference.generate import Sampling
+from model.inference.sampling import Sampling
 from model.weights import load_config
 from recipes.loader import Section
 from recipes.plan_check import PlanCheck

@@ -156,10 +156,11 @@ class Transformer(nn.Module):
             yield layer, cast(Block, block), kind
 
     @torch.no_grad()
-    def extend(self, step: CacheStep, cache: PagedKVCache) -> Tensor:
+    def extend(self, step: CacheStep, cache: PagedKVCache, wants_hidden: bool = True) -> Tensor:
         """Append new tokens to cached sequences. Returns hidden_BD (final norm applied) of the last new tokens.
 
-        Tail layers have no cache, so prefill runs them for the last token of each prompt only.
+        Tail layers have no cache, so they run for the last token of each sequence only, and not at all for a chunk in
+        the middle of a prompt (`wants_hidden` false), which returns no rows.
         """
         config = self.config
         sequence_T = torch.arange(len(step.new_lengths_B), device=step.tokens_T.device)
@@ -176,6 +177,8 @@ class Transformer(nn.Module):
         plans = self._plans(step, cache.page_size, last_only=False)
         for layer, block, kind in self._layers():
             if layer == config.n_layers - config.n_tail_layers:
+                if not wants_hidden:
+                    return x_TD[:0]
                 x_TD = x_TD[ends_B - 1]
                 ropes = {name: (cos_TK[ends_B - 1], sin_TK[ends_B - 1]) for name, (cos_TK, sin_TK) in ropes.items()}
                 plans = self._plans(step, cache.page_size, last_only=True)
@@ -185,8 +188,7 @@ class Transformer(nn.Module):
             if block.attention.owns_cache:
                 store(pools, block.attention.key_value(normed_TD, ropes[kind]), slots_T)
             x_TD = block.add(x_TD, block.attention.read_cache(normed_TD, ropes[kind], pools, plans[kind]))
-        hidden_TD = self.final_norm(x_TD)
-        return hidden_TD if config.n_tail_layers else hidden_TD[ends_B - 1]
+        return self.final_norm(x_TD if config.n_tail_layers else x_TD[ends_B - 1])
 
     def _plans(self, step: CacheStep, page_size: int, last_only: bool) -> dict[str, QueryPlan]:
         windows = self._windows()

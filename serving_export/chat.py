@@ -15,10 +15,10 @@ from rich.markup import escape as escape_markup
 
 from data.format.dialogue import NARRATOR, DialogueError, Message, check_speaker
 from data.sources.speaker import check_user
-from model.inference.generate import Sampling, SamplingError
+from model.inference.sampling import Sampling, SamplingError
 from serving_export.bundle import Bundle, open_bundle
 from serving_export.server.reply import Replier
-from serving_export.server.request import GenerationFailed, PromptError, Request
+from serving_export.server.request import GenerationFailed, PromptError, ServedRequest
 
 HELP = "/reset starts over, /retry generates the last reply again, /stats shows the cache, /quit (or Ctrl-D) leaves"
 
@@ -38,7 +38,7 @@ class Chat:
         self._top_k = default.top_k
         self._sampling(0)  # raises SamplingError for invalid values before the first line is read
         self._opening = [Message(NARRATOR, arguments.scene)] if arguments.scene else []
-        self._last: tuple[Request, float] | None = None
+        self._last: tuple[ServedRequest, float] | None = None
         self.reset()
 
     def _sampling(self, seed: int) -> Sampling:
@@ -71,7 +71,7 @@ class Chat:
         given = self._arguments.seed
         seed = secrets.randbits(62) if given is None else (given * 1_000_003 + len(self.messages)) % 2**63
         began = time.perf_counter()
-        request: Request | None = None
+        request: ServedRequest | None = None
         written, n_left_out = "", 0
         self.console.print(f"[bold magenta]{escape_markup(self.character)}:[/] ", end="")
         try:

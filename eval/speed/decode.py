@@ -1,4 +1,4 @@
-"""Decoding speed of models in the reference runtime (model/inference/generate.py), which is not a serving engine."""
+"""Decoding speed of models with this project's runner (model/inference/)."""
 
 import statistics
 import time
@@ -10,7 +10,10 @@ from pydantic import Field, PositiveInt
 
 from data.packed.shards import PackedDataset
 from eval.scoring import OnProgress, silent
-from model.inference.generate import Sampling, generate
+from model.inference.generate import generate
+from model.inference.request import Request
+from model.inference.sampling import Sampling
+from model.inference.scheduler import Step
 from model.transformer import Transformer
 from recipes.loader import Section
 
@@ -35,12 +38,18 @@ def speed_prompts(dataset: PackedDataset, section: SpeedSection) -> list[list[in
 def time_generation(model: Transformer, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[float, float]:
     """(seconds to the first token of all prompts, seconds of a decoding step).
 
-    `generate` copies each step's tokens to the host before it calls `on_step`, so the times include the device's work.
+    A step is timed from the first to the last token of the reply that begins last, beside which all others are decoded.
+    Tokens are on the host when they are seen, so the times include the device's work.
     """
-    moments = [time.perf_counter()]
-    sampling = Sampling(new_tokens, stop_ids=(), temperature=0.0)
-    generate(model, prompts, sampling, on_step=lambda n_running: moments.append(time.perf_counter()))
-    return moments[1] - moments[0], (moments[-1] - moments[1]) / (len(moments) - 2)
+    moments: dict[Request, list[float]] = {}
+
+    def on_token(step: Step) -> None:
+        moments.setdefault(step.request, []).append(time.perf_counter())
+
+    began = time.perf_counter()
+    generate(model, prompts, Sampling(new_tokens, stop_ids=(), temperature=0.0), on_token=on_token)
+    first, *_, end = max(moments.values(), key=lambda times: times[0])
+    return first - began, (end - first) / (new_tokens - 1)
 
 
 def measure_speed(

@@ -1,57 +1,15 @@
-"""The paged KV cache: a pool per cache-owning layer, reference-counted pages, and the slots of a step."""
+"""The paged KV cache: a pool for each layer that owns one, and the slots that a step of the plain path reads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-
-
-class OutOfPages(RuntimeError):  # noqa: N818 (reads as what happened)
-    """The cache has fewer free pages than requested."""
-
-
-class PageAllocator:
-    """Page allocator with reference counts; a page is free when its refcount drops to zero."""
-
-    def __init__(self, n_pages: int):
-        self.n_pages = n_pages
-        self._free = list(range(n_pages - 1, -1, -1))
-        self._refcounts = [0] * n_pages
-
-    @property
-    def n_free(self) -> int:
-        return len(self._free)
-
-    def allocate(self, count: int) -> list[int]:
-        """Allocate `count` pages with refcount 1. Raises OutOfPages, allocating none, when there are not enough."""
-        if count > len(self._free):
-            raise OutOfPages(f"{count} cache pages requested, {len(self._free)} of {self.n_pages} are free")
-        pages = [self._free.pop() for _ in range(count)]
-        for page in pages:
-            self._refcounts[page] = 1
-        return pages
-
-    def retain(self, pages: Iterable[int]) -> None:
-        """Increment the refcount of each page."""
-        for page in pages:
-            assert self._refcounts[page] > 0, f"page {page} is free"
-            self._refcounts[page] += 1
-
-    def release(self, pages: Iterable[int]) -> None:
-        """Decrement the refcount of each page."""
-        for page in pages:
-            assert self._refcounts[page] > 0, f"page {page} is free"
-            self._refcounts[page] -= 1
-            if not self._refcounts[page]:
-                self._free.append(page)
-
-    def refcount(self, page: int) -> int:
-        return self._refcounts[page]
+from model.inference.blocks import PageAllocator
 
 
 class PagedKVCache:
@@ -77,13 +35,6 @@ class PagedKVCache:
     def pages_for(self, n_tokens: int) -> int:
         """Number of pages for `n_tokens` tokens."""
         return -(-n_tokens // self.page_size)
-
-    def copy_page(self, source: int, target: int) -> None:
-        """Copy a page in every layer, for a sequence that forks inside a page."""
-        slots = slice(source * self.page_size, (source + 1) * self.page_size)
-        target_slots = slice(target * self.page_size, (target + 1) * self.page_size)
-        for pool in (*self.k_SGK.values(), *self.v_SGK.values()):
-            pool[target_slots] = pool[slots]
 
 
 @dataclass(frozen=True)

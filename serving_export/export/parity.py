@@ -15,7 +15,8 @@ from data.format.encode import CONTROL_SURFACES, encode_dialogue, encode_message
 from data.format.tokenizer import DialogueTokenizer
 from data.prompt.template import PromptTemplate
 from model.attention_ops import Documents
-from model.inference.generate import Sampling, generate
+from model.inference.generate import generate
+from model.inference.sampling import Sampling
 from model.transformer import Transformer
 from serving_export.export.chat_template import dialogue_of, engine_content
 

@@ -12,7 +12,7 @@ from typing import Any
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from model.inference.generate import Sampling
+from model.inference.sampling import Sampling
 from recipes.json_text import json_text
 from serving_export.bundle import Bundle, SamplingDefaults
 from serving_export.server.conversation import EncodedPrompt
@@ -27,7 +27,7 @@ from serving_export.server.protocol import (
     usage_chunk,
 )
 from serving_export.server.reply import Replier
-from serving_export.server.request import Event, GenerationFailed, Request
+from serving_export.server.request import Event, GenerationFailed, ServedRequest
 
 
 class Answer:
@@ -41,7 +41,7 @@ class Answer:
         self._head = completion_head(bundle.name, prompt.n_left_out if chat.truncation == "auto" else None)
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._arrived = time.perf_counter()
-        self._requests: list[Request] = []
+        self._requests: list[ServedRequest] = []
         self.is_over = False
         try:
             for index in range(chat.n):
@@ -50,12 +50,13 @@ class Answer:
             self.cancel()
             raise
 
-    def _start(self, index: int, defaults: SamplingDefaults, loop: asyncio.AbstractEventLoop) -> Request:
+    def _start(self, index: int, defaults: SamplingDefaults, loop: asyncio.AbstractEventLoop) -> ServedRequest:
         def emit(event: Event) -> None:
             loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
         sampling = sampling_of(self._chat, index, defaults, self._replier)
-        return self._replier.start(self._prompt, sampling, emit, self._chat.cache_salt, self._chat.stop)
+        first = self._requests[0] if self._requests else None
+        return self._replier.start(self._prompt, sampling, emit, self._chat.cache_salt, self._chat.stop, first)
 
     @property
     def stage(self) -> str:

@@ -10,11 +10,11 @@ from data.format.dialogue import Message
 from data.format.tokenizer import DialogueTokenizer
 from data.prompt.fit import fit_prompt
 from data.sources.record import LeftOut
-from model.inference.generate import Sampling
+from model.inference.sampling import Sampling
 from serving_export.server.conversation import ConversationEncoder, EncodedPrompt, history_digest
 from serving_export.server.detokenizer import Detokenizer, PieceTable
 from serving_export.server.engine import Engine
-from serving_export.server.request import Event, PromptError, Request
+from serving_export.server.request import Event, PromptError, ServedRequest
 
 
 class Replier:
@@ -85,11 +85,12 @@ class Replier:
         emit: Callable[[Event], None],
         salt: str | None = None,
         stop: Sequence[str] = (),
-    ) -> Request:
-        """Submit a prompt to the engine; a reply ends before any of the texts `stop`. `emit`: see Engine.submit."""
-        return self.engine.submit(prompt.tokens, sampling, emit, salt, Detokenizer(self.pieces, stop))
+        after: ServedRequest | None = None,
+    ) -> ServedRequest:
+        """Submit a prompt; the reply ends before any of the texts `stop`. `emit` and `after`: see Engine.submit."""
+        return self.engine.submit(prompt.tokens, sampling, emit, salt, Detokenizer(self.pieces, stop), after)
 
-    def remember(self, prompt: EncodedPrompt, request: Request) -> None:
+    def remember(self, prompt: EncodedPrompt, request: ServedRequest) -> None:
         """After the last event: reuse the generated ids when the conversation comes back with this reply."""
         generated = request.generated
         is_closed = generated[-1:] == [self.tokenizer.end_id]
@@ -97,7 +98,7 @@ class Replier:
 
     def stream(
         self, prompt: EncodedPrompt, sampling: Sampling, salt: str | None = None
-    ) -> Iterator[tuple[str, Request]]:
+    ) -> Iterator[tuple[str, ServedRequest]]:
         """The reply's text piece by piece, blocking. Closing the iterator cancels the request.
 
         Raises GenerationFailed.

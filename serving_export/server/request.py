@@ -1,4 +1,4 @@
-"""A request of the engine: one reply to generate, the events that it produces, and why it was refused or failed."""
+"""A request of the server: the events that its reply produces, and why it was refused or failed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from model.inference.generate import Sampling
+from model.inference.request import Request
 from serving_export.server.detokenizer import Detokenizer
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -47,40 +47,14 @@ class Event:
 
 
 @dataclass(eq=False)
-class Request:
-    """One reply to generate: its tokens, cache pages and text. Only the engine's thread writes; all may read.
+class ServedRequest(Request):
+    """A request with the receiver of its events and its text. Only the engine's thread writes; all may read."""
 
-    `cancel` may be called from any thread, any number of times.
-    """
-
-    number: int
-    tokens: list[int]  # the prompt, then the generated tokens
-    sampling: Sampling
-    emit: Callable[[Event], None]
-    salt: str | None = None
+    emit: Callable[[Event], None] = field(kw_only=True)
     detokenizer: Detokenizer | None = None
-    pages: list[int] = field(default_factory=list)
-    n_computed: int = 0  # tokens whose keys and values are in `pages`
-    n_cached: int | None = None  # prompt tokens from the prefix cache, known from the first admission on
     finish_reason: FinishReason | None = None
     is_cancelled: bool = False
-
-    def __post_init__(self) -> None:
-        self.n_prompt = len(self.tokens)
-
-    @property
-    def n_pending(self) -> int:
-        """Tokens still to be computed; 1 in the decode phase."""
-        return len(self.tokens) - self.n_computed
-
-    @property
-    def n_generated(self) -> int:
-        return len(self.tokens) - self.n_prompt
-
-    @property
-    def generated(self) -> list[int]:
-        """Generated tokens, the stop token included."""
-        return self.tokens[self.n_prompt :]
+    on_cancel: Callable[[ServedRequest], None] = lambda request: None
 
     @property
     def text(self) -> str:
@@ -93,5 +67,10 @@ class Request:
         return "decode" if self.n_generated else "queue" if self.n_cached is None else "prefill"
 
     def cancel(self) -> None:
-        """Ask the engine to stop and free the pages; the last event then says "cancelled". No effect after the end."""
-        self.is_cancelled = True
+        """Ask the engine to stop and free the pages; the last event then says "cancelled". No effect after the end.
+
+        May be called from any thread, any number of times.
+        """
+        if not self.is_cancelled:
+            self.is_cancelled = True
+            self.on_cancel(self)

@@ -6,7 +6,7 @@ from data.format.dialogue import NARRATOR, Dialogue, Message
 from data.format.encode import decode_reply, encode_prompt, encode_reply
 from data.format.tokenizer import DialogueTokenizer
 from eval.context import human_replies, sample_replies, select_contexts
-from model.inference.generate import Sampling
+from model.inference.sampling import Sampling
 from model.transformer import Transformer
 
 

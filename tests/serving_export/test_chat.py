@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from data.format.tokenizer import DialogueTokenizer
-from model.inference.generate import SamplingError
+from model.inference.sampling import SamplingError
 from model.transformer import Transformer
 from serving_export.bundle import Bundle, SamplingDefaults
 from serving_export.chat import Chat

@@ -77,9 +77,9 @@ def test_while_it_waits(running: Any, monkeypatch: pytest.MonkeyPatch, stage: st
     engine = running.engine
     with monkeypatch.context() as patch:
         if stage == "queue":
-            patch.setattr(engine, "_admit", lambda: time.sleep(0.001))
+            patch.setattr(engine.scheduler, "_admit", lambda: time.sleep(0.001))
         else:
-            patch.setattr(engine, "prefill_tokens_per_step", 0)
+            patch.setattr(engine.scheduler, "prefill_tokens_per_step", 0)
         connection = running.send({"messages": MESSAGES, "stream": stream})
         wait_until(lambda: bool(engine.n_waiting if stage == "queue" else engine.n_running))
         if stage == "prefill":
@@ -96,11 +96,9 @@ def test_while_it_is_written(running: Any, monkeypatch: pytest.MonkeyPatch, stre
     first = running.tokenizer.end_id + 1
     with monkeypatch.context() as patch:
         # the reply never ends by itself before the client has gone
-        patch.setattr(
-            "serving_export.server.engine.sample", lambda logits, *_: (logits[:, first:].argmax(-1) + first, None)
-        )
+        patch.setattr("model.inference.runner.sample", lambda logits, *_: (logits[:, first:].argmax(-1) + first, None))
         connection = running.send({"messages": MESSAGES, "stream": stream, "n": 2, "max_tokens": 200})
-        wait_until(lambda: any(g.n_generated > 3 for g in list(running.engine._running)))
+        wait_until(lambda: any(g.n_generated > 3 for g in list(running.engine.scheduler.running)))
         connection.close()
         wait_until(lambda: not running.engine.n_running)
     assert_left_at(running, "decode", before)

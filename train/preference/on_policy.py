@@ -23,7 +23,8 @@ from data.sources.preferences import PreferencePair, read_pairs, write_pairs
 from data.sources.record import LeftOut
 from eval.context import ReplyContext, select_contexts
 from model.attention_ops import Documents
-from model.inference.generate import Completion, Sampling, generate
+from model.inference.generate import Completion, generate
+from model.inference.sampling import Sampling
 from model.scalar_head import ScalarHead
 from model.transformer import Transformer
 from model.weights import load_scorer

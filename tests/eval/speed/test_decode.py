@@ -14,7 +14,8 @@ SECTION = SpeedSection(prompt_tokens=20, new_tokens=5, batches=(1, 3), repeats=3
 def test_time_of_a_step_leaves_out_the_prompt(
     models: dict[str, Transformer], tokenizer: DialogueTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = iter([100.0, 107.0, 108.0, 109.0, 110.0, 111.0])  # seven seconds for the prompts, one for each step
+    # seven seconds for the prompts, one for each step of two replies
+    clock = iter([100.0, 106.0, 107.0, *(107.0 + step + reply / 8 for step in range(1, 5) for reply in (-1, 0))])
     monkeypatch.setattr(decode_speed.time, "perf_counter", lambda: next(clock))
     prompts = [[tokenizer.bos_id, 5, 6], [tokenizer.bos_id, 7]]
     assert time_generation(models["sft"], prompts, SECTION.new_tokens) == (7.0, 1.0)

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from model.attention_ops import Documents
 from model.config import AdjacentSharing, KVSharing, ModelConfig, NoSharing, TailSharing
-from model.inference.generate import NonFiniteLogits, Sampling, generate
-from model.inference.kv_cache import CacheStep, OutOfPages, PageAllocator, PagedKVCache
+from model.inference.blocks import OutOfPages, PageAllocator
+from model.inference.generate import NonFiniteLogits, generate
+from model.inference.kv_cache import CacheStep, PagedKVCache
+from model.inference.sampling import Sampling
 from model.transformer import Transformer
 
 SHARINGS: list[KVSharing] = [

@@ -15,10 +15,13 @@ from hypothesis import strategies as st
 
 from model.attention_ops import Documents
 from model.config import ModelConfig, TailSharing
-from model.inference.generate import Sampling, sample, uniform
+from model.inference.request import Request
+from model.inference.rows import Rows
+from model.inference.sampler import sample
+from model.inference.sampling import Sampling
 from model.transformer import Transformer
 from serving_export.server.engine import Engine
-from serving_export.server.request import Event, PromptError, QueueFull, Request
+from serving_export.server.request import Event, PromptError, QueueFull, ServedRequest
 
 VOCAB = 41
 STOP = 4
@@ -119,18 +122,20 @@ def test_replies_equal_uncached_greedy(data: st.DataObject) -> None:
 
 def test_pressure_preempts_and_evicts(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = poisoned(Engine(tiny(), n_pages=10, page_size=4))
-    preempt = engine._preempt
+    scheduler, preempt = engine.scheduler, engine.scheduler._preempt
 
     def checked(request: Request) -> None:
-        assert request.number == max(running.number for running in engine._running), "not the youngest"
+        assert requests.index(request) == max(map(requests.index, scheduler.running)), "not the youngest"
         preempt(request)
-        assert request is engine._waiting[0], "not the first to be admitted again"
+        assert request is scheduler.waiting[0], "not the first to be admitted again"
 
-    monkeypatch.setattr(engine, "_preempt", checked)
+    monkeypatch.setattr(scheduler, "_preempt", checked)
     listeners = [Listener() for _ in range(6)]
     prompts = [(2, *range(5 + i, 15 + i)) for i in range(6)]
-    for prompt, listener in zip(prompts, listeners):
-        engine.submit(prompt, Sampling(max_new_tokens=20, stop_ids=(), temperature=0), listener)
+    rule = Sampling(max_new_tokens=20, stop_ids=(), temperature=0)
+    requests: list[Request] = [
+        engine.submit(prompt, rule, listener) for prompt, listener in zip(prompts, listeners, strict=True)
+    ]
     finish(engine)
     assert engine.counters.preemptions > 0
     assert engine.prefix_cache.counters.evicted_pages > 0
@@ -184,21 +189,20 @@ def test_a_request_whose_receiver_fails_is_cancelled() -> None:
 def test_a_step_prefills_at_most_its_budget_the_oldest_request_first(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(tiny(), n_pages=40, page_size=4, prefill_tokens_per_step=6)
     planned: list[list[tuple[int, int]]] = []
-    next_chunks = engine._next_chunks
+    next_chunks = engine.scheduler._next_chunks
 
     def recorded() -> Any:
         chunks = next_chunks()
-        planned.append([(request.number, length) for request, length in chunks])
+        planned.append([(requests.index(request), length) for request, length in chunks])
         return chunks
 
-    monkeypatch.setattr(engine, "_next_chunks", recorded)
-    for length in (5, 9, 3):
-        engine.submit([2, *range(5, 4 + length)], greedy(3), Listener())
+    monkeypatch.setattr(engine.scheduler, "_next_chunks", recorded)
+    requests: list[Request] = [engine.submit([2, *range(5, 4 + length)], greedy(3), Listener()) for length in (5, 9, 3)]
     finish(engine)
     assert [chunks for chunks in planned if chunks] == [[(0, 5), (1, 1)], [(1, 6)], [(1, 2), (2, 3)]]
 
 
-def converse(engine: Engine, prompt: Sequence[int], n_new: int, salt: str | None = None) -> Request:
+def converse(engine: Engine, prompt: Sequence[int], n_new: int, salt: str | None = None) -> ServedRequest:
     request = engine.submit(prompt, Sampling(n_new, (), temperature=0), Listener(), salt)
     finish(engine)
     return request
@@ -268,19 +272,19 @@ def test_failed_scheduling_ends_the_running_requests_or_else_the_first_waiting_o
     """One request fails at a time, so that a request that cannot be scheduled does not block those behind it."""
     engine = Engine(tiny(), n_pages=30, page_size=4, max_running=2)
     events: list[queue.SimpleQueue[Event]] = [queue.SimpleQueue() for _ in range(4)]
-    admit, failing = engine._admit, threading.Event()
+    scheduler, failing = engine.scheduler, threading.Event()
+    admit = scheduler._admit
 
     def scheduled() -> None:
-        if n_running == 0 and any(request.number == 0 for request in engine._waiting):
+        if n_running == 0 and requests[0] in scheduler.waiting:
             raise RuntimeError("cannot be scheduled")
         if n_running and engine.n_running == n_running and not failing.is_set():
             failing.set()
             raise RuntimeError("failed once")
         admit()
 
-    monkeypatch.setattr(engine, "_admit", scheduled)
-    for number in range(4):
-        engine.submit([2, 5 + number], greedy(8), events[number].put)
+    monkeypatch.setattr(scheduler, "_admit", scheduled)
+    requests = [engine.submit([2, 5 + number], greedy(8), events[number].put) for number in range(4)]
     failed = range(max(n_running, 1))
     engine.start()
     try:
@@ -305,15 +309,15 @@ def test_failed_scheduling_ends_the_running_requests_or_else_the_first_waiting_o
 def test_failed_row_ends_its_own_request(monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
     bad_seed = 13
 
-    def failing(logits_BV: torch.Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float]) -> Any:
-        for row, (sampling, number) in enumerate(zip(samplings, uniforms, strict=True)):
-            if sampling.seed == bad_seed and number == uniform(bad_seed, 2):
+    def failing(logits_BV: torch.Tensor, rows: Rows, wants_logprobs: bool) -> Any:
+        for row, (sampling, n_drawn) in enumerate(zip(rows.samplings, rows.n_drawn_R.tolist(), strict=True)):
+            if sampling is not None and sampling.seed == bad_seed and n_drawn == 2:
                 if fails == "raises":
                     raise RuntimeError("out of memory")
                 logits_BV[row, 3] = torch.nan
-        return sample(logits_BV, samplings, uniforms)
+        return sample(logits_BV, rows, wants_logprobs)
 
-    monkeypatch.setattr("serving_export.server.engine.sample", failing)
+    monkeypatch.setattr("model.inference.runner.sample", failing)
     engine = poisoned(Engine(tiny(), n_pages=60, page_size=4))
     prompts = [(2, 5, 6, 7, 8 + i) for i in range(4)]
     listeners = [Listener() for _ in prompts]

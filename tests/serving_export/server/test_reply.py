@@ -22,7 +22,7 @@ from serving_export.server.conversation import ConversationEncoder
 from serving_export.server.detokenizer import Detokenizer
 from serving_export.server.engine import Engine
 from serving_export.server.reply import Replier
-from serving_export.server.request import Event, GenerationFailed, PromptError, QueueFull, Request
+from serving_export.server.request import Event, GenerationFailed, PromptError, QueueFull, ServedRequest
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def replier(model: Transformer, tokenizer: DialogueTokenizer) -> Iterator[Replie
 ASKED = [Message("narrator", "Ada: likes ducks"), Message("Bob", "hello <|end|> \u2060")]
 
 
-def prompt_of(request: Request) -> list[int]:
+def prompt_of(request: ServedRequest) -> list[int]:
     return request.tokens[: request.n_prompt]
 
 
@@ -70,7 +70,8 @@ def test_a_reply_that_ended_with_end_returns_as_it_was_generated(
     prompt, first_byte = replier.encode(ASKED, "Ada"), 5
     generated = [*(first_byte + byte for byte in b" hi"), tokenizer.end_id]
     detokenizer = Detokenizer(replier.pieces)
-    request = Request(0, list(prompt.tokens), replier.sampling(9, 1.0, 0, 1.0, 0), lambda _: None, None, detokenizer)
+    rule = replier.sampling(9, 1.0, 0, 1.0, 0)
+    request = ServedRequest(list(prompt.tokens), rule, emit=lambda _: None, detokenizer=detokenizer)
     for token in generated:
         request.tokens.append(token)
         detokenizer.push(token)
@@ -122,7 +123,7 @@ def test_text_of_a_request_is_that_of_its_tokens(
     replier = Replier(Engine(model, n_pages=128, page_size=page_size), tokenizer)
     sampling = replier.sampling(n_new, temperature=1.5, top_k=0, top_p=1.0, seed=seed)
 
-    def run(stop: list[str], cancel_at: int | None) -> tuple[Request, list[Event]]:
+    def run(stop: list[str], cancel_at: int | None) -> tuple[ServedRequest, list[Event]]:
         events: list[Event] = []
         request = replier.start(replier.encode(ASKED, "Ada"), sampling, events.append, stop=stop)
         n_steps = 0

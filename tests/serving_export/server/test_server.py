@@ -14,7 +14,7 @@ import pytest
 from data.format.dialogue import Message
 from data.format.encode import encode_prompt
 from data.prompt.fit import FittedPrompt, fit_prompt
-from model.inference.generate import sample
+from model.inference.sampler import sample
 from serving_export.bundle import PAGE_SIZE
 
 NAME = "runs/demo/export"
@@ -232,16 +232,16 @@ def test_unforeseen_failure_is_answered_and_counted(running: Any, monkeypatch: p
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_failed_reply_is_answered_with_its_reason(running: Any, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
-    def no_numbers(logits_BV: Any, samplings: Any, uniforms: Any) -> Any:
-        for row, sampling in enumerate(samplings):
+    def no_numbers(logits_BV: Any, rows: Any, wants_logprobs: bool) -> Any:
+        for row, sampling in enumerate(rows.samplings):
             if sampling.top_k == 3:
                 logits_BV[row] = float("nan")
-        return sample(logits_BV, samplings, uniforms)
+        return sample(logits_BV, rows, wants_logprobs)
 
     body = {"messages": HELLO, "temperature": 0, "max_tokens": 30}
     expected = running.http.post("/v1/chat/completions", json=body).json()["choices"]
     with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool:
-        patch.setattr("serving_export.server.engine.sample", no_numbers)
+        patch.setattr("model.inference.runner.sample", no_numbers)
         beside = pool.submit(running.http.post, "/v1/chat/completions", json=body)
         failed = running.http.post("/v1/chat/completions", json={**body, "top_k": 3, "stream": stream})
         assert beside.result().json()["choices"] == expected

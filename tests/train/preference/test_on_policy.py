@@ -18,7 +18,8 @@ from data.sources.preferences import PreferencePair
 from data.sources.record import LeftOut
 from eval.context import ReplyContext
 from model.config import ModelConfig
-from model.inference.generate import Completion, FinishReason
+from model.inference.generate import Completion
+from model.inference.scheduler import FinishReason
 from model.transformer import Transformer
 from train.deepspeed.world import World
 from train.preference import on_policy

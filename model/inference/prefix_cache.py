@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from model.inference.kv_cache import PageAllocator
+from model.inference.blocks import PageAllocator
 
 
 @dataclass(eq=False, repr=False, slots=True)

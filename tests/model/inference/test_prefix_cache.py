@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from model.inference.kv_cache import PageAllocator
-from serving_export.server.prefix_cache import PrefixCache
+from model.inference.blocks import PageAllocator
+from model.inference.prefix_cache import PrefixCache
 
 PAGE = 2
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=11)
