@@ -18,7 +18,7 @@ from data.format.speaker_names import SpeakerNames, count_names
 from data.format.tokenizer import DialogueTokenizer, TokenizerError, train_tokenizer
 from data.packed.planned import READ_AT_MOST_BYTES, select_dialogues
 from data.pipeline.recipe import DataRecipe
-from data.sources.folder_files import describe_unread, is_packed
+from data.sources.folder_files import describe_unread, is_packed, unread_files
 from data.sources.hub import DatasetsSource
 from data.sources.json_source import JsonSource
 from data.sources.openai_messages import OpenaiMessagesSource
@@ -35,6 +35,12 @@ _OWN_FORMATS = ("chat_jsonl", "openai_messages", "sharegpt", "preference_pairs",
 """Tried before the published corpora, whose readers accept more."""
 PAIRS = {"preference_pairs": "jsonl", "hh_rlhf": "hh_rlhf"}
 """Source kinds that train.dpo reads too, with its names of their formats."""
+
+
+_REMEDY = (
+    'Write one JSON object a line into a .jsonl file: {"id": "c1", "messages": [{"speaker": "Tom", "text": "hi"}, ...]}'
+    "; the README's table lists what each kind reads"
+)
 
 
 class LookError(ValueError):
@@ -78,14 +84,17 @@ def find_source(path: Path) -> Found:
     if not path.exists():
         raise SourceError(f"--data {path}: no such file or directory")
     tried: list[tuple[float, Found]] = []
-    reasons = []
+    reasons: list[tuple[str, str]] = []
     for settings in _candidates(path):
         try:
             source: DialogueSource = TypeAdapter(AnySource).validate_python(settings)
+            source.files()
+        except (ValidationError, SourceError):
+            continue  # it reads no file here
+        try:
             found = _read(source, settings, _TRIED)
-        except (ValidationError, SourceError, OSError) as error:
-            if isinstance(error, OSError):
-                reasons.append(f"{settings['kind']}: {error}")
+        except (SourceError, OSError) as error:
+            reasons.append((settings["kind"], str(error)))
             continue
         share = len(found.dialogues) / max(1, found.n_records)
         tried.append((share, found))
@@ -100,23 +109,35 @@ def find_source(path: Path) -> Found:
     return replace(found, why_no_departures=why)
 
 
-def _nothing_fits(path: Path, tried: Sequence[Found], reasons: Sequence[str]) -> LookError:
-    """The error of a path that no reader reads, with the first bad record of each."""
+def _nothing_fits(path: Path, tried: Sequence[Found], reasons: Sequence[tuple[str, str]]) -> LookError:
+    """The error of a path that no reader reads, with the first bad record of each; `reasons`: kinds of readers that
+    could not read a file, and why."""
     files = sorted(file for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
     if not files:
-        return LookError(f"{path}: found no files; expected conversations, such as JSON lines (see the README)")
+        unread = f"; {describe_unread(others)}" if (others := unread_files(str(path), ())) else ""
+        return LookError(f"{path}: found no files{unread}; expected conversations. {_REMEDY}")
     packed = [file.name for file in files if is_packed(file.name)]
     if len(packed) == len(files):
         return LookError(f"{path}: {describe_unread(packed)}; compression with gzip is read")
-    errors = [f"{f.kind}: {f.bad[0].file}:{f.bad[0].line}: {f.bad[0].reason}" for f in tried if f.bad]
-    lines = [f"  {line[:200]}" for line in dict.fromkeys([*errors, *reasons])][:8]
-    suffixes = ", ".join(sorted({file.suffix for file in files}))
+    first_of: dict[str, str] = {}
+    errors = [(f.kind, f"{f.bad[0].file}:{f.bad[0].line}: {f.bad[0].reason}") for f in tried if f.bad]
+    for kind, reason in [*errors, *reasons]:
+        first_of.setdefault(kind, reason)
+    kinds_of: dict[str, list[str]] = {}
+    for kind, reason in first_of.items():
+        kinds_of.setdefault(reason, []).append(kind)
+    if not kinds_of:
+        names = [file.name if file == path else file.relative_to(path).as_posix() for file in files]
+        why = "the files hold no records" if tried else "no reader reads such files"
+        return LookError(f"{path}: {why} ({describe_unread(names)}). {_REMEDY}")
+    lines = [f"  {', '.join(kinds)}: {reason[:200]}" for reason, kinds in kinds_of.items()][:8]
+    suffixes = ", ".join(sorted({file.suffix or "no suffix" for file in files}))
     return LookError(
         "\n".join([
-            f"{path}: no reader reads half of the records ({suffixes} found); each on its first bad record:",
+            f"{path}: no reader reads half of the records ({suffixes} found); each on its first bad record or file:",
             *lines,
             *([f"not tried: {describe_unread(packed)}"] if packed else []),
-            "the README's table lists what each kind reads",
+            _REMEDY,
         ])
     )  # fmt: skip
 

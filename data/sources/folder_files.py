@@ -46,12 +46,19 @@ def find_files(path: str, suffixes: tuple[str, ...] = (".jsonl", ".jsonl.gz"), p
 
 def unread_files(path: str | None, read: Iterable[Path]) -> list[str]:
     """The files below the directory `path` that are not in `read`, relative to it, hidden ones last; empty if it is no
-    directory."""
+    directory. Links to folders, which are not followed, and links to nothing are among them."""
     if path is None or not Path(path).is_dir():
         return []
     root, known = Path(path), set(read)
-    names = [file.relative_to(root).as_posix() for file in root.rglob("*") if file not in known and file.is_file()]
+    others = [file for file in root.rglob("*") if file not in known and (file.is_file() or file.is_symlink())]
+    names = [file.relative_to(root).as_posix() + _what_link(file) for file in others]
     return sorted(names, key=lambda name: (is_hidden(name), name))
+
+
+def _what_link(file: Path) -> str:
+    if file.is_file():
+        return ""
+    return " (a link to a folder; give it as a source of its own)" if file.is_dir() else " (a link to a missing file)"
 
 
 def describe_unread(names: Sequence[str]) -> str:

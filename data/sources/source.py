@@ -82,7 +82,16 @@ def parse_object(line: bytes, *, keeps_nulls: bool = True) -> dict[str, Any]:
     try:
         record = parse_json(line.decode("utf-8"), keeps_nulls=keeps_nulls)
     except UnicodeDecodeError as error:
-        raise RecordError(f"byte {error.start} is not UTF-8") from None
+        raise RecordError(f"byte {error.start} is not UTF-8; {_remedy(line)}") from None
     if not isinstance(record, dict):
-        raise RecordError(f"expected a JSON object, found {type(record).__name__}")
+        remedy = "; write each record on one line" if isinstance(record, list) else ""
+        raise RecordError(f"expected a JSON object, found {type(record).__name__}{remedy}")
     return record
+
+
+def _remedy(line: bytes) -> str:
+    """What to do about bytes that are not UTF-8, from the first ones of a file."""
+    if line.startswith(b"\x1f\x8b"):
+        return "it is compressed with gzip, so add .gz to the file's name"
+    encoding = "UTF-16" if line.startswith((b"\xff\xfe", b"\xfe\xff")) else "its encoding"
+    return f"convert the file from {encoding} to UTF-8"

@@ -17,8 +17,22 @@ def parse_json(text: str, *, keeps_nulls: bool = True) -> Any:
         raise
     except RecursionError:
         raise RecordError("not JSON: nested too deeply") from None
-    except ValueError as error:  # a JSONDecodeError, or an integer with too many digits
+    except json.JSONDecodeError as error:
+        raise RecordError(f"not JSON: {error}{_remedy(text, error.pos)}") from None
+    except ValueError as error:  # an integer with too many digits
         raise RecordError(f"not JSON: {error}") from None
+
+
+def _remedy(text: str, place: int) -> str:
+    """What to do about common mistakes, from the text before and after the place of the error."""
+    before, after = text[:place].rstrip(), text[place : place + 100].lstrip()
+    if before.endswith(",") and after[:1] in ("]", "}"):
+        return f"; remove the comma before {after[0]}"
+    if before.endswith(("}", "]")) and after[:1] == ",":
+        return "; remove the comma after the record"
+    if before.endswith("}") and after[:1] == "{":
+        return "; several records stand one a line in a file named .jsonl"
+    return "; write each record on one line" if before in ("{", "[") and not after else ""
 
 
 def without_nulls(record: dict[str, Any]) -> dict[str, Any]:

@@ -44,6 +44,21 @@ def test_what_is_read_and_what_is_not(tmp_path: Path) -> None:
     assert unread_files(str(tmp_path / "a.jsonl"), []) == [], "a file alone leaves none out"
 
 
+def test_links_that_are_not_followed_are_named(tmp_path: Path) -> None:
+    for name in ("logs", "more"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jsonl").write_text("{}")
+    logs = tmp_path / "logs"
+    (logs / "b.jsonl").symlink_to(tmp_path / "more" / "a.jsonl")
+    (logs / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    (logs / "inner").symlink_to(tmp_path / "more")
+    files = find_files(str(logs), pattern="**/*")
+    assert [file.name for file in files] == ["a.jsonl", "b.jsonl"]
+    gone, inner = unread_files(str(logs), files)
+    assert gone == "gone.jsonl (a link to a missing file)"
+    assert inner == "inner (a link to a folder; give it as a source of its own)"
+
+
 def test_every_found_file_gives_its_dialogue(tmp_path: Path) -> None:
     source = SOURCES["chat_jsonl"].model_validate({"kind": "chat_jsonl", "path": str(folder(tmp_path))})
     names = [file.relative_to(tmp_path).as_posix() for file in source.files()]

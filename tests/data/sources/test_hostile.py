@@ -1,6 +1,7 @@
 """Whatever a file holds, reading it gives dialogues that can be written, or says of each record why it is none."""
 
 import csv
+import gzip
 import io
 import json
 from collections.abc import Callable
@@ -149,6 +150,32 @@ def test_a_hostile_line_is_rejected_with_its_place(tmp_path: Path, kind: str, li
     assert isinstance(bad, Rejected)
     assert (bad.file, bad.line) == (str(path), 3)
     assert reason in bad.reason
+
+
+@pytest.mark.parametrize(
+    ("content", "remedy"),
+    [
+        (b'{"id": "1"},\n', "remove the comma after the record"),
+        (b'{"id": "1",}\n', "remove the comma before }"),
+        (b'{"id": "1"} {"id": "2"}\n', "several records stand one a line in a file named .jsonl"),
+        (b'{\n  "id": "1"\n}\n', "write each record on one line"),
+        (b'[{"id": "1"}]\n', "found list; write each record on one line"),
+        ('{"id": "1"}\n'.encode("utf-16"), "convert the file from UTF-16 to UTF-8"),
+        ('{"id": "caf\xe9"}\n'.encode("latin-1"), "convert the file from its encoding to UTF-8"),
+        (gzip.compress(b'{"id": "1"}\n'), "compressed with gzip, so add .gz to the file's name"),
+    ],
+)
+def test_a_usual_mistake_is_rejected_with_what_to_do(tmp_path: Path, content: bytes, remedy: str) -> None:
+    (tmp_path / "f.jsonl").write_bytes(content)
+    for kind in ("chat_jsonl", "openai_messages"):
+        bad = next(iter(source(kind, tmp_path / "f.jsonl").read()))
+        assert isinstance(bad, Rejected) and bad.reason.endswith(remedy)
+
+
+def test_lines_in_a_json_file_are_rejected_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "f.json").write_text('{"messages": []}\n' * 2)
+    (bad,) = source("openai_messages", tmp_path / "f.json").read()
+    assert isinstance(bad, Rejected) and bad.reason.endswith("several records stand one a line in a file named .jsonl")
 
 
 @pytest.mark.parametrize("kind", EXTRA)
