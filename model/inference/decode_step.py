@@ -194,20 +194,47 @@ class DecodeStep:
         assert all(tables[kind].shape == (self.rows, self.width) for kind in self.plans)
         for plan in self.plans.values():
             plan.update(lengths_B)
-        return (self._vector_step if self.is_vector else self._matrix_step)(tokens_B, lengths_B, tables)
+        if self.is_vector:
+            return self._vector_step(tokens_B, lengths_B, tables)
+        from model.kernels.decode_norm import embed
 
-    def _matrix_step(self, tokens_B: Tensor, lengths_B: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
-        from model.kernels.decode_norm import add_norm_of_parts, embed
+        weights = self.weights
+        embed(
+            tokens_B, lengths_B, weights.embed_VD, weights.embed_scale, self.x_BD,
+            weights.layers[0].attention_norm_in_D, self.normed_BD, self.config.norm_eps,
+        )  # fmt: skip
+        return self._matrix_layers(0, lengths_B, tables)
+
+    @torch.no_grad()
+    def finish(
+        self, x_BD: Tensor, first_layer: int, lengths_B: Tensor, page_tables: Mapping[str, Tensor] | Tensor
+    ) -> Tensor:
+        """float32 logits_BV behind the newest tokens, from x_BD after the layers before `first_layer`.
+
+        For prompts, whose tail layers are computed for the last token only. Otherwise as `__call__`, for more than one
+        row or a deterministic step.
+        """
+        from model.kernels.norm import add_norm
+
+        assert not self.is_vector
+        tables = dict.fromkeys(self.plans, page_tables) if isinstance(page_tables, Tensor) else page_tables
+        for plan in self.plans.values():
+            plan.update(lengths_B)
+        norms_D = [layer.attention_norm_in_D for layer in self.weights.layers] + [self.weights.final_norm_D]
+        self.x_BD.copy_(x_BD)
+        normed_BD = add_norm(self.x_BD, None, None, norms_D[first_layer], self.config.norm_eps)[1]
+        assert normed_BD is not None
+        self.normed_BD.copy_(normed_BD)
+        return self._matrix_layers(first_layer, lengths_B, tables)
+
+    def _matrix_layers(self, first_layer: int, lengths_B: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
+        from model.kernels.decode_norm import add_norm_of_parts
         from model.kernels.decode_product import product
 
         weights, tiles, eps = self.weights, self.tiles, self.config.norm_eps
         layers = weights.layers
-        embed(
-            tokens_B, lengths_B, weights.embed_VD, weights.embed_scale, self.x_BD,
-            layers[0].attention_norm_in_D, self.normed_BD, eps,
-        )  # fmt: skip
         norms_behind = [layer.attention_norm_in_D for layer in layers[1:]] + [weights.final_norm_D]
-        for layer, norm_behind_D in zip(layers, norms_behind, strict=True):
+        for layer, norm_behind_D in [*zip(layers, norms_behind, strict=True)][first_layer:]:
             name = "qkv" if layer.k_norm_K is not None else "q"
             product(self.normed_BD, layer.w_qkv_XD, self.parts[name], tiles[name])
             self._attend(layer, self.parts[name], lengths_B, tables[layer.kind])

@@ -37,6 +37,12 @@ class RowStart:
     n_left: int
 
 
+def on_device(values: object, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of Python numbers, copied to the device without waiting for it."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 def _field(number: int, dtype: torch.dtype = torch.int32) -> property:
     return property(lambda rows: rows.state_FR[number].view(dtype))
 
@@ -62,6 +68,9 @@ class Rows:
         self.flags_RV = torch.zeros(n_rows, vocab_size, dtype=torch.uint8, device=device)
         self.samplings: list[Sampling | None] = [None] * n_rows
         self._flags_V: dict[tuple[tuple[int, ...], tuple[int, ...]], Tensor] = {}
+
+    def __len__(self) -> int:
+        return self.state_FR.shape[1]
 
     @property
     def seed_R(self) -> Tensor:
@@ -102,8 +111,8 @@ class Rows:
             value["top_k"] = min(s.top_k, 2**31 - 1)
             value["top_p"] = s.top_p
             self.flags_RV[row] = self._flags(s)
-        values_FN = torch.from_numpy(values_N.view(np.int32).reshape(len(starts), -1).T.copy())
-        self.state_FR[:, self._index(list(starts))] = values_FN.to(self.state_FR.device, non_blocking=True)
+        values_FN = on_device(values_N.view(np.int32).reshape(len(starts), -1).T, torch.int32, self.state_FR.device)
+        self.state_FR[:, self._index(list(starts))] = values_FN
 
     def clear(self, rows: Sequence[int]) -> None:
         """Make rows idle."""
@@ -126,7 +135,7 @@ class Rows:
             self.state_FR[:, self._index(rows)] = part.state_FR
 
     def _index(self, rows: Sequence[int]) -> Tensor:
-        return torch.tensor(rows, device=self.state_FR.device)
+        return on_device(list(rows), torch.int64, self.state_FR.device)
 
     def _flags(self, sampling: Sampling) -> Tensor:
         """The flags of a vocabulary, kept for each set of ids: the requests of a server share a few."""

@@ -8,15 +8,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from model.inference.decode_step import unsupported
 from model.inference.kv_cache import CacheStep, PagedKVCache
-from model.inference.rows import Rows, RowStart
+from model.inference.rows import Rows, RowStart, on_device
 from model.inference.sampler import advance, sample
 from model.transformer import Transformer
+
+
+class RunnerError(ValueError):
+    """A path that this model or device cannot take."""
 
 
 class Chunk(NamedTuple):
@@ -59,7 +64,9 @@ class Runner:
     """
 
     lag = 0
-    """Launches whose draws may stay unread while the next one is prepared."""
+    """Steps whose draws may stay unread while the next one is launched."""
+    why_plain: str | None = None
+    """Why the fused path is not taken."""
 
     def __init__(self, model: Transformer, cache: PagedKVCache, n_rows: int, max_length: int, wants_logprobs: bool):
         self.model, self.cache, self.n_rows, self.max_length = model, cache, n_rows, max_length
@@ -79,8 +86,8 @@ class Runner:
     def set_pages(self, places: Sequence[tuple[int, int]], pages: Sequence[int]) -> None:
         """Enter pages at (row, number of the page in its sequence)."""
         if places:
-            row_N, column_N = torch.tensor(places, device=self.device).T
-            self.page_table_RP[row_N, column_N] = torch.tensor(pages, dtype=torch.int32, device=self.device)
+            row_N, column_N = on_device(places, torch.int64, self.device).T
+            self.page_table_RP[row_N, column_N] = on_device(pages, torch.int32, self.device)
 
     @torch.no_grad()
     def prefill(self, chunks: Sequence[Chunk]) -> Draws | None:
@@ -122,3 +129,34 @@ class Runner:
         finish_B = advance(some, token_B)
         self.rows.update(rows, some)
         return Draws(rows, token_B, finish_B, logprob_B)
+
+
+Path = Literal["auto", "fused", "plain"]
+
+
+def open_runner(
+    model: Transformer,
+    cache: PagedKVCache,
+    n_rows: int,
+    max_length: int,
+    wants_logprobs: bool = False,
+    path: Path = "auto",
+    deterministic: bool = False,
+) -> Runner:
+    """A runner on fused kernels and CUDA graphs, or on the plain path.
+
+    path: "auto" takes the fused one where it can; `Runner.why_plain` says why it is not. deterministic: replies do not
+    depend on the batch. Raises RunnerError where "fused" or `deterministic` cannot be had.
+    """
+    reason = unsupported(model.config, model.embed_tokens.weight.dtype, model.embed_tokens.weight.device)
+    if path == "plain" or (path == "auto" and reason is not None):
+        if deterministic:
+            raise RunnerError(f"deterministic decoding needs the fused path: {reason or 'path is plain'}")
+        runner = Runner(model, cache, n_rows, max_length, wants_logprobs)
+        runner.why_plain = reason or "asked for"
+        return runner
+    if reason is not None:
+        raise RunnerError(reason)
+    from model.inference.graph_runner import GraphRunner  # needs Triton
+
+    return GraphRunner(model, cache, n_rows, max_length, wants_logprobs, deterministic)
