@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 
 from model.inference.kv_cache import PagedKVCache
 from model.inference.request import Request
-from model.inference.runner import Runner
+from model.inference.runner import Path, open_runner
 from model.inference.sampling import Sampling
 from model.inference.scheduler import FinishReason, Scheduler, Step
 from model.transformer import Transformer
 
-MAX_ROWS, PREFILL_TOKENS = 256, 4096
-"""Sequences that are decoded together, and prompt tokens that are computed beside them in a step."""
+MAX_ROWS = 256
+"""Sequences that are decoded together."""
 
 
 class NonFiniteLogits(ValueError):  # noqa: N818 (reads as what happened)
@@ -36,12 +36,13 @@ def generate(
     n_samples: int = 1,
     page_size: int = 16,
     on_token: Callable[[Step], None] = lambda step: None,
+    path: Path = "auto",
 ) -> list[list[Completion]]:
     """`n_samples` completions of every prompt; the pages of equal beginnings are computed once and shared.
 
     Sample j of prompt i is seeded by (sampling.seed, i, j), independent of the rest of the batch. on_token: called with
-    every token as soon as it is on the host. Raises ValueError for a prompt that is empty or not shorter than
-    the model's max_length, NonFiniteLogits for non-finite logits.
+    every token as soon as it is on the host. path: see `open_runner`. Raises ValueError for a prompt that is empty or
+    not shorter than the model's max_length, NonFiniteLogits for non-finite logits.
     """
     if not prompts:
         return []
@@ -73,7 +74,8 @@ def generate(
             reasons[step.request] = step.finish_reason
         on_token(step)
 
-    scheduler = Scheduler(Runner(model, cache, n_rows, max(longest), wants_logprobs=True), PREFILL_TOKENS, deliver)
+    runner = open_runner(model, cache, n_rows, max(longest), wants_logprobs=True, path=path)
+    scheduler = Scheduler(runner, runner.max_prefill_tokens, deliver)
     requests: list[list[Request]] = [[] for _ in prompts]
     for copy in range(n_samples):  # every prompt is in the cache before its second sample starts
         for number, prompt in enumerate(prompts):

@@ -45,7 +45,7 @@ class CopiedDraws:
     has_logprobs: bool
 
     def read(self) -> list[Draw]:
-        """The draws, once they are there."""
+        """See `Draws`."""
         self.is_copied.synchronize()
         tokens, finishes, _ = self.result_3R.tolist()
         logprobs = self.result_3R[2].view(torch.float32).tolist()
@@ -77,7 +77,7 @@ class GraphRunner(Runner):
         self.deterministic = deterministic
         self.weights = DecodeWeights(model, max_length)
         self._row_buckets = row_buckets(self._n_states)
-        longest_chunk = min(MAX_PREFILL_TOKENS, n_rows * max_length)
+        self.max_prefill_tokens = longest_chunk = min(MAX_PREFILL_TOKENS, n_rows * max_length)
         self._token_buckets = token_buckets(longest_chunk)
         on_device = partial(torch.zeros, dtype=torch.int32, device=self.device)
         self._result_3R = on_device(3, self._n_states)
@@ -91,11 +91,6 @@ class GraphRunner(Runner):
         self._steps: dict[int, DecodeStep] = {}
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
-
-    @property
-    def max_prefill_tokens(self) -> int:
-        """Most tokens of the chunks of one launch."""
-        return self._token_buckets[-1]
 
     def warm_up(self) -> None:
         """Capture all graphs, the largest first, whose memory the others share."""

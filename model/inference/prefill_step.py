@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from model.config import LayerKind
 from model.inference.decode_step import DecodeWeights, LayerWeights
 from model.kernels.cache_write import write_to_cache
 from model.kernels.gated_product import gated_product
@@ -46,7 +47,7 @@ class PrefillStep:
 
     @torch.no_grad()
     def __call__(
-        self, tokens_T: Tensor, starts_B1: Tensor, context_B: Tensor, page_tables: Mapping[str, Tensor]
+        self, tokens_T: Tensor, starts_B1: Tensor, context_B: Tensor, page_tables: Mapping[LayerKind, Tensor]
     ) -> Tensor:
         """Append packed tokens to their sequences; x_TD after the last layer that owns a cache, before the final norm.
 
@@ -92,11 +93,11 @@ class PrefillStep:
     ) -> Tensor:  # fmt: skip
         config, pools = self.config, (self.k_pools[layer.source], self.v_pools[layer.source])
         owns_cache = layer.k_norm_K is not None
-        q_THK, *key_value = normed_heads(
+        q_THK, k_TGK, v_TGK = normed_heads(
             F.linear(normed_TD, layer.w_qkv_XD), layer.q_norm_K, layer.k_norm_K, *rope, config.n_heads,
             config.n_kv_heads if owns_cache else 0, config.norm_eps,
         )  # fmt: skip
         if owns_cache:
-            write_to_cache(*key_value, slots_T, *pools)
+            write_to_cache(k_TGK, v_TGK, slots_T, *pools)
         window = config.window if layer.kind == "S" else None
         return prefill_attention(q_THK, *pools, table_BP, self.page_size, starts_B1, lengths_B, window)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -42,9 +42,16 @@ class Draw(NamedTuple):
     logprob: float | None
 
 
-@dataclass(frozen=True)
-class Draws:
+class Draws(Protocol):
     """The draws of one launch."""
+
+    def read(self) -> list[Draw]:
+        """The draws, once they are computed."""
+
+
+@dataclass(frozen=True)
+class ComputedDraws:
+    """Draws of rows in tensors."""
 
     rows: Sequence[int]
     token_B: Tensor
@@ -52,7 +59,7 @@ class Draws:
     logprob_B: Tensor | None
 
     def read(self) -> list[Draw]:
-        """The draws, once they are computed."""
+        """See `Draws`."""
         logprobs = [None] * len(self.rows) if self.logprob_B is None else self.logprob_B.tolist()
         return list(map(Draw, self.rows, self.token_B.tolist(), self.finish_B.tolist(), logprobs))
 
@@ -65,6 +72,8 @@ class Runner:
 
     lag = 0
     """Steps whose draws may stay unread while the next one is launched."""
+    max_prefill_tokens = 2048
+    """Most tokens of the chunks of one launch."""
     why_plain: str | None = None
     """Why the fused path is not taken."""
 
@@ -74,6 +83,9 @@ class Runner:
         self.device = model.embed_tokens.weight.device
         self.rows = Rows(n_rows, model.config.vocab_size, self.device)
         self.page_table_RP = torch.zeros(n_rows, cache.pages_for(max_length), dtype=torch.int32, device=self.device)
+
+    def warm_up(self) -> None:
+        """Prepare what the first launches would otherwise wait for."""
 
     def start(self, starts: dict[int, RowStart]) -> None:
         """Give idle rows to sequences, whose prompts are to be prefilled."""
@@ -128,7 +140,7 @@ class Runner:
         some.length_R.copy_(length_B)
         finish_B = advance(some, token_B)
         self.rows.update(rows, some)
-        return Draws(rows, token_B, finish_B, logprob_B)
+        return ComputedDraws(rows, token_B, finish_B, logprob_B)
 
 
 Path = Literal["auto", "fused", "plain"]

@@ -52,7 +52,10 @@ class Scheduler:
     """
 
     def __init__(self, runner: Runner, prefill_tokens_per_step: int, deliver: Callable[[Step], None]):
-        """deliver: called with every token as soon as it is known; it may `end` requests."""
+        """prefill_tokens_per_step: beside replies that are being decoded, whose next token waits for them; without any,
+        a step computes as many as the runner can. deliver: called with every token as soon as it is known; it may `end`
+        requests.
+        """
         assert prefill_tokens_per_step > 0
         self._deliver = deliver
         self.runner, self.cache = runner, runner.cache
@@ -162,6 +165,9 @@ class Scheduler:
     def _next_chunks(self) -> list[tuple[Request, int]]:
         """Which prompts to prefill in this step, and how many tokens of each, oldest first."""
         budget = self.prefill_tokens_per_step
+        if not any(request.has_prompt for request in self.running):
+            budget = max(budget, self.runner.max_prefill_tokens)
+        budget = min(budget, self.runner.max_prefill_tokens)
         chunks: list[tuple[Request, int]] = []
         for request in self.running:
             if budget > 0 and not request.has_prompt:

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from model.inference.kv_cache import PagedKVCache
 from model.inference.request import Request
-from model.inference.runner import Runner
+from model.inference.runner import Path, open_runner
 from model.inference.sampling import Sampling
 from model.inference.scheduler import Scheduler, SchedulerCounters, Step
 from model.transformer import Transformer
@@ -35,6 +35,8 @@ class Engine:
         max_running: int = 64,
         max_waiting: int = 1024,
         prefill_tokens_per_step: int = 512,
+        path: Path = "auto",
+        deterministic: bool = False,
     ):
         assert n_pages > 0 and max_running > 0
         self.model = model
@@ -43,8 +45,10 @@ class Engine:
         self.cache = PagedKVCache(model.config, n_pages, page_size, weight_VD.dtype, self.device)
         self.max_length = min(model.config.max_length, n_pages * page_size)
         """Most tokens (prompt and reply) of one request: limited by the model's max_length and by the cache."""
-        runner = Runner(model, self.cache, max_running, self.max_length, wants_logprobs=False)
-        self.scheduler = Scheduler(runner, prefill_tokens_per_step, self._deliver)
+        self.runner = open_runner(
+            model, self.cache, max_running, self.max_length, path=path, deterministic=deterministic
+        )
+        self.scheduler = Scheduler(self.runner, prefill_tokens_per_step, self._deliver)
         self.prefix_cache = self.scheduler.prefix_cache
         self.max_waiting = max_waiting
         self._inbox: deque[ServedRequest] = deque()

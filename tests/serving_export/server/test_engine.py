@@ -188,6 +188,7 @@ def test_a_request_whose_receiver_fails_is_cancelled() -> None:
 
 def test_a_step_prefills_at_most_its_budget_the_oldest_request_first(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(tiny(), n_pages=40, page_size=4, prefill_tokens_per_step=6)
+    engine.runner.max_prefill_tokens = 6
     planned: list[list[tuple[int, int]]] = []
     next_chunks = engine.scheduler._next_chunks
 
@@ -200,6 +201,26 @@ def test_a_step_prefills_at_most_its_budget_the_oldest_request_first(monkeypatch
     requests: list[Request] = [engine.submit([2, *range(5, 4 + length)], greedy(3), Listener()) for length in (5, 9, 3)]
     finish(engine)
     assert [chunks for chunks in planned if chunks] == [[(0, 5), (1, 1)], [(1, 6)], [(1, 2), (2, 3)]]
+
+
+def test_a_prompt_waits_for_replies_but_not_for_an_idle_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(tiny(), n_pages=40, page_size=4, prefill_tokens_per_step=6)
+    lengths: list[int] = []
+    prefill = engine.runner.prefill
+
+    def recorded(chunks: Any) -> Any:
+        lengths.append(sum(len(chunk.tokens) for chunk in chunks))
+        return prefill(chunks)
+
+    monkeypatch.setattr(engine.runner, "prefill", recorded)
+    beside = engine.submit([2, *range(5, 20)], Sampling(30, (), temperature=0), Listener())
+    engine.step()
+    assert lengths == [16]
+    engine.submit([2, *range(6, 25)], greedy(3), Listener())
+    for _ in range(4):
+        engine.step()
+    assert lengths == [16, 6, 6, 6, 2]
+    assert beside.n_generated == 2 + 4
 
 
 def converse(engine: Engine, prompt: Sequence[int], n_new: int, salt: str | None = None) -> ServedRequest:
