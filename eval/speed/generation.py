@@ -29,6 +29,7 @@ from model.inference.sampling import Sampling
 from model.inference.scheduler import Scheduler, Step
 from model.transformer import Transformer
 from recipes.loader import load_recipe
+from train.pretrain import PretrainRecipe
 
 COPY_GB_A_SECOND, PAGE_SIZE = 3020, 16
 """Bandwidth of a copy on an H100, for the floor of a decoding step."""
@@ -103,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in arguments.recipes:
         name = Path(path).stem
         rows = figures[name] = measure_model(
-            load_recipe(path).model, arguments.decoding, arguments.deterministic, arguments.repeats
+            load_recipe(PretrainRecipe, path).model, arguments.decoding, arguments.deterministic, arguments.repeats
         )
         print_table(name, rows, peer.get(name, []))
         if arguments.json:
@@ -159,8 +160,9 @@ def print_table(name: str, rows: Sequence[dict[str, object]], peer: Sequence[dic
             assert isinstance(ours, dict)
             shown = {k: f"{v:,.4f}" if key == "first_token_s" else f"{v:,.0f}" for k, v in ours.items()}
             theirs = other.get(key)
+            spread = f"{shown['median']} ({shown['least']} to {shown['most']})"
             table.add_row(
-                str(row["batch"]), str(row["prompt"]), label, f"{shown['median']} ({shown['least']} to {shown['most']})",
+                str(row["batch"]), str(row["prompt"]), label, spread,
                 f"{row['floor']:,.0f}" if key == "decode_tokens_a_second" else "",
                 f"{theirs:,.4g}" if isinstance(theirs, float) else "",
                 f"{ours['median'] / theirs:.2f}" if isinstance(theirs, float) else "",
