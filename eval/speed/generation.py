@@ -102,10 +102,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     peer = json.loads(arguments.peer.read_text()) if arguments.peer else {}
     figures: dict[str, list[dict[str, object]]] = {}
     for path in arguments.recipes:
-        name = Path(path).stem
-        rows = figures[name] = measure_model(
-            load_recipe(PretrainRecipe, path).model, arguments.decoding, arguments.deterministic, arguments.repeats
-        )
+        name, config = Path(path).stem, load_recipe(PretrainRecipe, path).model
+        if config is None:
+            print(f"{path} has no model section: its model is that of init_from", file=sys.stderr)
+            return 2
+        rows = figures[name] = measure_model(config, arguments.decoding, arguments.deterministic, arguments.repeats)
         print_table(name, rows, peer.get(name, []))
         if arguments.json:
             arguments.json.write_text(json.dumps(figures, indent=1))
