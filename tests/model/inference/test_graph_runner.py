@@ -117,8 +117,10 @@ def test_a_deterministic_reply_does_not_depend_on_the_batch() -> None:
 
 def test_samples_of_one_prompt_differ_and_share_its_pages() -> None:
     model = tiny(NoSharing())
-    (samples,) = generate(model, [[7] * 100], Sampling(12, (), 1.0, seed=3), n_samples=6)
+    prompt = torch.randint(5, VOCAB, (100,), generator=torch.Generator().manual_seed(5)).tolist()
+    rule = Sampling(12, (), 3.0, seed=3)  # hot: the embeddings are large
+    (samples,) = generate(model, [prompt], rule, n_samples=6)
     assert len({tuple(sample.tokens) for sample in samples}) == 6
-    again = generate(model, [[7] * 100], Sampling(12, (), 1.0, seed=3), n_samples=6)
+    again = generate(model, [prompt], rule, n_samples=6)
     assert [s.tokens for s in again[0]] == [s.tokens for s in samples]
     assert all(logprob < 0 for sample in samples for logprob in sample.logprobs)
