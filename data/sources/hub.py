@@ -99,8 +99,9 @@ class DatasetsSource(JsonSource):
         if self.hub is not None:
             yield from self._of_hub(self.hub, part, n_parts)
         elif path.suffix.lower() == _PARQUET:
+            name = self._name_in_source(path, path.name)
             for number, row in parquet_rows(path, part, n_parts):
-                make = partial(self._of_row, f"{path.name}:{number}", row)
+                make = partial(self._of_row, f"{name}:{number}", row)
                 yield read_record(make, str(path), lambda number=number: number, row)  # type: ignore[misc]
         else:
             yield from super().read_file(path, part, n_parts)

@@ -55,31 +55,37 @@ class JsonSource(JsonFormat, CorpusSource):
             if _is_lines(path.name) and is_plain(path):
                 begin, end = share(os.path.getsize(path), part, n_parts)
                 for file in open_corpus_files(path, self.suffixes):
-                    yield from self._of_lines(file, LineReader(file.stream, begin, end))
+                    yield from self._of_lines(path, file, LineReader(file.stream, begin, end))
             elif part == 0:
                 for file in open_corpus_files(path, self.suffixes):
                     if _is_lines(file.name):
-                        yield from self._of_lines(file, LineReader(file.stream))
+                        yield from self._of_lines(path, file, LineReader(file.stream))
                     else:
-                        yield from self._of_list(file)
+                        yield from self._of_list(path, file)
 
     def n_parts(self, path: Path, part_bytes: int) -> int:
         return super().n_parts(path, part_bytes) if _is_lines(path.name) and is_plain(path) else 1
 
-    def _of_lines(self, file: OpenFile, reader: LineReader) -> Iterator[Dialogue | LeftOut | Rejected]:
+    def _name_in_source(self, path: Path, name: str) -> str:
+        """`name` with the folders of `path` below the source's: files of several folders can have the same name."""
+        root = Path(self.path)
+        return (path.relative_to(root).parent / name).as_posix() if root in path.parents else name
+
+    def _of_lines(self, path: Path, file: OpenFile, reader: LineReader) -> Iterator[Dialogue | LeftOut | Rejected]:
+        name = self._name_in_source(path, file.name)
         for offset, line in reader:
-            make = partial(self._made, f"{file.name}@{offset}", _object_of_line, line)
+            make = partial(self._made, f"{name}@{offset}", _object_of_line, line)
             yield read_record(make, file.place, lambda: reader.number, line)
 
-    def _of_list(self, file: OpenFile) -> Iterator[Dialogue | LeftOut | Rejected]:
-        whole = file.read()
+    def _of_list(self, path: Path, file: OpenFile) -> Iterator[Dialogue | LeftOut | Rejected]:
+        name, whole = self._name_in_source(path, file.name), file.read()
         try:
             records = json_of(whole, list)
         except RecordError as error:
             yield rejected(file.place, WHOLE_FILE, str(error), whole.content)
             return
         for number, record in enumerate(records, start=1):
-            make = partial(self._made, f"{file.name}:{number}", _object, record)
+            make = partial(self._made, f"{name}:{number}", _object, record)
             yield read_record(make, file.place, lambda number=number: number, record)  # type: ignore[misc]
 
     def _made(self, place: str, parse: Callable[[Any], dict[str, Any]], record: Any) -> Dialogue | LeftOut:

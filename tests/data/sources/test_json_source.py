@@ -8,6 +8,8 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -58,6 +60,20 @@ def test_a_file_alone_gives_what_it_gives_among_others(tmp_path: Path, kind: str
     alone = [record for path in folder.files() for record in source(kind, path).read()]
     assert alone == list(folder.read())
     assert [path.name for path in folder.files()] == ["a.jsonl", "b.jsonl", "c.jsonl.gz"]
+
+
+def test_files_of_the_same_name_in_several_folders_give_different_ids(tmp_path: Path) -> None:
+    """Such as a folder a month."""
+    for folder in (tmp_path, tmp_path / "05", tmp_path / "06"):
+        folder.mkdir(exist_ok=True)
+        (folder / "a.jsonl").write_text(json.dumps(GOOD["openai_messages"]))
+        (folder / "b.json").write_text(json.dumps([GOOD["openai_messages"]]))
+        pq.write_table(pa.Table.from_pylist([GOOD["openai_messages"]]), folder / "c.parquet")
+    names = [f"{folder}{name}" for folder in ("05/", "06/", "") for name in ("a.jsonl@0", "b.json:1")]
+    assert [record.id for record in source("openai_messages", tmp_path).read()] == names
+    settings = {"kind": "datasets", "path": str(tmp_path), "format": {"kind": "openai_messages"}}
+    rows = [record.id for record in SOURCES["datasets"].model_validate(settings).read()]
+    assert [name for name in rows if "parquet" in name] == ["05/c.parquet:1", "06/c.parquet:1", "c.parquet:1"]
 
 
 def test_compressed_files_lists_and_archives_are_read_by_the_first_part(tmp_path: Path) -> None:
