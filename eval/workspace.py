@@ -45,9 +45,13 @@ class BootstrapSection(Section):
     confidence_level: PositiveFloat = 0.95
 
     def over(self, heldout: PackedDataset, seed: int) -> Bootstrap:
-        """Intervals over the dialogues of these shards, widened if people take part in several."""
-        people = SharedParticipants(heldout.dialogues["participants"].to_pylist())
-        return Bootstrap(self.n_resamples, self.confidence_level, seed, people)
+        """Intervals over the dialogues of these shards, widened if people take part in several, or if several have the
+        same id, which are pieces of one conversation."""
+        participants, ids = (heldout.dialogues[key].to_pylist() for key in ("participants", "id"))
+        n_people = 1 + max((person for people in participants for person in people), default=-1)
+        numbers = {identity: n_people + number for number, identity in enumerate(dict.fromkeys(ids))}
+        links = [[*people, numbers[identity]] for people, identity in zip(participants, ids, strict=True)]
+        return Bootstrap(self.n_resamples, self.confidence_level, seed, SharedParticipants(links))
 
     @model_validator(mode="after")
     def _below_one(self) -> "BootstrapSection":

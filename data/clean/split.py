@@ -28,7 +28,7 @@ class SplitError(ValueError):
 
 class TimeSplit(Section):
     """Hold out dialogues that begin on `heldout_from` (UTC) or later. Undated dialogues and those that span the date
-    are dropped."""
+    are dropped, and so are earlier dialogues with the id of a held-out one."""
 
     kind: Literal["time"]
     heldout_from: date
@@ -39,7 +39,8 @@ class TimeSplit(Section):
 
 
 class FractionSplit(Section):
-    """Hold out about this fraction of each source's dialogues, chosen by a hash."""
+    """Hold out about this fraction of each source's dialogues, chosen by a hash of the id. Dialogues with the same id
+    (pieces of a conversation) go to the same side."""
 
     kind: Literal["fraction"]
     heldout: float = Field(gt=0, lt=1)
@@ -100,6 +101,8 @@ def _by_time(records: SplitRecords, rule: TimeSplit) -> np.ndarray:
     sides[records.end_time >= boundary] = SPANNING
     sides[records.start_time >= boundary] = HELDOUT
     sides[np.isnan(records.start_time)] = UNDATED
+    is_continued = np.isin(records.heldout_hash, records.heldout_hash[sides == HELDOUT])
+    sides[is_continued & (sides == TRAIN)] = SPANNING
     if rule.by_participant:
         dialogue = _dialogue_of_participant(records)
         unseen = np.unique(records.participants[sides[dialogue] == HELDOUT])
@@ -147,13 +150,14 @@ def _linked_heldout(records: SplitRecords, fraction: float) -> np.ndarray:
 
 
 def groups_of(records: SplitRecords) -> np.ndarray:
-    """The group number of each dialogue: dialogues are linked by their participants."""
+    """The group number of each dialogue: dialogues are linked by their participants, and by equal ids."""
     n = len(records.source)
     people, person = np.unique(records.participants, return_inverse=True)
-    links = coo_array(
-        (np.ones(len(person), np.int8), (_dialogue_of_participant(records), n + person)),
-        shape=(n + len(people), n + len(people)),
-    )
+    ids, identity = np.unique(records.heldout_hash, return_inverse=True)
+    dialogue = np.concatenate([_dialogue_of_participant(records), np.arange(n)])
+    linking = np.concatenate([n + person, n + len(people) + identity])
+    n_nodes = n + len(people) + len(ids)
+    links = coo_array((np.ones(len(dialogue), np.int8), (dialogue, linking)), shape=(n_nodes, n_nodes))
     _, labels = connected_components(links, directed=False)
     return np.unique(labels[:n], return_inverse=True)[1]
 

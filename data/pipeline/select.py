@@ -60,8 +60,12 @@ class SelectDialogues(ItemStep):
         edges = np.cumsum([0, *map(len, rows)])
         source = np.repeat(source_of_unit, np.diff(edges))
         keys = np.concatenate([unit_rows["content_key"] for unit_rows in rows])
-        sides, warnings = self._split(units, source_of_unit)
         is_duplicate = _repeats(keys)
+        repeated_ids = _warning_of_repeated_ids(units, edges, is_duplicate)
+        try:
+            sides, warnings = self._split(units, source_of_unit)
+        except SplitError as error:
+            raise SplitError(f"{error}; {repeated_ids}" if repeated_ids else str(error)) from None
         is_near = near_duplicates(self.work) if self.drops_near_duplicates else np.zeros(len(keys), bool)
         is_near &= ~is_duplicate
         is_single = ~is_duplicate & ~is_near
@@ -79,6 +83,7 @@ class SelectDialogues(ItemStep):
         total = Ledger.total(ledgers.values())
         _check_sides(sides, total)
         check_times_for_labels(total, self.continue_within_seconds)
+        warnings += [repeated_ids] if repeated_ids else []
         write_json(folder / _WARNINGS_FILE, [*warnings, *side_warnings(_measures(units, rows), sides)])
         np.save(folder / _SIDES_FILE, sides)
         np.save(folder / _EDGES_FILE, edges)
@@ -145,6 +150,25 @@ def _first_kept(participant: int, unit: UnitResults) -> tuple[str, str] | None:
             dialogue = next(islice(unit.read_dialogues(), row, row + 1))
             return dialogue.participants[place - edges[number]], dialogue.id
     return None
+
+
+def _warning_of_repeated_ids(units: Sequence[UnitResults], edges: np.ndarray, is_duplicate: np.ndarray) -> str:
+    """The warning about dialogues of different content with the same id; empty if there are none."""
+    records = [unit.column("records") for unit in units]
+    hashes = np.concatenate([part["heldout_hash"][part["is_kept"]] for part in records])
+    ids, counts = np.unique(hashes[~is_duplicate], return_counts=True)
+    if not len(ids) or counts.max() < 2:
+        return ""
+    number = int(np.flatnonzero(hashes == ids[np.argmax(counts)])[0])
+    unit = int(np.searchsorted(edges, number, "right")) - 1
+    row = number - int(edges[unit])
+    dialogue = next(islice(units[unit].read_dialogues(), row, row + 1))
+    n_repeats = int(counts.sum()) - len(ids)
+    return (
+        f"{n_repeats:,} dialogue{'s have' if n_repeats > 1 else ' has'} the id of another one, such as {dialogue.id!r} "
+        f"({counts.max():,} dialogues): they count as pieces of one conversation, which is on one side of the split; "
+        "if they are different conversations, give each its own id"
+    )
 
 
 def _measures(units: Sequence[UnitResults], rows: Sequence[np.ndarray]) -> tuple[Measure, ...]:

@@ -128,6 +128,22 @@ def test_of_duplicates_the_first_stays(recipe_file: Path, tmp_path: Path, write_
     assert kept == {"chat_jsonl": 140}, "the longest file of the first folder holds what all others hold"
 
 
+def test_different_dialogues_of_one_id_are_told(
+    recipe_file: Path, tmp_path: Path, write_chats: WriteChats, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A record that is there twice is a duplicate, and no second piece."""
+    chats = tmp_path / "chats.jsonl"
+    write_chats(chats, 60)
+    lines = chats.read_text().splitlines()
+    piece = json.loads(lines[0])
+    piece["messages"].append({"speaker": "Ann", "text": "and then?", "time": 99})
+    for given, told in (([*lines, lines[5]], False), ([*lines, json.dumps(piece)], True)):
+        chats.write_text("\n".join(given))
+        assert main([str(recipe_file), f"run_dir={tmp_path}/{told}"]) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert ("1 dialogue has the id of another one, such as 'chat 0' (2 dialogues)" in out) == told
+
+
 def test_people_of_a_filtered_heldout_session_do_not_train(recipe_file: Path, tmp_path: Path) -> None:
     with open(tmp_path / "chats.jsonl", "w", encoding="utf-8") as file:
         for i, (time, people, n) in enumerate([(1e9, ["a"], 4), (1e9, ["b"], 4), (2e9, ["b"], 1), (2e9, ["c"], 4)]):

@@ -47,7 +47,13 @@ def tokenizer(dialogues: list[Dialogue]) -> DialogueTokenizer:
     return train_tokenizer(texts, None, vocab_size=310)
 
 
-def write_packed(directory: Path, dialogues: list[Dialogue], tokenizer: DialogueTokenizer) -> None:
+def write_packed(
+    directory: Path,
+    dialogues: list[Dialogue],
+    tokenizer: DialogueTokenizer,
+    participants: list[list[int]] | None = None,
+) -> None:
+    """Shards of the dialogues; `participants` of each, by default an own one."""
     rule = CutRule(ROW_LENGTH, ROW_LENGTH // 4, tokenizer.inside_character())
     encoded = [encode_dialogue(tokenizer, dialogue) for dialogue in dialogues]
     documents = [piece for number, one in enumerate(encoded) for piece in cut(one, rule, number)]
@@ -60,7 +66,7 @@ def write_packed(directory: Path, dialogues: list[Dialogue], tokenizer: Dialogue
         vocab_size=tokenizer.vocab_size,
         rows_per_shard=64,
         tokenizer_sha256="0" * 64,
-        dialogues=dialogue_table([d.id for d in dialogues], [[number] for number in range(len(dialogues))]),
+        dialogues=dialogue_table([d.id for d in dialogues], participants or [[n] for n in range(len(dialogues))]),
     )
 
 

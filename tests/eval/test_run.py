@@ -2,17 +2,25 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
+from data.format.dialogue import Dialogue
+from data.format.dialogue_json import read_dialogues
+from data.format.tokenizer import DialogueTokenizer
+from data.packed.shards import PackedDataset
 from eval.report import to_json
 from eval.run import PARTS, evaluate, main
-from eval.workspace import EvalRecipe
+from eval.workspace import BootstrapSection, EvalRecipe
 from recipes.interrupt import EXIT_CODE
 from recipes.loader import load_recipe
+from tests.eval.conftest import write_packed
 from tests.interrupted import interrupted_at_import
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "eval.yaml"
@@ -34,6 +42,44 @@ def call(monkeypatch: pytest.MonkeyPatch, root: Path, *extra: str) -> int:
     return main()
 
 
+def check_samples(root: Path, samples: list[dict[str, Any]]) -> None:
+    """Each is the beginning of a held-out dialogue and what was said there; a reply of 8 tokens is cut."""
+    dialogues = list(read_dialogues(root / "data" / "dialogues" / "heldout.jsonl"))
+    for sample in samples:
+        human, *others = sample["replies"]
+        shown = [(m["speaker"], m["text"]) for m in sample["context"]] + [(sample["character"], human["text"])]
+        begin, texts = sample["n_earlier"], [[(m.speaker, m.text) for m in dialogue.messages] for dialogue in dialogues]
+        assert begin >= 0 and any(text[begin : begin + len(shown)] == shown for text in texts)
+        assert human["finished"] and human["system"] == "human"
+        assert [reply["system"] for reply in others] == ["pretrain", "sft", "dpo"]
+    assert not all(reply["finished"] for sample in samples for reply in sample["replies"])
+    assert any(sample["n_earlier"] for sample in samples)
+
+
+def check_units(report: dict[str, Any]) -> None:
+    """Intervals are over dialogues: one context each."""
+    ranking, quality = report["ranking"]["models"]["sft"], report["quality"]["systems"]["sft"]
+    assert ranking["mean_logprob"]["mrr"]["n_clusters"] == 8 and quality["length_words"]["n_clusters"] == 12
+    preference = report["preference"]
+    assert preference["win_rate"]["n_clusters"] == preference["drift"]["on_model"]["nats_per_token"]["n_clusters"] == 12
+    assert report["user_sensitivity"]["models"]["sft"]["user"]["kl"]["n_clusters"] == 6
+    assert report["engagement"]["auc"]["n_clusters"] == report["engagement"]["n_dialogues"] > 6
+
+
+def test_intervals_know_who_takes_part_in_several_dialogues(
+    tmp_path: Path, dialogues: list[Dialogue], tokenizer: DialogueTokenizer
+) -> None:
+    """Dialogues with the same id are pieces of one conversation, and linked like those with the same person."""
+    people, alone = [[number % 3] for number in range(20)], [[number] for number in range(20)]
+    pieces = [replace(dialogue, id=f"piece of {number % 3}") for number, dialogue in enumerate(dialogues[:20])]
+    for name, some, participants in (("shared", dialogues[:20], people), ("alone", dialogues[:20], alone),
+                                     ("pieces", pieces, alone)):  # fmt: skip
+        write_packed(tmp_path / name, some, tokenizer, participants)
+        bootstrap = BootstrapSection(n_resamples=50).over(PackedDataset(tmp_path / name), seed=0)
+        estimate = bootstrap.mean([float(number % 3) for number in range(20)], np.arange(20))
+        assert (estimate.variance_factor > 2) == ("widened" in estimate.method) == (name != "alone")
+
+
 def test_whole_evaluation(pipeline: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     (pipeline / "sft" / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n{"step": 2, "heldout_loss": 4.0}\n')
     assert call(monkeypatch, pipeline) == 0
@@ -45,6 +91,8 @@ def test_whole_evaluation(pipeline: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert report["quality"]["systems"]["human"]["stop_rate"]["value"] == 1
     assert report["precision"].startswith("float32, CPU" if not torch.cuda.is_available() else "the dtype")
     assert len(report["samples"]) == 3 and len(report["samples"][0]["replies"]) == 4
+    check_samples(pipeline, report["samples"])
+    check_units(report)
     assert report["training_curves"]["sft"]["heldout_loss"] == [4.0]
     assert report["user_sensitivity"]["models"]["sft"]["ignored_last_user_messages"] == 0
     done = json.loads((pipeline / "eval" / "done.json").read_text())

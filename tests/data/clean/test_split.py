@@ -170,3 +170,20 @@ def test_a_group_in_two_sources_is_held_out_where_it_fits_both() -> None:
     for seed in range(20):
         heldout = Counter(dialogue.source for dialogue in Sides(dialogues, rule, seed).heldout)
         assert heldout["a"] <= 1 and heldout["b"] <= 1
+
+
+@pytest.mark.parametrize("by_participant", [True, False])
+def test_pieces_of_a_conversation_are_on_one_side(by_participant: bool) -> None:
+    """Dialogues with the same id, whoever takes part in them."""
+    rule = FractionSplit(kind="fraction", heldout=0.3, by_participant=by_participant)
+    pieces = [talk(f"conversation {number % 20}", None, f"person {number}") for number in range(60)]
+    for seed in range(5):
+        sides = Sides(pieces, rule, seed)
+        assert sides.heldout and sides.train and not {*ids(sides.heldout)} & {*ids(sides.train)}
+
+
+def test_an_earlier_piece_of_a_heldout_conversation_is_dropped() -> None:
+    dialogues = [talk("a", SEPTEMBER - 9), talk("a", SEPTEMBER + 9), talk("b", SEPTEMBER - 9)]
+    sides = Sides(dialogues, BY_TIME, 0)
+    assert (ids(sides.train), ids(sides.heldout)) == (["b"], ["a"])
+    assert {reason: ids(some) for reason, some in sides.dropped.items()} == {"continues after heldout_from": ["a"]}
