@@ -5,7 +5,7 @@ import pytest
 from data.format.dialogue import NARRATOR, Dialogue, Message
 from data.format.encode import decode_reply, encode_prompt, encode_reply
 from data.format.tokenizer import DialogueTokenizer
-from eval.context import human_replies, sample_replies, select_contexts
+from eval.context import dialogues_of, human_replies, sample_replies, select_contexts
 from model.inference.sampling import Sampling
 from model.transformer import Transformer
 
@@ -24,6 +24,7 @@ def test_contexts_are_one_a_dialogue_and_end_before_a_reply_of_the_character(
         assert context.messages[-1].speaker == "Sam" and place >= 2
         assert list(context.prompt) == encode_prompt(tokenizer, context.messages, "Alex")
         assert list(context.human_tokens) == encode_reply(tokenizer, context.human_reply)
+    assert [dialogues[number].id for number in dialogues_of(contexts)] == [c.dialogue_id for c in contexts]
 
 
 def test_selection_follows_the_seed(dialogues: list[Dialogue], tokenizer: DialogueTokenizer) -> None:

@@ -253,14 +253,16 @@ def test_samples_end_in_an_ellipsis_and_the_character_is_on_the_left() -> None:
     report["samples"][1]["replies"][0] |= {"text": "and then", "finished": False, "probability": 0.9612}
     report["samples"][1]["replies"][1] |= {"probability": 0.9634}
     html = render_html(report, {})
+    n_cut = sum(not reply["finished"] for sample in report["samples"] for reply in sample["replies"])
+    assert html.count("…</span><span") == n_cut > 0
     assert "and then…</span><span" in html and "… 1 earlier message not shown" in html
     assert "96.1%" in html and "96.3%" in html
     own = re.search(r'<div class="bubble ([a-z]*)"><span class="who"><bdi>Alex', html)
     other = re.search(r'<div class="bubble ([a-z]*)"><span class="who"><bdi>Sam', html)
     assert own and other and (own[1], other[1]) == ("own", "other")
-    assert (
-        ".bubble.other { align-self: flex-end" in html and ".turn.mine { align-self: flex-end" in CHAT_PAGE.read_text()
-    )
+    page = CHAT_PAGE.read_text()
+    assert ".bubble.other { align-self: flex-end" in html and ".turn.mine { align-self: flex-end" in page
+    assert 'turn.className = "turn" + (role === "user" ? " mine" : "")' in page
 
 
 def test_the_note_on_earlier_messages_stands_where_they_are_missing() -> None:
@@ -316,6 +318,35 @@ def test_a_card_shows_how_its_figure_differs_from_the_bar(loss: float, shown: st
     card = summary_cards(report)[0]
     assert card["value"] == shown
     assert card["note"].endswith("bigram 3.398" if loss > 3.4 else "bigram 3.40")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "tag"), [(3.2, 3.4, "clears the bar"), (3.4, 3.6, "undecided"), (3.6, 3.8, "misses the bar")]
+)
+def test_the_verdict_on_the_loss_comes_from_the_interval(low: float, high: float, tag: str) -> None:
+    report = to_json(random_report())
+    report["perplexity"]["ngrams"]["bigram_kneser_ney"] = 3.5
+    report["perplexity"]["models"]["pretrain"]["loss"] |= {"low": low, "value": (low + high) / 2 + 0.01, "high": high}
+    assert summary_cards(report)[0]["tag"] == tag
+
+
+@pytest.mark.parametrize("suspected", [False, True])
+def test_a_win_rate_above_the_threshold_says_look_twice(suspected: bool) -> None:
+    report = to_json({"schema_version": 2, **random_report()})
+    report["preference"] |= {"over_optimisation_suspected": suspected}
+    (card,) = [card for card in summary_cards(report) if card["title"] == "dpo over sft, win rate"]
+    assert (card["tag"] == "look twice") == ("over-optimized?" in card["note"]) == suspected
+    assert ("The whole interval of this run is in it" in render_html(report, {})) == suspected
+
+
+def test_the_scorer_is_compared_with_the_best_baseline() -> None:
+    report = to_json(random_report())
+    values = {"length": (0.55, 0.02), "turn_number": (0.71, -0.01), "length_and_turn_number": (0.6, 0.02)}
+    for name, (value, low) in values.items():
+        report["engagement"]["baselines"][name]["auc"] |= {"value": value}
+        report["engagement"]["baselines"][name]["scorer_minus_baseline"] |= {"low": low, "value": 0.05, "high": 0.1}
+    (card,) = [card for card in summary_cards(report) if card["title"] == "Scorer AUC"]
+    assert card["note"].startswith("best text-free baseline 0.71") and card["tag"] == "undecided"
 
 
 def test_any_name_of_a_model_can_be_drawn(tmp_path: Path) -> None:

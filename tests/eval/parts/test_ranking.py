@@ -78,6 +78,7 @@ def test_chance_is_what_random_scores_give() -> None:
     constant = rank_figures([np.zeros(10)] * 3, BOOTSTRAP, np.arange(3))
     assert constant["recall_at_1"].value == pytest.approx(0.1)
     assert constant["mrr"].value == pytest.approx(chance_figures(10)["mrr"])
+    assert constant["recall_at_1"].value == pytest.approx(chance_figures(10)["recall_at_1"])
 
 
 def test_length_only_scores() -> None:
