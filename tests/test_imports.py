@@ -23,6 +23,7 @@ NEED_TRITON = tuple(
     f"model.kernels.{name}"
     for name in (
         "add_rows",
+        "cache_write",
         "cross_entropy",
         "decode_attention",
         "decode_norm",
@@ -40,8 +41,9 @@ NEED_TRITON = tuple(
         "paged_attention",
         "prefill_attention",
         "rotary",
+        "sample",
     )
-)
+) + ("model.inference.prefill_step",)
 """Modules that import Triton; among them they may import each other, all else imports them inside functions."""
 FILES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
 

@@ -28,8 +28,7 @@ from model.inference.runner import open_runner
 from model.inference.sampling import Sampling
 from model.inference.scheduler import Scheduler, Step
 from model.transformer import Transformer
-from recipes.loader import load_recipe
-from train.pretrain import PretrainRecipe
+from recipes.loader import read_document
 
 COPY_GB_A_SECOND, PAGE_SIZE = 3020, 16
 """Bandwidth of a copy on an H100, for the floor of a decoding step."""
@@ -102,10 +101,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     peer = json.loads(arguments.peer.read_text()) if arguments.peer else {}
     figures: dict[str, list[dict[str, object]]] = {}
     for path in arguments.recipes:
-        name, config = Path(path).stem, load_recipe(PretrainRecipe, path).model
-        if config is None:
+        name, section = Path(path).stem, read_document(path).data.get("model")
+        if section is None:
             print(f"{path} has no model section: its model is that of init_from", file=sys.stderr)
             return 2
+        config = ModelConfig.model_validate_json(json.dumps(section))
         rows = figures[name] = measure_model(config, arguments.decoding, arguments.deterministic, arguments.repeats)
         print_table(name, rows, peer.get(name, []))
         if arguments.json:

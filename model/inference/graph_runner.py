@@ -6,6 +6,7 @@ Nothing in a step waits for the host: tokens, positions, page tables, sampling a
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -91,6 +92,8 @@ class GraphRunner(Runner):
         self._steps: dict[int, DecodeStep] = {}
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
+        # page-locked copies of the draws: more than can be unread, two launches a step
+        self._copies = deque(torch.empty(3, self._n_states, dtype=torch.int32, pin_memory=True) for _ in range(8))
 
     def warm_up(self) -> None:
         """Capture all graphs, the largest first, whose memory the others share."""
@@ -192,7 +195,8 @@ class GraphRunner(Runner):
         return self._graphs[key]
 
     def _copied(self, rows: Sequence[int]) -> CopiedDraws:
-        result_3R = torch.empty(3, self._n_states, dtype=torch.int32, pin_memory=True)
+        self._copies.rotate()
+        result_3R = self._copies[0]
         result_3R.copy_(self._result_3R, non_blocking=True)
         is_copied = torch.cuda.Event()
         is_copied.record()

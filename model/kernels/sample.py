@@ -17,7 +17,8 @@ from model.inference.rows import Rows
 from model.kernels.decode_attention import overlapping
 
 FORBIDDEN, STOP = tl.constexpr(_FORBIDDEN), tl.constexpr(_STOP)
-_BLOCK = 4096
+_BLOCK = 32768
+"""Most tokens that a program holds in registers at once."""
 
 
 @triton.jit
@@ -189,10 +190,11 @@ def sample_rows(
     result_3R: int32 (token, finish, bits of the log-probability) of each row, written where a token is drawn.
     """
     batch, vocab = logits_BV.shape
+    block = min(_BLOCK, triton.next_power_of_2(vocab))
     assert logits_BV.is_contiguous() and rows.state_FR.is_contiguous() and rows.flags_RV.is_contiguous()
     assert (rows_B is None) == (lengths_B is None) and result_3R.shape == (3, len(rows))
     _sample_kernel[(batch,)](
         logits_BV, rows.state_FR, rows.flags_RV, rows_B, lengths_B, result_3R, len(rows), vocab,
         GIVEN_ROWS=rows_B is not None, WANTS_LOGPROBS=wants_logprobs,
-        BLOCK=min(_BLOCK, triton.next_power_of_2(vocab)), num_warps=8, **overlapping(logits_BV.device),
+        BLOCK=block, num_warps=min(max(block // 1024, 4), 32), **overlapping(logits_BV.device),
     )  # fmt: skip
