@@ -43,7 +43,7 @@ NEED_TRITON = tuple(
         "rotary",
         "sample",
     )
-) + ("model.inference.prefill_step",)
+)
 """Modules that import Triton; among them they may import each other, all else imports them inside functions."""
 FILES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
 

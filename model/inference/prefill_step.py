@@ -14,11 +14,6 @@ from torch.nn import functional as F
 
 from model.config import LayerKind
 from model.inference.decode_step import DecodeWeights, LayerWeights
-from model.kernels.cache_write import write_to_cache
-from model.kernels.gated_product import gated_product
-from model.kernels.norm import add_norm
-from model.kernels.prefill_attention import prefill_attention
-from model.kernels.rotary import normed_heads
 
 
 class PrefillStep:
@@ -55,6 +50,9 @@ class PrefillStep:
         are padding, and sequences beyond the last have none. context_B: cached tokens of each sequence. page_tables:
         (B, P) of each layer kind.
         """
+        from model.kernels.gated_product import gated_product
+        from model.kernels.norm import add_norm
+
         weights, eps = self.weights, self.config.norm_eps
         sequence_T = torch.searchsorted(starts_B1[1:], self._index_T, right=True, out_int32=True)
         is_token_T = sequence_T < self.sequences
@@ -91,6 +89,10 @@ class PrefillStep:
         self, layer: LayerWeights, normed_TD: Tensor, rope: tuple[Tensor, Tensor], slots_T: Tensor, starts_B1: Tensor,
         lengths_B: Tensor, table_BP: Tensor,
     ) -> Tensor:  # fmt: skip
+        from model.kernels.cache_write import write_to_cache
+        from model.kernels.prefill_attention import prefill_attention
+        from model.kernels.rotary import normed_heads
+
         config, pools = self.config, (self.k_pools[layer.source], self.v_pools[layer.source])
         owns_cache = layer.k_norm_K is not None
         q_THK, k_TGK, v_TGK = normed_heads(
