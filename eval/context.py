@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from data.prompt.fit import fit_prompt
 from data.sources.record import LeftOut
 from model.inference.generate import generate
 from model.inference.sampling import Sampling
+from model.inference.scheduler import Step
 from model.transformer import Transformer
 
 FloatArray = NDArray[np.float64]
@@ -127,18 +128,19 @@ def sample_replies(
     tokenizer: DialogueTokenizer,
     contexts: Sequence[ReplyContext],
     sampling: Sampling,
-    batch_size: int = 64,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Reply]:
     """One reply a context. Each context has its own seed, the same for all models."""
-    replies: list[Reply] = []
-    for start in range(0, len(contexts), batch_size):
-        batch = contexts[start : start + batch_size]
-        seeded = replace(sampling, seed=sampling.seed + start)
-        for completions in generate(model, [context.prompt for context in batch], seeded):
-            replies.append(_reply(tokenizer, completions[0].tokens, completions[0].finish_reason == "stop"))
-        on_progress(len(replies), len(contexts))
-    return replies
+    n_done = 0
+
+    def on_token(step: Step) -> None:
+        nonlocal n_done
+        if step.finish_reason is not None:
+            n_done += 1
+            on_progress(n_done, len(contexts))
+
+    completions = generate(model, [context.prompt for context in contexts], sampling, on_token=on_token)
+    return [_reply(tokenizer, one.tokens, one.finish_reason == "stop") for (one,) in completions]
 
 
 def _reply(tokenizer: DialogueTokenizer, tokens: Sequence[int], finished: bool) -> Reply:

@@ -29,6 +29,79 @@ class Completion:
     finish_reason: FinishReason
 
 
+class Generator:
+    """Replies of one model, whose weights do not change; its cache and CUDA graphs are kept between calls.
+
+    n_rows: sequences that are decoded together. max_length: most tokens of a prompt and its reply. path: see
+    `open_runner`.
+    """
+
+    def __init__(self, model: Transformer, n_rows: int, max_length: int, page_size: int = 16, path: Path = "auto"):
+        self.model, self.max_length = model, min(max_length, model.config.max_length)
+        weight = model.embed_tokens.weight
+        # each row has room for the longest sequence, and a page to grow while another waits
+        n_pages = n_rows * (-(-self.max_length // page_size) + 1)
+        cache = PagedKVCache(model.config, n_pages, page_size, weight.dtype, weight.device)
+        self.runner = open_runner(model, cache, n_rows, self.max_length, wants_logprobs=True, path=path)
+        self._scheduler = Scheduler(self.runner, self.runner.max_prefill_tokens, self._deliver)
+        self._logprobs: dict[Request, list[float]] = {}
+        self._reasons: dict[Request, FinishReason] = {}
+        self._numbers: dict[Request, int] = {}
+        self._on_token: Callable[[Step], None] = lambda step: None
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        n_samples: int = 1,
+        on_token: Callable[[Step], None] = lambda step: None,
+    ) -> list[list[Completion]]:
+        """`n_samples` completions of every prompt; the pages of equal beginnings are computed once and shared.
+
+        Sample j of prompt i is seeded by (sampling.seed, i, j), independent of the rest of the batch. on_token: called
+        with every token as soon as it is on the host. Raises ValueError for a prompt that is empty or not shorter than
+        max_length, NonFiniteLogits for non-finite logits.
+        """
+        for number, prompt in enumerate(prompts):
+            if not 0 < len(prompt) < self.max_length:
+                raise ValueError(
+                    f"prompt {number} has {len(prompt)} tokens; it must have 1 to {self.max_length - 1} "
+                    f"(max_length of the model is {self.model.config.max_length})"
+                )
+        requests: list[list[Request]] = [[] for _ in prompts]
+        for copy in range(n_samples):  # every prompt is in the cache before its second sample starts
+            for number, prompt in enumerate(prompts):
+                seed = (sampling.seed * 1_000_003 + number) * 1_000_003 + copy
+                room = self.max_length - len(prompt)
+                own = replace(sampling, seed=seed, max_new_tokens=min(sampling.max_new_tokens, room))
+                request = Request(list(prompt), own, after=requests[number][0] if copy else None)
+                requests[number].append(request)
+                self._logprobs[request], self._numbers[request] = [], number
+                self._scheduler.add(request)
+        self._on_token = on_token
+        try:
+            while self._scheduler.has_work:
+                self._scheduler.step()
+            return [[Completion(r.generated, self._logprobs[r], self._reasons[r]) for r in own] for own in requests]
+        finally:
+            for request in self._scheduler.unfinished:
+                self._scheduler.end(request, "cancelled")
+            for kept in (self._logprobs, self._reasons, self._numbers):
+                kept.clear()
+
+    def _deliver(self, step: Step) -> None:
+        if step.token is None:
+            raise step.error or NonFiniteLogits(
+                f"the model's logits for token {step.request.n_generated} of a reply to prompt "
+                f"{self._numbers[step.request]} are not finite; its weights or activations have overflowed"
+            )
+        assert step.logprob is not None
+        self._logprobs[step.request].append(step.logprob)
+        if step.finish_reason is not None:
+            self._reasons[step.request] = step.finish_reason
+        self._on_token(step)
+
+
 def generate(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
@@ -38,56 +111,9 @@ def generate(
     on_token: Callable[[Step], None] = lambda step: None,
     path: Path = "auto",
 ) -> list[list[Completion]]:
-    """`n_samples` completions of every prompt; the pages of equal beginnings are computed once and shared.
-
-    Sample j of prompt i is seeded by (sampling.seed, i, j), independent of the rest of the batch. on_token: called with
-    every token as soon as it is on the host. path: see `open_runner`. Raises ValueError for a prompt that is empty or
-    not shorter than the model's max_length, NonFiniteLogits for non-finite logits.
-    """
+    """One call of a `Generator` that is as large as these prompts need."""
     if not prompts:
         return []
-    max_length = model.config.max_length
-    for number, prompt in enumerate(prompts):
-        if not 0 < len(prompt) < max_length:
-            raise ValueError(
-                f"prompt {number} has {len(prompt)} tokens; it must have 1 to {max_length - 1} "
-                f"(max_length of the model is {max_length})"
-            )
-    longest = [min(len(prompt) + sampling.max_new_tokens, max_length) for prompt in prompts]
+    longest = max(map(len, prompts)) + max(sampling.max_new_tokens, 1)
     n_rows = min(len(prompts) * n_samples, MAX_ROWS)
-    # as many pages as the longest sequences need at the same time, and one for each to grow
-    n_pages = sum(sorted(-(-length // page_size) + 1 for length in longest for _ in range(n_samples))[-n_rows:])
-    weight = model.embed_tokens.weight
-    cache = PagedKVCache(model.config, n_pages, page_size, weight.dtype, weight.device)
-    logprobs: dict[Request, list[float]] = {}
-    reasons: dict[Request, FinishReason] = {}
-
-    def deliver(step: Step) -> None:
-        if step.token is None:
-            raise step.error or NonFiniteLogits(
-                f"the model's logits for token {step.request.n_generated} of a reply to prompt "
-                f"{_number_of(step.request, requests)} are not finite; its weights or activations have overflowed"
-            )
-        assert step.logprob is not None
-        logprobs.setdefault(step.request, []).append(step.logprob)
-        if step.finish_reason is not None:
-            reasons[step.request] = step.finish_reason
-        on_token(step)
-
-    runner = open_runner(model, cache, n_rows, max(longest), wants_logprobs=True, path=path)
-    scheduler = Scheduler(runner, runner.max_prefill_tokens, deliver)
-    requests: list[list[Request]] = [[] for _ in prompts]
-    for copy in range(n_samples):  # every prompt is in the cache before its second sample starts
-        for number, prompt in enumerate(prompts):
-            seed = (sampling.seed * 1_000_003 + number) * 1_000_003 + copy
-            own = replace(sampling, seed=seed, max_new_tokens=longest[number] - len(prompt))
-            request = Request(list(prompt), own, after=requests[number][0] if copy else None)
-            requests[number].append(request)
-            scheduler.add(request)
-    while scheduler.has_work:
-        scheduler.step()
-    return [[Completion(r.generated, logprobs[r], reasons[r]) for r in own] for own in requests]
-
-
-def _number_of(request: Request, requests: Sequence[Sequence[Request]]) -> int:
-    return next(number for number, own in enumerate(requests) if request in own)
+    return Generator(model, n_rows, longest, page_size, path).generate(prompts, sampling, n_samples, on_token)

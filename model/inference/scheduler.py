@@ -79,6 +79,11 @@ class Scheduler:
         return [*self._preempted, *self._waiting]
 
     @property
+    def unfinished(self) -> list[Request]:
+        """Running and waiting requests."""
+        return [*self.running, *self.waiting]
+
+    @property
     def has_work(self) -> bool:
         return bool(self.running or self._waiting or self._preempted or self._in_flight)
 

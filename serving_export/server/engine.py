@@ -170,7 +170,7 @@ class Engine:
         while self._inbox:
             self.scheduler.add(self._inbox.popleft())
         if self._refusing:
-            cancelled += map(_served, [*self.scheduler.running, *self.scheduler.waiting])
+            cancelled += map(_served, self.scheduler.unfinished)
         for request in cancelled:
             if not request.has_ended:
                 self.scheduler.end(request, "cancelled")

@@ -23,7 +23,7 @@ from data.sources.preferences import PreferencePair, read_pairs, write_pairs
 from data.sources.record import LeftOut
 from eval.context import ReplyContext, select_contexts
 from model.attention_ops import Documents
-from model.inference.generate import Completion, generate
+from model.inference.generate import MAX_ROWS, Completion, Generator
 from model.inference.sampling import Sampling
 from model.scalar_head import ScalarHead
 from model.transformer import Transformer
@@ -101,11 +101,13 @@ def sample_pairs(
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(contexts), CONTEXTS_A_FILE)
     paths = [folder / f"contexts_{start:06d}.jsonl" for start in starts]
+    n_rows = min(CONTEXTS_A_FILE * settings.n_candidates, MAX_ROWS)
+    generator = Generator(policy, n_rows, settings.max_context_tokens + settings.max_new_tokens)
     mine = [(start, path) for start, path in zip(starts, paths, strict=True)][world.rank :: world.size]
     for start, path in track(mine, "sampling replies", console=console, disable=not console.is_terminal):
         if not path.exists():
             part = contexts[start : start + CONTEXTS_A_FILE]
-            made = _pairs_of(part, settings, policy, trunk, head, tokenizer, seed + start)
+            made = _pairs_of(part, settings, generator, trunk, head, tokenizer, seed + start)
             write_json(_counts_of(path), Counter(one.reason for one in made if isinstance(one, LeftOut)))
             write_pairs(path, (one for one in made if isinstance(one, PreferencePair)))
     policy.train()
@@ -144,7 +146,7 @@ def _advice(reasons: Counter[str]) -> str:
 def _pairs_of(
     contexts: Sequence[ReplyContext],
     settings: OnPolicyPairs,
-    policy: Transformer,
+    generator: Generator,
     trunk: Transformer,
     head: ScalarHead,
     tokenizer: DialogueTokenizer,
@@ -160,7 +162,7 @@ def _pairs_of(
         forbidden_ids=tokenizer.forbidden_in_reply,
     )
     made: list[PreferencePair | LeftOut] = []
-    candidates = generate(policy, [context.prompt for context in contexts], sampling, n_samples=settings.n_candidates)
+    candidates = generator.generate([context.prompt for context in contexts], sampling, settings.n_candidates)
     for context, completions in zip(contexts, candidates, strict=True):
         replies = distinct_replies(completions, tokenizer)
         if len(replies) < 2:

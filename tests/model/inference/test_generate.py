@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,9 +12,11 @@ from hypothesis import strategies as st
 from model.attention_ops import Documents
 from model.config import AdjacentSharing, KVSharing, ModelConfig, NoSharing, TailSharing
 from model.inference.blocks import OutOfPages, PageAllocator
-from model.inference.generate import NonFiniteLogits, generate
+from model.inference.generate import Generator, NonFiniteLogits, generate
 from model.inference.kv_cache import CacheStep, PagedKVCache
+from model.inference.runner import Chunk, Draws
 from model.inference.sampling import Sampling
+from model.inference.scheduler import Step
 from model.transformer import Transformer
 
 SHARINGS: list[KVSharing] = [
@@ -125,3 +129,43 @@ def test_pages_are_counted() -> None:
     with pytest.raises(OutOfPages, match="3 cache pages requested, 2 of 3 are free"):
         allocator.allocate(3)
     assert allocator.n_free == 2
+
+
+def test_a_generator_starts_afresh_after_a_call_that_failed() -> None:
+    """Its pages and rows are free again, and its replies are those of a new one."""
+    model = tiny(NoSharing())
+    generator = Generator(model, n_rows=2, max_length=40, page_size=4)
+    sampling = Sampling(max_new_tokens=6, stop_ids=(), temperature=1.0, seed=2)
+
+    def leave(step: Step) -> None:
+        if step.request.n_generated == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generator.generate([[1, 2], [3, 4], [5, 6]], sampling, on_token=leave)
+    for _ in range(2):
+        found = generator.generate([[1, 2], [3, 4], [5, 6]], sampling, n_samples=2)
+        assert found == generate(model, [[1, 2], [3, 4], [5, 6]], sampling, n_samples=2)
+    with pytest.raises(
+        ValueError, match=r"prompt 1 has 40 tokens; it must have 1 to 39 \(max_length of the model is 64\)"
+    ):
+        generator.generate([[1], [1] * 40], sampling)
+    scheduler = generator._scheduler
+    allocator = scheduler.cache.allocator
+    assert allocator.n_free + scheduler.prefix_cache.n_pages == allocator.n_pages
+
+
+def test_a_prompt_is_computed_once_for_all_its_samples() -> None:
+    model = tiny(NoSharing())
+    generator = Generator(model, n_rows=8, max_length=40, page_size=4)
+    sampling = Sampling(max_new_tokens=3, stop_ids=(), temperature=1.0)
+    n_prefilled: list[int] = []
+    prefill = generator.runner.prefill
+
+    def counted(chunks: Sequence[Chunk]) -> Draws | None:
+        n_prefilled.extend(len(chunk.tokens) for chunk in chunks)
+        return prefill(chunks)
+
+    generator.runner.prefill = counted  # type: ignore[method-assign]
+    generator.generate([[1] * 18, [2] * 18], sampling, n_samples=4)
+    assert sorted(n_prefilled) == [2] * 6 + [18] * 2, "the samples share four full pages"

@@ -111,22 +111,20 @@ def test_each_file_of_contexts_is_sampled_with_its_own_seed_whatever_the_ranks(
     assert seeds == {"c0": 7, "c2": 9, "c4": 11}
 
 
-def test_replies_are_sampled_with_the_recipes_settings(
-    tokenizer: DialogueTokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_replies_are_sampled_with_the_recipes_settings(tokenizer: DialogueTokenizer) -> None:
     given: list[Any] = []
 
-    def generate(policy: Any, prompts: Any, sampling: Any, n_samples: int) -> list[list[Completion]]:
-        given.append((prompts, sampling, n_samples))
-        return [[] for _ in prompts]
+    class Recorder:
+        def generate(self, prompts: Any, sampling: Any, n_samples: int) -> list[list[Completion]]:
+            given.append((prompts, sampling, n_samples))
+            return [[] for _ in prompts]
 
-    monkeypatch.setattr(on_policy, "generate", generate)
     asked = OnPolicyPairs(
         kind="on_policy", scorer="s", n_contexts=1, n_candidates=5, max_context_tokens=9, max_new_tokens=7,
         temperature=0.7, top_p=0.8,
     )  # fmt: skip
     none: Any = None
-    made = on_policy._pairs_of([CONTEXT], asked, none, none, none, tokenizer, seed=11)
+    made = on_policy._pairs_of([CONTEXT], asked, Recorder(), none, none, tokenizer, seed=11)  # type: ignore[arg-type]
     assert made == [LeftOut(UNFINISHED)]
     ((prompts, sampling, n_samples),) = given
     assert (prompts, n_samples) == ([CONTEXT.prompt], 5)
