@@ -18,10 +18,8 @@ from torch import Tensor
 
 from model.inference.decode_step import DecodeStep, DecodeWeights
 from model.inference.kv_cache import PagedKVCache
-from model.inference.runner import Chunk, Draw, Runner
+from model.inference.runner import MAX_PREFILL_TOKENS, Chunk, Draw, Runner
 from model.transformer import Transformer
-
-MAX_PREFILL_TOKENS = 8192
 
 
 def row_buckets(n_rows: int) -> list[int]:

@@ -13,11 +13,15 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from model.config import ModelConfig
 from model.inference.decode_step import unsupported
 from model.inference.kv_cache import CacheStep, PagedKVCache
 from model.inference.rows import Rows, RowStart, on_device
 from model.inference.sampler import advance, sample
 from model.transformer import Transformer
+
+MAX_PREFILL_TOKENS = 8192
+"""Most prompt tokens of a fused step."""
 
 
 class RunnerError(ValueError):
@@ -172,3 +176,10 @@ def open_runner(
     from model.inference.graph_runner import GraphRunner  # needs Triton
 
     return GraphRunner(model, cache, n_rows, max_length, wants_logprobs, deterministic)
+
+
+def working_bytes(config: ModelConfig, n_rows: int, max_length: int) -> int:
+    """Bytes that fused steps in 16 bits need beside weights and cache: activations of a prefill, and logits."""
+    n_tokens = min(MAX_PREFILL_TOKENS, n_rows * max_length)
+    activations = n_tokens * (3 * config.d_ff + 8 * config.d_model) * 2
+    return activations + n_rows * config.vocab_size * (4 + 1) + 2 * max_length * config.d_head * 4

@@ -258,6 +258,10 @@ def _announce(console: Console, bundle: Bundle, engine: Engine, url: str) -> Non
         f"cache: {n_tokens:,} tokens of {config.kv_bytes_per_token(element_bytes):,} bytes; "
         f"a conversation may have {engine.max_length:,}"
     )
+    if engine.runner.why_plain is None:
+        console.print("decoding: fused kernels in CUDA graphs")
+    elif engine.device.type == "cuda":
+        console.print(f"decoding: plain PyTorch, since {engine.runner.why_plain}")
     console.print(f"chat page  [cyan]{url}/[/cyan]\nOpenAI API [cyan]{url}/v1[/cyan]   (Ctrl-C stops the server)")
 
 
@@ -271,6 +275,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one (default: %(default)s)")
     parser.add_argument("--cache-mib", type=int, default=256, help="memory for keys and values (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: %(default)s)")
+    parser.add_argument(
+        "--decoding", choices=("auto", "fused", "plain"), default="auto",
+        help="fused kernels and CUDA graphs, plain PyTorch, or fused where it can be (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--deterministic", action="store_true", help="a reply does not depend on the others in its batch (GPU only)"
+    )
     arguments = parser.parse_args(argv)
     console = Console(highlight=False)
     try:
@@ -282,7 +293,9 @@ def main(argv: list[str] | None = None) -> int:
     with bound:
         try:
             bundle = open_bundle(arguments.bundle, arguments.device)
-            engine = bundle.engine(arguments.cache_mib)
+            engine = bundle.engine(arguments.cache_mib, arguments.decoding, arguments.deterministic)
+            with console.status("capturing CUDA graphs") if engine.runner.lag else contextlib.nullcontext():
+                engine.runner.warm_up()
         except (ValueError, OSError) as error:
             print(f"cannot serve {arguments.bundle}: {error}", file=sys.stderr)
             return 1

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -16,8 +17,10 @@ import torch
 
 from data.format.tokenizer import DialogueTokenizer
 from model.bundle_files import BundleError
+from model.inference.runner import RunnerError, working_bytes
 from model.transformer import Transformer
-from serving_export.bundle import open_bundle
+from serving_export import bundle as bundle_module
+from serving_export.bundle import MAX_RUNNING, open_bundle
 from serving_export.export.__main__ import BUNDLE_FILES, Names, write_bundle
 from serving_export.export.manifest import write_manifest
 
@@ -44,6 +47,33 @@ def test_opens_what_was_exported(directory: Path, model: Transformer, tokenizer:
     assert n_tokens == 2**20 // (16 * model.config.kv_bytes_per_token(4)) * 16
     with pytest.raises(BundleError, match="0 MiB is less than one page"):
         bundle.engine(cache_mib=0)
+
+
+def test_what_does_not_fit_on_a_gpu_is_refused_with_what_would(
+    directory: Path, model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = torch.device("cuda")
+    needed = working_bytes(model.config, MAX_RUNNING, model.config.max_length)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (needed + 5 * 2**20, 80 * 2**30))
+    bundle_module._check_cache_fits(model.config, 5 * 2**20, gpu)
+    with pytest.raises(BundleError, match=r"0\.01 GiB does not fit on cuda.* of 80\.00 GiB .*is --cache-mib 5$"):
+        bundle_module._check_cache_fits(model.config, 5 * 2**20 + 1, gpu)
+    n_bytes = (directory / "model.safetensors").stat().st_size
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (n_bytes, 80 * 2**30))
+    bundle_module._check_weights_fit(directory, gpu)
+    with pytest.raises(BundleError, match="no cache fits"):
+        bundle_module._check_cache_fits(model.config, 1, gpu)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (n_bytes - 1, 80 * 2**30))
+    with pytest.raises(BundleError, match=r"of 80\.00 GiB are free on cuda: .*--device cpu"):
+        bundle_module._check_weights_fit(directory, gpu)
+
+
+@pytest.mark.parametrize(("path", "deterministic"), [("fused", False), ("auto", True)])
+def test_a_path_that_the_cpu_does_not_have_is_refused(directory: Path, path: Any, deterministic: bool) -> None:
+    bundle = open_bundle(directory, "cpu")
+    with pytest.raises(RunnerError, match="fused decoding needs a CUDA device, not cpu"):
+        bundle.engine(1, path, deterministic)
+    assert "needs a CUDA device" in (bundle.engine(1).runner.why_plain or "")
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "model.safetensors", "dramatis.json"])
