@@ -56,7 +56,7 @@ def test_what_does_not_fit_on_a_gpu_is_refused_with_what_would(
     needed = working_bytes(model.config, MAX_RUNNING, model.config.max_length)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (needed + 5 * 2**20, 80 * 2**30))
     bundle_module._check_cache_fits(model.config, 5 * 2**20, gpu)
-    with pytest.raises(BundleError, match=r"0\.01 GiB does not fit on cuda.* of 80\.00 GiB .*is --cache-mib 5$"):
+    with pytest.raises(BundleError, match=r"0\.00 GiB does not fit on cuda.* of 80\.00 GiB .*is --cache-mib 5$"):
         bundle_module._check_cache_fits(model.config, 5 * 2**20 + 1, gpu)
     n_bytes = (directory / "model.safetensors").stat().st_size
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (n_bytes, 80 * 2**30))
