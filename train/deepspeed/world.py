@@ -138,8 +138,9 @@ def join_world(timeout_minutes: float) -> World:
     from deepspeed import comm
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # only inference uses it, and building it takes a minute and a C++ compiler on the first run
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # No operators: DeepSpeed would run a C compiler to find out which it can build, and build collectives in shared
+    # memory, which only inference uses, in a minute of the first run.
+    deepspeed.ops.__compatible_ops__ = {}
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
