@@ -36,7 +36,7 @@ from typing import Any, NoReturn
 
 PRELOADED = (
     "torch", "torch._dynamo", "torch.distributed.run", "torch.distributed.fsdp", "deepspeed",
-    "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.runtime.bf16_optimizer",
+    "deepspeed.runtime.zero.stage3", "deepspeed.runtime.bf16_optimizer",
     "numpy", "scipy.stats", "pydantic", "ruamel.yaml", "rich.progress", "rich.table", "sentencepiece",
     "safetensors.torch", "psutil", "orjson", "xxhash", "pyarrow.parquet", "datasets", "datatrove.executor",
     "jinja2.sandbox", "fastapi", "uvicorn", "matplotlib.pyplot", "chitchat_dataset",

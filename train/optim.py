@@ -96,6 +96,7 @@ def _linears(module: nn.Module) -> list[nn.Linear]:
 def build_optimizer(module: nn.Module, settings: AdamW | Muon) -> torch.optim.Optimizer:
     """The optimizer of `module`, with parameter groups at their peak learning rates."""
     roles = parameter_roles(module)
+    _import_muon(is_compiled=isinstance(settings, Muon) and roles.others[0].is_cuda)
     return _adamw(roles, settings) if isinstance(settings, AdamW) else _muon(roles, settings)
 
 
@@ -113,12 +114,26 @@ def _adamw(roles: ParameterRoles, settings: AdamW) -> torch.optim.Optimizer:
     )
 
 
+def _import_muon(is_compiled: bool) -> None:
+    """Import DeepSpeed's Muon, which DeepSpeed does whatever the optimizer is, with or without torch.compile.
+
+    Compiling its Newton-Schulz iteration on a CPU takes a C++ compiler and a minute, and gains nothing; the import of
+    the compiler alone takes a second of every start.
+    """
+    from deepspeed.runtime import compiler
+
+    compile_function = compiler.compile
+    if not is_compiled:
+        compiler.compile = lambda: lambda function: function
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = compile_function
+
+
 def _muon(roles: ParameterRoles, settings: Muon) -> torch.optim.Optimizer:
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
-    if not roles.others[0].is_cuda:
-        # compiling its Newton-Schulz iteration on a CPU takes a C++ compiler and a minute, and gains nothing
-        torch.compiler.set_stance("force_eager")
     muon = {
         "use_muon": True,
         "lr": settings.lr,

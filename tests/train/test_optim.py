@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from model.config import ModelConfig
 from model.scalar_head import ScalarHead
 from model.transformer import Transformer
 from train.loop import Loss
-from train.optim import AdamW, Muon, build_optimizer, parameter_roles
+from train.optim import AdamW, Muon, _import_muon, build_optimizer, parameter_roles
 from train.stage import LossModule
 
 MUON = {"kind": "muon", "lr": 0.02, "weight_decay": 0.0, "adamw_lr": 3e-3}
@@ -60,10 +61,13 @@ def ranks(request: pytest.FixtureRequest, steps_on_ranks: Callable[[int, dict[st
     return steps_on_ranks(request.param, cases)
 
 
+TINY = ModelConfig(vocab_size=9, d_model=8, n_layers=1, n_heads=1, d_head=8, d_ff=8, layers="G", max_length=16)
+import_compiled = partial(_import_muon, is_compiled=True)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_every_parameter_has_the_settings_of_its_role(optimizer: str) -> None:
-    config = ModelConfig(vocab_size=9, d_model=8, n_layers=1, n_heads=1, d_head=8, d_ff=8, layers="G", max_length=16)
-    module = LossModule(Transformer(config), lambda module, batch: Loss(torch.zeros(())), ScalarHead(8))
+    module = LossModule(Transformer(TINY), lambda module, batch: Loss(torch.zeros(())), ScalarHead(8))
     if optimizer == "adamw":
         settings: AdamW | Muon = AdamW(
             kind="adamw", lr=0.1, beta1=0.7, beta2=0.8, eps=1e-3, weight_decay=0.4, gradient_clipping=1
@@ -86,6 +90,27 @@ def test_every_parameter_has_the_settings_of_its_role(optimizer: str) -> None:
                 (0.7, 0.8),
                 1e-3,
             )
+
+
+def test_muon_is_compiled_only_for_muon_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed imports its module whatever the optimizer is, and the compiler's import takes a second."""
+    from deepspeed.runtime import compiler
+
+    def compile_function() -> Callable[[Any], Any]:
+        compiled.append(1)
+        return lambda function: function
+
+    module = LossModule(Transformer(TINY), lambda module, batch: Loss(torch.zeros(())), ScalarHead(8))
+    monkeypatch.setattr(compiler, "compile", compile_function)
+    adamw, muon = AdamW(kind="adamw", lr=0.1), Muon(kind="muon", lr=0.1, adamw_lr=0.2)
+    for build in (partial(build_optimizer, module, adamw), partial(build_optimizer, module, muon), import_compiled):
+        compiled: list[int] = []
+        for name in ("original_muon", "muon_optimizer"):
+            monkeypatch.delitem(sys.modules, f"deepspeed.runtime.zero.muon.{name}", raising=False)
+        build()
+        assert "deepspeed.runtime.zero.muon.original_muon" in sys.modules
+        assert bool(compiled) == (build is import_compiled)
+        assert compiler.compile is compile_function
 
 
 def test_muon_is_refused_where_the_update_would_be_clipped() -> None:
