@@ -5,7 +5,7 @@
 SPEC holds cases by name: engine, optimizer, number of steps, per rank its micro-batches as lists of documents, and how
 much higher the documents' numbers are in each further step; spoilt: {step: what is added to the loss of each rank},
 which changes no gradient; refused: steps that are not accepted;
-fused: whether blocks are.
+fused: whether blocks are; changes: of CONFIG; measures_memory: whether bytes are counted.
 """
 
 from __future__ import annotations
@@ -133,7 +133,9 @@ def copied_bytes(engine: TrainingEngine) -> int:
 
 def run(case: dict[str, Any], world: World) -> dict[str, Any]:
     """The steps of one case."""
-    module = LossModule(Transformer(CONFIG, "sdpa", seed=3), loss, ScalarHead(CONFIG.d_model))
+    config = ModelConfig(**{**dict(CONFIG), **case.get("changes", {})})
+    module = LossModule(Transformer(config, "sdpa", seed=3), loss, ScalarHead(config.d_model))
+    measures_memory = case.get("measures_memory", False)
     for block in module.trunk.blocks:
         block.fused = case.get("fused", False)
     optimizer = TypeAdapter(Optimizer).validate_python(case["optimizer"])
@@ -145,7 +147,7 @@ def run(case: dict[str, Any], world: World) -> dict[str, Any]:
         batches = [[document(first + number) for number in numbers] for numbers in case["micro_batches"][world.rank]]
         (n_counted,) = world.sum([float(sum(map(count, batches)))])
         accumulate(engine, batches, n_counted)
-        held_in_memory = held_bytes(engine)
+        held_in_memory = held_bytes(engine) if measures_memory else 0
         refuses = {"accepts": lambda norm: False} if step in case.get("refused", []) else {}
         norm, was_taken = engine.step(case.get("lr_multiplier", 1.0), **refuses)
         norms.append(norm)
@@ -159,7 +161,7 @@ def run(case: dict[str, Any], world: World) -> dict[str, Any]:
         "taken": taken,
         "settings": settings_in_use(engine),
         "held_bytes": held_in_memory,
-        "host_bytes": copied_bytes(engine),
+        "host_bytes": copied_bytes(engine) if measures_memory else 0,
     }
 
 

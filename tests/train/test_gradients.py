@@ -17,18 +17,19 @@ CLIPPED = {**GRADIENT, "gradient_clipping": 0.25}
 WHOLE = [[[*range(11)]]]
 IN_TURN = [[[7], [0, 1, 2, 3, 4], [5, 6], [8, 9, 10]]]
 ON_TWO = [[[0, 1, 2, 3, 4, 5], [6], [7]], [[8], [9], [10]]]
-# of fused blocks, whose kernels are interpreted on a CPU
+# of fused blocks, whose kernels are interpreted on a CPU: four short documents and two blocks
 FEW, FEW_ON_TWO = [[[0, 4, 6, 10]]], [[[0], [4]], [[6], [10]]]
+TWO_BLOCKS = {"n_layers": 2, "layers": "SG"}
 
 Run = Callable[[int, dict[str, Any]], list[dict[str, Any]]]
 
 
 def case(
     micro_batches: Any, optimizer: dict[str, Any] = GRADIENT, stage: int = 1, precision: str = "float32",
-    fused: bool = False,
+    **more: Any,
 ) -> dict[str, Any]:  # fmt: skip
     engine = {"precision": precision, "zero_stage": stage}
-    return {"optimizer": optimizer, "engine": engine, "micro_batches": micro_batches, "fused": fused}
+    return {"optimizer": optimizer, "engine": engine, "micro_batches": micro_batches, **more}
 
 
 def gradient(result: dict[str, Any]) -> dict[str, Tensor]:
@@ -39,7 +40,7 @@ def gradient(result: dict[str, Any]) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def alone(steps_on_ranks: Run) -> dict[str, Any]:
     """One rank: all documents in one batch, dealt over micro-steps, and with the gradient clipped."""
-    cases = {"whole": case(WHOLE), "in_turn": case(IN_TURN), "clipped": case(WHOLE, CLIPPED), "few": case(FEW)}
+    cases = {"whole": case(WHOLE), "in_turn": case(IN_TURN), "clipped": case(WHOLE, CLIPPED), "few": case(FEW, changes=TWO_BLOCKS)}
     return steps_on_ranks(1, cases)[0]
 
 
@@ -49,9 +50,10 @@ def on_two(steps_on_ranks: Run) -> dict[str, Any]:
     stages = {f"stage_{stage}": case(ON_TWO, stage=stage) for stage in (1, 2, 3)}
     cases = {**stages, "clipped": case(ON_TWO, CLIPPED)}
     if find_spec("triton"):
-        cases |= {f"fused_{stage}": case(FEW_ON_TWO, stage=stage, fused=True) for stage in (1, 3)}
+        fused = {"fused": True, "changes": TWO_BLOCKS}
+        cases |= {f"fused_{stage}": case(FEW_ON_TWO, stage=stage, **fused) for stage in (1, 3)}
         cases |= {
-            f"bf16_{stage}": case(FEW_ON_TWO, stage=stage, precision="bfloat16", fused=True) for stage in (1, 2, 3)
+            f"bf16_{stage}": case(FEW_ON_TWO, stage=stage, precision="bfloat16", **fused) for stage in (1, 2, 3)
         }
     return steps_on_ranks(2, cases)[0]
 

@@ -127,8 +127,8 @@ INTERNALS = [
 
 
 @cache
-def functions(file: str) -> dict[str, str]:
-    """Source of every function and method of one of DeepSpeed's files, by qualified name."""
+def parsed(file: str) -> tuple[list[str], dict[str, ast.FunctionDef]]:
+    """Lines of one of DeepSpeed's files, and its functions and methods by qualified name."""
     spec = find_spec("deepspeed")
     assert spec is not None and spec.submodule_search_locations
     text = (Path(spec.submodule_search_locations[0]) / file).read_text()
@@ -138,14 +138,23 @@ def functions(file: str) -> dict[str, str]:
         for member in members:
             if isinstance(member, ast.FunctionDef):
                 name = member.name if member is node else f"{getattr(node, 'name', '')}.{member.name}"
-                found[name] = ast.get_source_segment(text, member) or ""
-    return found
+                found[name] = member
+    return text.splitlines(keepends=True), found
+
+
+def source_of(file: str, name: str) -> str | None:
+    """Source of a function from `def` on; ast.get_source_segment would split the whole file again for each."""
+    lines, found = parsed(file)
+    if name not in found:
+        return None
+    node = found[name]
+    return "".join(lines[node.lineno - 1 : node.end_lineno])[node.col_offset :].rstrip("\n")
 
 
 @pytest.mark.parametrize("internal", INTERNALS, ids=lambda internal: internal.name)
 def test_an_internal_is_what_was_read(internal: Internal) -> None:
     where = f"deepspeed/{internal.file}: {internal.name}"
-    source = functions(internal.file).get(internal.name)
+    source = source_of(internal.file, internal.name)
     assert source is not None, f"{where} is gone; train/deepspeed/{internal.used_by} needs it"
     for text in internal.contains:
         assert text in source, f"{where} no longer has {text!r}; train/deepspeed/{internal.used_by} needs it"
@@ -159,14 +168,15 @@ def test_a_snapshot_has_every_method_that_deepspeed_calls_while_saving() -> None
     calls = {
         method
         for internal in saving
-        for method in re.findall(r"self\.checkpoint_engine\.(\w+)\(", functions(internal.file)[internal.name])
+        for method in re.findall(r"self\.checkpoint_engine\.(\w+)\(", source_of(internal.file, internal.name) or "")
     }
     assert {"save", "makedirs", "create", "commit", "is_decoupled"} <= calls
     assert not [method for method in sorted(calls) if not hasattr(Snapshot, method)]
 
 
 def test_a_weights_gradient_sum_is_where_deepspeeds_accessors_look() -> None:
-    source = functions("utils/tensor_fragment.py")["safe_get_full_grad"]
+    source = source_of("utils/tensor_fragment.py", "safe_get_full_grad")
+    assert source is not None
     assert "getattr(param, '_hp_grad', None)" in source, (
         "deepspeed: param._hp_grad; see engine.py, _offer_gradient_sums"
     )

@@ -67,6 +67,7 @@ def test_states_are_what_deepspeed_holds_and_a_checkpoint_copies(
             "engine": {"precision": precision, "zero_stage": stage},
             "micro_batches": [[[rank]] for rank in range(ranks)],
             "steps": 2,
+            "measures_memory": True,
         }
         for precision, stage, optimizer in STATES
     }
