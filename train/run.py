@@ -93,7 +93,10 @@ def _run_ranks(recipe: TrainingRecipe, summary: Summary, prepare: Callable[[Worl
     try:
         with Watchdog(world, 60 * recipe.engine.timeout_minutes) as watchdog:
             try:
-                return _run(recipe, summary, prepare, world, console, stop)
+                try:
+                    return _run(recipe, summary, prepare, world, console, stop)
+                finally:
+                    stop.end()  # the launcher sends SIGTERM after another rank's failure: it would replace the error
             except KeyboardInterrupt:
                 code = INTERRUPTED if stop.by_keyboard else 0
                 return watchdog.end(code, partial(print_interrupt, "the same command continues"))
@@ -110,7 +113,6 @@ def _run_ranks(recipe: TrainingRecipe, summary: Summary, prepare: Callable[[Worl
             except ValueError as error:
                 return watchdog.end(USER_ERROR, partial(print_error, error))
     finally:
-        stop.end()
         torch.distributed.destroy_process_group()
 
 
