@@ -249,8 +249,9 @@ def _take_place(program: Program, streams: list[int]) -> None:
     first = program.cwd if program.module else os.path.dirname(os.path.abspath(program.script or ""))
     sys.path[:] = [first, *filter(None, program.environment.get("PYTHONPATH", "").split(os.pathsep)), *path]
     sys.argv = [program.script or "-m", *program.arguments]
+    kept = (signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, signal.SIGXFSZ)  # the last two are ignored by Python
     for number in range(1, signal.NSIG):
-        if number not in (signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE) and signal.getsignal(number) is not None:
+        if number not in kept and signal.getsignal(number) is not None:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     warnings.resetwarnings()
     warnings.simplefilter("ignore" if program.environment.get("PYTHONWARNINGS") == "ignore" else "default")

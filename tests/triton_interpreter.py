@@ -6,6 +6,7 @@ than half of a small kernel's time.
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.util import find_spec
 from inspect import ismodule
 from typing import Any
@@ -33,9 +34,16 @@ def patch_once_a_launch() -> None:
         patched.add(key)
         return patch(function)
 
+    make_np_dtype = interpreter._get_np_dtype
+    known_np_dtype = cache(make_np_dtype)
+
+    def np_dtype(kind: Any) -> Any:
+        return make_np_dtype(kind.scalar) if kind.scalar.is_ptr() else known_np_dtype(kind.scalar)
+
     def launch_afresh(self: Any, *arguments: Any, **named: Any) -> Any:
         patched.clear()
         return launch(self, *arguments, **named)
 
     interpreter._patch_lang = patch_new
+    interpreter._get_np_dtype = np_dtype
     executor.__call__ = launch_afresh

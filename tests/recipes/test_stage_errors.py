@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +17,17 @@ import recipes.sweep
 from model.weights import WeightsError, write_tensors
 from recipes.files import atomic_file
 from recipes.stage_errors import USER_ERROR, describe_os_error, run_entry
+from tests.small_file_system import needs_mount, run_on_small_file_system
 
-ROOT = Path(__file__).parents[2]
-IN_A_NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c"]
-
-
-def can_mount() -> bool:
-    try:
-        return subprocess.run([*IN_A_NAMESPACE, "mount -t tmpfs none /mnt"], capture_output=True).returncode == 0
-    except FileNotFoundError:
-        return False
+ON_A_SMALL_DISK = """
+disk, recipe = sys.argv[1:]
+prepare = [sys.executable, "-m", "data.prepare", recipe]
+mount(disk, "size=200k")
+full = subprocess.run(prepare, stdout=subprocess.PIPE, text=True)
+print(full.stdout, f"rc={full.returncode}", *os.listdir(f"{disk}/data"), sep="\\n")
+remount(disk, "size=50m")
+print(f"rc={subprocess.run(prepare, stdout=subprocess.DEVNULL).returncode}")
+"""
 
 
 def told(action: object, capsys: pytest.CaptureFixture[str]) -> str:
@@ -78,7 +76,7 @@ def test_weights_that_cannot_be_written_name_their_file() -> None:
         write_tensors(Path("/dev/full/model.safetensors"), {"a": torch.zeros(3)})
 
 
-@pytest.mark.skipif(not can_mount(), reason="no namespace of its own to mount a small file system in")
+@needs_mount
 @pytest.mark.parametrize("workers", [1, 2])
 def test_preparing_data_on_a_full_disk_goes_on_once_there_is_room(tmp_path: Path, workers: int) -> None:
     """Room for the logs' first copy, but not for all that follows."""
@@ -99,15 +97,7 @@ def test_preparing_data_on_a_full_disk_goes_on_once_there_is_room(tmp_path: Path
         f"row_length: 64\nrows_per_shard: 64\ncontinue_within_seconds: 60\n"
         f"executor: {{kind: local, workers: {workers}}}\n"
     )
-    prepare = f"{sys.executable} -m data.prepare {recipe}"
-    script = f"""
-        mount -t tmpfs -o size=200k none {disk}
-        {prepare}; echo rc=$?; ls {disk}/data
-        mount -o remount,size=50m {disk}
-        {prepare} > /dev/null; echo rc=$?
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*IN_A_NAMESPACE, script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = run_on_small_file_system(tmp_path / "program.py", ON_A_SMALL_DISK, disk, recipe)
     shutil.rmtree(disk)
     assert done.stdout.split("rc=")[1].startswith("2\n"), done.stdout + done.stderr
     assert "done.json" not in done.stdout

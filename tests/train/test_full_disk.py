@@ -6,7 +6,6 @@ import json
 import os
 import re
 import resource
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,45 +16,50 @@ from rich.console import Console
 
 from data.packed.sampler import RowOrder
 from data.packed.shards import PackedDataset
+from tests.small_file_system import needs_mount, run_on_small_file_system
 from train.checkpoint.checkpoint import damage
 from train.metrics import Metrics, WandbConfig
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
 PRETRAIN = [sys.executable, "-m", "train.pretrain"]
-IN_A_NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c"]
+ON_A_SMALL_DISK = """
+disk, logs, *train = sys.argv[1:]
+
+def start(name):
+    with open(f"{logs}/{name}.log", "w") as log:
+        code = subprocess.run(train, stdout=log, stderr=log).returncode
+        log.write(f"{code}\\n")
+
+mount(disk, "size=1000k")
+start("full")
+print(*os.listdir(f"{disk}/run/checkpoints"))
+remount(disk, "ro")
+start("read_only")
+remount(disk, "rw,size=50m")
+start("room")
+"""
+WITH_FILE_LIMIT = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+del sys.argv[1]
+runpy.run_module("train.launch", run_name="__main__", alter_sys=True)
+"""
 
 
-def can_mount() -> bool:
-    try:
-        return subprocess.run([*IN_A_NAMESPACE, "mount -t tmpfs none /mnt"], capture_output=True).returncode == 0
-    except FileNotFoundError:
-        return False
-
-
-@pytest.mark.skipif(not can_mount(), reason="no namespace of its own to mount a small file system in")
+@needs_mount
 def test_a_full_and_a_read_only_file_system(pretrain_recipe: Path, tmp_path: Path) -> None:
     """The first checkpoint fits, the second does not; then it is read-only; then it is large enough."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    train = shlex.join([*PRETRAIN, str(pretrain_recipe), f"run_dir={disk / 'run'}", "ngram_baselines=false"])
-    log = shlex.quote(str(tmp_path))
-    script = f"""
-        mount -t tmpfs -o size=1000k none {shlex.quote(str(disk))} && cd {shlex.quote(str(ROOT))}
-        start() {{ {train} > {log}/$1.log 2>&1; echo $? >> {log}/$1.log; }}
-        start full
-        ls -A {disk}/run/checkpoints > {log}/left.txt
-        mount -o remount,ro {disk}
-        start read_only
-        mount -o remount,rw,size=50m {disk}
-        start room
-    """
-    subprocess.run([*IN_A_NAMESPACE, script], env=ENVIRONMENT, check=True, timeout=300)
+    train = [*PRETRAIN, pretrain_recipe, f"run_dir={disk / 'run'}", "ngram_baselines=false"]
+    ran = run_on_small_file_system(tmp_path / "program.py", ON_A_SMALL_DISK, disk, tmp_path, *train)
+    assert ran.returncode == 0, ran.stderr
     full, read_only, room = ((tmp_path / f"{name}.log").read_text() for name in ("full", "read_only", "room"))
     assert full.endswith("\n1\n")
     assert re.search(r"CheckpointError: checkpoint \S+step_00000004 could not be written: .*No space left", full)
     assert "Traceback" not in full + read_only + room
-    assert (tmp_path / "left.txt").read_text().split() == ["latest", "step_00000002"]
+    assert set(ran.stdout.split()) == {"latest", "step_00000002"}
     assert read_only.endswith("\n2\n")
     assert re.search(r"RunDirectoryError: run_dir \S+run cannot be written .*Read-only file system", read_only)
     assert room.endswith("\n0\n")
@@ -64,14 +68,16 @@ def test_a_full_and_a_read_only_file_system(pretrain_recipe: Path, tmp_path: Pat
 
 def test_a_save_that_fails_on_two_ranks_is_told_once(pretrain_recipe: Path, tmp_path: Path) -> None:
     """No file may grow to what their optimizer states need."""
-    command = [sys.executable, "-m", "train.launch", "--nproc-per-node", "2", *PRETRAIN[1:]]
-    command += [str(pretrain_recipe), "ngram_baselines=false", "loop.evaluate_every=100"]
+    program = tmp_path / "program.py"
+    program.write_text(WITH_FILE_LIMIT)
+    options = ["--nproc-per-node", "2", *PRETRAIN[1:], str(pretrain_recipe), "ngram_baselines=false"]
+    options += ["loop.evaluate_every=100"]
     checkpoints = tmp_path / "run" / "checkpoints"
 
     def start(*overrides: str, file_bytes: int = resource.RLIM_INFINITY) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*command, *overrides], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY)),
+            [sys.executable, str(program), str(file_bytes), *options, *overrides], cwd=ROOT, capture_output=True,
+            text=True, timeout=300, env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)}, check=False,
         )  # fmt: skip
 
     limited = start("loop.save_every=4", file_bytes=100_000)
