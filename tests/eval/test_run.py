@@ -16,7 +16,7 @@ from data.format.dialogue_json import read_dialogues
 from data.format.tokenizer import DialogueTokenizer
 from data.packed.shards import PackedDataset
 from eval.report import to_json
-from eval.run import PARTS, evaluate, main
+from eval.run import PARTS, evaluate, key_figure, main
 from eval.workspace import BootstrapSection, EvalRecipe
 from recipes.interrupt import EXIT_CODE
 from recipes.loader import load_recipe
@@ -97,6 +97,9 @@ def test_whole_evaluation(pipeline: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert report["user_sensitivity"]["models"]["sft"]["ignored_last_user_messages"] == 0
     done = json.loads((pipeline / "eval" / "done.json").read_text())
     assert "pretrain" in done["key_figure"] and "dpo win" in done["key_figure"]
+    for number, figures in enumerate(report["ranking"]["models"].values()):
+        figures["mean_logprob"]["recall_at_1"]["value"] = number / 10
+    assert "recall@1 0.20," in key_figure(report), "of the last model"
     assert "<h2>Conversations</h2>" in (pipeline / "eval" / "report.html").read_text()
 
     capsys.readouterr()
@@ -192,6 +195,38 @@ def test_a_model_too_short_is_refused(
 def test_recipe_mistakes_are_named(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_recipe(EvalRecipe, DEMO, [override])
+
+
+def preference_of(root: Path, *extra: str) -> dict[str, Any]:
+    off = [f"{key}=null" for key in ("perplexity", "ranking", "engagement", "user_sensitivity")]
+    recipe = load_recipe(EvalRecipe, DEMO, [*overrides(root), *off, "replies.shown=12", *extra])
+    report: dict[str, Any] = to_json(evaluate(recipe, Console(quiet=True)))
+    return report
+
+
+def test_the_preference_is_for_the_model_and_not_against_it(pipeline: Path) -> None:
+    report = preference_of(pipeline)
+    probabilities = [{r["system"]: r["probability"] for r in sample["replies"]} for sample in report["samples"]]
+    assert len(probabilities) == 12
+    part = report["preference"]
+    gains = [of["dpo"] - of["sft"] for of in probabilities]
+    assert part["probability_gain"]["value"] == pytest.approx(np.mean(gains), abs=1e-9) != 0
+    assert part["win_rate"]["value"] == np.mean([(gain > 0) + 0.5 * (gain == 0) for gain in gains])
+    over_human = np.mean([of["dpo"] > of["human"] for of in probabilities])
+    assert part["win_rate_against_human"]["value"] == over_human
+    # under the own samples this is a KL divergence, under the other model's the negative of one
+    assert (
+        part["drift"]["on_model"]["nats_per_reply"]["value"]
+        > 0
+        > part["drift"]["on_against"]["nats_per_reply"]["value"]
+    )
+
+
+def test_equal_models_give_equal_replies(pipeline: Path) -> None:
+    """A context has the same random numbers for every model."""
+    part = preference_of(pipeline, f"models.dpo={pipeline / 'sft'}")["preference"]
+    assert part["identical_replies"] == part["n_contexts"] == 12
+    assert part["win_rate"]["value"] == 0.5 and part["tests"]["ties"] == 12
 
 
 def test_parts_can_be_left_out(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:

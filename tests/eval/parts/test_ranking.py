@@ -18,6 +18,7 @@ from eval.parts.ranking import (
     length_only_scores,
     rank_figures,
 )
+from eval.scoring import reply_logprobs
 from eval.statistics import Bootstrap
 from model.transformer import Transformer
 
@@ -68,6 +69,19 @@ def test_figures_of_known_ranks() -> None:
     # Ranks 1, 2, 3, and a tie between 1 and 2 that counts as its expectation.
     assert figures["recall_at_1"].value == pytest.approx((1 + 0 + 0 + 0.5) / 4)
     assert figures["mrr"].value == pytest.approx((1 + 1 / 2 + 1 / 3 + 3 / 4) / 4)
+
+
+def test_the_gain_from_context_is_the_mean_less_the_mean_without_context(
+    contexts: list[ReplyContext], tokenizer: DialogueTokenizer, models: dict[str, Transformer]
+) -> None:
+    tasks = tasks_of(contexts, tokenizer, "random")[:3]
+    scores = candidate_scores(models["sft"], tasks, 500)
+    for number, task in enumerate(tasks):
+        for key, prompt in (("mean_logprob", task.prompt), ("without", task.empty_prompt)):
+            logprobs = reply_logprobs(models["sft"], [(prompt, reply) for reply in task.candidates], 500)
+            means = np.array([values.mean() for values in logprobs])
+            found = scores["mean_logprob"][number] - (scores["context_gain"][number] if key == "without" else 0)
+            np.testing.assert_allclose(found, means, atol=1e-5)
 
 
 def test_chance_is_what_random_scores_give() -> None:
