@@ -20,7 +20,7 @@ from typing import IO, Literal
 from pydantic import Field
 from rich.console import Console
 
-from data.clean.ledger import Ledger
+from data.clean.ledger import Ledger, reasons_text
 from data.clean.quarantine import Quarantine
 from data.clean.records import CleanError, check_bad_fraction
 from data.clean.scrub import Scrub
@@ -118,7 +118,9 @@ def convert(recipe: FeedbackRecipe, steps: Steps) -> Counts:
     check_bad_fraction({_SOURCE: counts.lines}, recipe.max_bad_fraction, run_dir / QUARANTINE_FILE, kept_quarantine)
     counts.balance()
     if not counts.lines.kept:
-        raise CleanError(f"{recipe.events}: no usable turn in {counts.lines.read:,} lines; check the log")
+        left_out = +Counter(counts.lines.filtered | {"is quarantined": counts.lines.quarantined})
+        why = f" ({reasons_text(left_out)})" if left_out else ""
+        raise CleanError(f"{recipe.events}: no usable turn in {counts.lines.read:,} lines{why}; check the log")
     write_json(run_dir / REPORT_FILE, to_report(counts))
     return counts
 

@@ -235,11 +235,17 @@ def test_what_a_user_gets_wrong_is_one_message(
 
 
 def test_a_log_without_a_usable_turn_is_an_error(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], log: Any
 ) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     assert main([str(recipe), f"events={tmp_path / 'empty.jsonl'}"]) == 2
-    assert "no usable turn in 0 lines" in capsys.readouterr().err
+    assert "no usable turn in 0 lines; check" in capsys.readouterr().err
+    first = log.events[0]
+    lines = [json.dumps({**first, "turn": f"t{number}", "after": "lost"}) for number in range(3)]
+    (tmp_path / "orphans.jsonl").write_text("\n".join(lines))
+    assert main([str(recipe), f"events={tmp_path / 'orphans.jsonl'}"]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "no usable turn in 3 lines (3 what it continues is not in the log, or is quarantined); check" in error
 
 
 def test_a_dry_run_writes_nothing(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], log: Any) -> None:
