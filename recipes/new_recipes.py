@@ -188,8 +188,12 @@ def _choose_split(choices: Choices, found: Any) -> Any:
     data["continue_within_seconds"] = None
     data.ca.items.pop("continue_within_seconds", None)  # its comment describes another value
     problems: list[str] = []
+    # whoever takes part in every dialogue would link all of them
+    everywhere = sorted(set.intersection(*({*dialogue.participants} for dialogue in found.dialogues)))
     for by_participant in (True, False):
         data["split"] = {"kind": "fraction", "heldout": heldout, "by_participant": by_participant}
+        if by_participant and everywhere:
+            data["split"]["characters"] = everywhere
         recipe = schema.model_validate_json(json.dumps(data))
         try:
             sides = look.split_found(found, recipe)

@@ -372,6 +372,15 @@ def test_times_count_where_most_dialogues_have_them(work: Path) -> None:
     assert [look.quantile([5, 1, 4, 2, 3], share) for share in (0.0, 0.5, 0.95)] == [1, 3, 5]
 
 
+def test_an_id_in_every_dialogue_does_not_link_them(work: Path) -> None:
+    """The bot's: the people are held out whole all the same."""
+    logs = [one | {"participants": ["bot", f"user {i // 2}"]} for i, one in enumerate(conversations(40))]
+    write_lines(work / "logs" / "a.jsonl", logs)
+    assert main(["mine", "--data", "logs"]) == 0
+    split = recipe(work / "mine", "data")["split"]
+    assert (split["by_participant"], split["characters"]) == (True, ["bot"])
+
+
 def test_a_folder_without_files_is_told(work: Path) -> None:
     (work / "logs").mkdir()
     with pytest.raises(LookError, match="logs: found no files"):
