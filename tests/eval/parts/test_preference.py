@@ -10,6 +10,7 @@ from data.format.tokenizer import DialogueTokenizer
 from eval.context import Reply, ReplyContext, dialogues_of, human_replies, select_contexts
 from eval.parts.preference import drift, length_bias, score_replies, summarize_preference, win_rate, win_values
 from eval.scoring import reply_logprobs
+from eval.shared_participants import SharedParticipants
 from eval.statistics import Bootstrap
 from model.scalar_head import ScalarHead
 from model.transformer import Transformer
@@ -32,6 +33,17 @@ def test_win_rate_of_a_clear_winner_and_of_nobody() -> None:
     assert not excludes(nobody["win_rate"], 0.5) and nobody["tests"]["sign_p"] > 0.05
     # With n fair coins the detectable effect is (1.96 + 0.84) / (2 sqrt(n)).
     assert nobody["minimum_detectable_win_rate"] == pytest.approx(0.5 + 2.8 / 2 / np.sqrt(150), abs=0.01)
+
+
+def test_people_in_several_dialogues_raise_the_detectable_win_rate() -> None:
+    people = SharedParticipants([[number // 6] for number in range(60)])
+    score_N, zero = np.where(np.arange(60) // 6 % 3 > 0, 1.0, -1.0), np.zeros(60)
+    plain = win_rate(score_N, zero, np.arange(60), BOOTSTRAP)
+    linked = win_rate(score_N, zero, np.arange(60), Bootstrap(n_resamples=200, people=people))
+    factor = np.sqrt(linked["win_rate"].variance_factor)
+    assert factor > 1.5
+    effects = [figures["minimum_detectable_win_rate"] - 0.5 for figures in (plain, linked)]
+    assert effects[1] == pytest.approx(min(0.5, effects[0] * factor))
 
 
 def test_a_win_that_is_all_length_is_exposed() -> None:
