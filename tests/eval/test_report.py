@@ -254,7 +254,7 @@ def test_samples_end_in_an_ellipsis_and_the_character_is_on_the_left() -> None:
     report["samples"][1]["replies"][1] |= {"probability": 0.9634}
     html = render_html(report, {})
     n_cut = sum(not reply["finished"] for sample in report["samples"] for reply in sample["replies"])
-    assert html.count("…</span><span") == n_cut > 0
+    assert html.count("…</span>") == n_cut > 0
     assert "and then…</span><span" in html and "… 1 earlier message not shown" in html
     assert "96.1%" in html and "96.3%" in html
     own = re.search(r'<div class="bubble ([a-z]*)"><span class="who"><bdi>Alex', html)
@@ -328,6 +328,13 @@ def test_the_verdict_on_the_loss_comes_from_the_interval(low: float, high: float
     report["perplexity"]["ngrams"]["bigram_kneser_ney"] = 3.5
     report["perplexity"]["models"]["pretrain"]["loss"] |= {"low": low, "value": (low + high) / 2 + 0.01, "high": high}
     assert summary_cards(report)[0]["tag"] == tag
+
+
+def test_replies_that_end_are_compared_with_19_of_20() -> None:
+    report = to_json(random_report())
+    report["quality"]["systems"]["dpo"]["stop_rate"] |= {"low": 0.8, "value": 0.85, "high": 0.9}
+    (card,) = [card for card in summary_cards(report) if card["title"] == "Replies that end, dpo"]
+    assert card["tag"] == "misses the bar"
 
 
 @pytest.mark.parametrize("suspected", [False, True])
