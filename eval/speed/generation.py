@@ -13,7 +13,8 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -46,15 +47,6 @@ class Case:
 CASES = (Case(1, 512, 256), Case(64, 2048, 128), Case(256, 1024, 64))
 
 
-@dataclass(frozen=True)
-class Speed:
-    """Of one pass: seconds to the last first token, prompt tokens a second until then, tokens a second after it."""
-
-    first_token_s: float
-    prefill_tokens_a_second: float
-    decode_tokens_a_second: float
-
-
 def decode_floor(config: ModelConfig, case: Case) -> float:
     """Tokens a second if a step only reads weights, keys and values, at the bandwidth of a copy."""
     held = case.prompt + case.new // 2
@@ -64,25 +56,86 @@ def decode_floor(config: ModelConfig, case: Case) -> float:
     return case.batch / (n_bytes / (COPY_GB_A_SECOND * 1e9))
 
 
-def measure(scheduler: Scheduler, moments: dict[Request, list[float]], case: Case, seed: int) -> Speed:
-    """One pass over prompts that no cache holds."""
+def seconds(scheduler: Scheduler, case: Case, n_new: int, seed: int) -> float:
+    """Seconds for `n_new` greedy tokens of each of a batch of random prompts, which no cache holds."""
     generator = torch.Generator().manual_seed(seed)
     vocab_size = scheduler.runner.model.config.vocab_size
     prompts_BL = torch.randint(5, vocab_size, (case.batch, case.prompt), generator=generator).tolist()
-    moments.clear()
     torch.cuda.synchronize()
     began = time.perf_counter()
     for prompt in prompts_BL:
-        scheduler.add(Request(prompt, Sampling(case.new, (), temperature=0.0)))
+        scheduler.add(Request(prompt, Sampling(n_new, (), temperature=0.0)))
     while scheduler.has_work:
         scheduler.step()
-    last_first = max(times[0] for times in moments.values())
-    # while all decode: until the first reply ends
-    first_end = min(times[-1] for times in moments.values())
-    n_tokens = sum(last_first < moment <= first_end for times in moments.values() for moment in times)
-    return Speed(
-        last_first - began, case.batch * case.prompt / (last_first - began), n_tokens / (first_end - last_first)
-    )
+    return time.perf_counter() - began
+
+
+def measured(scheduler: Scheduler, case: Case, seed: int) -> dict[str, float]:
+    """Seconds to the first token of all prompts, prompt tokens a second until then, tokens a second behind it."""
+    first = seconds(scheduler, case, 1, 2 * seed)
+    step = (seconds(scheduler, case, case.new, 2 * seed + 1) - first) / (case.new - 1)
+    return {
+        "first_token_s": first,
+        "prefill_tokens_a_second": case.batch * case.prompt / first,
+        "decode_tokens_a_second": case.batch / step,
+    }
+
+
+LONG_PROMPT, GAP_BATCH, BUDGETS = 32768, 64, (128, 256, 512, 1024)
+"""A prompt that arrives while replies are decoded, how many are, and prompt tokens a step beside them."""
+
+
+def long_prompt_gaps(config: ModelConfig, budget: int, deterministic: bool) -> dict[str, float]:
+    """Milliseconds between tokens of the replies: median without a long prompt, median and p99 while it is prefilled."""
+    config = config.model_copy(update={"max_length": LONG_PROMPT + 1024})
+    with torch.device("cuda"):
+        model = Transformer(config, dtype=torch.bfloat16).eval()
+    n_pages = (LONG_PROMPT + GAP_BATCH * 2048) // PAGE_SIZE + GAP_BATCH + 8
+    cache = PagedKVCache(config, n_pages, PAGE_SIZE, torch.bfloat16, torch.device("cuda"))
+    runner = open_runner(model, cache, GAP_BATCH + 1, LONG_PROMPT + 512, path="fused", deterministic=deterministic)
+    moments: list[float] = []
+    watched: list[Request] = []
+
+    def deliver(step: Step) -> None:
+        if step.request is watched[0]:
+            moments.append(time.perf_counter())
+
+    scheduler = Scheduler(runner, budget, deliver)
+    generator = torch.Generator().manual_seed(0)
+
+    def request(length: int, n_new: int) -> Request:
+        prompt = torch.randint(5, config.vocab_size, (length,), generator=generator).tolist()
+        return Request(prompt, Sampling(n_new, (), temperature=0.0))
+
+    watched += [request(512, 900) for _ in range(GAP_BATCH)]
+    for one in watched:
+        scheduler.add(one)
+    gaps: dict[str, list[float]] = {"alone": [], "beside": []}
+    for warm in (True, False):  # captures graphs first
+        while watched[0].n_generated < (300 if not warm else 20):
+            scheduler.step()
+        alone = [b - a for a, b in pairwise(moments[-100:])]
+        long = request(LONG_PROMPT if not warm else 4 * budget, 2)
+        scheduler.add(long)
+        first = len(moments)
+        while not long.n_generated:
+            scheduler.step()
+        gaps = {"alone": alone, "beside": [b - a for a, b in pairwise(moments[first:])]}
+    beside = sorted(gaps["beside"])
+    return {
+        "budget": budget, "alone_median_ms": 1000 * statistics.median(gaps["alone"]),
+        "beside_median_ms": 1000 * statistics.median(beside), "beside_p99_ms": 1000 * beside[int(0.99 * len(beside))],
+    }  # fmt: skip
+
+
+def print_gaps(name: str, rows: Sequence[dict[str, float]]) -> None:
+    """What a long prompt does to the replies beside it, by the prompt tokens of a step."""
+    title = f"{name}: ms between tokens of {GAP_BATCH} replies while {LONG_PROMPT:,} prompt tokens arrive"
+    table = Table("tokens a step", "median without", "median with", "p99 with", "p99 / median without", title=title)
+    for row in rows:
+        alone, beside, p99 = row["alone_median_ms"], row["beside_median_ms"], row["beside_p99_ms"]
+        table.add_row(f"{row['budget']:.0f}", f"{alone:.2f}", f"{beside:.2f}", f"{p99:.2f}", f"{p99 / alone:.2f}")
+    Console().print(table)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,6 +145,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--decoding", choices=("auto", "fused", "plain"), default="auto")
     parser.add_argument("--deterministic", action="store_true", help="replies do not depend on the batch")
+    parser.add_argument(
+        "--long-prompt", action="store_true", help="also what a long prompt does to the replies beside it"
+    )
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--peer", type=Path, help="figures of eval/speed/vllm_peer.py, to print beside ours")
     arguments = parser.parse_args(argv)
@@ -108,6 +164,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = ModelConfig.model_validate_json(json.dumps(section))
         rows = figures[name] = measure_model(config, arguments.decoding, arguments.deterministic, arguments.repeats)
         print_table(name, rows, peer.get(name, []))
+        if arguments.long_prompt:
+            gaps = [long_prompt_gaps(config, budget, arguments.deterministic) for budget in BUDGETS]
+            print_gaps(name, gaps)
+            figures[name] += [dict(row) for row in gaps]
         if arguments.json:
             arguments.json.write_text(json.dumps(figures, indent=1))
     return 0
@@ -125,20 +185,16 @@ def measure_model(
         cache = PagedKVCache(
             config, case.batch * (-(-length // PAGE_SIZE) + 2), PAGE_SIZE, torch.bfloat16, torch.device("cuda")
         )
-        moments: dict[Request, list[float]] = {}
-
-        def deliver(step: Step, moments: dict[Request, list[float]] = moments) -> None:
-            moments.setdefault(step.request, []).append(time.perf_counter())
-
         began = time.perf_counter()
         runner = open_runner(model, cache, case.batch, length, path=path, deterministic=deterministic)
-        scheduler = Scheduler(runner, runner.max_prefill_tokens, deliver)
-        measure(scheduler, moments, replace(case, new=8), seed=0)  # captures graphs
+        scheduler = Scheduler(runner, runner.max_prefill_tokens, lambda step: None)
+        for n_new in (case.new, 1):  # captures graphs
+            seconds(scheduler, case, n_new, seed=0)
         start = time.perf_counter() - began
-        passes = [measure(scheduler, moments, case, seed) for seed in range(1, repeats + 1)]
+        passes = [measured(scheduler, case, seed) for seed in range(1, repeats + 1)]
         row: dict[str, object] = {**asdict(case), "floor": decode_floor(config, case), "start_s": start}
-        for key in asdict(passes[0]):
-            values = sorted(getattr(one, key) for one in passes)
+        for key in passes[0]:
+            values = sorted(one[key] for one in passes)
             row[key] = {"median": statistics.median(values), "least": values[0], "most": values[-1]}
         rows.append(row)
         del scheduler, runner, cache

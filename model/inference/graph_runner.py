@@ -96,6 +96,7 @@ class GraphRunner(Runner):
     def warm_up(self) -> None:
         """Capture all graphs, the largest first, whose memory the others share."""
         for kind, buckets, run in (
+            ("fresh prefill", self._token_buckets, partial(self._prefill_step, fresh=True)),
             ("prefill", self._token_buckets, self._prefill_step),
             ("finish", self._row_buckets[1:], self._finish_step),
             ("decode", self._row_buckets, self._decode_step),
@@ -119,7 +120,10 @@ class GraphRunner(Runner):
         ]
         self._send(self._tokens_T[: len(tokens)], tokens)
         self._send(self._chunks, packed)
-        self._replay("prefill", len(tokens), self._token_buckets, self._prefill_step)
+        if all(chunk.start == 0 for chunk in chunks):
+            self._replay("fresh prefill", len(tokens), self._token_buckets, partial(self._prefill_step, fresh=True))
+        else:
+            self._replay("prefill", len(tokens), self._token_buckets, self._prefill_step)
         if not lasts:
             return None
         padded = np.full((3, n_rows), [[0], [-1], [0]], np.int32)
@@ -133,14 +137,14 @@ class GraphRunner(Runner):
         self._replay("decode", max(rows) + 1, self._row_buckets, self._decode_step)
         return self._copied(rows)
 
-    def _prefill_step(self, bucket: int) -> None:
+    def _prefill_step(self, bucket: int, fresh: bool = False) -> None:
         from model.inference.prefill_step import PrefillStep
 
         starts_R1, context_R, rows_R = self._chunks.split([self._n_states + 1, self._n_states, self._n_states])
         table_RP = self.page_table_RP[rows_R.long()]
         step = PrefillStep(
             self.weights, self.cache.k_SGK, self.cache.v_SGK, self.cache.page_size, self._x_TD,
-            tokens=bucket, sequences=self._n_states,
+            tokens=bucket, sequences=self._n_states, fresh=fresh,
         )  # fmt: skip
         step(self._tokens_T[:bucket], starts_R1, context_R, dict.fromkeys(self.weights.rope_LC, table_RP))
 

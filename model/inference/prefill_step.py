@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from model.attention_ops import why_not
 from model.config import LayerKind
 from model.inference.decode_step import DecodeWeights, LayerWeights
 
@@ -19,7 +20,8 @@ from model.inference.decode_step import DecodeWeights, LayerWeights
 class PrefillStep:
     """The layers that own a cache, for up to `tokens` new tokens of up to `sequences` prompts.
 
-    x_TD: buffer of the last layer's output, which steps of all sizes share.
+    x_TD: buffer of the last layer's output, which steps of all sizes share. fresh: no prompt has cached tokens, so
+    attention reads the new keys and values as they are, with flash-attn-4 where it runs.
     """
 
     def __init__(
@@ -32,11 +34,13 @@ class PrefillStep:
         *,
         tokens: int,
         sequences: int,
+        fresh: bool = False,
     ):
         self.weights, self.config = weights, weights.config
         self.k_pools, self.v_pools, self.page_size = k_pools, v_pools, page_size
         self.x_TD = x_TD[:tokens]
         self.sequences = sequences
+        self.uses_flash = fresh and why_not("flash_attn_4", x_TD.device, x_TD.dtype) is None
         self.n_layers = self.config.n_layers - self.config.n_tail_layers
         self._index_T = torch.arange(tokens, dtype=torch.int32, device=x_TD.device)
 
@@ -68,6 +72,7 @@ class PrefillStep:
             cos_LC, sin_LC = weights.rope_LC[kind]
             ropes[kind] = cos_LC[position_T], sin_LC[position_T]
 
+        self._fresh: dict[int, tuple[Tensor, Tensor]] = {}  # new keys and values of each layer that owns a cache
         x_TD = F.embedding(tokens_T, weights.embed_VD) * weights.embed_scale
         u_TD: Tensor | None = None
         w_u_D: Tensor | None = None
@@ -90,6 +95,7 @@ class PrefillStep:
         lengths_B: Tensor, table_BP: Tensor,
     ) -> Tensor:  # fmt: skip
         from model.kernels.cache_write import write_to_cache
+        from model.kernels.flash_attention import flash_forward
         from model.kernels.prefill_attention import prefill_attention
         from model.kernels.rotary import normed_heads
 
@@ -101,5 +107,8 @@ class PrefillStep:
         )  # fmt: skip
         if owns_cache:
             write_to_cache(k_TGK, v_TGK, slots_T, *pools)
+            self._fresh[layer.source] = k_TGK, v_TGK
         window = config.window if layer.kind == "S" else None
+        if self.uses_flash:
+            return flash_forward(q_THK, *self._fresh[layer.source], starts_B1, len(q_THK), window)[0]
         return prefill_attention(q_THK, *pools, table_BP, self.page_size, starts_B1, lengths_B, window)
