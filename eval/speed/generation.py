@@ -86,7 +86,7 @@ LONG_PROMPT, GAP_BATCH, BUDGETS = 32768, 64, (128, 256, 512, 1024)
 
 
 def long_prompt_gaps(config: ModelConfig, budget: int, deterministic: bool) -> dict[str, float]:
-    """Milliseconds between tokens of the replies: median without a long prompt, median and p99 while it is prefilled."""
+    """Milliseconds between a reply's tokens: median without a long prompt, median and p99 while it is prefilled."""
     config = config.model_copy(update={"max_length": LONG_PROMPT + 1024})
     with torch.device("cuda"):
         model = Transformer(config, dtype=torch.bfloat16).eval()

@@ -49,15 +49,14 @@ def write_model(shape: dict[str, Any], directory: str) -> None:
                 "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
                 "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 1.0, "rope_theta": 1e6},
             }
-            model = Gemma4ForCausalLM(
-                Gemma4TextConfig(
-                    **common, global_head_dim=shape["d_head"], hidden_activation="gelu_pytorch_tanh",
-                    sliding_window=shape.get("window", 1024), rope_parameters=ropes, final_logit_softcapping=None,
-                    layer_types=["sliding_attention" if kind == "S" else "full_attention" for kind in kinds],
-                    hidden_size_per_layer_input=0, vocab_size_per_layer_input=shape["vocab_size"],
-                    num_kv_shared_layers=n_shared,
-                )
-            )  # fmt: skip
+            text: dict[str, Any] = {
+                **common, "global_head_dim": shape["d_head"], "hidden_activation": "gelu_pytorch_tanh",
+                "sliding_window": shape.get("window", 1024), "rope_parameters": ropes, "final_logit_softcapping": None,
+                "layer_types": ["sliding_attention" if kind == "S" else "full_attention" for kind in kinds],
+                "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": shape["vocab_size"],
+                "num_kv_shared_layers": n_shared,
+            }  # fmt: skip
+            model = Gemma4ForCausalLM(Gemma4TextConfig(**text))
     torch.set_default_dtype(torch.float32)
     model.config.architectures = [type(model).__name__]
     model.cpu().save_pretrained(directory)
