@@ -53,9 +53,7 @@ def on_two(steps_on_ranks: Run) -> dict[str, Any]:
     if find_spec("triton"):
         fused = {"fused": True, "changes": TWO_BLOCKS}
         cases |= {f"fused_{stage}": case(FEW_ON_TWO, stage=stage, **fused) for stage in (1, 3)}
-        cases |= {
-            f"bf16_{stage}": case(FEW_ON_TWO, stage=stage, precision="bfloat16", **fused) for stage in (1, 2, 3)
-        }
+        cases |= {f"bf16_{stage}": case(FEW_ON_TWO, stage=stage, precision="bfloat16", **fused) for stage in (1, 2, 3)}
     return steps_on_ranks(2, cases)[0]
 
 
