@@ -6,6 +6,7 @@ import functools
 import queue
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -17,9 +18,11 @@ from model.attention_ops import Documents
 from model.config import ModelConfig, TailSharing
 from model.inference.request import Request
 from model.inference.rows import Rows
+from model.inference.runner import Draw, Draws, Runner
 from model.inference.sampler import sample
 from model.inference.sampling import Sampling
 from model.transformer import Transformer
+from serving_export.server import engine as engine_module
 from serving_export.server.engine import Engine
 from serving_export.server.request import Event, PromptError, QueueFull, ServedRequest
 
@@ -48,6 +51,34 @@ def uncached_greedy(prompt: tuple[int, ...], n_new: int) -> list[int]:
 
 def greedy(n_new: int) -> Sampling:
     return Sampling(max_new_tokens=n_new, stop_ids=(STOP,), temperature=0)
+
+
+class LaggingRunner(Runner):
+    """The plain path as if on a GPU: the host reads late, and does not know which rows have stopped."""
+
+    lag = 1
+
+    def decode(self, rows: Sequence[int], longest: int) -> Draws:
+        active = [row for row in rows if self.rows.length_R[row] > 0]
+        drawn = {draw.row: draw for draw in super().decode(active, longest).read()} if active else {}
+        return _Late([drawn.get(row, Draw(row, 7, 0, None)) for row in rows])
+
+
+@dataclass
+class _Late:
+    draws: list[Draw]
+
+    def read(self) -> list[Draw]:
+        return self.draws
+
+
+def lagging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the next engine run on a LaggingRunner."""
+    monkeypatch.setattr(
+        engine_module, "open_runner", lambda model, cache, n_rows, max_length, **_: LaggingRunner(
+            model, cache, n_rows, max_length, wants_logprobs=False
+        )
+    )  # fmt: skip
 
 
 class Listener:
@@ -94,13 +125,18 @@ def test_a_reply_may_end_with_its_first_token() -> None:
     assert [(event.token, event.finish_reason) for event in listener.events] == [(first, "stop")]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_replies_equal_uncached_greedy(data: st.DataObject) -> None:
     page_size = data.draw(st.sampled_from([1, 3, 4]), "page_size")
     n_tokens = data.draw(st.sampled_from([24, 48, 96, 400]), "cache tokens")  # 24: hardly one request at a time
     chunk = data.draw(st.sampled_from([1, 3, 7, 64]), "prefill chunk")
-    engine = poisoned(Engine(tiny(), n_tokens // page_size, page_size, max_running=5, prefill_tokens_per_step=chunk))
+    with pytest.MonkeyPatch.context() as patch:
+        if data.draw(st.booleans(), "reads late"):
+            lagging(patch)
+        pages = n_tokens // page_size
+        engine = poisoned(Engine(tiny(), pages, page_size, max_running=5, prefill_tokens_per_step=chunk))
+    engine.runner.max_prefill_tokens = chunk
     stems = [[2, 7, 8, 9, 10, 11, 12], [2, 7, 8, 9, 5]]
     jobs: list[tuple[tuple[int, ...], int, Listener]] = []
     for _ in range(data.draw(st.integers(1, 7), "requests")):
@@ -120,7 +156,10 @@ def test_replies_equal_uncached_greedy(data: st.DataObject) -> None:
     assert_only_the_cache_holds_pages(engine)
 
 
-def test_pressure_preempts_and_evicts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_pressure_preempts_and_evicts(monkeypatch: pytest.MonkeyPatch, late: bool) -> None:
+    if late:
+        lagging(monkeypatch)
     engine = poisoned(Engine(tiny(), n_pages=10, page_size=4))
     scheduler, preempt = engine.scheduler, engine.scheduler._preempt
 
@@ -256,8 +295,11 @@ def test_sampled_reply_does_not_depend_on_company() -> None:
     assert draw(0) == draw(5)
 
 
-@pytest.mark.parametrize("steps", [0, 1, 3])
-def test_cancelled_request_frees_its_pages(steps: int) -> None:
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("steps", [0, 1, 3, 6])
+def test_cancelled_request_frees_its_pages(monkeypatch: pytest.MonkeyPatch, steps: int, late: bool) -> None:
+    if late:
+        lagging(monkeypatch)
     engine = Engine(tiny(), n_pages=8, page_size=4, prefill_tokens_per_step=3)
     listeners = [Listener(), Listener()]
     requests = [engine.submit([2, *range(5, 15)], greedy(20), listener) for listener in listeners]
