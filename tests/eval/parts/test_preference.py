@@ -63,6 +63,8 @@ def test_summary_flags_a_win_that_is_too_good() -> None:
     score, zero = np.linspace(0.1, 2, 40), np.zeros(40)
     figures = summarize_preference(score, zero, zero + 1, replies, others, np.arange(40), BOOTSTRAP)
     assert figures["over_optimisation_suspected"] and figures["identical_replies"] == 1
+    against_human = [figures[key].value for key in ("win_rate_against_human", "other_win_rate_against_human")]
+    assert against_human == [np.mean(score > 1), 0]
     fair = summarize_preference(np.resize([1.0, -1.0], 40), zero, zero, replies, others, np.arange(40), BOOTSTRAP)
     assert not fair["over_optimisation_suspected"] and fair["win_rate"].value == 0.5
 
