@@ -150,8 +150,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--peer", type=Path, help="figures of eval/speed/vllm_peer.py, to print beside ours")
+    parser.add_argument("--dry-run", action="store_true", help="print the cases and their floors; needs no GPU")
     arguments = parser.parse_args(argv)
-    if not torch.cuda.is_available():
+    if not arguments.dry_run and not torch.cuda.is_available():
         print("eval.speed.generation needs a CUDA device", file=sys.stderr)
         return 2
     peer = json.loads(arguments.peer.read_text()) if arguments.peer else {}
@@ -162,6 +163,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{path} has no model section: its model is that of init_from", file=sys.stderr)
             return 2
         config = ModelConfig.model_validate_json(json.dumps(section))
+        if arguments.dry_run:
+            print_floors(name, config)
+            continue
         rows = figures[name] = measure_model(config, arguments.decoding, arguments.deterministic, arguments.repeats)
         print_table(name, rows, peer.get(name, []))
         if arguments.long_prompt:
@@ -200,6 +204,16 @@ def measure_model(
         del scheduler, runner, cache
         torch.cuda.empty_cache()
     return rows
+
+
+def print_floors(name: str, config: ModelConfig) -> None:
+    """The cases, and what a decoding step takes at least."""
+    table = Table("batch", "prompt", "new tokens", "floor, tokens/s", "floor, ms a step", title=name)
+    for case in CASES:
+        floor = decode_floor(config, case)
+        numbers = str(case.batch), str(case.prompt), str(case.new)
+        table.add_row(*numbers, f"{floor:,.0f}", f"{1000 * case.batch / floor:.3f}")
+    Console().print(table)
 
 
 def print_table(name: str, rows: Sequence[dict[str, object]], peer: Sequence[dict[str, object]]) -> None:

@@ -51,3 +51,5 @@ def test_a_machine_without_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["recipes/bench/mqa_1b_global.yaml"]) == 2
     assert "needs a CUDA device" in capsys.readouterr().err
+    assert main(["recipes/bench/mqa_1b_global.yaml", "--dry-run"]) == 0
+    assert "1,353" in capsys.readouterr().out
