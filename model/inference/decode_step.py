@@ -160,7 +160,7 @@ class DecodeStep:
             "out": (d_model, d_ff),
             "logits": (config.vocab_size, d_model),
         }
-        self.tiles: dict[str, Tiles] = {}
+        self.tiles: dict[str, Tiles | None] = {}
         self.vector_tiles: dict[str, VectorTiles] = {}
         if self.is_vector:
             self.vector_tiles = {name: vector_tiles(name, *shape, device) for name, shape in shapes.items()}
@@ -168,8 +168,9 @@ class DecodeStep:
             self.tiles = {name: product_tiles(name, rows, *shape, deterministic) for name, shape in shapes.items()}
 
         def parts(name: str) -> Tensor:
-            splits = 1 if self.is_vector else self.tiles[name].splits
-            return torch.empty(splits, rows, shapes[name][0], device=device)
+            tiles = None if self.is_vector else self.tiles[name]
+            part_dtype = dtype if tiles is None and not self.is_vector else torch.float32
+            return torch.empty(tiles.splits if tiles else 1, rows, shapes[name][0], dtype=part_dtype, device=device)
 
         self.x_BD, self.x_other_BD, self.normed_BD = (
             torch.empty(rows, d_model, dtype=dtype, device=device) for _ in range(3)

@@ -6,8 +6,6 @@ summed in a fixed order, so equal inputs give equal bits.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +13,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from model.kernels.decode_plan import DecodePlan
+from model.kernels.launch import overlapping
 from model.kernels.paged_attention import (
     LOG2_E,
     as_elements,
@@ -102,9 +101,9 @@ def _decode_kernel(
                 prefetch_tile(
                     k_ptr, v_ptr, table_ptr, begin // TILE + ahead, begin, end, group, N_GROUPS, WIDTH, PAGE, TILE, LINE
                 )
-        gdc_wait()
         if not MERGES:  # else the next layer's programs would fill the processors that are done first
             gdc_launch_dependents()
+        gdc_wait()
     for number in range(n_items):
         item = first_item + number
         next_sequence = tl.load(items_ptr + 4 * (item + 1))
@@ -165,8 +164,8 @@ def _combine_kernel(
     column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     is_column = column < D_HEAD
     if OVERLAPS:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     if n_parts != 1:
         for head in range(tl.program_id(1) * HEADS, min((tl.program_id(1) + 1) * HEADS, N_HEADS)):
             top = tl.full([], -1e30, tl.float32)
@@ -241,10 +240,3 @@ def decode_attention(
 def configuration(dtype: torch.dtype) -> tuple[int, int]:
     """(stages of the loads' pipeline, warps). A key takes two stages: its page's number is loaded ahead of it."""
     return (5, 4) if dtype.itemsize == 2 else (3, 4)
-
-
-def overlapping(device: torch.device) -> dict[str, Any]:
-    """Arguments that let a kernel start before the one in front of it ends, where the GPU can (Hopper and later)."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9:
-        return {"OVERLAPS": True, "launch_pdl": True}
-    return {"OVERLAPS": False}

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from model.kernels.decode_attention import overlapping
+from model.kernels.launch import overlapping
 
 
 @triton.jit

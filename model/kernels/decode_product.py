@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from model.kernels.decode_attention import overlapping
 from model.kernels.decode_prefetch import prefetch_rows
-from model.kernels.geglu import gelu_parts
+from model.kernels.geglu import geglu, gelu_parts
+from model.kernels.launch import overlapping
 from model.kernels.paged_attention import operand_dtype, padded
 
 
@@ -57,9 +58,13 @@ def _product_kernel(
     linear_ptr = w_row_ptr + n_in.to(tl.int64) * n_out
     if OVERLAPS:
         if prefetched_bytes > 0:
-            prefetch_rows(w_row_ptr + k_begin, n < n_out, prefetched_bytes)
+            first = tl.program_id(0) * BLOCK_N
+            first_ptr = w_ptr + first.to(tl.int64) * n_in + k_begin
+            n_prefetched = tl.minimum(n_out - first, BLOCK_N)
+            row_bytes = n_in * w_ptr.dtype.element_ty.primitive_bitwidth // 8
+            prefetch_rows(first_ptr, n_prefetched, row_bytes, prefetched_bytes)
             if GATED:
-                prefetch_rows(linear_ptr + k_begin, n < n_out, prefetched_bytes)
+                prefetch_rows(first_ptr + n_in.to(tl.int64) * n_out, n_prefetched, row_bytes, prefetched_bytes)
         gdc_launch_dependents()
         gdc_wait()
     out = tl.zeros([BLOCK_N, ROWS], tl.float32)
@@ -95,12 +100,17 @@ def _product_kernel(
     tl.store(out_ptr + row[None, :] * n_out + n[:, None], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def product(x_BK: Tensor, w_NK: Tensor, out_SBN: Tensor, tiles: Tiles, gated: bool = False, cap: float = 0.0) -> None:
+def product(
+    x_BK: Tensor, w_NK: Tensor, out_SBN: Tensor, tiles: Tiles | None, gated: bool = False, cap: float = 0.0
+) -> None:
     """Write the products of rows with a weight matrix, in parts over the inner dimension K (S parts, to be summed).
 
     gated: w_NK holds the rows of the gate, then as many of the linear branch, and the output is gelu(gate) * linear.
     cap: the softcap of the output, 0 for none. Both need a single part.
     """
+    if tiles is None:
+        _cublas_product(x_BK, w_NK, out_SBN[0], gated, cap)
+        return
     n_rows, n_in = x_BK.shape
     n_out = len(w_NK) // (2 if gated else 1)
     assert out_SBN.shape == (tiles.splits, n_rows, n_out) and w_NK.shape[1] == n_in
@@ -116,3 +126,14 @@ def product(x_BK: Tensor, w_NK: Tensor, out_SBN: Tensor, tiles: Tiles, gated: bo
         EVEN_N=n_out % tiles.block_n == 0, EVEN_K=n_in % tiles.block_k == 0, STAGES=tiles.n_stages,
         IN=operand_dtype(x_BK), num_warps=tiles.n_warps, **overlapping(x_BK.device),
     )  # fmt: skip
+
+
+def _cublas_product(x_BK: Tensor, w_NK: Tensor, out_BN: Tensor, gated: bool, cap: float) -> None:
+    if gated:
+        geglu(x_BK @ w_NK.T, out_BN)
+    elif out_BN.dtype == x_BK.dtype:
+        torch.mm(x_BK, w_NK.T, out=out_BN)
+    else:
+        out_BN.copy_(x_BK @ w_NK.T)
+        if cap:
+            out_BN.div_(cap).tanh_().mul_(cap)

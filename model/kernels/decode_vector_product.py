@@ -13,11 +13,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from model.kernels.decode_attention import overlapping
 from model.kernels.decode_norm import rms_scale
 from model.kernels.decode_prefetch import prefetch_rows
 from model.kernels.decode_product import soft_capped
 from model.kernels.geglu import gelu_parts
+from model.kernels.launch import overlapping
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,14 @@ def _vector_product_kernel(
             w_u = tl.load(w_u_ptr + k, mask=is_in, other=0.0).to(tl.float32)
     if OVERLAPS:
         if row_bytes > 0:
-            for ahead in tl.static_range(AHEAD):
-                n_ahead = n + ahead * n_programs * BLOCK_N
-                ahead_ptr = w_ptr + n_ahead.to(tl.int64) * n_in
-                prefetch_rows(ahead_ptr, n_ahead < n_out, row_bytes)
+            for ahead in tl.static_range(1, AHEAD + 1):
+                # the chunks of the first rows that are not in registers yet, too
+                first = (program + (ahead - (1 if CHUNKS > 1 else 0)) * n_programs) * BLOCK_N
+                n_prefetched = tl.minimum(n_out - first, BLOCK_N)
+                first_ptr = w_ptr + first.to(tl.int64) * n_in
+                prefetch_rows(first_ptr, n_prefetched, row_bytes, row_bytes)
                 if GATED:
-                    prefetch_rows(ahead_ptr + linear_offset, n_ahead < n_out, row_bytes)
+                    prefetch_rows(first_ptr + linear_offset, n_prefetched, row_bytes, row_bytes)
         gdc_launch_dependents()
         gdc_wait()
     x = tl.load(x_ptr + k, mask=is_in, other=0.0)
@@ -115,6 +117,9 @@ def _vector_product_kernel(
                 mask=is_next[:, None] & (next_k < n_in)[None, :],
                 other=0.0,
             )
+        next_x = x
+        if CHUNKS > 1:
+            next_x = tl.load(x_ptr + next_k, mask=next_k < n_in, other=0.0)
         total += tl.sum(tile.to(tl.float32) * x.to(tl.float32)[None, :], 1)
         if GATED:
             linear_total += tl.sum(linear_tile.to(tl.float32) * x.to(tl.float32)[None, :], 1)
@@ -128,8 +133,7 @@ def _vector_product_kernel(
             tl.store(out_ptr + n, out.to(out_ptr.dtype.element_ty), mask=n < n_out)
             total = tl.zeros([BLOCK_N], tl.float32)
             linear_total = tl.zeros([BLOCK_N], tl.float32)
-        if CHUNKS > 1:
-            x = tl.load(x_ptr + next_k, mask=next_k < n_in, other=0.0)
+        x = next_x
         tile = next_tile
         linear_tile = next_linear_tile
 

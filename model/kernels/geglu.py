@@ -6,6 +6,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from model.kernels.launch import overlapping
 
 _BLOCK = 1024
 
@@ -21,7 +24,10 @@ def gelu_parts(gate):
 
 
 @triton.jit
-def _geglu_kernel(gate_in_ptr, out_ptr, d_ff, BLOCK: tl.constexpr):
+def _geglu_kernel(gate_in_ptr, out_ptr, d_ff, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < d_ff
@@ -55,12 +61,14 @@ def _geglu_backward_kernel(
         tl.store(grad_ptr + row * d_ff + columns, (value * linear).to(dtype), mask=inside)
 
 
-def geglu(gate_in_TX: Tensor) -> Tensor:
+def geglu(gate_in_TX: Tensor, product_TF: Tensor | None = None) -> Tensor:
     """product_TF = gelu(gate) * linear. gate_in_TX: F columns of the gate, then F of the linear branch."""
     n_tokens, d_ff = len(gate_in_TX), gate_in_TX.shape[1] // 2
-    product_TF = gate_in_TX.new_empty(n_tokens, d_ff)
+    product_TF = gate_in_TX.new_empty(n_tokens, d_ff) if product_TF is None else product_TF
     if n_tokens:
-        _geglu_kernel[(n_tokens, triton.cdiv(d_ff, _BLOCK))](gate_in_TX, product_TF, d_ff, BLOCK=_BLOCK, num_warps=4)
+        _geglu_kernel[(n_tokens, triton.cdiv(d_ff, _BLOCK))](
+            gate_in_TX, product_TF, d_ff, BLOCK=_BLOCK, num_warps=4, **overlapping(gate_in_TX.device)
+        )
     return product_TF
 
 

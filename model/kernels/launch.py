@@ -1,8 +1,9 @@
-"""Grid sizes of kernels that sum over rows."""
+"""Launches: grid sizes of kernels that sum over rows, and kernels that start before the one in front of them ends."""
 
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -19,3 +20,10 @@ def n_summing_programs(n_blocks: int, programs_a_processor: int, device: torch.d
 def _n_processors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; 1 for the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def overlapping(device: torch.device) -> dict[str, Any]:
+    """Arguments that let a kernel start before the one in front of it ends, where the GPU can (Hopper and later)."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9:
+        return {"OVERLAPS": True, "launch_pdl": True}
+    return {"OVERLAPS": False}
