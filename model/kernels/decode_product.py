@@ -33,6 +33,7 @@ class Tiles:
     n_warps: int = 4
     n_stages: int = 4
     prefetch: int = 4096
+    rows_a_block: int | None = None
 
 
 @triton.jit
@@ -45,11 +46,13 @@ def soft_capped(x, cap):
 
 @triton.jit
 def _product_kernel(
-    x_ptr, w_ptr, out_ptr, n_rows, n_out, n_in, in_a_split, cap, prefetched_bytes,
+    x_ptr, w_ptr, out_ptr, n_rows, n_out, n_in, in_a_split, cap, prefetched_bytes, rows_a_block,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GATED: tl.constexpr, ALL_ROWS: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, STAGES: tl.constexpr, IN: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(0) * rows_a_block
+    n = first + tl.arange(0, BLOCK_N)
+    n_end = tl.minimum(first + rows_a_block, n_out)
     split = tl.program_id(1)
     m = tl.arange(0, ROWS)
     k_begin = split * in_a_split
@@ -58,9 +61,8 @@ def _product_kernel(
     linear_ptr = w_row_ptr + n_in.to(tl.int64) * n_out
     if OVERLAPS:
         if prefetched_bytes > 0:
-            first = tl.program_id(0) * BLOCK_N
             first_ptr = w_ptr + first.to(tl.int64) * n_in + k_begin
-            n_prefetched = tl.minimum(n_out - first, BLOCK_N)
+            n_prefetched = n_end - first
             row_bytes = n_in * w_ptr.dtype.element_ty.primitive_bitwidth // 8
             prefetch_rows(first_ptr, n_prefetched, row_bytes, prefetched_bytes)
             if GATED:
@@ -79,15 +81,15 @@ def _product_kernel(
         else:
             x = tl.load(x_pointers, mask=(m[None, :] < n_rows) & (k[:, None] < k_end), other=0.0)
         if EVEN_N and EVEN_K:
-            w = tl.load(w_row_ptr[:, None] + k[None, :])
+            w = tl.load(w_row_ptr[:, None] + k[None, :], eviction_policy="evict_first")
         else:
-            w = tl.load(w_row_ptr[:, None] + k[None, :], mask=(n[:, None] < n_out) & (k[None, :] < k_end), other=0.0)
+            w = tl.load(w_row_ptr[:, None] + k[None, :], mask=(n[:, None] < n_end) & (k[None, :] < k_end), other=0.0)
         out = tl.dot(w.to(IN), x.to(IN), out, input_precision="ieee")
         if GATED:
             if EVEN_N and EVEN_K:
-                w = tl.load(linear_ptr[:, None] + k[None, :])
+                w = tl.load(linear_ptr[:, None] + k[None, :], eviction_policy="evict_first")
             else:
-                mask = (n[:, None] < n_out) & (k[None, :] < k_end)
+                mask = (n[:, None] < n_end) & (k[None, :] < k_end)
                 w = tl.load(linear_ptr[:, None] + k[None, :], mask=mask, other=0.0)
             linear = tl.dot(w.to(IN), x.to(IN), linear, input_precision="ieee")
     if GATED:
@@ -96,7 +98,7 @@ def _product_kernel(
     else:
         out = soft_capped(out, cap)
     row = (split * n_rows + m).to(tl.int64)
-    mask = (n[:, None] < n_out) & (m[None, :] < n_rows)
+    mask = (n[:, None] < n_end) & (m[None, :] < n_rows)
     tl.store(out_ptr + row[None, :] * n_out + n[:, None], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -118,13 +120,14 @@ def product(
     assert tiles.splits == 1 or not (gated or cap)
     in_a_split = triton.cdiv(triton.cdiv(n_in, tiles.block_k), tiles.splits) * tiles.block_k
     rows = padded(n_rows)
+    rows_a_block = tiles.rows_a_block or tiles.block_n
     n_bytes = min(tiles.prefetch, in_a_split * w_NK.element_size())
     is_aligned = n_in * w_NK.element_size() % 16 == 0 and n_in % in_a_split == 0
-    _product_kernel[(triton.cdiv(n_out, tiles.block_n), tiles.splits)](
-        x_BK, w_NK, out_SBN, n_rows, n_out, n_in, in_a_split, cap, n_bytes if is_aligned else 0,
+    _product_kernel[(triton.cdiv(n_out, rows_a_block), tiles.splits)](
+        x_BK, w_NK, out_SBN, n_rows, n_out, n_in, in_a_split, cap, n_bytes if is_aligned else 0, rows_a_block,
         ROWS=rows, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GATED=gated, ALL_ROWS=rows == n_rows,
-        EVEN_N=n_out % tiles.block_n == 0, EVEN_K=n_in % tiles.block_k == 0, STAGES=tiles.n_stages,
-        IN=operand_dtype(x_BK), num_warps=tiles.n_warps, **overlapping(x_BK.device),
+        EVEN_N=n_out % rows_a_block == 0 and rows_a_block == tiles.block_n, EVEN_K=n_in % tiles.block_k == 0,
+        STAGES=tiles.n_stages, IN=operand_dtype(x_BK), num_warps=tiles.n_warps, **overlapping(x_BK.device),
     )  # fmt: skip
 
 

@@ -10,6 +10,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from model.kernels.decode_norm import load_sum
 from model.kernels.launch import overlapping
 
+_HEADS = 4
+"""Heads of a program, whatever the batch: the order of sums depends on it."""
+
 
 @triton.jit
 def _rotary_write_kernel(
@@ -77,10 +80,9 @@ def rotary_write(
     rows, n_heads, d_head = q_BHK.shape
     n_kv_heads = 0 if w_k_K is None else k_SGK.shape[1]
     assert parts_SBX.shape[2] == (n_heads + 2 * n_kv_heads) * d_head and parts_SBX.is_contiguous()
-    heads = 1 if rows < 16 else 4 if rows < 64 else 8
-    _rotary_write_kernel[(rows, triton.cdiv(n_heads + 2 * n_kv_heads, heads))](
+    _rotary_write_kernel[(rows, triton.cdiv(n_heads + 2 * n_kv_heads, _HEADS))](
         parts_SBX, w_q_K, w_k_K, *rope_LC, lengths_B, page_table_BP, q_BHK, k_SGK, v_SGK,
         parts_SBX[0].numel(), page_table_BP.stride(0), n_heads, eps,
-        N_KV=n_kv_heads, PAGE=page_size, SPLITS=len(parts_SBX), HALF=d_head // 2, HEADS=heads,
-        BLOCK=triton.next_power_of_2(d_head // 2), num_warps=1 if heads == 1 else 4, **overlapping(q_BHK.device),
+        N_KV=n_kv_heads, PAGE=page_size, SPLITS=len(parts_SBX), HALF=d_head // 2, HEADS=_HEADS,
+        BLOCK=triton.next_power_of_2(d_head // 2), num_warps=4, **overlapping(q_BHK.device),
     )  # fmt: skip

@@ -49,10 +49,26 @@ class SandwichNorm:
 @triton.jit
 def _load_tile(row_ptr, is_row, k, n_in, EVEN: tl.constexpr):
     if EVEN:
-        tile = tl.load(row_ptr[:, None] + k[None, :])
+        tile = tl.load(row_ptr[:, None] + k[None, :], eviction_policy="evict_first")
     else:
-        tile = tl.load(row_ptr[:, None] + k[None, :], mask=is_row[:, None] & (k < n_in)[None, :], other=0.0)
+        tile = tl.load(
+            row_ptr[:, None] + k[None, :],
+            mask=is_row[:, None] & (k < n_in)[None, :],
+            other=0.0,
+            eviction_policy="evict_first",
+        )
     return tile
+
+
+@triton.jit
+def _prefetch_block(
+    w_ptr, first, n_out, n_in, row_bytes, linear_offset, GATED: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    n_rows = tl.minimum(n_out - first, BLOCK_N)
+    first_ptr = w_ptr + first.to(tl.int64) * n_in
+    prefetch_rows(first_ptr, n_rows, row_bytes, row_bytes)
+    if GATED:
+        prefetch_rows(first_ptr + linear_offset, n_rows, row_bytes, row_bytes)
 
 
 @triton.jit
@@ -61,6 +77,7 @@ def _vector_product_kernel(
     NORMED: tl.constexpr, HAS_U: tl.constexpr, GATED: tl.constexpr, CHUNKS: tl.constexpr, EVEN: tl.constexpr,
     AHEAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    HELD: tl.constexpr = 1 if CHUNKS == 1 else 0
     program = tl.program_id(0)
     n_programs = tl.num_programs(0)
     k = tl.arange(0, BLOCK_K)
@@ -77,15 +94,10 @@ def _vector_product_kernel(
         if HAS_U:
             w_u = tl.load(w_u_ptr + k, mask=is_in, other=0.0).to(tl.float32)
     if OVERLAPS:
-        if row_bytes > 0:
-            for ahead in tl.static_range(1, AHEAD + 1):
-                # the chunks of the first rows that are not in registers yet, too
-                first = (program + (ahead - (1 if CHUNKS > 1 else 0)) * n_programs) * BLOCK_N
-                n_prefetched = tl.minimum(n_out - first, BLOCK_N)
-                first_ptr = w_ptr + first.to(tl.int64) * n_in
-                prefetch_rows(first_ptr, n_prefetched, row_bytes, row_bytes)
-                if GATED:
-                    prefetch_rows(first_ptr + linear_offset, n_prefetched, row_bytes, row_bytes)
+        for ahead in tl.static_range(AHEAD):
+            # of the first rows, later chunks are not in registers yet
+            first = (program + (ahead + HELD) * n_programs) * BLOCK_N
+            _prefetch_block(w_ptr, first, n_out, n_in, row_bytes, linear_offset, GATED, BLOCK_N)
         gdc_launch_dependents()
         gdc_wait()
     x = tl.load(x_ptr + k, mask=is_in, other=0.0)
@@ -107,16 +119,14 @@ def _vector_product_kernel(
         next_k = next_step % CHUNKS * BLOCK_K + k
         next_ptr = w_ptr + next_n.to(tl.int64) * n_in
         is_next = next_n < n_out  # false after the program's last tile
-        next_tile = tl.load(
-            next_ptr[:, None] + next_k[None, :], mask=is_next[:, None] & (next_k < n_in)[None, :], other=0.0
-        )
+        next_tile = _load_tile(next_ptr, is_next, next_k, n_in, False)
         next_linear_tile = next_tile
         if GATED:
-            next_linear_tile = tl.load(
-                next_ptr[:, None] + linear_offset + next_k[None, :],
-                mask=is_next[:, None] & (next_k < n_in)[None, :],
-                other=0.0,
-            )
+            next_linear_tile = _load_tile(next_ptr + linear_offset, is_next, next_k, n_in, False)
+        if AHEAD > 0:
+            first = (program + (step // CHUNKS + AHEAD + HELD) * n_programs) * BLOCK_N
+            if step % CHUNKS == 0:
+                _prefetch_block(w_ptr, first, n_out, n_in, row_bytes, linear_offset, GATED, BLOCK_N)
         next_x = x
         if CHUNKS > 1:
             next_x = tl.load(x_ptr + next_k, mask=next_k < n_in, other=0.0)
@@ -153,12 +163,14 @@ def vector_product(
     chunks = triton.cdiv(n_in, tiles.block_k)
     assert norm is None or chunks == 1
     n_blocks = triton.cdiv(n_out, tiles.block_n)
+    launch = overlapping(w_NK.device)
     row_bytes = n_in * w_NK.element_size()
+    prefetches = launch["OVERLAPS"] and row_bytes % 16 == 0
     _vector_product_kernel[(min(tiles.n_programs, n_blocks),)](
         x_K, norm and norm.u_D, norm and norm.w_u_D, norm and norm.w_x_D, norm and norm.x_out_D, w_NK, out_N,
-        n_out, n_in, n_blocks, norm.eps if norm else 0.0, cap, row_bytes if row_bytes % 16 == 0 else 0,
+        n_out, n_in, n_blocks, norm.eps if norm else 0.0, cap, row_bytes,
         NORMED=norm is not None, HAS_U=norm is not None and norm.u_D is not None, GATED=gated, CHUNKS=chunks,
-        EVEN=n_in % tiles.block_k == 0 and n_out % tiles.block_n == 0, AHEAD=tiles.prefetch,
+        EVEN=n_in % tiles.block_k == 0 and n_out % tiles.block_n == 0, AHEAD=tiles.prefetch if prefetches else 0,
         BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, num_warps=tiles.n_warps, num_stages=1,
-        **overlapping(w_NK.device),
+        **launch,
     )  # fmt: skip
