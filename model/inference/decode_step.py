@@ -165,7 +165,9 @@ class DecodeStep:
         if self.is_vector:
             self.vector_tiles = {name: vector_tiles(name, *shape, device) for name, shape in shapes.items()}
         else:
-            self.tiles = {name: product_tiles(name, rows, *shape, deterministic, device) for name, shape in shapes.items()}
+            self.tiles = {
+                name: product_tiles(name, rows, *shape, deterministic, device) for name, shape in shapes.items()
+            }
 
         def parts(name: str) -> Tensor:
             tiles = None if self.is_vector else self.tiles[name]

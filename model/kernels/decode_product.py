@@ -19,6 +19,9 @@ from model.kernels.geglu import geglu, gelu_parts
 from model.kernels.launch import overlapping
 from model.kernels.paged_attention import operand_dtype, padded
 
+MOST_ROWS = 256
+"""Rows of a program; more are those of another one."""
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -54,7 +57,7 @@ def _product_kernel(
     n = first + tl.arange(0, BLOCK_N)
     n_end = tl.minimum(first + rows_a_block, n_out)
     split = tl.program_id(1)
-    m = tl.arange(0, ROWS)
+    m = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     k_begin = split * in_a_split
     k_end = tl.minimum(k_begin + in_a_split, n_in)
     w_row_ptr = w_ptr + n.to(tl.int64) * n_in
@@ -119,13 +122,13 @@ def product(
     assert x_BK.is_contiguous() and w_NK.is_contiguous() and out_SBN.is_contiguous()
     assert tiles.splits == 1 or not (gated or cap)
     in_a_split = triton.cdiv(triton.cdiv(n_in, tiles.block_k), tiles.splits) * tiles.block_k
-    rows = padded(n_rows)
+    rows = min(padded(n_rows), MOST_ROWS)
     rows_a_block = tiles.rows_a_block or tiles.block_n
     n_bytes = min(tiles.prefetch, in_a_split * w_NK.element_size())
     is_aligned = n_in * w_NK.element_size() % 16 == 0 and n_in % in_a_split == 0
-    _product_kernel[(triton.cdiv(n_out, rows_a_block), tiles.splits)](
+    _product_kernel[(triton.cdiv(n_out, rows_a_block), tiles.splits, triton.cdiv(n_rows, rows))](
         x_BK, w_NK, out_SBN, n_rows, n_out, n_in, in_a_split, cap, n_bytes if is_aligned else 0, rows_a_block,
-        ROWS=rows, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GATED=gated, ALL_ROWS=rows == n_rows,
+        ROWS=rows, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GATED=gated, ALL_ROWS=n_rows % rows == 0,
         EVEN_N=n_out % rows_a_block == 0 and rows_a_block == tiles.block_n, EVEN_K=n_in % tiles.block_k == 0,
         STAGES=tiles.n_stages, IN=operand_dtype(x_BK), num_warps=tiles.n_warps, **overlapping(x_BK.device),
     )  # fmt: skip

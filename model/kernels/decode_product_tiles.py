@@ -9,9 +9,6 @@ from model.kernels.decode_product import Tiles
 from model.kernels.decode_vector_product import VectorTiles
 from model.kernels.launch import n_processors
 
-MOST_DETERMINISTIC_ROWS = 256
-"""More rows than this do not fit in a program of the one division that deterministic steps use."""
-
 
 def product_tiles(
     name: str, rows: int, n_out: int, n_in: int, deterministic: bool, device: torch.device
@@ -22,7 +19,6 @@ def product_tiles(
     """
     divided = name not in ("gate_in", "logits")  # their output is not a sum
     if deterministic:
-        assert rows <= MOST_DETERMINISTIC_ROWS
         return Tiles(64, 64, splits=4 if divided else 1, n_warps=4 if rows <= 64 else 8, prefetch=1024)
     if rows <= 16:
         if name == "logits":

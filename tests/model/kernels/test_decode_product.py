@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 pytest.importorskip("triton")
+from model.kernels import decode_product
 from model.kernels.decode_product import Tiles, product
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,3 +62,13 @@ def test_cublas_gives_the_same(gated: bool) -> None:
     product(x_BK, w_NK, ours_BN, Tiles(16, 32), gated)
     product(x_BK, w_NK, cublas_BN, None, gated)
     torch.testing.assert_close(ours_BN, cublas_BN, rtol=2e-2 if DEVICE.type == "cuda" else 1e-5, atol=1e-3)
+
+
+def test_rows_beyond_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(4)
+    x_BK, w_NK = (torch.randn(rows, 32, device=DEVICE, dtype=DTYPE) for rows in (37, 20))
+    whole_SBN, blocks_SBN = (torch.full((2, 37, 20), float("nan"), device=DEVICE) for _ in range(2))
+    product(x_BK, w_NK, whole_SBN, Tiles(16, 16, splits=2))
+    monkeypatch.setattr(decode_product, "MOST_ROWS", 16)
+    product(x_BK, w_NK, blocks_SBN, Tiles(16, 16, splits=2))
+    torch.testing.assert_close(blocks_SBN, whole_SBN, rtol=1e-5, atol=1e-5)
