@@ -103,6 +103,7 @@ def assert_step(caches: Caches, step: DecodeStep, lengths: list[int], per_kind: 
     rows = [row for row, length in enumerate(lengths) if length]
     assert bool(logits_BV.isfinite().all())
     expected_BV = caches.expected(tokens, lengths, table_BP)
+    expected_BV = expected_BV.detach()
     assert float((logits_BV[rows] - expected_BV).norm() / expected_BV.norm()) < tolerance
     written_S = torch.zeros(len(next(iter(before.values()))), dtype=torch.bool, device=DEVICE)
     written_S[slots_B[slots_B >= 0].to(DEVICE)] = True
