@@ -15,6 +15,9 @@ from torch.nn import functional as F
 from model.attention_ops import BACKENDS, Backend, Documents, choose_backend, why_not
 from model.config import ModelConfig, TailSharing
 from model.execution import why_not_fused
+from model.inference.decode_step import unsupported
+from model.inference.generate import Generator
+from model.inference.sampling import Sampling
 from model.obstacle import Obstacle, import_obstacle
 from model.rope import rope_tables, rotate
 from model.transformer import Block, Transformer
@@ -70,12 +73,19 @@ def all_checks(device: torch.device, interpreted: bool) -> list[Check]:
             obstacle = why_not_in_one(device, dtype)
         return obstacle
 
+    def no_graphs() -> Obstacle | None:
+        reason = unsupported(_TINY, dtype, device)
+        return None if reason is None else Obstacle("unfit", reason)
+
     whole = "plain block in float32; 1 is the plain block's own rounding" if device.type == "cuda" else "plain block"
     gated, fused = partial(gated_error, device, dtype), partial(fused_block_error, device, dtype)
     return [
         *checks,
         Check("gated product (quack)", "product, then GELU", no_gated_product, gated, 0.02),
         Check("fused block", whole, no_triton, fused, 1.5 if device.type == "cuda" else 1e-4),
+        Check(
+            "generation in CUDA graphs", "one pass without a cache", no_graphs, partial(generation_error, dtype), 0.02
+        ),
     ]
 
 
@@ -322,6 +332,31 @@ def _decoder_outputs(
     hidden_TD = model(tokens_T, documents)
     gradients = torch.autograd.grad((hidden_TD * direction_TD).sum(), list(model.parameters()))
     return [hidden_TD.detach(), *gradients]
+
+
+_TINY = ModelConfig(
+    vocab_size=512, d_model=128, n_layers=6, n_heads=4, d_head=64, d_ff=256, layers="SSG", window=37,
+    kv_sharing=TailSharing(kind="tail", n_layers=3), max_length=256,
+)  # fmt: skip
+
+
+@torch.no_grad()
+def generation_error(dtype: torch.dtype) -> float:
+    """Log-probabilities of generated tokens: prefill, decoding and sampling, with windows and a shared tail."""
+    model = Transformer(_TINY, seed=1).to("cuda", dtype)
+    exact = Transformer(_TINY, seed=1).to("cuda", dtype).float()
+    generator = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(512, (length,), generator=generator).tolist() for length in (1, 40, 150, 66)]
+    found: list[float] = []
+    expected: list[Tensor] = []
+    completions = Generator(model, 4, 200, path="fused").generate(prompts, Sampling(20, (), temperature=1.0))
+    for prompt, (one,) in zip(prompts, completions, strict=True):
+        text = torch.tensor([*prompt, *one.tokens], device="cuda")
+        logits_TV = exact.logits(exact(text, Documents.from_lengths([len(text)], device="cuda")))
+        reply_T1 = text[len(prompt) :, None]
+        expected.append(logits_TV[len(prompt) - 1 : -1].log_softmax(-1).gather(1, reply_T1)[:, 0])
+        found += one.logprobs
+    return distance([torch.tensor(found, device="cuda")], [torch.cat(expected)])
 
 
 def _random(device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:

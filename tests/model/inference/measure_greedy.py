@@ -49,7 +49,7 @@ def main() -> int:
     for prompt, reply in zip(prompts, replies, strict=True):
         text = [*prompt, *reply]
         with torch.no_grad():
-            hidden_TD = exact(torch.tensor(text, device="cuda"), Documents.from_lengths([len(text)], "cuda"))
+            hidden_TD = exact(torch.tensor(text, device="cuda"), Documents.from_lengths([len(text)], device="cuda"))
             logits_TV = exact.logits(hidden_TD)[len(prompt) - 1 : -1]
         best_T, found_T = (
             logits_TV.max(-1).values,

@@ -73,7 +73,7 @@ def margin_of(model: Transformer, tokens: list[int], n_prompt: int, at: int) -> 
     from model.attention_ops import Documents
 
     text = torch.tensor(tokens[: n_prompt + at], device="cuda")
-    logits_V = model.logits(model(text, Documents.from_lengths([len(text)], "cuda"))[-1:])[0]
+    logits_V = model.logits(model(text, Documents.from_lengths([len(text)], device="cuda"))[-1:])[0]
     top = logits_V.float().topk(2).values
     return float(top[0] - top[1])
 
