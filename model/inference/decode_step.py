@@ -29,6 +29,9 @@ WIDEST_HEAD = 128
 WIDEST_VECTOR = 4096
 """A wider row does not fit in the registers of a program."""
 
+VECTOR_TILE = 32
+"""Keys of a tile of attention with one row: small programs run beside those of the products in front and behind."""
+
 
 def unsupported(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why `DecodeStep` cannot run a model of this dtype on this device, or None."""
@@ -142,14 +145,15 @@ class DecodeStep:
         assert self.weights.max_length >= max_length
         self.k_pools, self.v_pools = dict(k_pools), dict(v_pools)
         dtype, device = self.weights.embed_VD.dtype, self.weights.embed_VD.device
+        self.is_vector = rows == 1 and not deterministic and config.d_model <= WIDEST_VECTOR
         self.plans = {
             str(kind): DecodePlan(
                 rows, config.n_heads, config.n_kv_heads, config.d_head, max_length,
-                config.window if kind == "S" else None, deterministic, dtype, device=device,
+                config.window if kind == "S" else None, deterministic, dtype,
+                tile=VECTOR_TILE if self.is_vector else None, device=device,
             )
             for kind in sorted(set(config.layer_kinds))
         }  # fmt: skip
-        self.is_vector = rows == 1 and not deterministic and config.d_model <= WIDEST_VECTOR
         d_model, d_ff = config.d_model, config.d_ff
         d_queries, d_keys = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
         shapes = {

@@ -101,14 +101,9 @@ def _decode_kernel(
                 prefetch_tile(
                     k_ptr, v_ptr, table_ptr, begin // TILE + ahead, begin, end, group, N_GROUPS, WIDTH, PAGE, TILE, LINE
                 )
-        if MERGES:  # the next layer's programs would fill the processors that are done first
-            gdc_wait()
-        else:
+        if not MERGES:  # else the next layer's programs would fill the processors that are done first
             gdc_launch_dependents()
-            # a program without work leaves its registers to the kernels behind; one waits even then, or they would
-            # not wait for the kernels in front
-            if (n_items > 0) | (tl.program_id(0) == 0):
-                gdc_wait()
+        gdc_wait()
     for number in range(n_items):
         item = first_item + number
         next_sequence = tl.load(items_ptr + 4 * (item + 1))
@@ -170,8 +165,7 @@ def _combine_kernel(
     is_column = column < D_HEAD
     if OVERLAPS:
         gdc_launch_dependents()
-        if (n_parts != 1) | (sequence + tl.program_id(1) + tl.program_id(2) == 0):  # as in the kernel above
-            gdc_wait()
+        gdc_wait()
     if n_parts != 1:
         for head in range(tl.program_id(1) * HEADS, min((tl.program_id(1) + 1) * HEADS, N_HEADS)):
             top = tl.full([], -1e30, tl.float32)

@@ -49,10 +49,10 @@ def vector_tiles(name: str, n_out: int, n_in: int, device: torch.device) -> Vect
     block_k = min(triton.next_power_of_2(n_in), 2048) if name == "out" else triton.next_power_of_2(n_in)
     programs = n_processors(device)
     block_n, n_programs, n_warps, prefetch = {
-        "qkv": (8, 2 * programs, 4, 3),
-        "q": (8, 2 * programs, 4, 3),
-        "o": (4, 2 * programs, 4, 0),
-        "gate_in": (2, 4 * programs, 4, 1),
+        "qkv": (8, n_out, 4, 0),
+        "q": (8, n_out, 4, 0),
+        "o": (4, 2 * programs, 4, 3),
+        "gate_in": (4, 2 * programs, 4, 1),
         "out": (4, n_out, 8, 0),
         "logits": (8, n_out, 4, 0),
     }[name]
