@@ -25,7 +25,7 @@ _FIELDS = np.dtype(
     ]
 )  # fmt: skip
 _GREEDY_BELOW = 1e-30  # logits that are not equal differ by more
-_NUCLEUS = 1024
+_NUCLEUS = 64  # most likely tokens that make up top_p, for most replies
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ NO_TOKEN = -1
 CONTINUES, STOPPED, FULL, FAILED = range(4)
 """What becomes of a reply: it goes on, ends with a stop token, has its length, or has no next token."""
 
+_MORE_SORTED = 16
+"""Factor of the tokens that are sorted where the first ones do not make up top_p."""
+
 _BLOCK = 256
 """Tokens whose weights are summed together before the inverse transform looks into one block."""
 
@@ -77,7 +80,7 @@ def _cut(allowed_BV: Tensor, weights_BV: Tensor, rows: Rows) -> None:
 
 
 def _threshold(allowed_BV: Tensor, weights_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor, n_sorted: int) -> Tensor:
-    """The least logit that each row keeps."""
+    """The least logit that each row keeps. n_sorted: most likely tokens that are sorted first, at least top_k."""
     n_sorted = min(n_sorted, allowed_BV.shape[1])
     best_BN, place_BN = allowed_BV.topk(n_sorted)
     kth_B = best_BN.gather(1, (top_k_B.long() - 1).clamp(0, n_sorted - 1)[:, None])[:, 0]
@@ -87,10 +90,14 @@ def _threshold(allowed_BV: Tensor, weights_BV: Tensor, top_k_B: Tensor, top_p_B:
     sorted_BN = weights_BV.gather(1, place_BN).masked_fill(best_BN < kth_B[:, None], 0)
     mass_BN = sorted_BN.cumsum(-1, dtype=torch.float64)
     n_before_B = (mass_BN < (top_p_B * total_B)[:, None]).sum(-1)
-    if n_sorted < allowed_BV.shape[1] and bool((n_before_B == n_sorted).logical_and(top_p_B < 1).any()):
-        return _threshold(allowed_BV, weights_BV, top_k_B, top_p_B, allowed_BV.shape[1])
     last_B = best_BN.gather(1, n_before_B.clamp(max=n_sorted - 1)[:, None])[:, 0]
-    return torch.maximum(kth_B, last_B.where(top_p_B < 1, -torch.inf))
+    threshold_B = torch.maximum(kth_B, last_B.where(top_p_B < 1, -torch.inf))
+    more = ((n_before_B == n_sorted) & (top_p_B < 1)).nonzero()[:, 0]
+    if n_sorted < allowed_BV.shape[1] and len(more):
+        threshold_B[more] = _threshold(
+            allowed_BV[more], weights_BV[more], top_k_B[more], top_p_B[more], _MORE_SORTED * n_sorted
+        )
+    return threshold_B
 
 
 def _inverse_cumulative(weights_BV: Tensor, uniform_B: Tensor) -> Tensor:
