@@ -18,7 +18,8 @@ help: ## this list
 demo: $(STAMP) ## conversations to a served character model; runs/demo/, about 10 minutes on 2 cores
 	$(IN_VENV) -m recipes.pipeline $(PIPELINE) $(ARGS)
 
-test: lint types unit ## ruff, mypy, pytest
+test: $(STAMP) ## ruff, mypy, pytest
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=line lint types unit
 
 lint: $(STAMP)
 	$(IN_VENV) -m ruff check .
@@ -27,7 +28,7 @@ types: $(STAMP)
 	$(IN_VENV) -m mypy
 
 unit: $(STAMP)
-	$(IN_VENV) -m pytest -n auto --dist loadfile
+	$(IN_VENV) -m pytest -n auto --dist worksteal
 
 test-gpu: $(STAMP) ## the tests that use a GPU; writes tests/gpu_record.json with card and versions
 	$(IN_VENV) tests/gpu.py

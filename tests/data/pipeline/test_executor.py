@@ -112,21 +112,28 @@ def test_ctrl_c_cancels_the_jobs(
     assert "run the same command again to continue" in capsys.readouterr().err
 
 
+ON_RAY = """
+import sys
+from data.prepare import main
+
+*given, failing = sys.argv[1:]
+print("exit codes", main(given), main([*given, *failing.split()]))
+"""
+
+
 def test_ray_tasks_do_what_local_processes_do(recipe_file: Path, tmp_path: Path, contents: Contents) -> None:
-    """In a process of its own, which takes the cluster with it."""
+    """Also that an error is printed once. In a process of its own, which takes the clusters with it."""
     pytest.importorskip("ray")
     given = [str(recipe_file), "unit_bytes=4000"]
     assert main([*given, f"run_dir={tmp_path}/local"]) == 0
-    command = [sys.executable, "-m", "data.prepare", *given, "tasks=2", "executor={kind: ray, workers: 2}"]
-    environment = {**os.environ, REAL_LAUNCHES: "1"}
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    (tmp_path / "broken.jsonl").write_text((tmp_path / "chats.jsonl").read_text() + "{broken\n")
+    (tmp_path / "program.py").write_text(ON_RAY)
+    failing = f"run_dir={tmp_path}/failing sources.0.path={tmp_path}/broken.jsonl"
+    command = [sys.executable, str(tmp_path / "program.py"), *given, "tasks=2", "executor={kind: ray, workers: 2}"]
+    environment = {**os.environ, REAL_LAUNCHES: "1", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([*command, failing], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    assert ended.returncode == 0 and ended.stdout.endswith("exit codes 0 2\n"), ended.stdout + ended.stderr
     assert contents(tmp_path / "run") == contents(tmp_path / "local")
-    with open(tmp_path / "chats.jsonl", "a") as file:
-        file.write("{broken\n")
-    failing = [*command, f"run_dir={tmp_path}/failing"]
-    ended = subprocess.run(failing, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
-    assert ended.returncode == 2
     assert ended.stderr.startswith("CleanError: source chat_jsonl: 1 of 41 records are bad")
     assert "Traceback" not in ended.stdout + ended.stderr
     json.loads((tmp_path / "failing.quarantine.jsonl").read_text())
