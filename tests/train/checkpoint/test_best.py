@@ -56,6 +56,14 @@ def test_it_ends_after_so_many_evaluations_without_a_better_one(tmp_path: Path) 
     assert over == [False, False, False, False, False, True]
 
 
+def test_a_run_that_takes_all_its_steps_has_not_stopped_early(tmp_path: Path) -> None:
+    kept = BestWeights(LOWER, 2, tmp_path, ALONE, write, None)
+    assert kept.figures(6, 6) == {}
+    kept.record(3, {"heldout_loss": 1.0})
+    assert kept.figures(6, 6) == {"kept_step": 3, "last_step": 6, "stopped_early": False}
+    assert kept.figures(5, 6)["stopped_early"]
+
+
 def test_rank_0_decides_what_is_better(tmp_path: Path) -> None:
     """The ranks' figures may differ in the last bits, and saving takes all of them."""
 
