@@ -80,6 +80,15 @@ def test_the_extremes_or_the_reason(
         assert isinstance(found, PreferencePair) and (found.chosen, found.rejected) == expected
 
 
+def test_lengths_at_the_largest_ratio_make_a_pair(tokenizer: DialogueTokenizer) -> None:
+    replies = [Completion(encode_reply(tokenizer, "tea")[:1] * n, [0.0] * n, "stop") for n in (2, 3)]
+    for ratio, expected in ((1.5, PreferencePair), (1.49, LeftOut)):
+        asked = OnPolicyPairs(
+            kind="on_policy", scorer="s", n_contexts=1, max_context_tokens=9, max_new_tokens=9, max_length_ratio=ratio
+        )
+        assert isinstance(extremes(CONTEXT, replies, [0.1, 0.2], asked, tokenizer), expected)
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_each_file_of_contexts_is_sampled_with_its_own_seed_whatever_the_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
@@ -88,6 +97,7 @@ def test_each_file_of_contexts_is_sampled_with_its_own_seed_whatever_the_ranks(
 
     def made(part: Any, settings: Any, policy: Any, trunk: Any, head: Any, tokenizer: Any, seed: int) -> Any:
         seeds[part[0]] = seed
+        assert not policy_module.training
         return [PreferencePair(one, (Message("Ann", one),), "Ben", "yes", "no", "test") for one in part]
 
     contexts = [f"c{number}" for number in range(5)]
@@ -97,7 +107,7 @@ def test_each_file_of_contexts_is_sampled_with_its_own_seed_whatever_the_ranks(
     monkeypatch.setattr(on_policy, "load_scorer", lambda *given: (None, None))
     monkeypatch.setattr(on_policy, "_pairs_of", made)
     monkeypatch.setattr(World, "barrier", lambda self: None)
-    policy: Any = Transformer(
+    policy_module: Any = Transformer(
         ModelConfig(vocab_size=9, d_model=8, n_layers=1, n_heads=1, d_head=8, d_ff=8, layers="G", max_length=16)
     )
     asked = OnPolicyPairs(kind="on_policy", scorer="s", n_contexts=5, max_context_tokens=9, max_new_tokens=9)
@@ -107,7 +117,8 @@ def test_each_file_of_contexts_is_sampled_with_its_own_seed_whatever_the_ranks(
             monkeypatch.setattr(on_policy, "read_pairs", lambda path: [])
             monkeypatch.setattr(Path, "read_text", lambda self, encoding: "{}")
         with suppress(NoPairsError):
-            sample_pairs(asked, policy, tmp_path, None, 7, tmp_path / "pairs", world, unused)  # type: ignore[arg-type]
+            sample_pairs(asked, policy_module, tmp_path, None, 7, tmp_path / "pairs", world, unused)  # type: ignore[arg-type]
+        assert policy_module.training, "it is trained next"
     assert seeds == {"c0": 7, "c2": 9, "c4": 11}
 
 
