@@ -99,7 +99,10 @@ def _meant_key(path: Path, section: list[Any], schema: type[BaseModel]) -> str:
 def _expectation(section: list[Any], key: str) -> str:
     """What a missing key should hold."""
     fields = [model.model_fields[key] for model in _models(section) if key in model.model_fields]
-    return _name(_members(fields[0].annotation)) if fields else "a value"
+    if not fields:
+        return "a value"
+    annotation = fields[0].annotation
+    return _name(_members(annotation)) + (" or null" if type(None) in get_args(annotation) else "")
 
 
 _WORDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}

@@ -170,6 +170,18 @@ again: 4
     ]
 
 
+def test_a_missing_key_that_may_be_null_says_so(tmp_path: Path) -> None:
+    class Limits(Section):
+        seconds: float | None
+        mode: Literal["a", "b"]
+
+    path = tmp_path / "limits.yaml"
+    path.write_text("{}")
+    with pytest.raises(RecipeError, match="seconds: missing, expected a number or null") as caught:
+        load_recipe(Limits, path)
+    assert "mode: missing, expected a or b" in str(caught.value)
+
+
 def test_a_rule_over_several_keys_names_the_section(recipe_file: Path) -> None:
     assert problems(recipe_file, None, "loop.keep=50")[1:] == ["FILE:3: loop: keep=50 is more than max_steps=20"]
 
