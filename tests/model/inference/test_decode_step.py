@@ -115,25 +115,26 @@ def assert_step(caches: Caches, step: DecodeStep, lengths: list[int], per_kind: 
         assert torch.equal(pool_SGK[~written_S].nan_to_num(7), before[layer][~written_S].nan_to_num(7))
 
 
-@settings(max_examples=5 if DEVICE.type == "cpu" else 40)
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="kernels on a GPU are for 16 bits")
+@pytest.mark.parametrize(
+    ("rows", "deterministic", "cap"), [(1, False, 3.0), (1, True, None), (3, False, None), (4, True, 3.0)]
+)
+@settings(max_examples=4)
 @given(data=st.data())
-def test_a_step_equals_the_plain_model(data: st.DataObject) -> None:
-    if DEVICE.type == "cuda":
-        pytest.skip("kernels on a GPU are for 16 bits")
+def test_a_step_equals_the_plain_model(rows: int, deterministic: bool, cap: float | None, data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 99), "seed"))
-    rows = data.draw(st.sampled_from([1, 1, 2, 3, 5]), "rows")
-    page_size = data.draw(st.sampled_from([1, 4, 16]), "page")
+    page_size = data.draw(st.sampled_from([16, 4, 1]), "page")
     model = random_model(
         n_kv_heads=data.draw(st.sampled_from([1, 2]), "groups"),
         layers=data.draw(st.sampled_from(["SG", "G", "SGGG"]), "layers"),
         kv_sharing=data.draw(st.sampled_from(SHARINGS), "sharing"),
-        final_logit_softcap=data.draw(st.sampled_from([None, 3.0]), "cap"),
+        final_logit_softcap=cap,
     )
     width = -(-MAX_LENGTH // page_size) + 1
     caches = Caches(model, page_size, width)
     step = DecodeStep(
         model, caches.ours.k_SGK, caches.ours.v_SGK, page_size, rows=rows, width=width, max_length=MAX_LENGTH,
-        deterministic=data.draw(st.booleans(), "deterministic"),
+        deterministic=deterministic,
     )  # fmt: skip
     for _ in range(2):  # the same buffers with another composition
         lengths = data.draw(st.lists(st.integers(0, MAX_LENGTH), min_size=rows, max_size=rows), "lengths")
