@@ -28,6 +28,7 @@ class Tiles:
     """How a product is divided: weight rows and columns of a tile, parts of the inner dimension, and the launch.
 
     prefetch: most bytes of a weight row that a program loads into the L2 cache before it waits for its inputs.
+    rows_a_block: weight rows of a program, if fewer than block_n, so that every processor has one.
     """
 
     block_n: int
@@ -111,7 +112,7 @@ def product(
     """Write the products of rows with a weight matrix, in parts over the inner dimension K (S parts, to be summed).
 
     gated: w_NK holds the rows of the gate, then as many of the linear branch, and the output is gelu(gate) * linear.
-    cap: the softcap of the output, 0 for none. Both need a single part.
+    cap: the softcap of the output, 0 for none. Both need a single part. tiles: None for cuBLAS.
     """
     if tiles is None:
         _cublas_product(x_BK, w_NK, out_SBN[0], gated, cap)
@@ -125,7 +126,7 @@ def product(
     rows = min(padded(n_rows), MOST_ROWS)
     rows_a_block = tiles.rows_a_block or tiles.block_n
     n_bytes = min(tiles.prefetch, in_a_split * w_NK.element_size())
-    is_aligned = n_in * w_NK.element_size() % 16 == 0 and n_in % in_a_split == 0
+    is_aligned = n_in * w_NK.element_size() % 16 == 0 and n_in % in_a_split == 0 and w_NK.data_ptr() % 16 == 0
     _product_kernel[(triton.cdiv(n_out, rows_a_block), tiles.splits, triton.cdiv(n_rows, rows))](
         x_BK, w_NK, out_SBN, n_rows, n_out, n_in, in_a_split, cap, n_bytes if is_aligned else 0, rows_a_block,
         ROWS=rows, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GATED=gated, ALL_ROWS=n_rows % rows == 0,

@@ -24,7 +24,7 @@ from model.kernels.launch import overlapping
 class VectorTiles:
     """How a product is divided: weight rows of a tile, weight columns (a power of two), programs, and the launch.
 
-    prefetch: tiles that a program loads into the L2 cache before it waits for its inputs.
+    prefetch: tiles that a program loads into the L2 cache ahead of those in registers, also before it waits for inputs.
     """
 
     block_n: int
@@ -165,7 +165,7 @@ def vector_product(
     n_blocks = triton.cdiv(n_out, tiles.block_n)
     launch = overlapping(w_NK.device)
     row_bytes = n_in * w_NK.element_size()
-    prefetches = launch["OVERLAPS"] and row_bytes % 16 == 0
+    prefetches = launch["OVERLAPS"] and row_bytes % 16 == 0 and w_NK.data_ptr() % 16 == 0
     _vector_product_kernel[(min(tiles.n_programs, n_blocks),)](
         x_K, norm and norm.u_D, norm and norm.w_u_D, norm and norm.w_x_D, norm and norm.x_out_D, w_NK, out_N,
         n_out, n_in, n_blocks, norm.eps if norm else 0.0, cap, row_bytes,
