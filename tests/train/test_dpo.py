@@ -19,18 +19,10 @@ from data.format.tokenizer import DialogueTokenizer
 from data.sources.preferences import CONTRADICTED, REPEATED, PreferencePair, write_pairs
 from eval.statistics import Bootstrap
 from train.deepspeed.world import World
-from train.dpo import (
-    CONTEXT_CUT,
-    EncodedPair,
-    FilePairs,
-    PairRows,
-    _digest_of,
-    _figures,
-    collect_pairs,
-    encode_pairs,
-)
+from train.dpo import FilePairs, _digest_of, _figures, collect_pairs
 from train.loop import LoopError, Outcome
 from train.preference.on_policy import OnPolicyPairs
+from train.preference.pair_rows import CONTEXT_CUT, EncodedPair, PairRows, encode_pairs
 
 
 def pair(context: str, chosen: str, rejected: str, *more: Message) -> PreferencePair:

@@ -29,21 +29,13 @@ from model.weights import save_model
 from recipes.loader import load_recipe
 from recipes.run_inputs import InputError, output_sizes
 from train.deepspeed.world import World
-from train.dpo import (
-    DPORecipe,
-    EncodedPair,
-    PairRows,
-    add_reference,
-    heldout_wins,
-    preference_loss,
-    prepare,
-    reply_logprobs,
-)
+from train.dpo import DPORecipe, heldout_wins, preference_loss, prepare
 from train.engagement import heldout_auc, roc_auc, scorer_loss, scores
 from train.initial_model import content_key
 from train.loop import no_grad_sum
 from train.losses import continuation_loss
 from train.preference.on_policy import score_replies
+from train.preference.pair_rows import EncodedPair, PairRows, add_reference, reply_logprobs
 from train.pretrain import language_model_loss
 from train.sft import answer_loss
 from train.stage import LossModule

@@ -22,7 +22,8 @@ from data.prompt.fit import NEWEST_TOO_LONG, REPLY_TOO_LONG
 from data.sources.preferences import PreferencePair, read_pairs, write_pairs
 from model.attention_ops import Documents
 from model.weights import load_model, load_scorer
-from train.dpo import DPORecipe, EncodedPair, PairRows, encode_pairs, reply_logprobs
+from train.dpo import DPORecipe
+from train.preference.pair_rows import EncodedPair, PairRows, encode_pairs, reply_logprobs
 
 ROOT = Path(__file__).parents[2]
 LOOP = (
