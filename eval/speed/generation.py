@@ -191,7 +191,7 @@ def measure_model(
         )
         began = time.perf_counter()
         runner = open_runner(model, cache, case.batch, length, path=path, deterministic=deterministic)
-        scheduler = Scheduler(runner, runner.max_prefill_tokens, lambda step: None)
+        scheduler = Scheduler(runner, None, lambda step: None)
         for n_new in (case.new, 1):  # captures graphs
             seconds(scheduler, case, n_new, seed=0)
         start = time.perf_counter() - began

@@ -43,7 +43,7 @@ class Generator:
         n_pages = n_rows * (-(-self.max_length // page_size) + 1)
         cache = PagedKVCache(model.config, n_pages, page_size, weight.dtype, weight.device)
         self.runner = open_runner(model, cache, n_rows, self.max_length, wants_logprobs=True, path=path)
-        self._scheduler = Scheduler(self.runner, self.runner.max_prefill_tokens, self._deliver)
+        self._scheduler = Scheduler(self.runner, None, self._deliver)
         self._logprobs: dict[Request, list[float]] = {}
         self._reasons: dict[Request, FinishReason] = {}
         self._numbers: dict[Request, int] = {}

@@ -6,7 +6,7 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from model.inference.prefix_cache import PrefixCache
 from model.inference.request import Request
@@ -17,8 +17,7 @@ from model.inference.sampler import CONTINUES, FAILED, STOPPED
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """The next token of a request and, with the last one, why the reply ends; a request that fails has no token.
 
     error: what a launch raised, or None if the logits are not finite.
@@ -51,12 +50,13 @@ class Scheduler:
     raises is repeated for each of its requests. Not thread-safe.
     """
 
-    def __init__(self, runner: Runner, prefill_tokens_per_step: int, deliver: Callable[[Step], None]):
+    def __init__(self, runner: Runner, prefill_tokens_per_step: int | None, deliver: Callable[[Step], None]):
         """prefill_tokens_per_step: beside replies that are being decoded, whose next token waits for them; without any,
-        a step computes as many as the runner can. deliver: called with every token as soon as it is known; it may `end`
+        a step computes as many as the runner can. None: no reply is decoded before all admitted prompts are computed,
+        which takes the least time in all. deliver: called with every token as soon as it is known; it may `end`
         requests.
         """
-        assert prefill_tokens_per_step > 0
+        assert prefill_tokens_per_step is None or prefill_tokens_per_step > 0
         self._deliver = deliver
         self.runner, self.cache = runner, runner.cache
         self.prefix_cache = PrefixCache(runner.cache.allocator, runner.cache.page_size)
@@ -67,6 +67,9 @@ class Scheduler:
         self._preempted: deque[Request] = deque()  # before those that wait
         self._free_rows = list(range(runner.n_rows))
         self._ended_rows: list[int] = []  # still active on the device
+        # not yet in the runner's page tables
+        self._new_places: list[tuple[int, int]] = []
+        self._new_pages: list[int] = []
         self._in_flight: deque[tuple[list[Request], Draws]] = deque()
 
     @property
@@ -111,9 +114,11 @@ class Scheduler:
         """Launch a step, and deliver the tokens of those before it."""
         self._admit()
         n_before = len(self._in_flight)
-        self._launch(self._next_chunks(), self._prefill)
-        decoding = [r for r in self.running if r.has_prompt and r.n_launched < r.sampling.max_new_tokens]
-        self._launch(self._with_room(decoding), self._decode)
+        chunks = self._next_chunks()
+        self._launch(chunks, self._prefill)
+        if not chunks or self.prefill_tokens_per_step is not None:
+            decoding = [r for r in self.running if r.has_prompt and r.n_launched < r.sampling.max_new_tokens]
+            self._launch(self._with_room(decoding), self._decode)
         launched = [*self._in_flight][n_before:]
         # the host reads what the device has done while the device does the next
         while self._in_flight and (not launched or self._in_flight[0] is not launched[0]):
@@ -165,14 +170,14 @@ class Scheduler:
         assert request.row is not None
         first = len(request.pages)
         request.pages += pages
-        self.runner.set_pages([(request.row, first + i) for i in range(len(pages))], pages)
+        self._new_places += [(request.row, first + i) for i in range(len(pages))]
+        self._new_pages += pages
 
     def _next_chunks(self) -> list[tuple[Request, int]]:
         """Which prompts to prefill in this step, and how many tokens of each, oldest first."""
-        budget = self.prefill_tokens_per_step
-        if not any(request.has_prompt for request in self.running):
-            budget = max(budget, self.runner.max_prefill_tokens)
-        budget = min(budget, self.runner.max_prefill_tokens)
+        budget = self.runner.max_prefill_tokens
+        if self.prefill_tokens_per_step is not None and any(request.has_prompt for request in self.running):
+            budget = min(budget, self.prefill_tokens_per_step)
         chunks: list[tuple[Request, int]] = []
         for request in self.running:
             if budget > 0 and not request.has_prompt:
@@ -204,6 +209,8 @@ class Scheduler:
         """Launch a batch; if that fails, each request alone, and end those that fail again."""
         if not chunks:
             return
+        self.runner.set_pages(self._new_places, self._new_pages)
+        self._new_places, self._new_pages = [], []
         try:
             draws = launch(chunks)
         except Exception as error:

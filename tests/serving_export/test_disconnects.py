@@ -79,7 +79,7 @@ def test_while_it_waits(running: Any, monkeypatch: pytest.MonkeyPatch, stage: st
         if stage == "queue":
             patch.setattr(engine.scheduler, "_admit", lambda: time.sleep(0.001))
         else:
-            patch.setattr(engine.scheduler, "prefill_tokens_per_step", 0)
+            patch.setattr(engine.runner, "max_prefill_tokens", 0)
         connection = running.send({"messages": MESSAGES, "stream": stream})
         wait_until(lambda: bool(engine.n_waiting if stage == "queue" else engine.n_running))
         if stage == "prefill":

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from data.format.dialogue import read_dialogues
+from data.format.dialogue_json import read_dialogues
 from eval.context import select_contexts
 from model.attention_ops import Documents
 from model.inference.generate import Generator

@@ -114,3 +114,21 @@ def test_replies_of_a_row_given_away_are_not_the_old_ones() -> None:
         alone.step()
     assert cold.generated == expected.generated
     assert torch.equal(scheduler.runner.rows.length_R, torch.zeros(1, dtype=torch.int32))
+
+
+def test_the_page_tables_of_a_step_are_written_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler, _ = scheduler_of(n_rows=4)
+    calls: list[int] = []
+    set_pages = scheduler.runner.set_pages
+
+    def counted(places: Any, pages: Any) -> None:
+        calls.append(len(places))
+        set_pages(places, pages)
+
+    monkeypatch.setattr(scheduler.runner, "set_pages", counted)
+    for first in range(1, 5):
+        scheduler.add(request(length=7, n_new=6, first=first))
+    while scheduler.has_work:
+        scheduler.step()
+    # two pages of each prompt, and one for the tokens 9 to 12 of all
+    assert [count for count in calls if count] == [8, 4]

@@ -87,7 +87,7 @@ def test_a_full_queue_frees_the_choices_that_were_queued_before(engine: Engine, 
 
 def test_stage_is_that_of_the_most_advanced_choice(engine: Engine, make: Make) -> None:
     async def ask() -> None:
-        engine.scheduler.prefill_tokens_per_step = 3
+        engine.runner.max_prefill_tokens = 3
         answer = make(n=2, max_tokens=9)
         order, seen = ("queue", "prefill", "decode"), set()
         for _ in range(12):
