@@ -155,7 +155,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.dry_run and not torch.cuda.is_available():
         print("eval.speed.generation needs a CUDA device", file=sys.stderr)
         return 2
-    peer = json.loads(arguments.peer.read_text()) if arguments.peer else {}
+    peer: dict[str, list[dict[str, object]]] = {}
+    if arguments.peer and not arguments.dry_run:
+        try:
+            peer = json.loads(arguments.peer.read_text())
+        except (OSError, ValueError) as error:
+            print(f"{arguments.peer} is not a file of eval/speed/vllm_peer.py: {error}", file=sys.stderr)
+            return 2
     figures: dict[str, list[dict[str, object]]] = {}
     for path in arguments.recipes:
         name, section = Path(path).stem, read_document(path).data.get("model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from functools import partial
 from typing import Any
@@ -38,11 +39,14 @@ def calls_of(step: Any) -> int:
         nonlocal n_calls
         n_calls += event in ("call", "c_call")
 
+    gc.collect()
+    gc.disable()  # a collection calls back
     sys.setprofile(count)
     try:
         step()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return n_calls
 
 
