@@ -36,6 +36,15 @@ def step_bytes(config: ModelConfig, batch: int, context: int) -> int:
     return 2 * config.n_parameters + 2 * 2 * batch * seen * config.n_kv_heads * config.d_head
 
 
+def model_of(path: str) -> ModelConfig | None:
+    """The model of a pre-training recipe; None, with a message, where it is that of init_from."""
+    section = read_document(path).data.get("model")
+    if section is None:
+        print(f"{path} has no model section: its model is that of init_from", file=sys.stderr)
+        return None
+    return ModelConfig.model_validate_json(json.dumps(section))
+
+
 def captured_step(
     model: Transformer, weights: DecodeWeights, batch: int, context: int, deterministic: bool
 ) -> tuple[torch.cuda.CUDAGraph, object]:
@@ -117,11 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_gb_s": copy / 1e9, "rows": [],
     }  # fmt: skip
     for path in arguments.recipes:
-        section = read_document(path).data.get("model")
-        if section is None:
-            print(f"{path} has no model section: its model is that of init_from", file=sys.stderr)
+        config = model_of(path)
+        if config is None:
             return 2
-        config = ModelConfig.model_validate_json(json.dumps(section))
         obstacle = unsupported(config, torch.bfloat16, torch.device("cuda"))
         if obstacle:
             print(f"{path}: {obstacle}", file=sys.stderr)

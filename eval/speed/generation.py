@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from eval.speed.decode_step import PAGE_SIZE, model_of, step_bytes
 from model.config import ModelConfig
 from model.inference.kv_cache import PagedKVCache
 from model.inference.request import Request
@@ -29,9 +30,8 @@ from model.inference.runner import open_runner
 from model.inference.sampling import Sampling
 from model.inference.scheduler import Scheduler, Step
 from model.transformer import Transformer
-from recipes.loader import read_document
 
-COPY_GB_A_SECOND, PAGE_SIZE = 3020, 16
+COPY_GB_A_SECOND = 3020
 """Bandwidth of a copy on an H100, for the floor of a decoding step."""
 
 
@@ -49,10 +49,7 @@ CASES = (Case(1, 512, 256), Case(64, 2048, 128), Case(256, 1024, 64))
 
 def decode_floor(config: ModelConfig, case: Case) -> float:
     """Tokens a second if a step only reads weights, keys and values, at the bandwidth of a copy."""
-    held = case.prompt + case.new // 2
-    local = sum(config.layer_kinds[layer] == "S" for layer in range(config.n_layers))
-    read = local * min(held, config.window) + (config.n_layers - local) * held
-    n_bytes = 2 * config.n_parameters + case.batch * read * 4 * config.n_kv_heads * config.d_head
+    n_bytes = step_bytes(config, case.batch, case.prompt + case.new // 2)
     return case.batch / (n_bytes / (COPY_GB_A_SECOND * 1e9))
 
 
@@ -164,11 +161,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
     figures: dict[str, list[dict[str, object]]] = {}
     for path in arguments.recipes:
-        name, section = Path(path).stem, read_document(path).data.get("model")
-        if section is None:
-            print(f"{path} has no model section: its model is that of init_from", file=sys.stderr)
+        name, config = Path(path).stem, model_of(path)
+        if config is None:
             return 2
-        config = ModelConfig.model_validate_json(json.dumps(section))
         if arguments.dry_run:
             print_floors(name, config)
             continue

@@ -21,17 +21,14 @@ from model.inference.kv_cache import PagedKVCache
 from model.inference.runner import MAX_PREFILL_TOKENS, Chunk, Draw, Runner
 from model.transformer import Transformer
 
-
-def row_buckets(n_rows: int) -> list[int]:
-    """Numbers of rows that a graph is captured for: at most a third of them idle."""
-    sizes = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
-    return [*(size for size in sizes if size < n_rows), n_rows]
+ROW_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+TOKEN_SIZES = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+"""Numbers of rows and of prompt tokens that a graph is captured for: with many, at most a third is padding."""
 
 
-def token_buckets(n_tokens: int) -> list[int]:
-    """Numbers of prompt tokens that a graph is captured for."""
-    sizes = [32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192]
-    return [*(size for size in sizes if size < n_tokens), n_tokens]
+def buckets_of(sizes: Sequence[int], largest: int) -> list[int]:
+    """The sizes below `largest`, and `largest`."""
+    return [*(size for size in sizes if size < largest), largest]
 
 
 @dataclass(frozen=True)
@@ -75,9 +72,9 @@ class GraphRunner(Runner):
         self.n_rows, self._n_states = n_rows, max(n_rows, 2)
         self.deterministic = deterministic
         self.weights = DecodeWeights(model, max_length)
-        self._row_buckets = row_buckets(self._n_states)
+        self._row_buckets = buckets_of(ROW_SIZES, self._n_states)
         self.max_prefill_tokens = longest_chunk = min(MAX_PREFILL_TOKENS, n_rows * max_length)
-        self._token_buckets = token_buckets(longest_chunk)
+        self._token_buckets = buckets_of(TOKEN_SIZES, longest_chunk)
         on_device = partial(torch.zeros, dtype=torch.int32, device=self.device)
         self._result_3R = on_device(3, self._n_states)
         # of a prefill: tokens; starts, cached tokens and rows of the chunks; index, row and length of the last tokens

@@ -7,12 +7,12 @@ sequence that it touches. With `deterministic`, items depend on the sequence's o
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from model.kernels.launch import n_processors
 
 DETERMINISTIC_TOKENS, DETERMINISTIC_ITEMS, DOUBLINGS = 512, 64, 6
 """Deterministic items: as many tokens, doubled (at most so often) while a sequence would have more items than this."""
@@ -130,11 +130,11 @@ class DecodePlan:
         device = torch.device(device)
         self.batch, self.n_heads, self.n_kv_heads, self.d_head = batch, n_heads, n_kv_heads, d_head
         self.window, self.deterministic = window, deterministic
-        n_processors = _n_processors(device)
+        processors = n_processors(device, interpreted=3)  # so that the interpreter divides sequences
         # fastest on an H100: a program a processor where a sequence has many parts, except to unpack 8 bits
-        many_parts = 4 * batch <= n_processors and cache_dtype.itemsize == 2 and not deterministic
+        many_parts = 4 * batch <= processors and cache_dtype.itemsize == 2 and not deterministic
         self.tile = tile or (128 if many_parts else 64)
-        self.n_programs = n_programs or max(n_processors * (1 if many_parts else 2) // n_kv_heads, 1)
+        self.n_programs = n_programs or max(processors * (1 if many_parts else 2) // n_kv_heads, 1)
         n_items = self.n_programs + batch
         if deterministic:
             n_tiles = -(-min(max_length, (window or max_length) + self.tile) // self.tile)
@@ -168,9 +168,3 @@ def _most_items(n_tiles: int, unit: int) -> int:
         most = max(most, min(-(-n_tiles // unit), DETERMINISTIC_ITEMS))
         unit *= 2
     return max(most, -(-n_tiles // (unit // 2)))
-
-
-@cache
-def _n_processors(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; a few for the interpreter, so that it divides sequences."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3

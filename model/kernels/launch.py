@@ -17,9 +17,9 @@ def n_summing_programs(n_blocks: int, programs_a_processor: int, device: torch.d
 
 
 @cache
-def n_processors(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; 1 for the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+def n_processors(device: torch.device, interpreted: int = 1) -> int:
+    """Streaming multiprocessors of a GPU; as many as `interpreted` for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else interpreted
 
 
 def overlapping(device: torch.device) -> dict[str, Any]:

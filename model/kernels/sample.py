@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_wait
 from model.inference.rows import FORBIDDEN as _FORBIDDEN
 from model.inference.rows import STOP as _STOP
 from model.inference.rows import Rows
-from model.kernels.decode_attention import overlapping
+from model.kernels.launch import overlapping
 
 FORBIDDEN, STOP = tl.constexpr(_FORBIDDEN), tl.constexpr(_STOP)
 _BLOCK = 32768
